@@ -1,0 +1,126 @@
+"""Losses of next-token prediction, on arrays alone.
+
+The logits of a batch, [B, T, V] in float32, would be the largest array of a training step. `chunked_cross_entropy`
+holds them for a few positions at a time and takes the gradient of each chunk while its logits exist, so nothing is
+computed twice.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Head = Any
+Unembed = Callable[[Head, jax.Array], jax.Array]
+
+
+class Sums(NamedTuple):
+    """Weighted sums over tokens; divide by the sum of weights."""
+
+    loss: jax.Array
+    """What is minimized: nll + z_loss."""
+    nll: jax.Array
+    """-log p(target), nats."""
+    z_loss: jax.Array
+    correct: jax.Array
+    """Targets that were the most probable token."""
+
+
+def cross_entropy(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_weight: float | jax.Array = 0.0
+) -> Sums:
+    """Sums over tokens of -log softmax(logits)[target] and of z_weight * logsumexp(logits)^2 (PaLM, section 5)."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    nll = jnp.sum((log_z_BT - target_BT) * weights_BT)
+    z_loss = jnp.sum(z_weight * jnp.square(log_z_BT) * weights_BT)
+    correct = jnp.sum((jnp.argmax(logits_BTV, axis=-1) == targets_BT) * weights_BT)
+    return Sums(nll + z_loss, nll, z_loss, correct)
+
+
+def chunked_cross_entropy(
+    unembed: Unembed,
+    head: Head,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    chunk: int,
+    z_weight: float = 0.0,
+) -> Sums:
+    """`cross_entropy(unembed(head, x), ...)` with logits for `chunk` positions of every row at a time.
+
+    Only `loss` is differentiable. T need not be a multiple of the chunk: what is missing is padded with weight 0.
+    """
+
+    def sums_of(head: Head, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array) -> Sums:
+        return cross_entropy(unembed(head, x_BCD), targets_BC, weights_BC, z_weight)
+
+    if chunk >= x_BTD.shape[1]:
+        return sums_of(head, x_BTD, targets_BT, weights_BT)
+    return _sum_over_chunks(sums_of, head, *(_split(x, chunk) for x in (x_BTD, targets_BT, weights_BT)))
+
+
+def token_logprobs(
+    unembed: Unembed, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(target), whether the target was the most probable token), both float32 [B, T], chunk by chunk."""
+
+    @jax.checkpoint
+    def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BCV = unembed(head, x_BCD)
+        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+        return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), correct_BC.astype(jnp.float32)
+
+    scores = jax.lax.map(lambda inputs: score(*inputs), (_split(x_BTD, chunk), _split(targets_BT, chunk)))
+    B, T = targets_BT.shape
+    logprobs_BT, correct_BT = (x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in scores)
+    return logprobs_BT, correct_BT
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, chunk, ...], the end padded with zeros."""
+    B, T = x.shape[:2]
+    chunks = -(-T // chunk)
+    padded = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
+    return padded.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _sum_over_chunks(
+    sums_of: Callable[..., Sums], head: Head, x: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Sums:
+    """Sum `sums_of` over the leading axis, with gradients with respect to `head` and `x` taken chunk by chunk."""
+
+    @jax.custom_vjp
+    def total(head: Head, x: jax.Array) -> Sums:
+        def body(sums: Sums, inputs: Any) -> tuple[Sums, None]:
+            return jax.tree.map(jnp.add, sums, sums_of(head, *inputs)), None
+
+        return jax.lax.scan(body, _zero_sums(), (x, targets, weights))[0]
+
+    def forward(head: Head, x: jax.Array) -> tuple[Sums, Any]:
+        def loss(head: Head, *inputs: Any) -> tuple[jax.Array, Sums]:
+            sums = sums_of(head, *inputs)
+            return sums.loss, sums
+
+        def body(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
+            sums, head_gradient = carry
+            (_, more), (dhead, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, *inputs)
+            return jax.tree.map(jnp.add, (sums, head_gradient), (more, dhead)), dx
+
+        start = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))
+        (sums, head_gradient), dx = jax.lax.scan(body, start, (x, targets, weights))
+        return sums, (head_gradient, dx)
+
+    def backward(saved: Any, cotangent: Sums) -> Any:
+        return jax.tree.map(lambda gradient: (gradient * cotangent.loss).astype(gradient.dtype), saved)
+
+    total.defvjp(forward, backward)
+    return total(head, x)
+
+
+def _zero_sums() -> Sums:
+    return Sums(*(jnp.zeros(()) for _ in Sums._fields))

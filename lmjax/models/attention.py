@@ -1,0 +1,204 @@
+"""Attention: one function, several backends, each of which refuses what it cannot do instead of ignoring it.
+
+reference  plain einsum, does everything, any device
+xla        jax.nn.dot_product_attention, XLA implementation
+cudnn      the same through cuDNN's flash attention: NVIDIA GPUs, 16 bit
+splash     a Pallas kernel for TPUs
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.errors import ConfigError
+from lmjax.layout import current_mesh, partition
+from lmjax.models.layers import softcap
+
+
+class Mask(NamedTuple):
+    """Which keys a query may see: none later than itself, none of another document, none beyond the window.
+
+    Without positions, keys and queries are the same tokens and order is their index. With positions (decoding from a
+    cache, rows of unequal length) order is the position, and a negative key position marks an empty place.
+    """
+
+    window: int | None = None
+    segments_BT: jax.Array | None = None
+    positions_BT: jax.Array | None = None
+    key_positions_BS: jax.Array | None = None
+
+
+class Score(NamedTuple):
+    """How a query and a key are compared."""
+
+    scale: float
+    softcap: float | None = None
+    slopes_N: np.ndarray | None = None
+    """ALiBi: subtract slope * distance."""
+
+
+def distance(mask: Mask, T: int, S: int) -> jax.Array:
+    """How far each key lies before its query, [1 or B, T, S]."""
+    queries = jnp.arange(T)[None] if mask.positions_BT is None else mask.positions_BT
+    keys = jnp.arange(S)[None] if mask.key_positions_BS is None else mask.key_positions_BS
+    return queries[:, :, None] - keys[:, None, :]
+
+
+def visible(mask: Mask, T: int, S: int) -> jax.Array:
+    """The mask as booleans, [1 or B, T, S]."""
+    away = distance(mask, T, S)
+    seen = away >= 0
+    if mask.window is not None:
+        seen &= away < mask.window
+    if mask.key_positions_BS is not None:
+        seen &= mask.key_positions_BS[:, None, :] >= 0
+    if mask.segments_BT is not None:
+        seen &= mask.segments_BT[:, :, None] == mask.segments_BT[:, None, :]
+    return seen
+
+
+def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    """softmax(score(q, k)) v, in float32 between the two products (Vaswani et al. 2017, eq. 1)."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = (q_BTNH * score.scale).reshape(B, T, K, N // K, H)
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    s_BKGTS = softcap(s_BKGTS, score.softcap)
+    if score.slopes_N is not None:
+        slopes_KG = score.slopes_N.reshape(K, N // K)
+        s_BKGTS -= slopes_KG[:, :, None, None] * distance(mask, T, S)[:, None, None].astype(jnp.float32)
+    s_BKGTS = jnp.where(visible(mask, T, S)[:, None, None], s_BKGTS, jnp.finfo(jnp.float32).min)
+    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def _refuses_nothing(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    return None
+
+
+def _xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    bias = None
+    if score.slopes_N is not None:
+        away_BTS = distance(mask, T, S)[:, None].astype(q_BTNH.dtype)
+        bias = -score.slopes_N[:, None, None].astype(q_BTNH.dtype) * away_BTS
+    mask_BNTS = visible(mask, T, S)[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, bias, mask_BNTS, scale=score.scale, implementation="xla"
+    )
+
+
+def _xla_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    return "has no softcap" if score.softcap is not None else None
+
+
+def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    window = None if mask.window is None else (mask.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        scale=score.scale,
+        is_causal=True,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+
+
+def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    checks = {
+        "needs an NVIDIA GPU": jax.default_backend() != "gpu",
+        f"computes in 16 bit, not {q_BTNH.dtype}: set model.dtype=bfloat16": q_BTNH.dtype.itemsize != 2,
+        "has no softcap": score.softcap is not None,
+        "has no ALiBi": score.slopes_N is not None,
+        "cannot keep documents apart": mask.segments_BT is not None,
+        "cannot decode from a cache": mask.key_positions_BS is not None,
+    }
+    return next((reason for reason, holds in checks.items() if holds), None)
+
+
+_SPLASH_BLOCK = 128
+
+
+def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    def local(q_BTNH, k_BSKH, v_BSKH, segments_BT):  # type: ignore[no-untyped-def]
+        kernel = _splash_kernel(q_BTNH.shape[1], q_BTNH.shape[2], mask.window, score.softcap)
+        q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * score.scale, k_BSKH, v_BSKH))
+        return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments_BT).swapaxes(1, 2)
+
+    arguments = (q_BTNH, k_BSKH, v_BSKH, _splash_segments(mask.segments_BT))
+    if current_mesh() is None:
+        return local(*arguments)
+    heads, keys = partition(("batch", None, "heads", None)), partition(("batch", None, "kv_heads", None))
+    in_specs = (heads, keys, keys, jax.tree.map(lambda _: partition(("batch", None)), arguments[3]))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(*arguments)
+
+
+def _splash_segments(segments_BT: jax.Array | None):  # type: ignore[no-untyped-def]
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    return None if segments_BT is None else SegmentIds(q=segments_BT, kv=segments_BT)
+
+
+@functools.cache
+def _splash_kernel(T: int, heads: int, window: int | None, cap: float | None) -> Callable[..., jax.Array]:
+    """Block tables are numpy and costly to make, and the same for every layer. Off TPU the kernel is interpreted."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    shape = (T, T)
+    one = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([one] * heads),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=cap,
+            interpret=jax.default_backend() != "tpu",
+        )
+
+
+def _splash_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    if score.slopes_N is not None:
+        return "has no ALiBi"
+    if mask.key_positions_BS is not None:
+        return "cannot decode from a cache"
+    if q_BTNH.shape[1] % _SPLASH_BLOCK:
+        return f"needs a sequence length divisible by {_SPLASH_BLOCK}, not {q_BTNH.shape[1]}"
+    return None
+
+
+class Backend(NamedTuple):
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Mask, Score], jax.Array]
+    refuses: Callable[[jax.Array, Mask, Score], str | None]
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(reference, _refuses_nothing),
+    "xla": Backend(_xla, _xla_refuses),
+    "cudnn": Backend(_cudnn, _cudnn_refuses),
+    "splash": Backend(_splash, _splash_refuses),
+}
+FASTEST = {"tpu": "splash", "gpu": "cudnn"}
+
+
+def attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score, backend: str = "auto"
+) -> jax.Array:
+    """Attend from every query to the keys its mask shows -> [B, T, N, H].
+
+    Decoding from a cache always uses the reference: one query per row leaves a kernel nothing to save.
+    Raises ConfigError when a named backend cannot do what is asked.
+    """
+    if mask.key_positions_BS is not None:
+        backend = "reference"
+    elif backend == "auto":
+        fastest = FASTEST.get(jax.default_backend(), "reference")
+        backend = "reference" if BACKENDS[fastest].refuses(q_BTNH, mask, score) else fastest
+    refusal = BACKENDS[backend].refuses(q_BTNH, mask, score)
+    if refusal is not None:
+        raise ConfigError(f"model.attention={backend} {refusal}; model.attention=reference does everything")
+    return BACKENDS[backend].attend(q_BTNH, k_BSKH, v_BSKH, mask, score)

@@ -1,0 +1,325 @@
+"""The decoder: weights declared, then read by one block that serves training and decoding.
+
+`weights(cfg)` says what there is, `hidden` and `unembed` are pure functions of it. Layers are segments of repeated
+periods, their weights stacked on a leading `layers` axis and run by `jax.lax.scan`; `unstack` them once and the same
+block runs in a plain loop, which decodes faster.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.errors import ConfigError
+from lmjax.layout import constrain, gather
+from lmjax.models import cache as caches
+from lmjax.models.attention import Mask, Score, attention
+from lmjax.models.config import LayerKind, ModelConfig, Segments, layer_index
+from lmjax.models.flops import attention_flops
+from lmjax.models.layers import dropout, lookup, norm, norm_weights, rms_norm, softcap
+from lmjax.models.linear import linear
+from lmjax.models.mlp import mlp, mlp_weights
+from lmjax.models.model import Cache, Model
+from lmjax.models.position import Rotation, alibi_slopes, rope_frequencies, rotate, rotation, sinusoidal
+from lmjax.weights import Initializer, Params, Spec, Weight, bind, fan_in, map_weights, normal, stacked, zeros
+
+EMBED_SITE, ATTENTION_SITE, MLP_SITE = 0, 1, 2  # where dropout acts: part of a mask's name
+
+REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda body: body,
+    "dots": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
+    ),
+    "full": functools.partial(jax.checkpoint, prevent_cse=False),
+}
+
+
+def build(cfg: ModelConfig) -> Model:
+    """The model of a config whose vocabulary is known."""
+    if cfg.vocab is None:
+        raise ConfigError("model.vocab is not set; give it, or let the data set's manifest fill it in")
+    spec = weights(cfg)
+    return Model(
+        spec=spec,
+        hidden=functools.partial(hidden, spec=spec, cfg=cfg),
+        unembed=functools.partial(unembed, cfg=cfg),
+        head=("embed",) if cfg.tied else ("unembed",),
+        empty_cache=functools.partial(empty_cache, cfg),
+        unstack=functools.partial(unstack, segments=cfg.segments),
+        attention_flops=functools.partial(attention_flops, cfg),
+    )
+
+
+# Weights ----------------------------------------------------------------------------------------------------------
+
+
+def weights(cfg: ModelConfig) -> Spec:
+    """Every weight of the model, bound to its sizes."""
+    table = normal(cfg.embed_init_std)
+    spec: Spec = {"embed": Weight("vocab -> embed", kind="lookup", init=table, tied=cfg.tied)}
+    if cfg.position == "learned":
+        spec["position"] = Weight("context -> embed", kind="lookup", init=table)
+    if cfg.embed_norm:
+        spec["embed_norm"] = norm_weights(cfg)
+    block = block_weights(cfg)
+    if cfg.norm_position != "post":  # a post-norm block already ends in a norm
+        spec["final_norm"] = norm_weights(cfg)
+    if not cfg.tied:
+        spec["unembed"] = Weight("embed -> vocab", init=into_initializer(cfg))
+    spec = bind(spec, cfg.dims)
+    spec["segments"] = {
+        str(segment): {str(slot): stacked(bind(block, cfg.dims), repeats) for slot in range(len(period))}
+        for segment, (period, repeats) in enumerate(cfg.segments)
+    }
+    return spec
+
+
+def into_initializer(cfg: ModelConfig) -> Initializer:
+    return fan_in if cfg.init_std is None else normal(cfg.init_std)
+
+
+def out_initializer(cfg: ModelConfig) -> Initializer:
+    """Matrices that write to the residual stream start smaller, so that 2 L of them add up to its size (GPT-2)."""
+    scale = (2 * cfg.layers) ** -0.5 if cfg.residual_init_scale is None else cfg.residual_init_scale
+    start = into_initializer(cfg)
+    return lambda key, weight: scale * start(key, weight)
+
+
+def block_weights(cfg: ModelConfig) -> Spec:
+    into, out = into_initializer(cfg), out_initializer(cfg)
+    block: Spec = {"attention": attention_weights(cfg, into, out), "mlp": mlp_weights(cfg, into, out)}
+    for part in ("attention", "mlp"):
+        if cfg.norm_position in ("pre", "pre_and_output"):
+            block[f"{part}_norm"] = norm_weights(cfg)
+        if cfg.norm_position != "pre":
+            block[f"{part}_output_norm"] = norm_weights(cfg)
+    return block
+
+
+def attention_weights(cfg: ModelConfig, into: Initializer, out: Initializer) -> Spec:
+    spec: Spec = {
+        "query": Weight("embed -> heads head_dim", init=into),
+        "key": Weight("embed -> kv_heads head_dim", init=into),
+        "value": Weight("embed -> kv_heads head_dim", init=into),
+        "output": Weight("heads head_dim -> embed", init=out),
+    }
+    if cfg.bias or cfg.qkv_bias:
+        spec["query_bias"] = Weight("-> heads head_dim", kind="bias", init=zeros)
+        spec["key_bias"] = Weight("-> kv_heads head_dim", kind="bias", init=zeros)
+        spec["value_bias"] = Weight("-> kv_heads head_dim", kind="bias", init=zeros)
+    if cfg.bias:
+        spec["output_bias"] = Weight("-> embed", kind="bias", init=zeros)
+    if cfg.qk_norm:
+        spec["query_norm"] = {"scale": norm_weights(cfg, "head_dim")["scale"]}
+        spec["key_norm"] = {"scale": norm_weights(cfg, "head_dim")["scale"]}
+    return spec
+
+
+# The block --------------------------------------------------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    rotations: dict[str, Rotation]
+    positions_BT: jax.Array | None
+    segments_BT: jax.Array | None
+    keys_B: jax.Array | None
+
+
+def block(
+    p: Params,
+    x_BTD: jax.Array,
+    context: Context,
+    cache: caches.LayerCache | None,
+    cfg: ModelConfig,
+    kind: LayerKind,
+    layer: int | jax.Array,
+) -> tuple[jax.Array, caches.LayerCache | None]:
+    """One layer: attention, then mlp, each added to the residual stream."""
+
+    def residual(part: str, site: int, x_BTD: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        h_BTD = norm(p[f"{part}_norm"], x_BTD, cfg) if cfg.norm_position in ("pre", "pre_and_output") else x_BTD
+        h_BTD = function(h_BTD)
+        if cfg.norm_position in ("output", "pre_and_output"):
+            h_BTD = norm(p[f"{part}_output_norm"], h_BTD, cfg)
+        x_BTD = x_BTD + dropout(h_BTD, context.keys_B, cfg.dropout, layer, site)
+        return norm(p[f"{part}_output_norm"], x_BTD, cfg) if cfg.norm_position == "post" else x_BTD
+
+    def attend(h_BTD: jax.Array) -> jax.Array:
+        nonlocal cache
+        y_BTD, cache = self_attention(p["attention"], h_BTD, context, cache, cfg, kind)
+        return y_BTD
+
+    x_BTD = residual("attention", ATTENTION_SITE, x_BTD, attend)
+    x_BTD = residual("mlp", MLP_SITE, x_BTD, lambda h_BTD: mlp(p["mlp"], h_BTD, cfg))
+    return constrain(x_BTD, "batch", None, None), cache
+
+
+def self_attention(
+    p: Params,
+    x_BTD: jax.Array,
+    context: Context,
+    cache: caches.LayerCache | None,
+    cfg: ModelConfig,
+    kind: LayerKind,
+) -> tuple[jax.Array, caches.LayerCache | None]:
+    q_BTNH = linear(x_BTD, p["query"], p.get("query_bias"))
+    k_BTKH = linear(x_BTD, p["key"], p.get("key_bias"))
+    v_BTKH = linear(x_BTD, p["value"], p.get("value_bias"))
+    if cfg.qk_norm:
+        q_BTNH, k_BTKH = rms_norm(p["query_norm"], q_BTNH, cfg), rms_norm(p["key_norm"], k_BTKH, cfg)
+    if cfg.position == "rope":
+        q_BTNH, k_BTKH = rotate(q_BTNH, context.rotations[kind]), rotate(k_BTKH, context.rotations[kind])
+
+    score = Score(
+        scale=cfg.attention_scale or cfg.dims["head_dim"] ** -0.5,
+        softcap=cfg.attention_softcap,
+        slopes_N=alibi_slopes(cfg.heads) if cfg.position == "alibi" else None,
+    )
+    mask = Mask(cfg.window_of(kind), context.segments_BT)
+    if cache is not None:
+        assert context.positions_BT is not None
+        seen, cache = caches.extend(cache, k_BTKH, v_BTKH, context.positions_BT)
+        k_BTKH, v_BTKH = seen.k_BSKH, seen.v_BSKH
+        mask = Mask(mask.window, None, context.positions_BT, seen.positions_BS)
+    y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, score, cfg.attention)
+    return linear(y_BTNH, p["output"], p.get("output_bias"), contract=2), cache
+
+
+# The whole --------------------------------------------------------------------------------------------------------
+
+
+def hidden(
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    spec: Spec,
+    cfg: ModelConfig,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    keys_B: jax.Array | None = None,
+    cache: Cache = None,
+) -> tuple[jax.Array, Cache, dict[str, Any]]:
+    """Tokens -> (last activations x_BTD, the cache with these tokens added, metrics of the layers).
+
+    `positions_BT` (default 0, 1, ...) place tokens for rotary, learned and sinusoidal positions; with a cache they are
+    needed, and negative ones mark padding. `segments_BT` keep documents from seeing each other. `keys_B`, one per
+    sample, turn dropout on.
+    """
+    T = tokens_BT.shape[1]
+    if cache is None and cfg.position == "learned" and cfg.context < T:
+        raise ConfigError(f"a sequence of {T} tokens is longer than the position table: model.context={cfg.context}")
+    where_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
+    context = Context(rotations(cfg, where_BT), positions_BT, segments_BT, keys_B)
+    x_BTD = embed_tokens(params, tokens_BT, where_BT, keys_B, spec, cfg)
+    new_cache = []
+    for segment in range(len(cfg.segments)):
+        segment_cache = None if cache is None else cache[segment]
+        x_BTD, segment_cache = run_segment(params, x_BTD, context, segment_cache, spec, cfg, segment)
+        new_cache.append(segment_cache)
+    if cfg.norm_position != "post":
+        x_BTD = norm(params["final_norm"], x_BTD, cfg)
+    return x_BTD, (None if cache is None else new_cache), {}
+
+
+def embed_tokens(
+    params: Params, tokens_BT: jax.Array, where_BT: jax.Array, keys_B: jax.Array | None, spec: Spec, cfg: ModelConfig
+) -> jax.Array:
+    def table(name: str) -> jax.Array:
+        return gather(params[name], spec[name]).astype(cfg.dtype)
+
+    x_BTD = lookup(table("embed"), tokens_BT) * jnp.asarray(cfg.embed_scale, cfg.dtype)
+    if cfg.position == "learned":
+        x_BTD = x_BTD + table("position")[where_BT]
+    if cfg.position == "sinusoidal":
+        x_BTD = x_BTD + sinusoidal(where_BT, cfg.embed).astype(cfg.dtype)
+    if cfg.embed_norm:
+        x_BTD = norm(params["embed_norm"], x_BTD, cfg)
+    return constrain(dropout(x_BTD, keys_B, cfg.embed_dropout, 0, EMBED_SITE), "batch", None, None)
+
+
+def rotations(cfg: ModelConfig, where_BT: jax.Array) -> dict[str, Rotation]:
+    """The rotary angles of each kind of layer."""
+    if cfg.position != "rope":
+        return {}
+    size = cfg.dims["head_dim"]
+    return {
+        kind: rotation(where_BT, rope_frequencies(cfg.rope, size, local=kind == "local"))
+        for kind in dict.fromkeys(cfg.pattern)
+    }
+
+
+def run_segment(
+    params: Params,
+    x_BTD: jax.Array,
+    context: Context,
+    cache: Any,
+    spec: Spec,
+    cfg: ModelConfig,
+    segment: int,
+) -> tuple[jax.Array, Any]:
+    """All repeats of one period: scanned when the weights are stacked, looped over when they are unstacked."""
+    period, repeats = cfg.segments[segment]
+    layers = params["segments"][str(segment)]
+    layer_spec = map_weights(Weight.unstacked, spec["segments"][str(segment)])
+
+    def compute_dtype(weight: Weight, w: jax.Array) -> jax.Array:
+        return w.astype(cfg.dtype) if weight.kind == "matmul" else w
+
+    def body(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+        p, repeat, old_caches = inputs
+        p = gather(map_weights(compute_dtype, layer_spec, p), layer_spec)
+        new_caches = []
+        for slot, kind in enumerate(period):
+            layer = layer_index(cfg.segments, segment, repeat, slot)
+            old = None if old_caches is None else old_caches[slot]
+            x_BTD, new = block(p[str(slot)], x_BTD, context, old, cfg, kind, layer)
+            new_caches.append(new)
+        return x_BTD, (None if old_caches is None else new_caches)
+
+    if isinstance(layers, list):
+        return _loop(body, x_BTD, [(p, i, None if cache is None else cache[i]) for i, p in enumerate(layers)])
+    assert cache is None, "decoding runs over unstacked weights: decoder.unstack(params)"
+    xs = (layers, jnp.arange(repeats), None)
+    unroll = max(1, round(cfg.unroll * repeats))
+    return jax.lax.scan(REMAT[cfg.remat](body), x_BTD, xs, unroll=unroll)
+
+
+def _loop(body: Callable[..., Any], x_BTD: jax.Array, xs: list[Any]) -> tuple[jax.Array, list[Any]]:
+    ys = []
+    for inputs in xs:
+        x_BTD, y = body(x_BTD, inputs)
+        ys.append(y)
+    return x_BTD, ys
+
+
+def unembed(params: Params, x: jax.Array, *, cfg: ModelConfig) -> jax.Array:
+    """x[..., D] -> float32 logits[..., V]."""
+    w_DV = constrain(params["embed"], None, None).T if cfg.tied else constrain(params["unembed"], None, None)
+    logits = linear(x, w_DV.astype(cfg.dtype), dtype=jnp.float32)
+    return softcap(logits, cfg.logit_softcap)
+
+
+def empty_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
+    """Room for `length` tokens a row (the window's size where attention slides), for unstacked weights."""
+    dims = cfg.dims
+
+    def layer(kind: LayerKind) -> caches.LayerCache:
+        window = cfg.window_of(kind)
+        places = length if window is None else min(window, length)
+        return caches.empty(batch, places, dims["kv_heads"], dims["head_dim"], cfg.dtype)
+
+    return [[[layer(kind) for kind in period] for _ in range(repeats)] for period, repeats in cfg.segments]
+
+
+def unstack(params: Params, segments: Segments) -> Params:
+    """The same params with each segment a list of layers, for a loop instead of a scan."""
+
+    def layer(segment: int, repeat: int) -> Params:
+        return jax.tree.map(lambda w: w[repeat], params["segments"][str(segment)])
+
+    unstacked = {str(s): [layer(s, i) for i in range(repeats)] for s, (_, repeats) in enumerate(segments)}
+    return {**params, "segments": unstacked}

@@ -1,0 +1,43 @@
+"""What a model is to the rest of the code: a spec and pure functions, as an optax optimizer is a pair.
+
+Array names carry their axes, with one legend for the whole project:
+
+    B batch      D embed      H head dim     L layers
+    T query      N heads      F mlp          E experts
+    S key        K kv heads   V vocab        R rank       G = N / K
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax.weights import Params, Spec
+
+Cache = Any
+
+
+class Model(NamedTuple):
+    """`hidden` gives the last layer's activations; `unembed` turns some of them into logits.
+
+    They are apart because logits of a whole batch are the largest array of a training step: they exist only for a
+    chunk of positions inside a loss, or for the positions being sampled.
+    """
+
+    spec: Spec
+    hidden: Callable[..., tuple[jax.Array, Cache, dict[str, Any]]]
+    """(params, tokens_BT, *, positions_BT, segments_BT, keys_B, cache) -> (x_BTD, cache, metrics)"""
+    unembed: Callable[[Params, jax.Array], jax.Array]
+    """(params, x_...D) -> float32 logits_...V"""
+    head: tuple[str, ...] = ()
+    """The top-level weights that `unembed` reads."""
+    empty_cache: Callable[[int, int], Cache] | None = None
+    """(batch, length) -> a cache for decoding, or None for a model that cannot decode step by step."""
+    unstack: Callable[[Params], Params] = lambda params: params
+    """Params as decoding wants them: one layer's weights apart from another's."""
+    attention_flops: Callable[..., int] | None = None
+    """(T, *, causal) -> multiply-adds between activations in one forward pass over a sequence, times two."""
+
+    def logits(self, params: Params, tokens_BT: jax.Array, **inputs: Any) -> jax.Array:
+        """float32 logits_BTV of the whole batch: for tests and small inputs."""
+        return self.unembed(params, self.hidden(params, tokens_BT, **inputs)[0])

@@ -1,0 +1,66 @@
+"""Where a token stands: rotary, sinusoidal, ALiBi. (Learned positions are a table in decoder.py.)"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.models.config import RopeConfig
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the rotary angles, [B or 1, T, 1, H/2] in float32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rope_frequencies(cfg: RopeConfig, head_dim: int, *, local: bool) -> np.ndarray:
+    """Radians per position of each pair, [H/2] (Su et al. 2021, eq. 15), with the scaling of global layers.
+
+    llama3 (Llama 3.1 model card): wavelengths beyond original_context / low_frequency_factor are stretched by
+    `factor`, those below original_context / high_frequency_factor are kept, with a linear blend between.
+    """
+    theta = (cfg.local_theta or cfg.theta) if local else cfg.theta
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if local or cfg.scaling == "none":
+        return frequencies
+    if cfg.scaling == "linear":
+        return frequencies / cfg.factor
+    turns = cfg.original_context * frequencies / (2 * math.pi)  # within the original context
+    blend = (turns - cfg.low_frequency_factor) / (cfg.high_frequency_factor - cfg.low_frequency_factor)
+    keep = np.clip(blend, 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / cfg.factor)
+
+
+def rotation(positions_BT: jax.Array, frequencies: np.ndarray) -> Rotation:
+    angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:
+    """Rotate pairs (i, i + H/2), the layout of Hugging Face checkpoints."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+def sinusoidal(positions_BT: jax.Array, embed: int) -> jax.Array:
+    """Fixed positions, [B, T, D] (Vaswani et al. 2017, section 3.5): sines then cosines."""
+    half = (embed + 1) // 2
+    frequencies = jnp.asarray(10_000.0 ** (-np.arange(half) / half), jnp.float32)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :embed]
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """The penalty per token of distance of each head, [N] (Press et al. 2021, arXiv:2108.12409, and its code).
+
+    A geometric sequence for a power of two; otherwise the nearest lower power's, and every other one of the next.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    base = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    extra = 2.0 ** (-4.0 * np.arange(1, 2 * (heads - power) + 1, 2) / power)
+    return np.concatenate([base, extra]).astype(np.float32)

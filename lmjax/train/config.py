@@ -1,0 +1,41 @@
+"""How long, how often and how much: the settings of a training run."""
+
+from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, config_class
+from lmjax.train.objective import LossConfig
+
+
+@config_class
+class SampleConfig:
+    """Text generated during training, to look at."""
+
+    every: PositiveInt | None = None
+    """Steps between samples; one is always made at the end."""
+    prompts: tuple[str, ...] = ("",)
+    tokens: PositiveInt = 128
+    temperature: PositiveFloat = 0.8
+
+
+@config_class
+class TrainConfig:
+    steps: PositiveInt
+    batch: PositiveInt
+    """Sequences per update, over all devices."""
+    microbatches: PositiveInt = 1
+    """Pieces the batch is cut into to save memory; the result is the same."""
+    seed: NonNegativeInt = 0
+    """Of initial weights and dropout."""
+    loss: LossConfig = LossConfig()
+    log_every: PositiveInt = 10
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations; one is always made at the end."""
+    evaluate_batches: PositiveInt | None = None
+    """Batches per evaluation during training; the final one always sees the whole set."""
+    evaluate_batch: PositiveInt | None = None
+    """Sequences per evaluation batch; None means `batch`."""
+    sample: SampleConfig = SampleConfig()
+    max_skipped_in_a_row: PositiveInt = 10
+    """Updates that may be left out one after another before the run stops."""
+    step_timeout: PositiveFloat = 1800.0
+    """Seconds without progress after which the run gives up (exit code 6)."""
+    compression_baseline: bool = False
+    """At the end, compress the validation text with xz for comparison."""

@@ -1,0 +1,65 @@
+"""What a train step minimizes. Pretraining, fine-tuning and policy learning differ in their objective alone."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax.data.batch import Batch
+from lmjax.losses import chunked_cross_entropy
+from lmjax.metrics import Metrics
+from lmjax.models.model import Model
+from lmjax.schema import NonNegativeFloat, PositiveInt, config_class
+from lmjax.weights import Params
+
+Keys = jax.Array | None  # one per sample, [B]
+
+
+class Objective(NamedTuple):
+    """The step divides `loss`'s sum by `weight` of the whole batch, known before the batch is cut into microbatches."""
+
+    weight: Callable[[Batch], jax.Array]
+    loss: Callable[[Params, Params, Any, Batch, Keys], tuple[jax.Array, Metrics, Any]]
+    """(params, frozen, buffers, batch, keys_B) -> (loss sum, metrics as (sum, weight), new buffers)"""
+
+
+@config_class
+class LossConfig:
+    """Next-token cross-entropy."""
+
+    chunk: PositiveInt = 256
+    """Positions per row whose logits exist at a time."""
+    z_weight: NonNegativeFloat = 0.0
+    """Weight of logsumexp(logits)^2, which keeps logits from drifting (PaLM used 1e-4)."""
+
+
+def language_model(model: Model, cfg: LossConfig) -> Objective:
+    """Cross-entropy of the next token, summed over tokens with their weights."""
+
+    def loss(
+        params: Params, frozen: Params, buffers: Any, batch: Batch, keys_B: Keys
+    ) -> tuple[jax.Array, Metrics, Any]:
+        weights = {**frozen, **params}
+        x_BTD, _, layer_metrics = model.hidden(
+            weights,
+            batch.tokens_BT,
+            positions_BT=batch.positions_BT,
+            segments_BT=batch.segments_BT,
+            keys_B=keys_B,
+        )
+        sums = chunked_cross_entropy(
+            model.unembed,
+            {name: weights[name] for name in model.head},
+            x_BTD,
+            batch.targets_BT,
+            batch.weights_BT,
+            chunk=cfg.chunk,
+            z_weight=cfg.z_weight,
+        )
+        weight = batch.weights_BT.sum()
+        metrics = {"loss": (sums.nll, weight), "accuracy": (sums.correct, weight), **layer_metrics}
+        if cfg.z_weight:
+            metrics["z_loss"] = (sums.z_loss, weight)
+        return sums.loss, metrics, buffers
+
+    return Objective(weight=lambda batch: batch.weights_BT.sum(), loss=loss)

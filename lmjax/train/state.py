@@ -1,0 +1,34 @@
+"""All that a run needs to go on, and nothing else: what a checkpoint holds."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lmjax.weights import Params
+
+
+@flax.struct.dataclass
+class Counters:
+    """int32 scalars."""
+
+    step: jax.Array
+    """Updates done, skipped ones included."""
+    skipped: jax.Array
+    """Updates left out because the loss or the gradient was not finite."""
+    skipped_in_a_row: jax.Array
+
+
+def zero_counters() -> Counters:
+    return Counters(*(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+
+@flax.struct.dataclass
+class TrainState:
+    params: Params
+    opt_state: Any
+    hyper: dict[str, jax.Array]
+    """Scalar hyperparameters as arrays: runs that differ only here share one compiled step."""
+    buffers: Any
+    counters: Counters
