@@ -125,7 +125,7 @@ _SPLASH_BLOCK = 128
 
 
 def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
-    def local(q_BTNH, k_BSKH, v_BSKH, segments_BT):  # type: ignore[no-untyped-def]
+    def local(q_BTNH, k_BSKH, v_BSKH, segments_BT):
         kernel = _splash_kernel(q_BTNH.shape[1], q_BTNH.shape[2], mask.window, score.softcap)
         q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * score.scale, k_BSKH, v_BSKH))
         return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments_BT).swapaxes(1, 2)
@@ -138,7 +138,7 @@ def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
     return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(*arguments)
 
 
-def _splash_segments(segments_BT: jax.Array | None):  # type: ignore[no-untyped-def]
+def _splash_segments(segments_BT: jax.Array | None):
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     return None if segments_BT is None else SegmentIds(q=segments_BT, kv=segments_BT)

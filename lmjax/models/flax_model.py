@@ -10,18 +10,22 @@ from flax import linen, nnx
 from lmjax.models.model import Model
 from lmjax.weights import Params, Spec, Weight, by_path
 
-Apply = Callable[[Params, jax.Array], jax.Array]
+Apply = Callable[[Params, jax.Array], Any]
 
 
 def from_linen(module: linen.Module, tokens_BT: jax.Array, key: jax.Array) -> tuple[Model, Params]:
     """A linen module that maps tokens_BT to logits_BTV, and its initial params."""
     params = linen.meta.unbox(module.init(key, tokens_BT)["params"])
-    return _model(params, lambda params, tokens: module.apply({"params": params}, tokens)), params
+
+    def apply(params: Params, tokens_BT: jax.Array) -> Any:
+        return module.apply({"params": params}, tokens_BT)
+
+    return _model(params, apply), params
 
 
 def from_nnx(module: nnx.Module) -> tuple[Model, Params]:
     """An nnx module that maps tokens_BT to logits_BTV, and its present params."""
-    graph, state, rest = nnx.split(module, nnx.Param, ...)
+    graph, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     params = _string_keys(nnx.to_pure_dict(state))
 
     def apply(params: Params, tokens_BT: jax.Array) -> jax.Array:
@@ -60,8 +64,7 @@ def _spec(params: Params) -> Spec:
         if "embed" in name and x.ndim == 2:
             return Weight("vocab -> axis1", kind="lookup", sizes=x.shape)
         if x.ndim < 2:
-            kind = "scale" if name.endswith("scale") else "bias"
-            return Weight(f"-> {' '.join(axes)}", kind=kind, sizes=x.shape)
+            return Weight(f"-> {' '.join(axes)}", kind="scale" if name.endswith("scale") else "bias", sizes=x.shape)
         return Weight(f"{' '.join(axes[:-1])} -> {axes[-1]}", sizes=x.shape)
 
     spec = jax.tree_util.tree_map_with_path(weight, params)

@@ -29,8 +29,8 @@ def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int =
         keys_B = sample_keys(state.hyper["seed"], batch.ids_B)
         gradients, metrics, buffers = accumulate(objective, state, frozen, batch, keys_B, microbatches)
         norm = optax.tree.norm(gradients)
-        loss, weight = metrics["loss"]
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        loss_sum, _ = metrics["loss"]
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss_sum)
 
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, state.hyper, state.counters.step, norm
