@@ -1,0 +1,58 @@
+"""Muon's step: about the nearest orthogonal matrix to the momentum.
+
+Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmjax import layout
+from lmjax.weights import Weight
+
+# Quintic with the steepest slope at zero that still maps [0, 1] into about [0.7, 1.2] (Jordan et al.).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+# A step of AdamW has entries of about this root mean square, so Muon's learning rates mean the same
+# (Liu et al. 2025, arXiv:2502.16982, equation 4).
+ADAMW_RMS = 0.2
+
+
+def is_hidden_matrix(weight: Weight) -> bool:
+    """Matmuls between hidden activations; not the head and the embeddings, whose rows belong to single tokens."""
+    return weight.kind == "matmul" and "vocab" not in weight.in_axes + weight.out_axes
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+    """Approximately U V' where x = U S V', with singular values in about [0.7, 1.2]; x and result [..., in, out].
+
+    Five iterations of X <- aX + b(XX')X + c(XX')^2 X in the dtype of x, on the shorter side.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def orthogonalize(weight: Weight) -> optax.GradientTransformation:
+    """Replace the update of an unstacked weight, seen as a matrix [inputs, outputs], by 0.2 sqrt(max side) U V'.
+
+    All heads of a projection form one matrix. On a mesh each device holds the whole matrix while it iterates.
+    """
+    sides = weight.fan_in, math.prod(weight.shape) // weight.fan_in
+    scale = ADAMW_RMS * math.sqrt(max(sides))
+
+    def update(updates: jax.Array, params: Any) -> jax.Array:
+        del params
+        whole = layout.constrain(updates, *(None for _ in weight.names))
+        step = scale * newton_schulz(whole.reshape(sides))
+        return layout.constrain(step.reshape(weight.shape), *weight.names)
+
+    return optax.stateless(update)
