@@ -14,6 +14,7 @@ directory says so) and none is good, that is an error; only if none ever was doe
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
@@ -26,7 +27,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from lmjax.errors import CheckpointError
 from lmjax.runtime import fault
@@ -38,6 +38,14 @@ MANIFEST = "LMJAX_MANIFEST.json"
 SEALED = "SEALED"
 
 Manifest = dict[str, Any]
+
+
+@functools.cache
+def _orbax() -> Any:
+    """Loaded when a checkpoint is first touched: it takes seconds, and configs import this module."""
+    from orbax.checkpoint import v1
+
+    return v1
 
 
 @config_class
@@ -89,7 +97,7 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._clear_from(step)
-            response = ocp.save_async(path, leaves)
+            response = _orbax().save_async(path, leaves)
         except Exception as error:
             raise _failure(path, manifest, error) from error
         self.last_step = step
@@ -323,7 +331,7 @@ def _content_hash(path: epath.Path, manifest: Manifest, part: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     leaves = {name: leaf for name, leaf in manifest["leaves"].items() if name.split("/")[0] == part}
     abstract = {name: np.empty(shape, jax.numpy.dtype(dtype)) for name, (shape, dtype) in leaves.items()}
-    arrays = ocp.load(path, dict.fromkeys(manifest["leaves"], ocp.PLACEHOLDER) | abstract)
+    arrays = _orbax().load(path, dict.fromkeys(manifest["leaves"], _orbax().PLACEHOLDER) | abstract)
     for name in sorted(leaves):
         digest.update(json.dumps([name, leaves[name]]).encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
@@ -350,9 +358,11 @@ def _load_tree(path: epath.Path, manifest: Manifest, abstract: Any, saved: Mappi
     """Load the leaves of `abstract`, which must be exactly `saved`, onto their shardings."""
     wanted = _by_path(abstract)
     _compare(path, saved, {name: _shape_dtype(leaf) for name, leaf in wanted.items()})
-    request = dict.fromkeys(manifest["leaves"], ocp.PLACEHOLDER) | {k: _with_sharding(v) for k, v in wanted.items()}
+    request = dict.fromkeys(manifest["leaves"], _orbax().PLACEHOLDER) | {
+        k: _with_sharding(v) for k, v in wanted.items()
+    }
     try:
-        loaded = ocp.load(path, request)
+        loaded = _orbax().load(path, request)
     except Exception as error:
         raise CheckpointError(f"checkpoint {path} verifies but cannot be loaded: {_one_line(error)}") from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])

@@ -1,0 +1,94 @@
+"""Append-only files of JSON lines: one object per line, flushed line by line.
+
+A killed process loses at most the line it was writing; that torn line is cut off when the file is opened again. Floats
+are written so that they read back to the same bits. NaN and infinities, which JSON lacks, are the strings "NaN",
+"Infinity" and "-Infinity".
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from lmjax.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class JsonLines:
+    """Raises CheckpointError when the storage fails: a run whose record cannot be written must not go on."""
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self._path = os.fspath(path)
+        with _storage_errors(self._path):
+            os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+            self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
+            self._cut_torn_line()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(_encode(record), allow_nan=False) + "\n"
+        with _storage_errors(self._path):
+            written = self._file.write(line.encode())
+            if written != len(line.encode()):
+                raise OSError(f"only {written} bytes of a line fit")
+
+    def sync(self) -> None:
+        """Force what is written to the disk; call before a checkpoint is sealed."""
+        with _storage_errors(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _cut_torn_line(self) -> None:
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"storage: cannot write {path}: {reason}; free or mend it and run again") from error
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _encode(value: Any) -> Any:
+    """Plain JSON values; array scalars become Python numbers."""
+    if isinstance(value, Mapping):
+        return {str(name): _encode(child) for name, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(child) for child in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decode(record: dict[str, Any]) -> dict[str, Any]:
+    return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
+
+
+def read_lines(path: epath.PathLike) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file in order; a torn or damaged line is left out with a warning."""
+    for number, line in enumerate(epath.Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip(b"\0 \r"):
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            yield _decode(record)
+        else:
+            logger.warning("%s: line %d is damaged or torn and is left out", path, number)

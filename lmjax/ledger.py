@@ -1,0 +1,91 @@
+"""The ledger of a run: which global samples every attempt fed to the model, one line of `ledger.jsonl` per step.
+
+From it follows, or not, that every sample was trained on once and in order, whatever crashes lie between.
+"""
+
+import dataclasses
+import itertools
+
+from etils import epath
+
+from lmjax.jsonl import JsonLines, read_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One step of one attempt: `count` samples from `first_sample` on, with the CRC-32 of their tokens."""
+
+    attempt: int
+    step: int
+    first_sample: int
+    count: int
+    crc: int
+
+    @property
+    def data(self) -> tuple[int, int, int]:
+        """What a replay of the step must repeat."""
+        return self.first_sample, self.count, self.crc
+
+    def __str__(self) -> str:
+        last = self.first_sample + self.count - 1
+        return f"samples {self.first_sample} to {last} (crc {self.crc:08x}) in attempt {self.attempt}"
+
+
+class Ledger:
+    """Attempts number the starts of a run from 0."""
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self._lines = JsonLines(path)
+
+    def record(self, attempt: int, step: int, first_sample: int, count: int, crc: int) -> None:
+        self._lines.write(dataclasses.asdict(Entry(attempt, step, first_sample, count, crc)))
+
+    def sync(self) -> None:
+        """Force what is written to the disk; call before a checkpoint is sealed."""
+        self._lines.sync()
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def read_ledger(path: epath.PathLike) -> list[Entry]:
+    """Every entry in the order written, replays included."""
+    return [Entry(**record) for record in read_lines(path)]
+
+
+def effective_history(path: epath.PathLike) -> list[Entry]:
+    """The entries that the current parameters come from, in the order of their steps.
+
+    An attempt that starts at an earlier step than its predecessor reached replaces the steps from there on: the
+    parameters that had seen those died with the process. `check_ledger` says whether the replay was the same.
+    """
+    history: list[Entry] = []
+    for entry in read_ledger(path):
+        if history and entry.attempt != history[-1].attempt:
+            history = [kept for kept in history if kept.step < entry.step]
+        history.append(entry)
+    return history
+
+
+def check_ledger(path: epath.PathLike) -> list[str]:
+    """What contradicts "every sample once and in order"; empty if nothing does.
+
+    Every replayed step must have read the same tokens as before, and in the effective history each step must follow
+    the one before it and start at the sample where that one stopped; the first starts at sample 0.
+    """
+    problems = []
+    seen: dict[int, Entry] = {}
+    for entry in read_ledger(path):
+        before = seen.setdefault(entry.step, entry)
+        if entry.data != before.data:
+            problems.append(f"step {entry.step} read {entry}, but {before}")
+        seen[entry.step] = entry
+    history = effective_history(path)
+    if history and history[0].first_sample:
+        problems.append(f"the first step, {history[0].step}, starts at sample {history[0].first_sample}")
+    for before, entry in itertools.pairwise(history):
+        if entry.step != before.step + 1:
+            problems.append(f"step {entry.step} follows step {before.step}")
+        if entry.first_sample != before.first_sample + before.count:
+            problems.append(f"step {entry.step} read {entry} after {before}")
+    return problems
