@@ -21,23 +21,22 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from lmjax import seal
 from lmjax.errors import CheckpointError
 from lmjax.runtime import fault
 from lmjax.schema import NonNegativeInt, PositiveInt, config_class
+from lmjax.seal import Manifest
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "LMJAX_MANIFEST.json"
 SEALED = "SEALED"
-
-Manifest = dict[str, Any]
 
 
 @functools.cache
@@ -86,7 +85,6 @@ class Checkpoints:
         self.wait()
         leaves = _by_path(state)
         manifest = {
-            "version": 1,
             "step": step,
             "time": time.time(),
             "value": float(value) if value is not None and np.isfinite(value) else None,
@@ -128,10 +126,10 @@ class Checkpoints:
             return self._load(path, manifest, abstract_state)
         damaged = False
         for path in reversed(_step_directories(self.directory)):
-            if not (path / MANIFEST).exists():
+            if not seal.is_sealed(path):
                 logger.warning("checkpoint %s was never sealed; it is skipped", path)
                 continue
-            manifest, problems = _check(path, self._cfg.verify)
+            manifest, problems = seal.check(path, hash_files=self._cfg.verify)
             if not problems:
                 return self._load(path, manifest, abstract_state)
             damaged = True
@@ -155,7 +153,8 @@ class Checkpoints:
             fault("checkpoint.write")
             response.result()
             fault("checkpoint.before_seal")
-            _seal(path, manifest)
+            seal.write(path, manifest)
+            self._mark_sealed(manifest["step"])
             fault("checkpoint.after_seal")
             _read_verified(path, self._cfg.verify)
         except Exception as error:
@@ -170,10 +169,14 @@ class Checkpoints:
                 f"checkpoint {path} is sealed, but an older one could not be deleted: {_one_line(error)}"
             ) from error
 
+    def _mark_sealed(self, step: int) -> None:
+        if not (self.directory / SEALED).exists():
+            seal.write_atomically(self.directory / SEALED, f"first sealed step: {step}\n")
+
     def _clear_from(self, step: int) -> None:
         self._delete_unfinished()
         for path in _step_directories(self.directory):
-            if int(path.name) >= step and (path / MANIFEST).exists():
+            if int(path.name) >= step and seal.is_sealed(path):
                 aside = _set_aside(path, "abandoned")
                 logger.warning("step %d is saved again: the existing %s moved to %s", step, path, aside.name)
             elif int(path.name) >= step:
@@ -189,8 +192,8 @@ class Checkpoints:
         fault("checkpoint.retain")
         values: dict[int, float | None] = {}
         for path in _step_directories(self.directory):
-            if (path / MANIFEST).exists():
-                values[int(path.name)] = _read_manifest(path)[0].get("value")
+            if seal.is_sealed(path):
+                values[int(path.name)] = seal.read(path)[0].get("value")
             else:
                 path.rmtree()
         for step in values.keys() - self._kept(values):
@@ -205,7 +208,7 @@ class Checkpoints:
 
 def _failure(path: epath.Path, manifest: Manifest, error: Exception) -> CheckpointError:
     need = sum(size for _, _, size in _count_parts(manifest["leaves"]).values()) / 1e9
-    local = _is_local(path) and path.parent.exists()
+    local = seal.is_local(path) and path.parent.exists()
     free = f", {shutil.disk_usage(path.parent).free / 1e9:.3f} GB free" if local else ""
     return CheckpointError(
         f"checkpoint {path} was not saved: {_one_line(error)} (it needs up to {need:.3f} GB{free}); "
@@ -224,10 +227,10 @@ def find_step(path: epath.PathLike, step: int | None = None) -> epath.Path:
     """The directory of a sealed step: of `step` or the newest one in a run's workdir or checkpoints directory, or
     `path` itself. Raises CheckpointError when there is none."""
     path = epath.Path(path).resolve()
-    if step is None and (path / MANIFEST).exists():
+    if step is None and seal.is_sealed(path):
         return path
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
-    sealed = [child for child in _step_directories(directory) if (child / MANIFEST).exists()]
+    sealed = [child for child in _step_directories(directory) if seal.is_sealed(child)]
     if step is None and sealed:
         return sealed[-1]
     found = [child for child in sealed if child.name == str(step)]
@@ -258,13 +261,13 @@ def verify(path: epath.PathLike) -> list[str]:
     Raises CheckpointError when there is nothing to verify.
     """
     path = epath.Path(path).resolve()
-    if (path / MANIFEST).exists():
-        return [f"{path.name}: {problem}" for problem in _check(path, hash_files=True)[1]]
+    if seal.is_sealed(path):
+        return [f"{path.name}: {problem}" for problem in seal.check(path, hash_files=True)[1]]
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
     steps = _step_directories(directory)
     if not steps:
         raise CheckpointError(f"{path} holds no checkpoint; check the path")
-    return [f"{step.name}: {problem}" for step in steps for problem in _check(step, hash_files=True)[1]]
+    return [f"{step.name}: {problem}" for step in steps for problem in seal.check(step, hash_files=True)[1]]
 
 
 def inspect(path: epath.PathLike, *, step: int | None = None, hashes: bool = False) -> dict[str, Any]:
@@ -311,8 +314,8 @@ def format_inspection(report: Mapping[str, Any]) -> str:
 
 
 def _summary(path: epath.Path) -> dict[str, Any]:
-    manifest, problems = _read_manifest(path)
-    size = sum(file.stat().length for file in _files(path).values())
+    manifest, problems = seal.read(path)
+    size = sum(file.stat().length for file in seal.files(path).values())
     return {"step": int(path.name), "sealed": not problems, "bytes": size, "value": manifest.get("value")}
 
 
@@ -390,90 +393,7 @@ def _compare(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, An
         )
 
 
-# --- Seals ------------------------------------------------------------------------------------------------------------
-
-
-def _seal(path: epath.Path, manifest: Manifest) -> None:
-    """Hash every file, then write the manifest. With several processes each would hash the files that it wrote."""
-    files = _files(path)
-    _drop_from_page_cache(files.values())
-    document = manifest | {"files": _hash_files(files)}
-    text = _canonical(document)
-    _write_atomically(path / MANIFEST, _canonical(json.loads(text) | {"self": _digest(text)}))
-    if not (path.parent / SEALED).exists():
-        _write_atomically(path.parent / SEALED, f"first sealed step: {manifest['step']}\n")
-
-
-def _read_manifest(path: epath.Path) -> tuple[Manifest, list[str]]:
-    """The manifest and what is wrong with it."""
-    try:
-        document = json.loads((path / MANIFEST).read_text())
-        recorded = document.pop("self")
-        intact = _digest(_canonical(document)) == recorded
-    except FileNotFoundError:
-        return {}, ["it was never sealed"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return {}, [f"{MANIFEST} is unreadable: {type(error).__name__}"]
-    return (document, []) if intact else ({}, [f"{MANIFEST} was altered"])
-
-
-def _check(path: epath.Path, hash_files: bool) -> tuple[Manifest, list[str]]:
-    """The manifest and what is wrong with the step."""
-    manifest, problems = _read_manifest(path)
-    if problems:
-        return manifest, problems
-    files, listed = _files(path), manifest["files"]
-    problems += [f"{name} is missing" for name in listed.keys() - files.keys()]
-    problems += [f"{name} is not in the manifest" for name in files.keys() - listed.keys()]
-    present = {name: file for name, file in files.items() if name in listed}
-    sizes = {name: file.stat().length for name, file in present.items()}
-    problems += [f"{n} has {size} bytes, not {listed[n][1]}" for n, size in sizes.items() if size != listed[n][1]]
-    if hash_files and not problems:
-        try:
-            hashed = _hash_files(present)
-        except OSError as error:
-            return manifest, [f"a file is unreadable: {error}"]
-        problems += [f"{name} has other contents" for name in hashed if hashed[name][0] != listed[name][0]]
-    return manifest, problems
-
-
-def _read_verified(path: epath.Path, hash_files: bool) -> Manifest:
-    manifest, problems = _check(path, hash_files)
-    if problems:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: {'; '.join(problems[:3])}; use another step or restore it from a backup"
-        )
-    return manifest
-
-
-def _ever_sealed(directory: epath.Path) -> bool:
-    return (directory / SEALED).exists() or any(directory.glob("*.corrupt-*"))
-
-
-def _canonical(document: Any) -> str:
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _hash_files(files: Mapping[str, epath.Path]) -> dict[str, tuple[str, int]]:
-    """`{name: (hash, bytes)}`; hashing releases the interpreter lock, so threads help."""
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return dict(zip(files, pool.map(_hash_file, files.values()), strict=True))
-
-
-def _hash_file(path: epath.Path) -> tuple[str, int]:
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return digest.hexdigest(), size
-
-
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Directories ------------------------------------------------------------------------------------------------------
 
 
 def _step_directories(directory: epath.Path) -> list[epath.Path]:
@@ -483,59 +403,25 @@ def _step_directories(directory: epath.Path) -> list[epath.Path]:
     return sorted((path for path in directory.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-def _files(directory: epath.Path) -> dict[str, epath.Path]:
-    """Every file of a step but the seal, by relative name. NFS leaves `.nfs...` behind for deleted open files."""
-
-    def walk(prefix: str, parent: epath.Path) -> Iterator[tuple[str, epath.Path]]:
-        for child in parent.iterdir():
-            if child.is_dir():
-                yield from walk(f"{prefix}{child.name}/", child)
-            elif not child.name.startswith((".nfs", MANIFEST)):
-                yield prefix + child.name, child
-
-    return dict(sorted(walk("", directory)))
-
-
 def _set_aside(path: epath.Path, why: str) -> epath.Path:
     return path.rename(path.parent / f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}")
 
 
 def _delete(path: epath.Path) -> None:
     """Unseal, then delete: a kill in between leaves an unfinished step, which the next save clears away."""
-    (path / MANIFEST).unlink(missing_ok=True)
+    (path / seal.MANIFEST).unlink(missing_ok=True)
     if path.exists():
         path.rmtree()
 
 
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
+def _ever_sealed(directory: epath.Path) -> bool:
+    return (directory / SEALED).exists() or any(directory.glob("*.corrupt-*"))
 
 
-def _write_atomically(path: epath.Path, text: str) -> None:
-    """Whole or not at all: write, flush to the disk, rename. Object stores do that for every object."""
-    if not _is_local(path):
-        path.write_text(text)
-        return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _drop_from_page_cache(files: Iterable[epath.Path]) -> None:
-    """Force files to the disk and out of memory, so that verification reads what the disk holds."""
-    for path in filter(_is_local, files):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+def _read_verified(path: epath.Path, hash_files: bool) -> Manifest:
+    manifest, problems = seal.check(path, hash_files=hash_files)
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {'; '.join(problems[:3])}; use another step or restore it from a backup"
+        )
+    return manifest

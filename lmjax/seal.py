@@ -1,0 +1,145 @@
+"""Seal a directory: one manifest with a hash of every file, written last, that proves the directory whole.
+
+    {"version": 1, ...the caller's document..., "files": {"state/d/5c3e": ["<blake2b>", 516]}, "self": "<blake2b>"}
+
+A directory without a manifest was never finished. One whose manifest or files do not match it is damaged.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+MANIFEST = "LMJAX_MANIFEST.json"
+
+Manifest = dict[str, Any]
+
+
+def is_sealed(directory: epath.Path) -> bool:
+    """Whether a seal was written, good or damaged."""
+    return (directory / MANIFEST).exists()
+
+
+def write(directory: epath.Path, document: Manifest) -> None:
+    """Hash every file, then write the manifest. Raises OSError when the storage fails.
+
+    With several processes each would hash the files that it wrote, and process 0 write the manifest.
+    """
+    present = files(directory)
+    _drop_from_page_cache(present.values())
+    text = _canonical({"version": 1} | document | {"files": _hash_files(present)})
+    write_atomically(directory / MANIFEST, _canonical(json.loads(text) | {"self": _digest(text)}))
+
+
+def read(directory: epath.Path) -> tuple[Manifest, list[str]]:
+    """The manifest and what is wrong with it; the files are not looked at."""
+    try:
+        document = json.loads((directory / MANIFEST).read_text())
+        recorded = document.pop("self")
+        intact = _digest(_canonical(document)) == recorded
+    except FileNotFoundError:
+        return {}, ["it was never sealed"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return {}, [f"{MANIFEST} is unreadable ({type(error).__name__})"]
+    return (document, []) if intact else ({}, [f"{MANIFEST} was altered"])
+
+
+def check(directory: epath.Path, *, hash_files: bool) -> tuple[Manifest, list[str]]:
+    """The manifest and what is wrong with the directory; without `hash_files` only names and sizes are compared."""
+    manifest, problems = read(directory)
+    if problems:
+        return manifest, problems
+    try:
+        return manifest, list(_differences(files(directory), manifest["files"], hash_files))
+    except OSError as error:
+        return manifest, [f"a file is unreadable ({error})"]
+
+
+def _differences(present: Mapping[str, epath.Path], listed: Mapping[str, Any], hash_files: bool) -> Iterator[str]:
+    yield from (f"{name} is missing" for name in listed if name not in present)
+    yield from (f"{name} is not in the manifest" for name in present if name not in listed)
+    both = {name: path for name, path in present.items() if name in listed}
+    sizes = {name: path.stat().length for name, path in both.items()}
+    yield from (
+        f"{name} has {sizes[name]} bytes, not {listed[name][1]}" for name in both if sizes[name] != listed[name][1]
+    )
+    if hash_files:
+        hashed = _hash_files(both)
+        yield from (f"{name} has other contents" for name in both if hashed[name] != listed[name])
+
+
+def files(directory: epath.Path) -> dict[str, epath.Path]:
+    """Every file but the seal, by relative name. NFS leaves `.nfs...` behind for open files that were deleted."""
+
+    def walk(prefix: str, parent: epath.Path) -> Iterator[tuple[str, epath.Path]]:
+        for child in parent.iterdir():
+            if child.is_dir():
+                yield from walk(f"{prefix}{child.name}/", child)
+            elif not child.name.startswith((".nfs", MANIFEST)):
+                yield prefix + child.name, child
+
+    return dict(sorted(walk("", directory)))
+
+
+def _hash_files(paths: Mapping[str, epath.Path]) -> dict[str, list[Any]]:
+    """`{name: [hash, bytes]}`; hashing releases the interpreter lock, so threads help."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return dict(zip(paths, pool.map(_hash_file, paths.values()), strict=True))
+
+
+def _hash_file(path: epath.Path) -> list[Any]:
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return [digest.hexdigest(), size]
+
+
+def _canonical(document: Any) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+# Local storage ----------------------------------------------------------------------------------------------------
+
+
+def is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Whole or not at all: write, flush to the disk, rename. Object stores do that for every object."""
+    if not is_local(path):
+        path.write_text(text)
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _drop_from_page_cache(paths: Iterable[epath.Path]) -> None:
+    """Force files to the disk and out of memory, so that a check reads what the disk holds."""
+    for path in filter(is_local, paths):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
