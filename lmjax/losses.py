@@ -36,7 +36,7 @@ def cross_entropy(
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     nll = jnp.sum((log_z_BT - target_BT) * weights_BT)
     z_loss = jnp.sum(z_weight * jnp.square(log_z_BT) * weights_BT)
-    correct = jnp.sum((jnp.argmax(logits_BTV, axis=-1) == targets_BT) * weights_BT)
+    correct = jnp.sum((target_BT >= jnp.max(logits_BTV, axis=-1)) * weights_BT)
     return Sums(nll + z_loss, nll, z_loss, correct)
 
 
@@ -72,7 +72,7 @@ def token_logprobs(
     def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = unembed(head, x_BCD)
         target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        correct_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+        correct_BC = target_BC >= jnp.max(logits_BCV, axis=-1)
         return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), correct_BC.astype(jnp.float32)
 
     scores = jax.lax.map(lambda inputs: score(*inputs), (_split(x_BTD, chunk), _split(targets_BT, chunk)))

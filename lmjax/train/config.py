@@ -17,8 +17,8 @@ class SampleConfig:
 
 @config_class
 class TrainConfig:
-    steps: PositiveInt
-    batch: PositiveInt
+    steps: PositiveInt = 1000
+    batch: PositiveInt = 16
     """Sequences per update, over all devices."""
     microbatches: PositiveInt = 1
     """Pieces the batch is cut into to save memory; the result is the same."""

@@ -44,7 +44,7 @@ def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int =
         one = jnp.ones(())
         metrics |= {
             "grad_norm": (norm, one),
-            "learning_rate": (optimizer.learning_rate(state.counters.step, state.hyper), one),
+            "lr": (optimizer.learning_rate(state.counters.step, state.hyper), one),
             "skipped": ((~finite).astype(jnp.float32), one),
         }
         counters = count_step(state.counters, finite)

@@ -1,0 +1,153 @@
+"""The command line: lmjax prepare, train, evaluate, generate, inspect, verify. What they do is in commands.py."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lmjax import commands, runtime
+from lmjax.errors import ConfigError
+
+
+# Arguments --------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ours: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def step_range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 2 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not FIRST:LAST with 2 <= FIRST <= LAST")
+    return int(first), int(last)
+
+
+def parser() -> Parser:
+    main = Parser(prog="lmjax", description=__doc__.splitlines()[0])
+    subparsers = main.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def command(function: Callable[[argparse.Namespace], int]) -> Parser:
+        summary = (function.__doc__ or "").splitlines()[0]
+        sub = subparsers.add_parser(function.__name__, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        return sub
+
+    _train_arguments(command(commands.train))
+    _prepare_arguments(command(commands.prepare))
+    _evaluate_arguments(command(commands.evaluate))
+    _generate_arguments(command(commands.generate))
+    sub = command(commands.inspect)
+    sub.add_argument("path", help="a work directory or a checkpoint")
+    sub.add_argument("--step", type=int, help="default: the newest")
+    sub.add_argument("--hash", action="store_true", help="hash the contents, whatever mesh they were saved from")
+    command(commands.verify).add_argument("path", help="a work directory, a checkpoint or a prepared data set")
+    return main
+
+
+def _train_arguments(sub: Parser) -> None:
+    sub.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a config file (Python code)")
+    sub.add_argument("--workdir", required=True, help="where everything of this run goes")
+    sub.add_argument("--dry-run", action="store_true", help="print size, FLOPs, memory and tokens, then stop")
+    sub.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps with the profiler")
+    sub.add_argument("--allow-config-change", action="store_true", help="resume although the config differs")
+    sub.add_argument("--allow-data-change", action="store_true", help="resume although the data differ")
+    sub.epilog = "any setting: --config.train.steps=100 (see docs/config.md)"
+
+
+def _prepare_arguments(sub: Parser) -> None:
+    sub.add_argument("inputs", nargs="+", help="files by glob (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) or stdlib:")
+    sub.add_argument("--out", required=True, help="the directory to write")
+    sub.add_argument("--tokenizer", default="bpe", choices=["bpe", "unigram", "bytes", "chars"])
+    sub.add_argument("--tokenizer-file", help="a SentencePiece .model or a Hugging Face tokenizer.json instead")
+    sub.add_argument("--vocab", type=int, default=32_000, help="vocabulary size to train")
+    sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")
+    sub.add_argument("--document-separator", help="splits .txt files into documents")
+    sub.add_argument("--invalid-utf8", default="error", choices=["error", "replace", "skip"])
+    sub.add_argument("--normalize", default="none", choices=["none", "nfc", "nfkc"])
+    sub.add_argument("--newlines", default="keep", choices=["keep", "unix"])
+    sub.add_argument("--split", default="document", choices=["document", "tail"])
+    sub.add_argument("--valid-fraction", type=float, default=0.05)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--workers", type=int, help="processes; default: one per CPU")
+
+
+def _evaluate_arguments(sub: Parser) -> None:
+    sub.add_argument("--workdir", required=True, help="a trained run")
+    sub.add_argument("--step", type=int, help="default: the newest checkpoint")
+    sub.add_argument("--data", action="append", metavar="DIR", help="prepared data set(s); default: the run's own")
+    sub.add_argument("--split", default="valid", choices=["train", "valid"])
+    sub.add_argument("--batch", type=int, default=16, help="rows at a time; changes speed, not results")
+    sub.add_argument("--seq-len", type=int, help="default: as in training")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _generate_arguments(sub: Parser) -> None:
+    sub.add_argument("--workdir", required=True, help="a trained run")
+    sub.add_argument("--step", type=int, help="default: the newest checkpoint")
+    sub.add_argument("--prompt", action="append", help="may be repeated; default: the start of a document")
+    sub.add_argument("--tokens", type=int, default=128, help="how many to generate at most")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    sub.add_argument("--top-k", type=int)
+    sub.add_argument("--top-p", type=float)
+    sub.add_argument("--min-p", type=float)
+    sub.add_argument("--repetition-penalty", type=float, default=1.0)
+    sub.add_argument("--beams", type=int, default=1, help="more than 1: beam search")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--ignore-endoftext", action="store_true", help="go on after the end of a document")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(`--config.a.b=v` without their prefix, all other arguments); `--config.a.b v` is understood, too."""
+    overrides, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        setting = word.removeprefix("--config.")
+        overrides.append(setting if "=" in setting else f"{setting}={next(words, '')}")
+    return overrides, rest
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises ConfigError for what is not an argument, with the nearest thing that is."""
+    overrides, rest = split_overrides(argv)
+    main = parser()
+    arguments, unknown = main.parse_known_args(rest)
+    if unknown:
+        raise ConfigError(f"unexpected argument '{unknown[0]}'{_hint(unknown[0], main, arguments.command)}")
+    if overrides and arguments.command != "train":
+        raise ConfigError(f"lmjax {arguments.command} takes no --config.{overrides[0]}")
+    arguments.overrides = overrides
+    return arguments
+
+
+def _hint(word: str, main: Parser, command: str) -> str:
+    if word.startswith("config."):
+        return f"; did you mean '--{word}'?"
+    actions: Any = main._subparsers._group_actions[0].choices[command]  # type: ignore[union-attr, index]
+    close = difflib.get_close_matches(word.split("=")[0], actions._option_string_actions, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; see `lmjax {command} --help`"
+
+
+def main() -> NoReturn:
+    argv = sys.argv[1:]
+
+    def command() -> int:
+        arguments = parse(argv)
+        if arguments.command in ("train", "evaluate", "generate"):
+            runtime.tune_allocator()
+            runtime.enable_compile_cache()
+        return arguments.function(arguments)
+
+    runtime.run_main(command, debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The schema of an experiment, composed of its parts' configs, and its surface: a locked ConfigDict.
+
+    config file (Python: it is code, run it only if you trust it) -> ConfigDict -> overrides -> Config
+
+A config file starts from `default_config()`, where a misspelt key is an error at once, and changes what it needs. The
+typed `Config` checks types, ranges, choices and what fields demand of each other, once, before a device is touched.
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pydantic
+from etils import epath
+from ml_collections import ConfigDict
+
+from lmjax.checkpoint import CheckpointConfig
+from lmjax.data.config import DataConfig
+from lmjax.errors import ConfigError
+from lmjax.layout import MeshConfig
+from lmjax.models.config import ModelConfig
+from lmjax.optim.config import OptimizerConfig
+from lmjax.schema import config_class
+from lmjax.tracking import TrackingConfig
+from lmjax.train.config import TrainConfig
+
+
+@config_class
+class Config:
+    """One training run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def __post_init__(self) -> None:
+        if self.model.position == "learned" and self.data.seq_len > self.model.context:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len} is longer than the position table model.context={self.model.context}"
+            )
+        if self.train.batch % self.train.microbatches:
+            raise ConfigError(
+                f"train.batch={self.train.batch} is not divisible by train.microbatches={self.train.microbatches}"
+            )
+        if self.optimizer.schedule.warmup > self.train.steps:
+            raise ConfigError(
+                f"optimizer.schedule.warmup={self.optimizer.schedule.warmup} is longer than train.steps="
+                f"{self.train.steps}"
+            )
+
+
+# The surface ------------------------------------------------------------------------------------------------------
+
+
+def default_config() -> ConfigDict:
+    """The defaults of `Config`, locked: setting a key that does not exist raises and suggests the nearest."""
+    return as_config_dict(Config())
+
+
+def as_config_dict(value: Any) -> Any:
+    """A config object as nested locked ConfigDicts, for config files to change."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: as_config_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return ConfigDict(fields).lock()
+    if isinstance(value, Mapping):  # free keys, such as the names of data sources
+        return ConfigDict({name: as_config_dict(child) for name, child in value.items()})
+    return value
+
+
+def parse(tree: Mapping[str, Any]) -> Config:
+    """The typed, checked config of a nested dict. Raises ConfigError naming the first key that does not fit."""
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+
+
+def _describe(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("value_error", "unexpected_keyword_argument"):
+        return f"config.{path}: {message}" if path else message
+    return f"config.{path}={first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+# Files and overrides ----------------------------------------------------------------------------------------------
+
+
+def load(location: str, overrides: Iterable[str] = ()) -> Config:
+    """The config of `path.py[:argument]` with overrides `a.b=value` applied and everything checked."""
+    tree = _run_config_file(location)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse(tree.to_dict())
+
+
+def _run_config_file(location: str) -> ConfigDict:
+    path, _, argument = location.partition(":")
+    try:
+        module = _import_file(path)
+        get_config = module.get_config
+        config = get_config(argument) if argument else get_config()
+    except FileNotFoundError:
+        raise ConfigError(f"--config={location}: no such file '{path}'") from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--config={location}: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={location}: get_config() must return default_config() with changes")
+    return config
+
+
+def _import_file(path: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: a config is a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _apply_override(tree: ConfigDict, override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--config.{override}: give a value, --config.{override}=VALUE")
+    *parents, name = path.split(".")
+    node = tree
+    for depth, parent in enumerate(parents):
+        node = _child(node, parent, path, ".".join(parents[:depth]))
+        if not isinstance(node, ConfigDict):
+            raise ConfigError(f"--config.{path}: '{'.'.join(parents[: depth + 1])}' has no keys below it")
+    old = _child(node, name, path, ".".join(parents))
+    if isinstance(old, ConfigDict):
+        raise ConfigError(f"--config.{path} is a group of settings; set one of {', '.join(sorted(old))}")
+    with node.ignore_type():
+        node[name] = text if isinstance(old, str) else _literal(text)
+
+
+def _child(node: ConfigDict, name: str, path: str, parent: str) -> Any:
+    if name in node:
+        return node[name]
+    close = difflib.get_close_matches(name, list(node), n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(sorted(node)) or 'nothing'}"
+    where = f" in '{parent}'" if parent else ""
+    raise ConfigError(f"--config.{path}: unknown key '{name}'{where} ({hint})")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+# On disk ----------------------------------------------------------------------------------------------------------
+
+
+def to_json(cfg: Config) -> str:
+    return json.dumps(dataclasses.asdict(cfg), indent=1)
+
+
+def from_json(path: epath.PathLike) -> Config:
+    """The resolved config of a work directory: what resuming, evaluating and generating read. Runs no code."""
+    path = epath.Path(path)
+    try:
+        return parse(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable config ({_one_line(error)}); is it a work directory?") from None
+
+
+def run_id(cfg: Config, workdir: epath.PathLike) -> str:
+    """The same for every restart of a run, so that trackers rejoin it."""
+    return hashlib.blake2b(f"{to_json(cfg)}\n{workdir}".encode(), digest_size=8).hexdigest()
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, `{"train.steps": (100, 200)}`."""
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, Mapping):
+            return {prefix: tree}
+        return {
+            key: value
+            for name, child in tree.items()
+            for key, value in flat(child, f"{prefix}.{name}" if prefix else name).items()
+        }
+
+    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
+    keys = dict.fromkeys([*before, *after])
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

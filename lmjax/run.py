@@ -1,0 +1,335 @@
+"""The train command: start or resume, train, evaluate, sample, save, report."""
+
+import dataclasses
+import json
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from lmjax import config as configs
+from lmjax import experiment as parts
+from lmjax import runtime
+from lmjax.checkpoint import Checkpoints
+from lmjax.config import Config
+from lmjax.data.batch import Batch
+from lmjax.data.loader import Loader
+from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, NumericalError
+from lmjax.evaluate.likelihood import macro_average
+from lmjax.experiment import Experiment
+from lmjax.models.flops import sequence_flops
+from lmjax.optim.config import hyper
+from lmjax.runtime import Preemption, Watchdog
+from lmjax.tracking import ConsoleTracker, JsonlTracker, Ledger, Status, Trackers, WandbTracker, read_events, redact
+from lmjax.train.loop import Accounting, Periodic, Reader, train
+from lmjax.train.report import write_report
+from lmjax.train.state import TrainState
+from lmjax.train.step import make_step
+from lmjax.weights import count
+
+# A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
+_FIXED = ("model.", "data.", "optimizer.", "train.steps", "train.batch", "train.seed", "train.loss.z_weight")
+_FREE = ("data.prefetch", "data.verify", "data.cache", "model.attention", "model.remat", "model.unroll")
+
+
+class Options(NamedTuple):
+    """What the command line says beside the config."""
+
+    profile: tuple[int, int] | None = None
+    """First and last step of a profiler trace."""
+    allow_config_change: bool = False
+    allow_data_change: bool = False
+    command: str = ""
+
+
+def run(cfg: Config, workdir: epath.PathLike, options: Options = Options()) -> int:
+    """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is."""
+    workdir = epath.Path(workdir)
+    if is_finished(workdir, cfg):
+        print(f"{workdir} is finished after {cfg.train.steps} steps; see {workdir / 'report.md'}")
+        return DONE
+    check_unchanged(workdir, cfg, allow=options.allow_config_change)
+    make_workdir(workdir)
+    experiment = parts.assemble(cfg)
+    with parts.entered(experiment.mesh), Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
+        return Run(experiment, workdir, options, preemption, watchdog).train()
+
+
+# The work directory -----------------------------------------------------------------------------------------------
+
+
+def is_finished(workdir: epath.Path, cfg: Config) -> bool:
+    summary = workdir / "summary.json"
+    return summary.exists() and json.loads(summary.read_text())["step"] >= cfg.train.steps
+
+
+def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
+    """Raise ConfigError when `workdir` holds a run of another config."""
+    path = workdir / "config.json"
+    if allow or not path.exists():
+        return
+    changed = configs.differences(configs.from_json(path), cfg)
+    fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and not key.startswith(_FREE)}
+    if fixed:
+        shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in list(fixed.items())[:5])
+        raise ConfigError(
+            f"{workdir} holds a run of another config: {shown}; use another --workdir, or --allow-config-change"
+        )
+
+
+def make_workdir(workdir: epath.Path) -> None:
+    """Raises CheckpointError when nothing can be written there: now, not at the first checkpoint."""
+    probe = workdir / ".writable"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"--workdir={workdir} is not writable ({error.strerror}); choose another") from None
+
+
+# The run ----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One attempt at a run, from its newest checkpoint (or the start) to its end (or a preemption)."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: epath.Path,
+        options: Options,
+        preemption: Preemption,
+        watchdog: Watchdog,
+    ) -> None:
+        self.experiment, self.cfg, self.workdir, self.options = experiment, experiment.cfg, workdir, options
+        self.preemption, self.watchdog = preemption, watchdog
+        self.checkpoints = Checkpoints(workdir / "checkpoints", self.cfg.checkpoint)
+        self.evaluations: dict[int, dict[str, float]] = {}
+        """By step, what evaluation found."""
+
+    def train(self) -> int:
+        """Returns the exit code; the trackers learn how it ended even when it raises."""
+        self.watchdog.beat("restoring")
+        state = self.start_or_resume()
+        (self.workdir / "config.json").write_text(configs.to_json(self.cfg))
+        self.experiment.tokenizer.save(self.workdir / "tokenizer")
+        self.attempt = sum(event["event"] == "start" for event in read_events(self.workdir / "metrics.jsonl"))
+        self.ledger = Ledger(self.workdir / "ledger.jsonl")
+        self.trackers = self.make_trackers()
+        self.trackers.start(self.information())
+        status: Status = "failed"
+        try:
+            state, reached = self.loop(state)
+            status = "finished" if reached == self.cfg.train.steps else "preempted"
+            self.end(state, reached)
+        except NumericalError:
+            status = "diverged"
+            raise
+        finally:
+            self.ledger.close()
+            self.trackers.close(status)
+        write_report(self.workdir)
+        if status == "preempted":
+            print(f"preempted: step {reached} is saved; run the same command again to go on")
+            return PREEMPTED
+        print(f"report: {self.workdir / 'report.md'}   loss plot: {self.workdir / 'loss.png'}")
+        return DONE
+
+    def start_or_resume(self) -> TrainState:
+        """The state to go on from; sets the accounting and the loader to match it."""
+        restored = self.checkpoints.restore(parts.abstract_state(self.experiment))
+        if restored is None:
+            state, data, step = parts.initial_state(self.experiment), None, 0
+        else:
+            state, meta, step = restored
+            data = meta["data"]
+            # A changed config was allowed explicitly: what is scalar in it counts from here on.
+            train = self.cfg.train
+            scalars = hyper(self.cfg.optimizer, steps=train.steps, seed=train.seed)
+            state = state.replace(hyper=jax.device_put(scalars, jax.tree.map(lambda x: x.sharding, state.hyper)))
+            print(f"resuming {self.workdir} from step {step}")
+        self.loader = Loader(
+            self.cfg.data,
+            self.experiment.datasets,
+            batch_size=self.cfg.train.batch,
+            start=data,
+            allow_change=self.options.allow_data_change,
+        )
+        self.accounting = self.make_accounting(step, self.loader.next_sample)
+        return state
+
+    def make_accounting(self, step: int, first_sample: int) -> Accounting:
+        device = jax.devices()[0]
+        peak = runtime.peak_flops(device.device_kind)
+        mesh = self.experiment.mesh
+        return Accounting(
+            start=step,
+            first_sample=first_sample,
+            batch=self.cfg.train.batch,
+            tokens_per_sequence=self.cfg.data.seq_len,
+            flops_per_sequence=sequence_flops(self.experiment.model, self.cfg.data.seq_len).causal,
+            peak_flops=None if peak is None else peak * (1 if mesh is None else mesh.size),
+        )
+
+    def loop(self, state: TrainState) -> tuple[TrainState, int]:
+        train_cfg = self.cfg.train
+        reader = Reader(
+            self.trackers.log,
+            train_cfg.log_every,
+            self.accounting,
+            max_skipped=train_cfg.max_skipped_in_a_row,
+            skipped=int(state.counters.skipped_in_a_row),
+        )
+        step = jax.jit(
+            make_step(self.experiment.objective, self.experiment.optimizer, microbatches=train_cfg.microbatches),
+            donate_argnums=0,
+            out_shardings=(parts.shardings(self.experiment), None),
+        )
+        return train(
+            state,
+            {},
+            step,
+            self.batches(),
+            start=self.accounting.start,
+            steps=train_cfg.steps,
+            reader=reader,
+            periodic=self.periodic(),
+            preemption=self.preemption,
+            watchdog=self.watchdog,
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches on the devices, each written to the ledger before it is used."""
+        place = parts.placer(self.experiment.mesh)
+        for step, batch in enumerate(self.loader, self.accounting.start + 1):
+            crc = zlib.crc32(np.ascontiguousarray(batch.tokens_BT))
+            first, rows = self.accounting.samples(step - 1), self.cfg.train.batch
+            self.ledger.record(self.attempt, step, first, rows, crc)
+            yield place(batch)
+
+    # What is done now and then
+
+    def periodic(self) -> list[Periodic]:
+        """The checkpoint comes last: it holds the evaluation of its step."""
+        train_cfg = self.cfg.train
+        return [
+            *self.profile(),
+            Periodic("evaluation", train_cfg.evaluate_every, self.evaluate, at_end=True),
+            Periodic("sample", train_cfg.sample.every, self.sample, at_end=True),
+            Periodic("checkpoint", self.cfg.checkpoint.every, self.save, at_end=True),
+        ]
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        limit = None if step == self.cfg.train.steps else self.cfg.train.evaluate_batches
+        results = parts.evaluate_sources(self.experiment, state.params, limit)
+        values = {
+            f"val/{name}/{field}": value for name, result in results.items() for field, value in result.metrics().items()
+        }
+        if len(results) > 1:
+            values["val/macro/loss"] = macro_average(results)
+        self.evaluations[step] = values
+        self.trackers.log(step, {**self.accounting.totals(step), **values})
+
+    def sample(self, step: int, state: TrainState) -> None:
+        (self.workdir / "samples").mkdir(exist_ok=True)
+        (self.workdir / "samples" / f"{step}.txt").write_text(parts.sample_text(self.experiment, state.params))
+
+    def save(self, step: int, state: TrainState) -> None:
+        self.ledger.sync()
+        meta = {
+            "data": self.loader.state(self.accounting.samples(step)),
+            "config": dataclasses.asdict(self.cfg),
+            **self.accounting.totals(step),
+        }
+        losses = [value for key, value in self.evaluations.get(step, {}).items() if key.endswith("/loss")]
+        self.checkpoints.save(step, state, meta, value=float(np.mean(losses)) if losses else None)
+
+    def profile(self) -> list[Periodic]:
+        """A profiler trace of the steps that `--profile=FIRST:LAST` names."""
+        if self.options.profile is None:
+            return []
+        before, last = self.options.profile[0] - 1, self.options.profile[1]
+
+        def toggle(step: int, state: TrainState) -> None:
+            jax.block_until_ready(state)
+            if step == before:
+                jax.profiler.start_trace(self.workdir / "profile")
+            elif before > self.accounting.start:
+                jax.profiler.stop_trace()
+
+        return [Periodic("profile", None, toggle, at=(before, last))]
+
+    # The end
+
+    def end(self, state: TrainState, reached: int) -> None:
+        """Make sure that what was reached is sealed; of a finished run, write the summary."""
+        self.watchdog.beat("the last checkpoint")
+        if self.checkpoints.last_step != reached:
+            self.save(reached, state)
+        self.checkpoints.wait()
+        if reached < self.cfg.train.steps:
+            return
+        summary = self.summary(reached)
+        if self.cfg.train.compression_baseline:
+            self.watchdog.beat("compressing the validation text")
+            summary |= parts.compression_baselines(self.experiment)
+        self.trackers.summary(summary)
+        (self.workdir / "summary.json").write_text(json.dumps(summary, indent=1))
+        self.print_summary(summary)
+
+    def summary(self, step: int) -> dict[str, Any]:
+        counts = count(self.experiment.model.spec)
+        samples = self.accounting.samples(step)
+        flops = sequence_flops(self.experiment.model, self.cfg.data.seq_len)
+        return {
+            "status": "finished",
+            "step": step,
+            "seed": self.cfg.train.seed,
+            "params/total": counts.total,
+            "params/non_embedding": counts.non_embedding,
+            "params/matmul": counts.matmul,
+            "tokens": samples * self.cfg.data.seq_len,
+            "flops_6nd": samples * flops.six_nd,
+            "flops_causal": samples * flops.causal,
+            "flops_full": samples * flops.full,
+            "epochs": self.loader.epochs(samples),
+            "data/fingerprint": self.loader.fingerprint,
+            **self.evaluations.get(step, {}),
+        }
+
+    def print_summary(self, summary: dict[str, Any]) -> None:
+        for key, value in summary.items():
+            if key.startswith("val/"):
+                print(f"{key} {value:.4f}")
+        print((self.workdir / "samples" / f"{summary['step']}.txt").read_text())
+
+    # Tracking
+
+    def make_trackers(self) -> Trackers:
+        trackers = [JsonlTracker(self.workdir / "metrics.jsonl"), ConsoleTracker()]
+        if self.cfg.tracking.wandb != "off":
+            name = self.cfg.tracking.name or self.workdir.name
+            trackers.append(
+                WandbTracker(self.cfg.tracking, configs.run_id(self.cfg, self.workdir), name, self.workdir)
+            )
+        return Trackers(trackers)
+
+    def information(self) -> dict[str, Any]:
+        """What an attempt says of itself when it starts."""
+        counts = count(self.experiment.model.spec)
+        return {
+            "step": self.accounting.start,
+            "steps": self.cfg.train.steps,
+            "attempt": self.attempt,
+            "command": self.options.command,
+            "workdir": str(self.workdir),
+            "config": redact(dataclasses.asdict(self.cfg)),
+            "params": dataclasses.asdict(counts),
+            "data": {name: dataset.fingerprint for name, dataset in self.experiment.datasets.items()},
+            "environment": runtime.environment(),
+        }

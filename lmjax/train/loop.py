@@ -1,0 +1,145 @@
+"""The visible loop: dispatch a step, read the one before, do what is due.
+
+Everything that can be left out (evaluation, samples, checkpoints, profiles) is a `Periodic` in a list.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax.data.batch import Batch
+from lmjax.errors import NumericalError
+from lmjax.metrics import Metrics, finish
+from lmjax.runtime import Preemption, Watchdog, fault
+from lmjax.train.state import TrainState
+from lmjax.train.step import Step
+from lmjax.weights import Params
+
+Log = Callable[[int, dict[str, Any]], None]
+
+
+class Periodic(NamedTuple):
+    """Something to do every so many steps, with the state of that step."""
+
+    name: str
+    every: int | None
+    action: Callable[[int, TrainState], None]
+    at_end: bool = False
+    at: tuple[int, ...] = ()
+    """Further steps, by number."""
+
+    def due(self, step: int, last: int) -> bool:
+        return bool(self.every and step % self.every == 0) or (self.at_end and step == last) or step in self.at
+
+
+class Accounting(NamedTuple):
+    """What training costs, in exact Python integers: counts never round or overflow."""
+
+    start: int
+    """The step that this attempt starts from, and the global sample that it reads first."""
+    first_sample: int
+    batch: int
+    tokens_per_sequence: int
+    flops_per_sequence: int
+    peak_flops: float | None
+    """Of all devices together; None where unknown, and then there is no MFU."""
+
+    def samples(self, step: int) -> int:
+        """How many samples the first `step` steps read: the index of the next one."""
+        return self.first_sample + (step - self.start) * self.batch
+
+    def totals(self, step: int) -> dict[str, int]:
+        samples = self.samples(step)
+        return {"tokens": samples * self.tokens_per_sequence, "flops": samples * self.flops_per_sequence}
+
+    def rates(self, steps: int, seconds: float) -> dict[str, float]:
+        """Throughput; MFU counts causal attention (a query against the keys it may see) and no recomputation."""
+        sequences_per_second = steps * self.batch / seconds
+        flops_per_second = sequences_per_second * self.flops_per_sequence
+        rates = {
+            "perf/step_time": seconds / steps,
+            "perf/tokens_per_sec": sequences_per_second * self.tokens_per_sequence,
+            "perf/flops_per_sec": flops_per_second,
+        }
+        return rates if self.peak_flops is None else {**rates, "perf/mfu": flops_per_second / self.peak_flops}
+
+
+class Reader:
+    """Reads a step's metrics, stops a run that only skips, and logs with the throughput since the last line."""
+
+    def __init__(self, log: Log, every: int, accounting: Accounting, *, max_skipped: int, skipped: int) -> None:
+        """`skipped` is how many updates in a row were left out before this attempt."""
+        self._log, self._every, self._accounting = log, every, accounting
+        self._max_skipped, self._skipped = max_skipped, skipped
+        self.resume_clock(accounting.start)
+
+    def resume_clock(self, step: int) -> None:
+        """Start measuring anew: after compilation, and after anything that is not training."""
+        self._since, self._clock = step, time.perf_counter()
+
+    def read(self, step: int, metrics: Metrics) -> None:
+        """Raises NumericalError after too many skipped updates in a row."""
+        values = finish(metrics)
+        self._skipped = self._skipped + 1 if values["skipped"] else 0
+        if self._skipped > self._max_skipped:
+            raise NumericalError(
+                f"step {step}: the loss or its gradient was not finite {self._skipped} steps in a row "
+                f"(train.max_skipped_in_a_row={self._max_skipped}); lower optimizer.learning_rate or look at the data"
+            )
+        if step % self._every:
+            return
+        line: dict[str, Any] = {**self._accounting.totals(step), **_named(values)}
+        if step > self._since:
+            line |= self._accounting.rates(step - self._since, time.perf_counter() - self._clock)
+        self._log(step, line)
+        self.resume_clock(step)
+
+
+def _named(values: dict[str, float]) -> dict[str, float]:
+    optim = {"grad_norm", "lr", "skipped"}
+    return {f"{'optim' if name in optim else 'train'}/{name}": value for name, value in values.items()}
+
+
+def train(
+    state: TrainState,
+    frozen: Params,
+    step: Step,
+    batches: Iterator[Batch],
+    *,
+    start: int,
+    steps: int,
+    reader: Reader,
+    periodic: Iterable[Periodic],
+    preemption: Preemption,
+    watchdog: Watchdog,
+) -> tuple[TrainState, int]:
+    """Run steps `start` to `steps`; returns the state and the last step done, less than `steps` when preempted."""
+    periodic = list(periodic)
+    pending: Metrics | None = None
+    for n in range(start, steps):
+        watchdog.beat(f"step {n + 1}")
+        batch = next(batches)
+        fault("step", n + 1)
+        state, metrics = step(state, frozen, batch)
+        if pending is not None:
+            reader.read(n, pending)
+        if n == start:  # the first step compiles: keep it out of the throughput
+            jax.block_until_ready(metrics)
+            reader.resume_clock(n + 1)
+        pending = metrics
+
+        due = [action for action in periodic if action.due(n + 1, steps)]
+        if due or preemption.requested:
+            reader.read(n + 1, pending)
+            pending = None
+            for action in due:
+                watchdog.beat(f"{action.name} at step {n + 1}")
+                action.action(n + 1, state)
+            reader.resume_clock(n + 1)
+        if preemption.requested:
+            return state, n + 1
+    if pending is not None:
+        reader.read(steps, pending)
+    return state, steps
