@@ -49,20 +49,27 @@ class IsoFlopFit:
 def assign_budgets(flops, budgets=None, tolerance: float = BUDGET_TOLERANCE) -> np.ndarray:
     """The budget of each run, (runs,), NaN for runs of none.
 
-    With `budgets`, the nearest within a relative `tolerance`. Without, runs are grouped where consecutive FLOPs differ
-    by less than `tolerance`, and a group is named by its geometric mean.
+    With `budgets`, the nearest within a relative `tolerance`. Without, the densest windows of that half-width are taken
+    one after another, and a budget is named by the geometric mean of its runs.
     """
-    flops = np.asarray(flops, dtype=np.float64)
+    log_flops = np.log(np.asarray(flops, dtype=np.float64))
     if budgets is None:
-        order = np.argsort(flops)
-        groups = np.concatenate([[0], np.cumsum(np.diff(np.log(flops[order])) > np.log1p(tolerance))])
-        means = np.exp([np.log(flops[order][groups == g]).mean() for g in range(groups[-1] + 1)])
-        assigned = np.empty_like(flops)
-        assigned[order] = means[groups]
-        return assigned
+        return _densest_windows(log_flops, np.log1p(tolerance))
     budgets = np.asarray(budgets, dtype=np.float64)
-    nearest = budgets[np.abs(np.log(flops[:, None] / budgets)).argmin(axis=1)]
-    return np.where(np.abs(flops / nearest - 1.0) < tolerance, nearest, np.nan)
+    nearest = budgets[np.abs(log_flops[:, None] - np.log(budgets)).argmin(axis=1)]
+    return np.where(np.abs(np.exp(log_flops) / nearest - 1.0) < tolerance, nearest, np.nan)
+
+
+def _densest_windows(log_flops: np.ndarray, half_width: float) -> np.ndarray:
+    assigned = np.full(len(log_flops), np.nan)
+    while np.isnan(assigned).any():
+        rest = np.flatnonzero(np.isnan(assigned))
+        rest = rest[np.argsort(log_flops[rest], kind="stable")]
+        ends = np.searchsorted(log_flops[rest], log_flops[rest] + 2 * half_width, side="right")
+        first = int(np.argmax(ends - np.arange(len(rest))))
+        members = rest[first : ends[first]]
+        assigned[members] = np.exp(log_flops[members].mean())
+    return assigned
 
 
 def closest_to_budget(params, flops, budgets) -> np.ndarray:

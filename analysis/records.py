@@ -1,0 +1,105 @@
+"""One finished run as its parts: configuration, summary, and history rows. Workdirs and wandb are read into this.
+
+The keys are those of `metrics.jsonl` and `summary.json` of a training work directory: `step`, `tokens`, `flops`,
+`train/loss`, `val/<set>/loss`, `optim/lr`, `params/total`, ...
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    name: str
+    config: dict = field(default_factory=dict)  # nested, as resolved
+    summary: dict = field(default_factory=dict)
+    history: tuple[dict, ...] = ()  # one dict a logged step, rising in `step`
+
+    def series(self, metric: str) -> pd.DataFrame:
+        """Columns step, tokens, flops, loss of the rows that log `metric`."""
+        rows = [row for row in self.history if isinstance(row.get(metric), int | float)]
+        return pd.DataFrame(
+            {
+                "step": [float(row["step"]) for row in rows],
+                "tokens": [float(row.get("tokens", np.nan)) for row in rows],
+                "flops": [float(row.get("flops", np.nan)) for row in rows],
+                "loss": [float(row[metric]) for row in rows],
+            }
+        )
+
+    def final(self, key: str) -> float:
+        """The summary's value, or else the last one logged; NaN when there is neither."""
+        values = [self.summary.get(key)] + [row.get(key) for row in reversed(self.history)]
+        return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)), np.nan)
+
+
+def merge_history(rows) -> tuple[dict, ...]:
+    """Rows by rising step; of rows that repeat a step after a restart, later values win key by key."""
+    by_step: dict[float, dict] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], {}).update(row)
+    return tuple(by_step[step] for step in sorted(by_step))
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def choose_loss(records: list[RunRecord], loss: str | None) -> str:
+    """The metric to analyse: `loss`, or the only `val/<set>/loss` that the runs log, or `train/loss` if none.
+
+    Raises ValueError when several validation sets are logged and none was named.
+    """
+    if loss is not None:
+        return loss
+    logged = {key for record in records for row in record.history for key in row}
+    validation = sorted(key for key in logged if key.startswith("val/") and key.endswith("/loss"))
+    if len(validation) > 1:
+        raise ValueError(f"runs log several validation losses ({', '.join(validation)}): choose one with --loss=NAME")
+    return validation[0] if validation else "train/loss"
+
+
+def table_of(records: list[RunRecord], loss: str) -> pd.DataFrame:
+    """One row a run in the canonical columns of `analysis.runs`, plus every scalar of its config as `config.*`."""
+    return pd.DataFrame([_row(record, loss) for record in records])
+
+
+def _row(record: RunRecord, loss: str) -> dict:
+    flat = flatten(record.config)
+    learning_rates = [row["optim/lr"] for row in record.history if "optim/lr" in row]
+    schedules = [v for k, v in flat.items() if "schedule" in k.rsplit(".", 2)[-1] and isinstance(v, str)]
+    return {
+        "run": record.name,
+        "params_total": record.final("params/total"),
+        "params_non_embedding": record.final("params/non_embedding"),
+        "params_matmul": record.final("params/matmul"),
+        "tokens": record.final("tokens"),
+        "unique_tokens": record.final("data/unique_tokens"),
+        "flops_6nd": record.final("flops_6nd"),
+        "flops_exact": record.final("flops_exact"),
+        "learning_rate": max(learning_rates, default=np.nan),
+        "batch_tokens": _batch_tokens(record),
+        "schedule": schedules[0] if schedules else "",
+        "seed": record.final("seed"),
+        "loss": record.final(loss),
+        "loss_kind": loss,
+        "loss_stderr": record.final(f"{loss}_stderr"),
+        "trunk": str(flat.get("init_from") or record.name),
+        "status": record.summary.get("status", "unfinished"),
+        **{f"config.{key}": value for key, value in flat.items() if isinstance(value, str | int | float | bool)},
+    }
+
+
+def _batch_tokens(record: RunRecord) -> float:
+    """Tokens per step between the last two logged steps (after any batch ramp)."""
+    rows = [row for row in record.history if "tokens" in row]
+    if len(rows) < 2:
+        return np.nan
+    return (rows[-1]["tokens"] - rows[-2]["tokens"]) / (rows[-1]["step"] - rows[-2]["step"])

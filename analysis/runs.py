@@ -1,0 +1,316 @@
+"""One tidy table of runs from any source, checked before anything is fitted to it.
+
+    load_runs("sweep.csv")                      CSV or parquet, one run a row
+    load_runs("workdirs/")                      training work directories, or offline wandb directories
+    load_runs("wandb:entity/project")           wandb, cached
+
+Everything numeric is float64: 6 N D overflows int64 from 1.5e18 FLOPs of 64-bit arithmetic on.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis import wandb_runs, workdirs
+from analysis.records import RunRecord, choose_loss, table_of
+from analysis.surface import FLOPS_PER_PARAM_TOKEN
+
+# Canonical column -> the names it goes by in published tables, lower case, with spaces for underscores.
+ALIASES = {
+    "run": ("run", "run id", "name", "run name"),
+    "params": ("params", "n", "model size", "n params", "num params", "parameters", "model params"),
+    "params_total": ("params total", "total params"),
+    "params_non_embedding": ("params non embedding", "params no embed", "non embedding params", "n non embedding"),
+    "params_matmul": ("params matmul", "matmul params"),
+    "tokens": ("tokens", "d", "n tokens", "num tokens", "training tokens", "train tokens"),
+    "unique_tokens": ("unique tokens", "u"),
+    "flops": ("flops", "c", "training flop", "training flops", "compute", "flop", "total flops"),
+    "flops_6nd": ("flops 6nd",),
+    "flops_exact": ("flops exact",),
+    "flops_convention": ("flops convention", "flop convention"),
+    "budget": ("budget", "flops budget", "flop budget"),
+    "batch_tokens": ("batch tokens", "batch size tokens"),
+    "learning_rate": ("learning rate", "lr", "peak lr", "max lr"),
+    "schedule": ("schedule", "decay", "lr schedule"),
+    "seed": ("seed",),
+    "loss": ("loss", "val loss", "final loss", "validation loss", "final val loss", "l"),
+    "loss_kind": ("loss kind", "split"),
+    "loss_stderr": ("loss stderr", "val loss stderr"),
+    "trunk": ("trunk", "trunk run"),
+    "status": ("status",),
+}
+TEXT = frozenset({"run", "flops_convention", "schedule", "loss_kind", "trunk", "status"})
+# Which N and C a fit uses: the flag's value -> the column.
+PARAM_COUNTS = {"total": "params_total", "non_embedding": "params_non_embedding", "matmul": "params_matmul"}
+FLOP_COUNTS = {"6nd": "flops_6nd", "exact": "flops_exact"}
+LABEL_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    reason: str
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The table and where it comes from.
+
+    `table` has float64 columns params (N), tokens (D), flops (C), loss (nats per token), and as many other canonical
+    columns as the source has; `curves` has run, step, tokens, flops, loss of every logged loss (empty without
+    histories). `notes` says what was derived or looked odd.
+    """
+
+    table: pd.DataFrame
+    curves: pd.DataFrame
+    source: str
+    params_convention: str
+    flops_convention: str
+    loss_name: str
+    sha256: str
+    exclusions: tuple[Exclusion, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def column(self, name: str) -> np.ndarray:
+        return self.table[name].to_numpy()
+
+    @property
+    def points(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(params, tokens, loss), each (runs,)."""
+        return self.column("params"), self.column("tokens"), self.column("loss")
+
+
+def load_runs(
+    source: str | Path,
+    *,
+    loss: str | None = None,
+    params: str | None = None,
+    flops: str | None = None,
+    columns: dict[str, str] | None = None,
+    where: dict[str, str] | None = None,
+    exclude_invalid: bool = False,
+    api=None,
+) -> Runs:
+    """Read, select, check.
+
+    `loss` names the loss column or metric; `params` is a key of PARAM_COUNTS or a column; `flops` a key of FLOP_COUNTS
+    or a column; `columns` maps canonical names to the table's; `where` keeps rows whose column equals a value;
+    `exclude_invalid` drops unusable rows (recorded as exclusions) instead of refusing them.
+    Raises ValueError, one line: what is wrong, where, what to do.
+    """
+    raw, records, loss_name = _read(str(source), loss, api)
+    raw = _select(raw, where or {}, str(source))
+    chosen = {**({"loss": loss} if loss and not records else {}), **(columns or {})}
+    table = _canonical(raw, chosen, str(source))
+    notes: list[str] = []
+    params_convention = _choose_count(table, "params", params, PARAM_COUNTS, str(source))
+    flops_convention = _choose_count(table, "flops", flops, FLOP_COUNTS, str(source))
+    _check_one_convention(table, str(source))
+    exclusions = _exclude_unfinished(table)
+    table = table.drop(index=[i for _, index in exclusions for i in index])
+    exclusions += _invalid_rows(table, exclude_invalid, str(source))
+    table = table.drop(index=[i for _, index in exclusions for i in index if i in table.index])
+    flops_convention = _complete(table, flops_convention, notes, str(source))
+    _check_labels(table, notes, str(source))
+    if table.empty:
+        raise ValueError(f"{source}: no usable run is left: {'; '.join(r for r, _ in exclusions) or 'it is empty'}")
+    names = raw[_find(raw, "run", chosen)] if _find(raw, "run", chosen) else pd.Series(raw.index.astype(str), raw.index)
+    return Runs(
+        table=table.reset_index(drop=True),
+        curves=_curves(records, loss_name, table),
+        source=str(source),
+        params_convention=params_convention,
+        flops_convention=flops_convention,
+        loss_name=loss_name if records else chosen.get("loss", "loss"),
+        sha256=hashlib.sha256(table.to_csv(index=False).encode()).hexdigest(),
+        exclusions=tuple(Exclusion(reason, tuple(str(names[i]) for i in index)) for reason, index in exclusions),
+        notes=tuple(notes),
+    )
+
+
+def _read(source: str, loss: str | None, api) -> tuple[pd.DataFrame, list[RunRecord], str]:
+    records: list[RunRecord] = []
+    if source.startswith("wandb:"):
+        records = wandb_runs.read_project(source.removeprefix("wandb:"), api=api)
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise ValueError(f"{source}: no such file or directory: check the path")
+        if path.is_file():
+            return _read_file(path), [], loss or "loss"
+        records = [workdirs.read_workdir(folder) for folder in workdirs.find_workdirs(path)]
+        records = records or wandb_runs.read_offline(wandb_runs.find_offline(path))
+    if not records:
+        raise ValueError(f"{source}: holds no metrics.jsonl and no .wandb file: name a directory of runs")
+    metric = choose_loss(records, loss)
+    return table_of(records, metric), records, metric
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a readable CSV or parquet table ({reason}): check the file") from None
+    if table.empty:
+        raise ValueError(f"{path}: the table has no rows: check the file")
+    return table
+
+
+def _select(raw: pd.DataFrame, where: dict[str, str], source: str) -> pd.DataFrame:
+    for column, value in where.items():
+        if column not in raw.columns:
+            raise ValueError(f"{source}: --where names no column {column!r} (it has {', '.join(map(str, raw.columns))})")
+        kept = raw[raw[column].astype(str) == value]
+        if kept.empty:
+            present = ", ".join(sorted(raw[column].astype(str).unique())[:8])
+            raise ValueError(f"{source}: no row has {column}={value} (values: {present}): change --where")
+        raw = kept
+    return raw
+
+
+def _find(raw: pd.DataFrame, name: str, chosen: dict[str, str]) -> str | None:
+    """The source column of a canonical one."""
+    if name in chosen:
+        return chosen[name] if chosen[name] in raw.columns else None
+    found = [c for c in raw.columns if str(c).lower().replace("_", " ").strip() in ALIASES[name]]
+    exact = [c for c in found if c == name]
+    return (exact or found or [None])[0]
+
+
+def _canonical(raw: pd.DataFrame, chosen: dict[str, str], source: str) -> pd.DataFrame:
+    for name, column in chosen.items():
+        if name not in ALIASES:
+            raise ValueError(f"{source}: unknown column name {name!r} in --columns: choose from {', '.join(ALIASES)}")
+        if column not in raw.columns:
+            raise ValueError(f"{source}: no column {column!r} for {name} (it has {', '.join(map(str, raw.columns))})")
+    table = pd.DataFrame(index=raw.index)
+    for name in ALIASES:
+        column = _find(raw, name, chosen)
+        if column is not None:
+            table[name] = raw[column].astype(str) if name in TEXT else _numbers(raw[column], source)
+    if "loss" not in table:
+        raise ValueError(
+            f"{source}: no column for loss (it has {', '.join(map(str, raw.columns))}): name it with --loss=COLUMN"
+        )
+    for column in raw.columns:
+        if str(column).startswith("config."):
+            table[column] = raw[column]
+    return table
+
+
+def _numbers(column: pd.Series, source: str) -> pd.Series:
+    numbers = pd.to_numeric(column, errors="coerce").astype(np.float64)
+    bad = column.index[numbers.isna() & column.notna() & (column.astype(str).str.lower() != "nan")]
+    if len(bad):
+        raise ValueError(f"{source}: column {column.name!r} row {bad[0]} is {column[bad[0]]!r}, not a number: repair it")
+    return numbers
+
+
+def _choose_count(table: pd.DataFrame, name: str, choice: str | None, counts: dict[str, str], source: str) -> str:
+    """Fill `name` with the chosen way of counting; return the convention's name."""
+    if choice is not None:
+        column = counts.get(choice, choice)
+        if column not in table or table[column].isna().all():
+            known = ", ".join(key for key, col in counts.items() if col in table)
+            raise ValueError(f"{source}: no {name} counted as {choice!r} (available: {known or 'none'}): change --{name}")
+        table[name] = table[column]
+        return choice
+    if name in table and table[name].notna().any():
+        labels = table["flops_convention"].unique() if name == "flops" and "flops_convention" in table else []
+        return str(labels[0]) if len(labels) == 1 else "as labelled"
+    for key, column in counts.items():
+        if column in table and table[column].notna().any():
+            table[name] = table[column]
+            return key
+    return "absent"
+
+
+def _check_one_convention(table: pd.DataFrame, source: str) -> None:
+    for name, what in (("flops_convention", "FLOP conventions"), ("loss_kind", "losses")):
+        if name in table and table[name].nunique() > 1:
+            counts = ", ".join(f"{value} ({count} rows)" for value, count in table[name].value_counts().items())
+            raise ValueError(f"{source}: mixed {what}: {counts}: keep one with --where=COLUMN=VALUE")
+
+
+def _exclude_unfinished(table: pd.DataFrame) -> list[tuple[str, list]]:
+    if "status" not in table:
+        return []
+    return [
+        (f"not finished (status {status})", list(rows.index))
+        for status, rows in table.groupby("status")
+        if status not in ("finished", "done")
+    ]
+
+
+def _invalid_rows(table: pd.DataFrame, exclude: bool, source: str) -> list[tuple[str, list]]:
+    """Rows that no fit can use. Raises unless they are to be excluded."""
+    found = []
+    for name in ("params", "tokens", "flops", "loss"):
+        if name not in table or table[name].isna().all():
+            continue
+        values = table[name]
+        problems = {"missing or NaN": values.isna(), "infinite": np.isinf(values), "zero or negative": values <= 0}
+        for problem, mask in problems.items():
+            rows = list(table.index[mask])
+            if not rows:
+                continue
+            if not exclude:
+                overflow = " (int64 overflow of 6ND wraps to negative)" if name == "flops" and values.min() < 0 else ""
+                raise ValueError(
+                    f"{source}: {name} is {problem} in {len(rows)} of {len(table)} rows, first in row {rows[0]}"
+                    f"{overflow}: repair them, or drop them with --exclude-invalid"
+                )
+            found.append((f"{name} {problem}", rows))
+    return found
+
+
+def _complete(table: pd.DataFrame, convention: str, notes: list[str], source: str) -> str:
+    """Derive the one missing of N, D, C from the other two by C = 6ND."""
+    absent = [name for name in ("params", "tokens", "flops") if name not in table or table[name].isna().all()]
+    if len(absent) > 1:
+        raise ValueError(
+            f"{source}: needs two of params, tokens, flops; no column for {' and '.join(absent)}: "
+            "name them with --columns=params=COLUMN,..."
+        )
+    for name in absent:
+        notes.append(f"{name} was derived by C = 6ND")
+    if absent == ["flops"]:
+        table["flops"] = FLOPS_PER_PARAM_TOKEN * table["params"] * table["tokens"]
+        return "6nd"
+    if absent == ["tokens"]:
+        table["tokens"] = table["flops"] / (FLOPS_PER_PARAM_TOKEN * table["params"])
+    if absent == ["params"]:
+        table["params"] = table["flops"] / (FLOPS_PER_PARAM_TOKEN * table["tokens"])
+    return convention
+
+
+def _check_labels(table: pd.DataFrame, notes: list[str], source: str) -> None:
+    """Compare the FLOP labels with 6ND: note a factor, refuse a mixture of two."""
+    if table.empty:
+        return
+    factors = np.sort((FLOPS_PER_PARAM_TOKEN * table["params"] * table["tokens"] / table["flops"]).to_numpy())
+    jumps = np.diff(np.log(factors))
+    # Attention and embeddings make 6ND / C drift smoothly with size; a gap of 1.8x splits two ways of counting.
+    if len(jumps) and jumps.max() > np.log(1.8):
+        cut = int(jumps.argmax()) + 1
+        low, high = factors[:cut], factors[cut:]
+        if min(len(low), len(high)) >= 0.1 * len(factors):
+            raise ValueError(
+                f"{source}: mixed FLOP conventions: 6ND / flops is about {np.median(low):.3g} in {len(low)} rows and "
+                f"{np.median(high):.3g} in {len(high)}: keep one convention, or drop the column to derive 6ND"
+            )
+    median = float(np.median(factors))
+    if max(abs(np.log(factors[0])), abs(np.log(factors[-1]))) > LABEL_TOLERANCE:
+        forward = " (labels of the forward pass alone give 3)" if abs(median / 3.0 - 1.0) < LABEL_TOLERANCE else ""
+        notes.append(f"6ND / flops is {median:.3g} (from {factors[0]:.3g} to {factors[-1]:.3g}){forward}")
+
+
+def _curves(records: list[RunRecord], loss: str, table: pd.DataFrame) -> pd.DataFrame:
+    kept = set(table["run"]) if "run" in table else set()
+    series = [record.series(loss).assign(run=record.name) for record in records if record.name in kept]
+    columns = ["run", "step", "tokens", "flops", "loss"]
+    return pd.concat(series, ignore_index=True)[columns] if series else pd.DataFrame(columns=columns)

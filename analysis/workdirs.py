@@ -1,0 +1,53 @@
+"""Read the work directories of training runs: `config.json`, `metrics.jsonl`, `summary.json`."""
+
+import json
+from pathlib import Path
+
+from analysis.records import RunRecord, merge_history
+
+
+def is_workdir(path: Path) -> bool:
+    return (path / "metrics.jsonl").is_file()
+
+
+def find_workdirs(root: Path) -> list[Path]:
+    """`root` itself, or the work directories below it, sorted by path."""
+    if is_workdir(root):
+        return [root]
+    return sorted(path.parent for path in root.rglob("metrics.jsonl"))
+
+
+def read_workdir(path: Path) -> RunRecord:
+    """One run. Raises ValueError naming file and line when a line other than the torn last one is not JSON."""
+    return RunRecord(
+        name=path.name,
+        config=_read_object(path / "config.json"),
+        summary=_read_object(path / "summary.json"),
+        history=merge_history(_read_lines(path / "metrics.jsonl")),
+    )
+
+
+def _read_object(path: Path) -> dict:
+    """The JSON object in `path`; empty when the file is absent, as in a run that has not ended."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error.msg} at line {error.lineno}): restore or delete it") from None
+
+
+def _read_lines(path: Path) -> list[dict]:
+    lines = path.read_text(errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            float(row["step"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            # A killed run leaves its last line torn; anything before that is damage.
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: not a JSON object with a step: repair or delete the line") from None
+        rows.append(row)
+    return rows
