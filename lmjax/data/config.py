@@ -1,0 +1,103 @@
+"""What to prepare, how to cut it into tokens, and what a training run reads of it."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lmjax.errors import ConfigError
+from lmjax.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, config_class
+
+
+@config_class
+class TokenizerConfig:
+    """A tokenizer trained on the documents, or given as a file."""
+
+    kind: Literal["bpe", "unigram", "bytes", "chars", "file"] = "bpe"
+    """SentencePiece trained here (bpe, unigram), raw bytes, single characters, or a file."""
+    vocab: PositiveInt = 32_000
+    """Vocabulary size of the trained kinds, the 256 bytes and three symbols included."""
+    sample_bytes: PositiveInt = 100_000_000
+    """Text that bpe and unigram learn from: a random sample of the training documents, at most this long.
+    Learning takes about 0.15 s (bpe) or 5 s (unigram) per million bytes."""
+    path: str | None = None
+    """The file of kind `file`: a SentencePiece .model or a Hugging Face tokenizer.json."""
+    endoftext: str | None = None
+    """The symbol of kind `file` that ends a document; by default the first of the customary names that it knows."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "file") != (self.path is not None):
+            raise ConfigError(f"tokenizer.path={self.path!r} and tokenizer.kind={self.kind!r}: `file` needs a path, "
+                              "and only `file` takes one")  # fmt: skip
+        if self.endoftext is not None and self.kind != "file":
+            raise ConfigError(f"tokenizer.endoftext={self.endoftext!r}: only kind `file` takes it, not {self.kind!r}")
+
+
+@config_class
+class PrepareConfig:
+    """A recipe: from text to a directory of token shards. Everything here but `workers` fixes the result."""
+
+    inputs: tuple[str, ...] = ("stdlib:",)
+    """Files by glob: .txt, .txt.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; `stdlib:` is the source code of the
+    running Python's standard library, a corpus that every machine has."""
+    text_key: str = "text"
+    """The field of a JSON line, or the column of a Parquet file, that holds the text."""
+    document_separator: str | None = None
+    """Splits a .txt file into documents, itself left out; by default a file is one document."""
+    invalid_utf8: Literal["error", "replace", "skip"] = "error"
+    """Stop, put U+FFFD in place of what cannot be decoded, or leave the document out (and count it)."""
+    normalize: Literal["none", "nfc", "nfkc"] = "none"
+    """Unicode normalization form. NFC keeps what a reader sees, NFKC does not; neither can be undone."""
+    newlines: Literal["keep", "unix"] = "keep"
+    """`unix` turns CRLF and CR into LF."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    split: Literal["document", "tail"] = "document"
+    """`document` draws the validation documents with `seed`; `tail` makes the last characters of the one text it."""
+    valid_fraction: Fraction = 0.05
+    """Share of the documents (`document`) or of the characters (`tail`) that becomes the validation split."""
+    seed: NonNegativeInt = 0
+    """Draws the validation documents and the tokenizer's sample."""
+    shard_tokens: PositiveInt = 1 << 26
+    """A shard is closed with the first document that brings it to this many tokens."""
+    workers: PositiveInt | None = None
+    """Processes that encode; by default one per CPU. The result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ConfigError("prepare.inputs is empty: name at least one file, glob or `stdlib:`")
+        if self.document_separator == "":
+            raise ConfigError("prepare.document_separator is empty: give a string such as '\\n\\n', or None")
+
+
+@config_class
+class SourceConfig:
+    """One prepared data set of a mixture."""
+
+    path: str
+    """The prepared directory; in a bucket (gs://, s3://) it is staged to local disk first."""
+    weight: PositiveFloat = 1.0
+    """Its share of the samples, relative to the other sources."""
+    prepare: PrepareConfig | None = None
+    """The recipe to prepare the directory by, if nothing is there yet."""
+
+
+@config_class
+class DataConfig:
+    """What a training run reads: samples of `seq_len` tokens from a weighted mixture of sources."""
+
+    sources: Annotated[dict[str, SourceConfig], Field(default_factory=dict)] = dataclasses.field(default_factory=dict)
+    """The mixture, by name."""
+    seq_len: PositiveInt = 256
+    """Tokens per row."""
+    documents: Literal["joined", "separate"] = "joined"
+    """`joined`: one stream, documents told apart by endoftext alone. `separate`: rows carry segment ids, positions
+    restart with each document, and the target that would cross into the next document has weight 0."""
+    seed: NonNegativeInt = 0
+    """Fixes the order of documents and windows in every epoch."""
+    prefetch: NonNegativeInt = 8
+    """Batches made ahead by a background thread; 0 makes each when it is asked for."""
+    verify: Literal["sizes", "full"] = "sizes"
+    """Before the first step: compare file sizes and index hashes, or hash every byte. Either way each block of tokens
+    is checked against its checksum when it is first read."""
+    cache: str = "~/.cache/lmjax/data"
+    """Where data sets from buckets are staged."""

@@ -1,0 +1,112 @@
+"""The documents of a recipe, cleaned, and which of them are for validation."""
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from lmjax.data.clean import clean
+from lmjax.data.config import PrepareConfig
+from lmjax.data.sources import InputFile, Report, read_documents
+from lmjax.errors import DataError
+
+Split = Literal["train", "valid"]
+
+
+class Text(NamedTuple):
+    """A document as it will be encoded."""
+
+    name: str
+    text: str
+    split: Split
+
+
+@dataclasses.dataclass
+class Omitted:
+    """Documents that were left out, filled in as a corpus is read."""
+
+    empty: int = 0
+    invalid: int = 0
+
+
+def read_corpus(files: tuple[InputFile, ...], cfg: PrepareConfig, report: Report, omitted: Omitted) -> Iterator[Text]:
+    """The corpus in order. A document without any text is left out; white space counts as text.
+
+    Raises DataError for `split=tail` on anything but one document.
+    """
+    cleaned = _cleaned(files, cfg, report, omitted)
+    if cfg.split == "tail":
+        yield from _tail_split(cleaned, cfg.valid_fraction)
+    else:
+        chosen = validation_documents(cfg.seed, cfg.valid_fraction)
+        next_chosen = next(chosen)
+        for index, (name, text) in enumerate(cleaned):
+            yield Text(name, text, "valid" if index == next_chosen else "train")
+            if index == next_chosen:
+                next_chosen = next(chosen)
+
+
+def validation_documents(seed: int, fraction: float) -> Iterator[int]:
+    """The numbers of the documents drawn for validation: one out of each 1/fraction consecutive ones.
+
+    Stratified rather than independent draws: the share is right for any length of corpus, and no document's place
+    depends on how many come after it. Without end; a fraction of 0 gives none.
+    """
+    if fraction == 0:
+        yield -1
+        return
+    rng = np.random.default_rng([seed, 0])
+    for stratum in range(1 << 62):
+        yield int((stratum + rng.random()) / fraction)
+
+
+def _cleaned(
+    files: tuple[InputFile, ...], cfg: PrepareConfig, report: Report, omitted: Omitted
+) -> Iterator[tuple[str, str]]:
+    for document in read_documents(files, cfg, report):
+        if document.text is None:
+            omitted.invalid += 1
+        elif text := clean(document.text, cfg):
+            yield document.name, text
+        else:
+            omitted.empty += 1
+
+
+def _tail_split(documents: Iterator[tuple[str, str]], fraction: float) -> Iterator[Text]:
+    first, second = next(documents, None), next(documents, None)
+    if second is not None:
+        raise DataError(f"prepare.split=tail takes one text, but {second[0]} follows; use prepare.split=document")
+    if first is not None:
+        name, text = first
+        cut = int(len(text) * (1 - fraction))
+        parts: tuple[tuple[str, Split], ...] = ((text[:cut], "train"), (text[cut:], "valid"))
+        yield from (Text(name, part, split) for part, split in parts if part)
+
+
+def sample_texts(texts: Iterator[Text], limit_bytes: int, seed: int) -> list[str]:
+    """A random sample of the training documents, in their order, of at most `limit_bytes` of UTF-8 (or one document).
+
+    Every document draws a number and the smallest win, so one pass is enough and memory stays near the limit.
+    """
+    rng = np.random.default_rng([seed, 1])
+    heap: list[tuple[float, int, int, str]] = []  # largest draw first
+    total = 0
+    for index, item in enumerate(texts):
+        draw = rng.random()
+        if item.split != "train":
+            continue
+        size = len(item.text.encode("utf-8"))
+        heapq.heappush(heap, (-draw, index, size, item.text))
+        total += size
+        while total > limit_bytes and len(heap) > 1:
+            total -= heapq.heappop(heap)[2]
+    sample = [text for _, _, _, text in sorted(heap, key=lambda entry: entry[1])]
+    return [text[:limit_bytes] for text in sample]
+
+
+def expected_share(fraction: float) -> int:
+    """How many documents it takes to be sure of one for validation."""
+    return 2 * math.ceil(1 / fraction)

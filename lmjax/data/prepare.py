@@ -1,0 +1,278 @@
+"""From text to a prepared data set: `prepare(recipe, directory)`.
+
+The directory is finished when it holds a manifest, which is written last. Until then `preparing/` holds the recipe and
+a record of each finished shard; a run that was killed goes on after the last of them, and its result is the same byte
+for byte.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lmjax.data import storage
+from lmjax.data.clean import describe
+from lmjax.data.config import PrepareConfig
+from lmjax.data.corpus import Omitted, Split, Text, expected_share, read_corpus, sample_texts
+from lmjax.data.encoding import DocumentError, Encoded, encode_batches
+from lmjax.data.manifest import FILE, Manifest, ShardManifest, SplitManifest, as_json, read_manifest, write_manifest
+from lmjax.data.progress import Progress, showing
+from lmjax.data.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, write_shard
+from lmjax.data.sources import InputFile, list_inputs
+from lmjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lmjax.errors import DataError
+
+_PREPARING = "preparing"
+_RECIPE = "recipe.json"
+_SPLITS: tuple[Split, ...] = ("train", "valid")
+_BATCH_CHARS = 1 << 20  # what one request to a worker holds at least
+
+
+def prepare(cfg: PrepareConfig, path: str | os.PathLike[str], *, progress: bool = True) -> Manifest:
+    """Make the data set that the recipe describes in the directory `path`, or finish making it.
+
+    A finished directory of the same recipe is left alone. Raises DataError for one of another recipe (naming what
+    differs), for bad input (naming file and place), and for a disk that is full.
+    """
+    directory = storage.locate(path)
+    if (directory / FILE).exists():
+        return _finished(cfg, directory)
+    files = list_inputs(cfg.inputs)
+    with storage.reporting(directory, "write"):
+        (directory / _PREPARING).mkdir(parents=True, exist_ok=True)
+    with storage.locked(directory / _PREPARING):
+        if (directory / FILE).exists():  # another process made it while this one waited
+            return _finished(cfg, directory)
+        return _make(cfg, directory, files, progress)
+
+
+def recipe_of(cfg: PrepareConfig, files: tuple[InputFile, ...]) -> dict[str, Any]:
+    """The choices that fix the result, and a hash of the input files' names and sizes, as JSON."""
+    choices = dataclasses.asdict(cfg)
+    del choices["workers"]
+    listing = "\n".join(f"{file.path.name} {file.size}" for file in files)
+    return json.loads(json.dumps(choices | {"files": storage.hash_bytes(listing.encode("utf-8", "surrogateescape"))}))
+
+
+def _finished(cfg: PrepareConfig, directory: epath.Path) -> Manifest:
+    """The manifest, if it is of this recipe. The inputs need not exist any more, but must not have changed."""
+    manifest = read_manifest(directory)
+    try:
+        files = list_inputs(cfg.inputs)
+    except DataError:
+        files = None
+    wanted = recipe_of(cfg, files or ())
+    if files is None:
+        wanted["files"] = manifest.recipe.get("files")
+    if differing := _difference(manifest.recipe, wanted):
+        raise DataError(f"{directory} was prepared differently: {differing}; use a new directory or delete this one")
+    return manifest
+
+
+def _difference(was: Any, wanted: Any, key: str = "") -> str:
+    """The first key at which two recipes differ, with both values; empty if they are equal."""
+    if isinstance(was, dict) and isinstance(wanted, dict):
+        for name in sorted(was.keys() | wanted.keys()):
+            if found := _difference(was.get(name), wanted.get(name), f"{key}.{name}" if key else name):
+                return found
+        return ""
+    if was == wanted:
+        return ""
+    return "the input files changed since" if key == "files" else f"{key} was {was!r}, now {wanted!r}"
+
+
+# Making ---------------------------------------------------------------------------------------------------------------
+
+
+def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...], progress: bool) -> Manifest:
+    recipe = recipe_of(cfg, files)
+    _continue_or_clear(directory, recipe)
+    tokenizer = _tokenizer(cfg, directory, files)
+    writers = {split: _Writer(directory, split, cfg.shard_tokens, tokenizer.vocab_size) for split in _SPLITS}
+    omitted = Omitted()
+    with showing(sum(file.size for file in files), progress) as shown:
+        _encode(cfg, directory, files, writers, omitted, shown)
+    for writer in writers.values():
+        writer.close()
+    _check_splits(cfg, writers)
+    manifest = Manifest(
+        dtype=token_dtype(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        endoftext_id=tokenizer.endoftext_id,
+        normalization=describe(cfg),
+        empty_documents=omitted.empty,
+        invalid_documents=omitted.invalid,
+        splits={split: SplitManifest.of(tuple(writer.shards)) for split, writer in writers.items() if writer.shards},
+        recipe=recipe,
+    )
+    write_manifest(manifest, directory)
+    with storage.reporting(directory, "write"):
+        (directory / _PREPARING).rmtree()
+    return manifest
+
+
+def _continue_or_clear(directory: epath.Path, recipe: dict[str, Any]) -> None:
+    """Keep what an interrupted run of the same recipe finished; remove that of another."""
+    path = directory / _PREPARING / _RECIPE
+    if path.exists() and storage.read_bytes(path) == json.dumps(recipe).encode():
+        return
+    with storage.reporting(directory, "write"):
+        for record in (directory / _PREPARING).glob("*.json"):
+            record.unlink()
+        if (directory / TOKENIZER).exists():
+            (directory / TOKENIZER).rmtree()
+    storage.write_atomically(path, json.dumps(recipe).encode())
+
+
+def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...]) -> Tokenizer:
+    """The tokenizer of an interrupted run, or one made now, saved in the directory."""
+    home = directory / TOKENIZER
+    marker = directory / _PREPARING / "tokenizer.json"
+    if not marker.exists():
+        texts = read_corpus(files, cfg, _ignore, Omitted())
+        learns = cfg.tokenizer.kind in ("bpe", "unigram")
+        sample = sample_texts(texts, cfg.tokenizer.sample_bytes, cfg.seed) if learns else (item.text for item in texts)
+        train_tokenizer(cfg.tokenizer, sample).save(home)
+        storage.write_atomically(marker, b"{}")
+    return load_tokenizer(home)
+
+
+def _ignore(n_bytes: int) -> None:
+    pass
+
+
+def _encode(
+    cfg: PrepareConfig,
+    directory: epath.Path,
+    files: tuple[InputFile, ...],
+    writers: dict[Split, "_Writer"],
+    omitted: Omitted,
+    progress: Progress,
+) -> None:
+    """Encode every document that is not in a finished shard yet and hand it to the writer of its split."""
+    waiting: list[list[Text]] = []  # batches that were sent but have not come back, oldest first
+
+    def batches() -> Iterator[list[str]]:
+        for batch in _batched(_unfinished(read_corpus(files, cfg, progress.read, omitted), writers)):
+            waiting.append(batch)
+            yield [item.text for item in batch]
+
+    try:
+        for encoded in encode_batches(directory / TOKENIZER, batches(), cfg.workers or _cpu_count()):
+            batch = waiting.pop(0)
+            _write(batch, encoded, writers)
+            progress.encoded(len(batch), len(encoded.tokens))
+    except DocumentError as error:
+        raise DataError(f"{waiting[0][error.index].name}: {error}") from error
+
+
+def _unfinished(texts: Iterator[Text], writers: dict[Split, "_Writer"]) -> Iterator[Text]:
+    done = {split: sum(shard.documents for shard in writer.shards) for split, writer in writers.items()}
+    for item in texts:
+        if done[item.split]:
+            done[item.split] -= 1
+        else:
+            yield item
+
+
+def _batched(texts: Iterator[Text]) -> Iterator[list[Text]]:
+    batch: list[Text] = []
+    size = 0
+    for item in texts:
+        batch.append(item)
+        size += len(item.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write(batch: list[Text], encoded: Encoded, writers: dict[Split, "_Writer"]) -> None:
+    ends = np.cumsum(encoded.n_tokens)
+    for index, item in enumerate(batch):
+        tokens = encoded.tokens[ends[index] - encoded.n_tokens[index] : ends[index]]
+        writers[item.split].add(tokens, int(encoded.n_bytes[index]), bool(encoded.exact[index]))
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Writer:
+    """Collects the documents of one split and writes a shard whenever it is full."""
+
+    def __init__(self, directory: epath.Path, split: Split, shard_tokens: int, vocab_size: int):
+        self._directory = directory
+        self._split = split
+        self._shard_tokens = shard_tokens
+        self._dtype = token_dtype(vocab_size)
+        self.shards: list[ShardManifest] = []
+        self._resume()
+        self._start_shard()
+
+    def _start_shard(self) -> None:
+        self._documents: list[np.ndarray] = []
+        self._tokens = self._text_bytes = self._inexact = 0
+
+    def add(self, tokens: np.ndarray, text_bytes: int, exact: bool) -> None:
+        """The next document, endoftext included."""
+        self._documents.append(tokens)
+        self._tokens += len(tokens)
+        self._text_bytes += text_bytes
+        self._inexact += not exact
+        if self._tokens >= self._shard_tokens:
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is as a shard, its record last."""
+        if not self._documents:
+            return
+        ends = np.cumsum([len(document) for document in self._documents])
+        tokens = np.concatenate(self._documents)
+        shard = write_shard(self._directory, self._name(), tokens, ends, self._text_bytes, self._inexact)
+        storage.write_atomically(self._record(shard.name), as_json(shard).encode())
+        self.shards.append(shard)
+        self._start_shard()
+
+    def _name(self) -> str:
+        return f"{self._split}-{len(self.shards):05d}"
+
+    def _record(self, name: str) -> epath.Path:
+        return self._directory / _PREPARING / f"{name}.json"
+
+    def _resume(self) -> None:
+        """Take over the shards of an interrupted run, as long as their files are there in full."""
+        while (record := self._record(self._name())).exists():
+            shard = ShardManifest(**json.loads(storage.read_bytes(record)))
+            if not self._is_intact(shard):
+                break
+            self.shards.append(shard)
+
+    def _is_intact(self, shard: ShardManifest) -> bool:
+        sizes = shard_sizes(shard, self._dtype)
+        return all(
+            (self._directory / name).exists()
+            and (self._directory / name).stat().length == sizes[name]
+            and storage.hash_file(self._directory / name) == digest
+            for name, digest in shard_files(shard).items()
+        )
+
+
+def _check_splits(cfg: PrepareConfig, writers: dict[Split, _Writer]) -> None:
+    counts = {split: sum(shard.documents for shard in writer.shards) for split, writer in writers.items()}
+    total = sum(counts.values())
+    if total == 0:
+        raise DataError(f"no text in {', '.join(cfg.inputs)}: every document is empty or was skipped")
+    if counts["train"] == 0:
+        raise DataError(f"no training documents: prepare.valid_fraction={cfg.valid_fraction} took all {total}")
+    if counts["valid"] == 0 and cfg.valid_fraction > 0:
+        raise DataError(
+            f"none of the {total} documents fell to validation at prepare.valid_fraction={cfg.valid_fraction}: raise "
+            f"it (sure from {expected_share(cfg.valid_fraction)} documents), or use prepare.split=tail for one text"
+        )

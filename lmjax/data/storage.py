@@ -1,0 +1,131 @@
+"""Files, local or in a bucket: located, written whole or not at all, hashed, locked, staged to local disk."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from etils import epath
+
+from lmjax.errors import DataError
+
+_EXTRAS = {"gs": "gcp", "s3": "aws"}
+_CHUNK_BYTES = 1 << 22
+
+
+def locate(path: str | os.PathLike[str]) -> epath.Path:
+    """`path` with ~ expanded; DataError if it is in a bucket whose package is not installed."""
+    located = epath.Path(path).expanduser()
+    if is_remote(located):
+        with reporting(located):
+            located.exists()
+    return located
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Whether `path` is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def reporting(path: os.PathLike[str], doing: str = "read") -> Iterator[None]:
+    """Turns a failure of the storage into a DataError that names the file."""
+    try:
+        yield
+    except ImportError as error:
+        scheme = os.fspath(path).partition("://")[0]
+        raise DataError(
+            f"cannot {doing} {os.fspath(path)}: install lmjax[{_EXTRAS.get(scheme, scheme)}] for {scheme}:// paths"
+        ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot {doing} {os.fspath(path)}: {reason}") from error
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """The file's content; DataError if it cannot be read."""
+    with reporting(path):
+        return path.read_bytes()
+
+
+def write_atomically(path: epath.Path, *parts: bytes | memoryview) -> None:
+    """Write the parts so that `path` either holds all of them, on disk, or is as before."""
+    draft = path.parent / (path.name + ".tmp")
+    with reporting(path, "write"):
+        try:
+            with draft.open("wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                if not is_remote(path):
+                    os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)  # a draft would keep a full disk full
+            raise
+
+
+def hash_bytes(*parts: bytes | memoryview) -> str:
+    """BLAKE2b of the parts one after the other, 256 bits, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def hash_file(path: epath.Path, copy_to: BinaryIO | None = None) -> str:
+    """`hash_bytes` of a file's content, copied on the way if wished."""
+    digest = hashlib.blake2b(digest_size=32)
+    with reporting(path), path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            if copy_to is not None:
+                copy_to.write(chunk)
+    return digest.hexdigest()
+
+
+def fetch(source: epath.Path, target: epath.Path, expected_hash: str) -> None:
+    """Copy a file to local disk, hashed on the way; what is there already and right is kept.
+
+    Raises DataError if the content does not have the expected hash.
+    """
+    if target.exists() and hash_file(target) == expected_hash:
+        return
+    draft = target.parent / (target.name + ".tmp")
+    with reporting(target, "write"), draft.open("wb") as file:
+        found = hash_file(source, copy_to=file)
+    if found != expected_hash:
+        draft.unlink()
+        raise DataError(f"{source} is damaged: its hash is not the manifest's; prepare the data set again")
+    draft.replace(target)
+
+
+def require_space(directory: epath.Path, needed: int) -> None:
+    """DataError unless the disk that holds `directory` has `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise DataError(
+            f"{directory} has {free / 1e9:.1f} GB free but staging needs {needed / 1e9:.1f} GB; "
+            "free some space or point data.cache to another disk"
+        )
+
+
+@contextlib.contextmanager
+def locked(directory: epath.Path) -> Iterator[None]:
+    """Keeps other processes on this file system out of `directory`; a process that dies lets go.
+
+    A bucket has no locks: there two writers at once are the caller's to avoid.
+    """
+    if is_remote(directory):
+        yield
+        return
+    import fcntl
+
+    with reporting(directory, "write"):
+        file = (directory / "lock").open("wb")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,178 @@
+"""Text to token ids and back: the protocol, and loading, saving and training by kind.
+
+Three promises hold for every tokenizer here.
+- A token that stands for "unknown" is never emitted: encoding raises a DataError that names the character.
+- endoftext is the loader's mark between documents. Text that merely spells it is encoded as ordinary text, and decoding
+  renders it as nothing, so `decode(encode(x)) == x` for every text that a lossless tokenizer is given.
+- The same content has the same `hash`, which data sets and checkpoints carry.
+"""
+
+import functools
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from etils import epath
+
+from lmjax.data import storage
+from lmjax.data.config import TokenizerConfig
+from lmjax.errors import DataError
+
+ENDOFTEXT = "<|endoftext|>"
+_DESCRIPTION = "tokenizer.description.json"
+_FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "chars": "alphabet.json", "bytes": None}
+
+
+class Tokenizer(Protocol):
+    """What training, generation and `prepare` need of a tokenizer. Implementations subclass it."""
+
+    kind: str
+    """sentencepiece, huggingface, chars or bytes: how it is stored."""
+    vocab_size: int
+    """Every id is below it."""
+    endoftext_id: int
+    """The id that follows every document."""
+    endoftext: str
+    """The symbol of that id."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without endoftext. Raises DataError for a character that it cannot represent."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 that the ids spell; a character may be cut at either end, so a stream joins before it decodes."""
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """The tokenizer's file."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """BLAKE2b of all that fixes what the tokenizer does."""
+        return _hash(self._description(), self.content())
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "endoftext_id": self.endoftext_id,
+            "endoftext": self.endoftext,
+        }
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the tokenizer so that `load_tokenizer(directory)` is its equal; the description comes last."""
+        target = storage.locate(directory)
+        with storage.reporting(target, "write"):
+            target.mkdir(parents=True, exist_ok=True)
+        if name := _FILES[self.kind]:
+            storage.write_atomically(target / name, self.content())
+        storage.write_atomically(target / _DESCRIPTION, json.dumps(self._description(), indent=2).encode())
+
+
+def load_tokenizer(path: str | os.PathLike[str], endoftext: str | None = None) -> Tokenizer:
+    """The tokenizer saved in a directory, or of a SentencePiece .model or a Hugging Face tokenizer.json file.
+
+    `endoftext` names the symbol that ends a document in a foreign file; by default the customary ones are looked for.
+    Raises DataError if it is missing, damaged, or has no such symbol.
+    """
+    located = storage.locate(path)
+    if located.is_dir() and not (located / _DESCRIPTION).exists():
+        candidates = [located / name for name in ("tokenizer.model", "tokenizer.json") if (located / name).exists()]
+        if not candidates:
+            raise DataError(f"no tokenizer in {located}: neither tokenizer.model nor tokenizer.json")
+        located = candidates[0]
+    if not located.is_dir():
+        if not located.exists():
+            raise DataError(f"tokenizer {located} does not exist; check tokenizer.path")
+        kind = "huggingface" if located.suffix == ".json" else "sentencepiece"
+        return _build(kind, storage.read_bytes(located), endoftext, str(located))
+    description, content = _read_saved(located)
+    tokenizer = _build(description["kind"], content, description["endoftext"], str(located))
+    if tokenizer._description() != description:
+        raise DataError(f"tokenizer in {located} is not what its {_DESCRIPTION} says; restore it or prepare again")
+    return tokenizer
+
+
+def saved_hash(directory: str | os.PathLike[str]) -> str:
+    """`Tokenizer.hash` of a saved tokenizer without building it. Raises DataError if its files are damaged."""
+    return _hash(*_read_saved(storage.locate(directory)))
+
+
+def train_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that the config asks for; bpe, unigram and chars learn from `texts`, all of them.
+
+    The same texts in the same order give the same tokenizer, bit by bit. Raises DataError if the texts cannot give a
+    vocabulary of the size asked for.
+    """
+    from lmjax.data import alphabets
+
+    if cfg.kind == "bytes":
+        return alphabets.ByteTokenizer()
+    if cfg.kind == "chars":
+        return alphabets.CharacterTokenizer(_characters(texts))
+    if cfg.kind == "file":
+        assert cfg.path is not None
+        return load_tokenizer(cfg.path, cfg.endoftext)
+    from lmjax.data.pieces import train_sentencepiece
+
+    return train_sentencepiece(cfg, texts)
+
+
+def bytes_of(ids: Sequence[int], table: Sequence[bytes]) -> bytes:
+    """The table's entries for the ids, joined. Raises DataError for an id outside the vocabulary."""
+    try:
+        return b"".join([table[index] for index in ids])
+    except IndexError:
+        raise DataError(f"token id {max(ids)} is outside the tokenizer's vocabulary of {len(table)}") from None
+
+
+def _characters(texts: Iterable[str]) -> set[str]:
+    alphabet: set[str] = set()
+    for text in texts:
+        alphabet.update(text)
+    return alphabet
+
+
+def _build(kind: str, content: bytes, endoftext: str | None, name: str) -> Tokenizer:
+    if kind == "bytes":
+        from lmjax.data.alphabets import ByteTokenizer
+
+        return ByteTokenizer()
+    if kind == "chars":
+        from lmjax.data.alphabets import CharacterTokenizer
+
+        return CharacterTokenizer.from_content(content, name)
+    if kind == "sentencepiece":
+        from lmjax.data.pieces import SentencePieceTokenizer
+
+        return SentencePieceTokenizer(content, endoftext, name)
+    from lmjax.data.huggingface import HuggingFaceTokenizer
+
+    return HuggingFaceTokenizer(content, endoftext, name)
+
+
+def _read_saved(directory: epath.Path) -> tuple[dict[str, Any], bytes]:
+    path = directory / _DESCRIPTION
+    try:
+        description = json.loads(storage.read_bytes(path))
+        file, _ = _FILES[description["kind"]], str(description["endoftext"])
+    except DataError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error!r}; restore it or prepare the data set again") from error
+    return description, storage.read_bytes(directory / file) if file else b""
+
+
+def _hash(description: dict[str, Any], content: bytes) -> str:
+    return storage.hash_bytes(json.dumps(description, sort_keys=True).encode(), b"\n", content)

@@ -1,0 +1,185 @@
+"""Fixed-length windows of a split: in shuffled order by random access for training, in plain order for evaluation.
+
+An epoch's stream is all documents of the split in an order drawn anew for the epoch, over all shards together, end to
+end, each closed by its endoftext. Window w of the stream is tokens [w T, w T + T], so neighbours share one token and
+every token but the stream's first is a target in exactly one window. The stream's tail, fewer than T targets, is left
+out of that epoch; the next epoch's order puts other text there. Windows are drawn in an order of their own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from lmjax.data.batch import Batch
+from lmjax.data.permutation import permuted
+from lmjax.data.shards import TokenSplit
+from lmjax.errors import DataError
+
+_BLOCK = 4096  # window numbers drawn at a time
+Documents = Literal["joined", "separate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """Documents in some order, end to end."""
+
+    order: np.ndarray
+    """Which document comes n-th."""
+    starts: np.ndarray
+    """int64 [n_documents + 1]: where the n-th document starts in the stream."""
+
+
+class Windows:
+    """The training samples of one split: sample `cursor`, for any cursor from 0, is a pure function of the arguments.
+
+    Cursor c is window `c % n_windows` of epoch `c // n_windows`, in the epoch's own order. Memory: 24 bytes per
+    document, 12 more while a batch lies across two epochs.
+    """
+
+    def __init__(self, split: TokenSplit, seq_len: int, seed: int):
+        self.n_windows = (split.n_tokens - 1) // seq_len
+        if self.n_windows == 0:
+            raise DataError(
+                f"{split.n_tokens} tokens in {split.shards[0].path.parent} do not make one window of "
+                f"data.seq_len={seq_len}; shorten it or add text"
+            )
+        self._split = split
+        self._seq_len = seq_len
+        self._seed = seed
+        # Per instance, unlike a cache on the method, so that a dropped Windows frees its memory.
+        self._stream = functools.lru_cache(maxsize=2)(self._make_stream)
+        self._numbers = functools.lru_cache(maxsize=4)(self._draw_numbers)
+
+    def gather(self, cursors: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """The windows at `cursors` (int64 [B]), all at once.
+
+        Returns tokens [B, T + 1] in the split's dtype and, if wished, segments int32 [B, T + 1]: which document of its
+        row, from 0, a token belongs to.
+        """
+        epochs = cursors // self.n_windows
+        numbers = self._window_numbers(cursors)
+        if epochs[0] == epochs[-1]:
+            return self._gather(self._stream(int(epochs[0])), numbers, segments)
+        tokens = np.empty((len(cursors), self._seq_len + 1), self._split.dtype)
+        segments_BS = np.empty(tokens.shape, np.int32) if segments else None
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            tokens[rows], found = self._gather(self._stream(int(epoch)), numbers[rows], segments)
+            if segments_BS is not None:
+                segments_BS[rows] = found
+        return tokens, segments_BS
+
+    def _gather(self, stream: _Stream, numbers: np.ndarray, segments: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        length = self._seq_len + 1
+        return _gather(self._split, stream, numbers * self._seq_len, length, segments)
+
+    def _window_numbers(self, cursors: np.ndarray) -> np.ndarray:
+        """Which window of its epoch's stream each cursor means."""
+        blocks = cursors // _BLOCK
+        if blocks[0] == blocks[-1]:
+            return self._numbers(int(blocks[0]))[cursors % _BLOCK]
+        return np.concatenate(
+            [self._numbers(int(block))[cursors[blocks == block] % _BLOCK] for block in np.unique(blocks)]
+        )
+
+    def _draw_numbers(self, block: int) -> np.ndarray:
+        cursors = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+        epochs = cursors // self.n_windows
+        numbers = [
+            permuted(cursors[epochs == epoch] % self.n_windows, self.n_windows, self._seed, 2 * int(epoch) + 1)
+            for epoch in np.unique(epochs)
+        ]
+        return np.concatenate(numbers)
+
+    def _make_stream(self, epoch: int) -> _Stream:
+        n_documents = self._split.n_documents
+        order = permuted(np.arange(n_documents), n_documents, self._seed, 2 * epoch)
+        return _stream(self._split, order)
+
+
+def _stream(split: TokenSplit, order: np.ndarray) -> _Stream:
+    lengths = np.diff(split.document_starts)[order]
+    starts = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return _Stream(order.astype(np.int32 if len(order) < 1 << 31 else np.int64), starts)
+
+
+def _gather(
+    split: TokenSplit, stream: _Stream, starts: np.ndarray, length: int, segments: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens [len(starts), length] of the stream from each of `starts`: the pieces of documents that lie there."""
+    first = np.searchsorted(stream.starts, starts, side="right") - 1
+    last = np.searchsorted(stream.starts, starts + length, side="left") - 1
+    pieces_per_row = last - first + 1
+    row_ends = np.cumsum(pieces_per_row)
+    rank = np.arange(row_ends[-1]) + np.repeat(first - row_ends + pieces_per_row, pieces_per_row)
+    row_start = np.repeat(starts, pieces_per_row)
+    begin = np.maximum(stream.starts[rank], row_start)
+    lengths = np.minimum(stream.starts[rank + 1], row_start + length) - begin
+    where = split.document_starts[stream.order[rank]] + begin - stream.starts[rank]
+    tokens = split.take(where, lengths).reshape(len(starts), length)
+    if not segments:
+        return tokens, None
+    segment = (rank - np.repeat(first, pieces_per_row)).astype(np.int32)
+    return tokens, np.repeat(segment, lengths).reshape(tokens.shape)
+
+
+def as_batch(tokens_BS: np.ndarray, segments_BS: np.ndarray | None, ids_B: np.ndarray) -> Batch:
+    """Windows of T + 1 tokens as T inputs and T targets; a target in another document than its input weighs 0."""
+    tokens_BT = tokens_BS[:, :-1].astype(np.int32)
+    targets_BT = tokens_BS[:, 1:].astype(np.int32)
+    ids_B = (ids_B % (1 << 31)).astype(np.int32)
+    if segments_BS is None:
+        return Batch(tokens_BT, targets_BT, np.ones(tokens_BT.shape, np.float32), ids_B)
+    segments_BT = np.ascontiguousarray(segments_BS[:, :-1])
+    weights_BT = (segments_BS[:, 1:] == segments_BT).astype(np.float32)
+    return Batch(tokens_BT, targets_BT, weights_BT, ids_B, segments_BT, _positions(segments_BT))
+
+
+def _positions(segments_BT: np.ndarray) -> np.ndarray:
+    """int32, counted from where each document starts in its row (a row that opens within a document starts at 0)."""
+    time = np.arange(segments_BT.shape[1], dtype=np.int32)
+    begins = np.diff(segments_BT, axis=1, prepend=-1) != 0
+    return time - np.maximum.accumulate(np.where(begins, time, 0), axis=1)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def evaluation_batches(split: TokenSplit, seq_len: int, batch_size: int, documents: Documents) -> Iterator[Batch]:
+    """The whole split once: documents in stored order, in windows that share no context, padded at the end.
+
+    Every token of the split is a target with weight 1 exactly once, but for the very first, which nothing precedes,
+    and, if documents are separate, the first of each document. So n_tokens - 1 targets are scored (n_tokens -
+    n_documents if separate), whatever `seq_len` and `batch_size` are. Every batch has shape [batch_size, seq_len]; what
+    pads the last has weight 0 and the token endoftext.
+    """
+    stream = _stream(split, np.arange(split.n_documents))
+    n_targets = split.n_tokens - 1
+    separate = documents == "separate"
+    for low in range(0, -(-n_targets // seq_len), batch_size):
+        numbers = np.arange(low, low + batch_size)
+        tokens_BS, segments_BS = _padded_rows(split, stream, numbers, seq_len, separate)
+        batch = as_batch(tokens_BS, segments_BS, numbers)
+        scored_BT = numbers[:, None] * seq_len + np.arange(seq_len) < n_targets
+        yield dataclasses.replace(batch, weights_BT=batch.weights_BT * scored_BT)
+
+
+def _padded_rows(
+    split: TokenSplit, stream: _Stream, numbers: np.ndarray, seq_len: int, segments: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The windows of these numbers, as far as the stream goes; then padding, in a segment of its own."""
+    n_full, rest = divmod(split.n_tokens - 1, seq_len)
+    tokens_BS = np.zeros((len(numbers), seq_len + 1), split.dtype)
+    segments_BS = np.full(tokens_BS.shape, seq_len + 1, np.int32) if segments else None
+    full = int((numbers < n_full).sum())
+    for rows, length in ((slice(0, full), seq_len + 1), (slice(full, full + 1), rest + 1)):
+        starts = numbers[rows] * seq_len
+        if len(starts) and starts[0] < split.n_tokens - 1:
+            tokens_BS[rows, :length], found = _gather(split, stream, starts, length, segments)
+            if segments_BS is not None:
+                segments_BS[rows, :length] = found
+    return tokens_BS, segments_BS
