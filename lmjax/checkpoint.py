@@ -14,6 +14,7 @@ directory says so) and none is good, that is an error; only if none ever was doe
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -158,6 +159,8 @@ class Checkpoints:
             fault("checkpoint.after_seal")
             _read_verified(path, self._cfg.verify)
         except Exception as error:
+            with contextlib.suppress(Exception):
+                response.result()  # Orbax must have stopped writing before its files are cleared away
             failure = _failure(path, manifest, error)
             _delete(path)
             self._delete_unfinished()
