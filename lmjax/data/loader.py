@@ -17,6 +17,7 @@ from lmjax.errors import ConfigError, DataError
 
 _ORDER = 1  # raised whenever the order of samples changes for the same config and data
 _ENDLESS = 1 << 48
+_ELEMENT_TOKENS = 1 << 16  # small batches are gathered several at a time, to spread what each gather costs
 
 
 class Position(TypedDict):
@@ -83,7 +84,7 @@ class Loader:
         if not cfg.sources:
             raise ConfigError("data.sources is empty: name at least one prepared directory, data.sources.NAME.path=DIR")
         self._cfg = cfg
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._rows = np.arange(batch_size)[rows or slice(None)]
         self._sources = _open_sources(cfg)
         self.next_sample, self._origin = self._resume(start, allow_data_change)
@@ -98,28 +99,31 @@ class Loader:
         """Batches from `start` on; batch i holds samples `start + i * batch_size` and following."""
         import grain
 
-        threads = 1 if self._cfg.prefetch else 0
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._cfg.prefetch)
-        for element in grain.MapDataset.source(_Batches(self)).to_iter_dataset(options):
+        group = max(1, _ELEMENT_TOKENS // (len(self._rows) * self._cfg.seq_len))
+        ahead = -(-self._cfg.prefetch // group)
+        options = grain.ReadOptions(num_threads=min(1, ahead), prefetch_buffer_size=ahead)
+        for element in grain.MapDataset.source(_BatchGroups(self, group)).to_iter_dataset(options):
             if isinstance(element, DataError):
                 raise element
-            yield element
+            yield from element
 
-    def batch(self, next_sample: int) -> Batch:
-        """This process's rows of the batch that starts with sample `next_sample`. Raises DataError for damaged data."""
-        samples = next_sample + self._rows
+    def batches(self, start: int, count: int) -> list[Batch]:
+        """This process's rows of the `count` batches from sample `start` on. Raises DataError for damaged data."""
+        firsts = start + np.arange(count) * self.batch_size
+        samples = (firsts[:, None] + self._rows).ravel()
+        whole = as_batch(*self._gather(samples), samples, self._cfg.documents)
+        return [_rows_of(whole, low, low + len(self._rows)) for low in range(0, len(samples), len(self._rows))]
+
+    def _gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         source, cursor = self._mixture.locate(samples)
-        separate = self._cfg.documents == "separate"
         if len(self._sources) == 1:
-            return as_batch(*self._sources[0].windows.gather(cursor, segments=separate), samples)
-        tokens = np.empty((len(samples), self._cfg.seq_len + 1), np.int32)
-        segments = np.empty_like(tokens) if separate else None
+            return self._sources[0].windows.gather(cursor)
+        tokens_BS = np.empty((len(samples), self._cfg.seq_len + 1), np.int32)
+        segments_BS = np.empty_like(tokens_BS)
         for index in np.unique(source):
             rows = source == index
-            tokens[rows], found = self._sources[index].windows.gather(cursor[rows], segments=separate)
-            if segments is not None:
-                segments[rows] = found
-        return as_batch(tokens, segments, samples)
+            tokens_BS[rows], segments_BS[rows] = self._sources[index].windows.gather(cursor[rows])
+        return tokens_BS, segments_BS
 
     def state(self, next_sample: int) -> LoaderState:
         """What to store so that a loader goes on with sample `next_sample`, at any batch size."""
@@ -175,20 +179,30 @@ class Loader:
         return next_sample, Origin(sample=next_sample, cursors=cursors)
 
 
-class _Batches:
-    """The loader as Grain wants it: batch i by random access. An error is an element, since Grain would rewrap it."""
+class _BatchGroups:
+    """The loader as Grain wants it: by random access, `group` consecutive batches as one element.
 
-    def __init__(self, loader: Loader):
+    An error is an element too, because Grain would put one of its own in its place.
+    """
+
+    def __init__(self, loader: Loader, group: int):
         self._loader = loader
+        self._group = group
 
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, index: int) -> Batch | DataError:
+    def __getitem__(self, index: int) -> list[Batch] | DataError:
+        start = self._loader.next_sample + int(index) * self._group * self._loader.batch_size
         try:
-            return self._loader.batch(self._loader.next_sample + int(index) * self._loader._batch_size)
+            return self._loader.batches(start, self._group)
         except DataError as error:
             return error
+
+
+def _rows_of(batch: Batch, low: int, high: int) -> Batch:
+    columns = (getattr(batch, field.name) for field in dataclasses.fields(Batch))
+    return Batch(*(None if column is None else column[low:high] for column in columns))
 
 
 def _carried_cursor(source: _Source, positions: Mapping[str, Position]) -> int:
@@ -217,4 +231,4 @@ def _open(cfg: DataConfig, source: SourceConfig) -> Dataset:
 def _source(cfg: DataConfig, name: str, dataset: Dataset) -> _Source:
     split: TokenSplit = dataset.split("train")
     order = storage.hash_bytes(json.dumps([_ORDER, split.hash, cfg.seq_len, cfg.seed]).encode())
-    return _Source(name, Windows(split, cfg.seq_len, cfg.seed), order, dataset.manifest.vocab_size)
+    return _Source(name, Windows(split, cfg.seq_len, cfg.seed, cfg.documents), order, dataset.manifest.vocab_size)

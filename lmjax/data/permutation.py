@@ -13,14 +13,15 @@ _ROUNDS = 6
 def permuted(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where the permutation of range(n) named by (seed, epoch) sends each of `index`, int64 of any shape below n."""
     side = np.uint64(math.isqrt(n - 1) + 1)
-    keys = [_mixed(np.uint64([seed]) + _mixed(np.uint64([epoch * _ROUNDS + number])))[0] for number in range(_ROUNDS)]
+    rounds = np.arange(epoch * _ROUNDS, (epoch + 1) * _ROUNDS, dtype=np.uint64)
+    keys = _mixed(_mixed(rounds) + np.uint64(seed))
     result = _network(index.astype(np.uint64), side, keys)
     while (outside := result >= n).any():
         result[outside] = _network(result[outside], side, keys)
     return result.astype(np.int64)
 
 
-def _network(value: np.ndarray, side: np.uint64, keys: list[np.uint64]) -> np.ndarray:
+def _network(value: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray:
     left, right = np.divmod(value, side)
     for key in keys:
         left, right = right, (left + (_mixed(right + key) >> np.uint64(32))) % side

@@ -39,7 +39,7 @@ class Windows:
     document, 12 more while a batch lies across two epochs.
     """
 
-    def __init__(self, split: TokenSplit, seq_len: int, seed: int):
+    def __init__(self, split: TokenSplit, seq_len: int, seed: int, documents: Documents):
         self.n_windows = (split.n_tokens - 1) // seq_len
         if self.n_windows == 0:
             raise DataError(
@@ -49,32 +49,31 @@ class Windows:
         self._split = split
         self._seq_len = seq_len
         self._seed = seed
+        self._documents = documents
         # Per instance, unlike a cache on the method, so that a dropped Windows frees its memory.
         self._stream = functools.lru_cache(maxsize=2)(self._make_stream)
         self._numbers = functools.lru_cache(maxsize=4)(self._draw_numbers)
 
-    def gather(self, cursors: np.ndarray, *, segments: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def gather(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The windows at `cursors` (int64 [B]), all at once.
 
-        Returns tokens [B, T + 1] in the split's dtype and, if wished, segments int32 [B, T + 1]: which document of its
-        row, from 0, a token belongs to.
+        Returns tokens [B, T + 1] in the split's dtype and segments int32 [B, T + 1]: which document of its row, from 0,
+        a token belongs to, or 0 everywhere if documents are joined. Raises DataError for damaged tokens.
         """
         epochs = cursors // self.n_windows
         numbers = self._window_numbers(cursors)
         if epochs[0] == epochs[-1]:
-            return self._gather(self._stream(int(epochs[0])), numbers, segments)
-        tokens = np.empty((len(cursors), self._seq_len + 1), self._split.dtype)
-        segments_BS = np.empty(tokens.shape, np.int32) if segments else None
+            return self._gather(int(epochs[0]), numbers)
+        tokens_BS = np.empty((len(cursors), self._seq_len + 1), self._split.dtype)
+        segments_BS = np.empty(tokens_BS.shape, np.int32)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            tokens[rows], found = self._gather(self._stream(int(epoch)), numbers[rows], segments)
-            if segments_BS is not None:
-                segments_BS[rows] = found
-        return tokens, segments_BS
+            tokens_BS[rows], segments_BS[rows] = self._gather(int(epoch), numbers[rows])
+        return tokens_BS, segments_BS
 
-    def _gather(self, stream: _Stream, numbers: np.ndarray, segments: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        length = self._seq_len + 1
-        return _gather(self._split, stream, numbers * self._seq_len, length, segments)
+    def _gather(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts = numbers * self._seq_len
+        return _gather(self._split, self._stream(epoch), starts, self._seq_len + 1, self._documents)
 
     def _window_numbers(self, cursors: np.ndarray) -> np.ndarray:
         """Which window of its epoch's stream each cursor means."""
@@ -108,8 +107,8 @@ def _stream(split: TokenSplit, order: np.ndarray) -> _Stream:
 
 
 def _gather(
-    split: TokenSplit, stream: _Stream, starts: np.ndarray, length: int, segments: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
+    split: TokenSplit, stream: _Stream, starts: np.ndarray, length: int, documents: Documents
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [len(starts), length] of the stream from each of `starts`: the pieces of documents that lie there."""
     first = np.searchsorted(stream.starts, starts, side="right") - 1
     last = np.searchsorted(stream.starts, starts + length, side="left") - 1
@@ -121,18 +120,18 @@ def _gather(
     lengths = np.minimum(stream.starts[rank + 1], row_start + length) - begin
     where = split.document_starts[stream.order[rank]] + begin - stream.starts[rank]
     tokens = split.take(where, lengths).reshape(len(starts), length)
-    if not segments:
-        return tokens, None
+    if documents == "joined":
+        return tokens, np.broadcast_to(np.int32(0), tokens.shape)
     segment = (rank - np.repeat(first, pieces_per_row)).astype(np.int32)
     return tokens, np.repeat(segment, lengths).reshape(tokens.shape)
 
 
-def as_batch(tokens_BS: np.ndarray, segments_BS: np.ndarray | None, ids_B: np.ndarray) -> Batch:
+def as_batch(tokens_BS: np.ndarray, segments_BS: np.ndarray, ids_B: np.ndarray, documents: Documents) -> Batch:
     """Windows of T + 1 tokens as T inputs and T targets; a target in another document than its input weighs 0."""
     tokens_BT = tokens_BS[:, :-1].astype(np.int32)
     targets_BT = tokens_BS[:, 1:].astype(np.int32)
     ids_B = (ids_B % (1 << 31)).astype(np.int32)
-    if segments_BS is None:
+    if documents == "joined":
         return Batch(tokens_BT, targets_BT, np.ones(tokens_BT.shape, np.float32), ids_B)
     segments_BT = np.ascontiguousarray(segments_BS[:, :-1])
     weights_BT = (segments_BS[:, 1:] == segments_BT).astype(np.float32)
@@ -159,27 +158,25 @@ def evaluation_batches(split: TokenSplit, seq_len: int, batch_size: int, documen
     """
     stream = _stream(split, np.arange(split.n_documents))
     n_targets = split.n_tokens - 1
-    separate = documents == "separate"
     for low in range(0, -(-n_targets // seq_len), batch_size):
         numbers = np.arange(low, low + batch_size)
-        tokens_BS, segments_BS = _padded_rows(split, stream, numbers, seq_len, separate)
-        batch = as_batch(tokens_BS, segments_BS, numbers)
+        tokens_BS, segments_BS = _padded_rows(split, stream, numbers, seq_len, documents)
+        batch = as_batch(tokens_BS, segments_BS, numbers, documents)
         scored_BT = numbers[:, None] * seq_len + np.arange(seq_len) < n_targets
         yield dataclasses.replace(batch, weights_BT=batch.weights_BT * scored_BT)
 
 
 def _padded_rows(
-    split: TokenSplit, stream: _Stream, numbers: np.ndarray, seq_len: int, segments: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
+    split: TokenSplit, stream: _Stream, numbers: np.ndarray, seq_len: int, documents: Documents
+) -> tuple[np.ndarray, np.ndarray]:
     """The windows of these numbers, as far as the stream goes; then padding, in a segment of its own."""
     n_full, rest = divmod(split.n_tokens - 1, seq_len)
     tokens_BS = np.zeros((len(numbers), seq_len + 1), split.dtype)
-    segments_BS = np.full(tokens_BS.shape, seq_len + 1, np.int32) if segments else None
+    segments_BS = np.full(tokens_BS.shape, seq_len + 1, np.int32)
     full = int((numbers < n_full).sum())
     for rows, length in ((slice(0, full), seq_len + 1), (slice(full, full + 1), rest + 1)):
         starts = numbers[rows] * seq_len
         if len(starts) and starts[0] < split.n_tokens - 1:
-            tokens_BS[rows, :length], found = _gather(split, stream, starts, length, segments)
-            if segments_BS is not None:
-                segments_BS[rows, :length] = found
+            found = _gather(split, stream, starts, length, documents)
+            tokens_BS[rows, :length], segments_BS[rows, :length] = found
     return tokens_BS, segments_BS
