@@ -1,0 +1,253 @@
+"""Text from prompts: prefill and decoding in one compiled program, or in pieces for a terminal.
+
+Prompts are padded to a few lengths, so programs are few, and each is compiled once per model, number of rows and
+setting. Rows are independent: a row's text is the same alone and beside any others.
+"""
+
+import codecs
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.data.tokenizer import Tokenizer
+from lmjax.errors import ConfigError
+from lmjax.generate.beam import beam_search
+from lmjax.generate.config import GenerateConfig
+from lmjax.generate.forward import Functions, Memory, functions, prefill, step
+from lmjax.generate.sampling import sample
+from lmjax.models.model import Model
+from lmjax.weights import Params, Spec, by_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What follows one prompt."""
+
+    text: str
+    ids: list[int]
+    """New tokens, without endoftext."""
+    finished: bool
+    """The model ended the document; otherwise `tokens` ran out."""
+
+
+def generate(
+    model: Model, params: Params, tokenizer: Tokenizer, prompts: Sequence[str], cfg: GenerateConfig
+) -> list[Generation]:
+    """Continue every prompt. An empty prompt starts a document: the model first reads endoftext.
+
+    Raises ConfigError when a prompt and its new tokens are longer than the model's table of positions.
+    """
+    encoded = tokenizer.encode_batch(prompts)
+    rows = generate_ids(model, params, encoded, cfg, endoftext=tokenizer.endoftext_id, vocab=tokenizer.vocab_size)
+
+    def generation(ids: list[int]) -> Generation:
+        finished = cfg.stop_at_endoftext and tokenizer.endoftext_id in ids
+        ids = ids[: ids.index(tokenizer.endoftext_id)] if finished else ids
+        text = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+        return Generation(text, ids, finished)
+
+    return [generation(ids) for ids in rows]
+
+
+def generate_ids(
+    model: Model, params: Params, prompts: Sequence[Sequence[int]], cfg: GenerateConfig, *, endoftext: int, vocab: int
+) -> list[list[int]]:
+    """`cfg.tokens` new ids for every prompt; those after the first endoftext mean nothing if the config stops there."""
+    if not prompts:
+        return []
+    tokens_BT, lengths_B = _pad(prompts, endoftext)
+    _check_length(model.spec, int(lengths_B.max()), cfg.tokens)
+    stop = endoftext if cfg.stop_at_endoftext else -1
+    params = model.unstack(params)
+    if cfg.beams > 1:
+        ids_BO, _ = beam_search(functions(model, vocab), params, tokens_BT, lengths_B, stop, cfg=_program(cfg))
+    else:
+        keys_B = row_keys(cfg.seed, len(prompts))
+        ids_BO = _decode(functions(model, vocab), params, tokens_BT, lengths_B, keys_B, stop, cfg=_program(cfg))
+    return np.asarray(ids_BO).tolist()
+
+
+def stream(
+    model: Model, params: Params, tokenizer: Tokenizer, prompt: str, cfg: GenerateConfig, *, chunk: int = 8
+) -> Iterator[str]:
+    """The text of `generate(..., [prompt], cfg)` in pieces: after the first token, then every `chunk` tokens.
+
+    Raises ConfigError as `generate`, and for beam search, whose text is known only at the end.
+    """
+    if cfg.beams > 1:
+        raise ConfigError(f"beam search (beams={cfg.beams}) cannot stream; set beams=1")
+    tokens_BT, lengths_B = _pad([tokenizer.encode(prompt)], tokenizer.endoftext_id)
+    _check_length(model.spec, int(lengths_B.max()), cfg.tokens)
+    return _stream(model, model.unstack(params), tokenizer, tokens_BT, lengths_B, cfg, chunk)
+
+
+def _stream(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    tokens_BT: np.ndarray,
+    lengths_B: np.ndarray,
+    cfg: GenerateConfig,
+    chunk: int,
+) -> Iterator[str]:
+    parts, program = functions(model, tokenizer.vocab_size), _program(cfg)
+    stop = tokenizer.endoftext_id if cfg.stop_at_endoftext else -1
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    state = _start(parts, params, tokens_BT, lengths_B, row_keys(cfg.seed, 1), stop, cfg=program)
+    ids, count = [int(state.token_B[0])], 1
+    while True:
+        kept = ids[: ids.index(stop)] if stop in ids else ids
+        if piece := utf8.decode(tokenizer.decode_bytes(kept)):
+            yield piece
+        if stop in ids or count == cfg.tokens:
+            break
+        state, ids_BO = _advance(parts, params, state, stop, cfg=program, tokens=chunk)
+        ids = ids_BO[0, : cfg.tokens - count].tolist()
+        count += len(ids)
+    if rest := utf8.decode(b"", final=True):
+        yield rest
+
+
+# Compiled ---------------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class State:
+    """Rows being written: the newest token of each is not in the memory yet."""
+
+    memory: Memory
+    token_B: jax.Array
+    position_B: jax.Array
+    """Of the newest token."""
+    count: jax.Array
+    """New tokens so far."""
+    done_B: jax.Array
+    keys_B: jax.Array
+    seen_BV: jax.Array | None
+    """Tokens of each row's prompt and text, kept only for a repetition penalty."""
+
+
+def start(
+    model: Functions,
+    params: Params,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    keys_B: jax.Array,
+    stop: jax.Array,
+    cfg: GenerateConfig,
+) -> State:
+    """Read the prompts and choose each row's first token."""
+    logits_BV, memory = prefill(model, params, tokens_BT, lengths_B, cfg.tokens)
+    seen_BV = _seen(tokens_BT, lengths_B, logits_BV.shape[1]) if cfg.repetition_penalty != 1 else None
+    zero, none_B = jnp.zeros((), jnp.int32), jnp.zeros(lengths_B.shape, bool)
+    state = State(memory, lengths_B, lengths_B - 1, zero, none_B, keys_B, seen_BV)
+    return _choose(state, logits_BV, stop, cfg)
+
+
+def advance(
+    model: Functions, params: Params, state: State, stop: jax.Array, cfg: GenerateConfig, tokens: int
+) -> tuple[State, jax.Array]:
+    """Up to `tokens` more tokens for every row, fewer once all are done -> (state, int32 [B, tokens])."""
+
+    def unfinished(carry: tuple[State, jax.Array, jax.Array]) -> jax.Array:
+        state, _, i = carry
+        return (i < tokens) & ~jnp.all(state.done_B)
+
+    def body(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
+        state, ids_BO, i = carry
+        logits_BV, memory = step(model, params, state.memory, state.token_B, state.position_B)
+        state = _choose(dataclasses.replace(state, memory=memory), logits_BV, stop, cfg)
+        return state, jax.lax.dynamic_update_slice(ids_BO, state.token_B[:, None], (0, i)), i + 1
+
+    ids_BO = jnp.full((state.token_B.shape[0], tokens), stop, jnp.int32)
+    state, ids_BO, _ = jax.lax.while_loop(unfinished, body, (state, ids_BO, jnp.zeros((), jnp.int32)))
+    return state, ids_BO
+
+
+def _choose(state: State, logits_BV: jax.Array, stop: jax.Array, cfg: GenerateConfig) -> State:
+    """Choose the token that follows each row's newest one; done rows only repeat the stop token."""
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.count)
+    token_B = sample(logits_BV, keys_B, cfg, state.seen_BV).astype(jnp.int32)
+    token_B = jnp.where(state.done_B, stop, token_B)
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    return dataclasses.replace(
+        state,
+        token_B=token_B,
+        position_B=state.position_B + 1,
+        count=state.count + 1,
+        done_B=state.done_B | (token_B == stop),
+        seen_BV=seen_BV,
+    )
+
+
+def _seen(tokens_BT: jax.Array, lengths_B: jax.Array, vocab: int) -> jax.Array:
+    B, T = tokens_BT.shape
+    ids_BT = jnp.where(jnp.arange(T) < lengths_B[:, None], tokens_BT, vocab)  # padding lies outside: mode="drop"
+    return jnp.zeros((B, vocab), bool).at[jnp.arange(B)[:, None], ids_BT].set(True, mode="drop")
+
+
+_start = jax.jit(start, static_argnums=0, static_argnames="cfg")
+_advance = jax.jit(advance, static_argnums=0, static_argnames=("cfg", "tokens"), donate_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="cfg")
+def _decode(
+    model: Functions,
+    params: Params,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    keys_B: jax.Array,
+    stop: jax.Array,
+    *,
+    cfg: GenerateConfig,
+) -> jax.Array:
+    """Prefill and all steps in one program -> int32 [B, cfg.tokens]."""
+    state = start(model, params, tokens_BT, lengths_B, keys_B, stop, cfg)
+    first_B1 = state.token_B[:, None]
+    _, rest = advance(model, params, state, stop, cfg, cfg.tokens - 1)
+    return jnp.concatenate([first_B1, rest], axis=1)
+
+
+# On the host ------------------------------------------------------------------------------------------------------
+
+
+def row_keys(seed: int, rows: int) -> jax.Array:
+    """One key per row, by its place among the prompts."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
+
+
+def _program(cfg: GenerateConfig) -> GenerateConfig:
+    """The config as far as it shapes the compiled program: keys and the stop token are data."""
+    return dataclasses.replace(cfg, seed=0, stop_at_endoftext=True)
+
+
+def _pad(prompts: Sequence[Sequence[int]], endoftext: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts padded at their ends to one of a few lengths, and their lengths; an empty one becomes endoftext."""
+    rows = [list(prompt) or [endoftext] for prompt in prompts]
+    lengths_B = np.array([len(row) for row in rows], np.int32)
+    tokens_BT = np.zeros((len(rows), _bucket(int(lengths_B.max()))), np.int32)
+    for row, ids in zip(tokens_BT, rows, strict=True):
+        row[: len(ids)] = ids
+    return tokens_BT, lengths_B
+
+
+def _bucket(length: int) -> int:
+    """The next power of two up to 64, the next multiple of 64 beyond."""
+    return max(8, 1 << (length - 1).bit_length()) if length <= 64 else -(-length // 64) * 64
+
+
+def _check_length(spec: Spec, prompt: int, tokens: int) -> None:
+    """Learned positions end with their table; all others go on."""
+    for weight in by_path(spec).values():
+        if weight.in_axes == ("context",) and prompt + tokens > weight.shape[0]:
+            raise ConfigError(
+                f"a prompt of {prompt} tokens and tokens={tokens} new ones are longer than the position table: "
+                f"model.context={weight.shape[0]}; ask for at most {max(0, weight.shape[0] - prompt)} tokens"
+            )
