@@ -75,7 +75,7 @@ def hyper(cfg: OptimizerConfig, *, steps: int, seed: int = 0) -> Hyper:
 
 def check(schedule: ScheduleConfig, steps: int) -> None:
     """Raise ConfigError unless warmup, and for wsd also the decay, fit into `steps` updates."""
-    decay = schedule.decay_fraction * steps if schedule.name.startswith("wsd") else 0
+    decay = round(schedule.decay_fraction * steps) if schedule.name.startswith("wsd") else 0
     if schedule.warmup + decay > steps:
         phases = f"warmup={schedule.warmup}" + (f" plus decay_fraction={schedule.decay_fraction:g}" if decay else "")
         raise ConfigError(f"optimizer.schedule: {phases} does not fit into {steps} steps; lower warmup or train longer")
