@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 from lmjax import commands, runtime
 from lmjax.errors import ConfigError
 
-
 # Arguments --------------------------------------------------------------------------------------------------------
 
 
@@ -94,8 +93,8 @@ def _generate_arguments(sub: Parser) -> None:
     sub.add_argument("--tokens", type=int, default=128, help="how many to generate at most")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     sub.add_argument("--top-k", type=int)
-    sub.add_argument("--top-p", type=float)
-    sub.add_argument("--min-p", type=float)
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--min-p", type=float, default=0.0)
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
     sub.add_argument("--beams", type=int, default=1, help="more than 1: beam search")
     sub.add_argument("--seed", type=int, default=0)

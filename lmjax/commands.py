@@ -4,8 +4,12 @@ Heavy imports wait until a command needs them, so that `--help` and a mistyped a
 """
 
 import argparse
+import dataclasses
+import json
 import shlex
 import sys
+
+from lmjax.errors import CheckpointError
 
 Arguments = argparse.Namespace
 
@@ -15,11 +19,14 @@ def train(arguments: Arguments) -> int:
     from lmjax import config
 
     cfg = config.load(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from lmjax import dry_run
+
+        for line in dry_run.describe(cfg):
+            print(line)
+        return 0
     from lmjax import run
 
-    if arguments.dry_run:
-        run.print_plan(cfg)
-        return 0
     options = run.Options(
         profile=arguments.profile,
         allow_config_change=arguments.allow_config_change,
@@ -52,22 +59,66 @@ def prepare(arguments: Arguments) -> int:
         seed=arguments.seed,
         workers=arguments.workers,
     )
-    prepare(recipe, arguments.out)
+    manifest = prepare(recipe, arguments.out)
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} tokens")
+    print(f"{arguments.out}: fingerprint {manifest.fingerprint}")
     return 0
 
 
 def evaluate(arguments: Arguments) -> int:
     """Loss, perplexity, bits per byte and accuracy of a trained model on a prepared data set."""
-    from lmjax import commands
+    from lmjax import experiment
 
-    return commands.evaluate(arguments)
+    trained = experiment.load_trained(arguments.workdir, arguments.step)
+    results = experiment.evaluate_trained(
+        trained,
+        arguments.data or [source.path for source in trained.cfg.data.sources.values()],
+        split=arguments.split,
+        batch=arguments.batch,
+        seq_len=arguments.seq_len or trained.cfg.data.seq_len,
+    )
+    if arguments.json:
+        print(json.dumps({path: dataclasses.asdict(result) for path, result in results.items()}, indent=1))
+        return 0
+    for path, result in results.items():
+        print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}")
+        print(f"  loss           {result.loss:.6f} +- {result.loss_stderr:.6f} nats per token")
+        print(f"  perplexity     {result.perplexity:.4f}")
+        print(f"  bits per byte  {result.bits_per_byte:.6f}")
+        print(f"  accuracy       {result.accuracy:.6f} +- {result.accuracy_stderr:.6f}")
+    return 0
 
 
 def generate(arguments: Arguments) -> int:
     """Text from a trained model."""
-    from lmjax import commands
+    from lmjax import experiment
+    from lmjax.generate import decode
+    from lmjax.generate.config import GenerateConfig
 
-    return commands.generate(arguments)
+    trained = experiment.load_trained(arguments.workdir, arguments.step)
+    cfg = GenerateConfig(
+        tokens=arguments.tokens,
+        temperature=0.0 if arguments.beams > 1 else arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        beams=arguments.beams,
+        seed=arguments.seed,
+        stop_at_endoftext=not arguments.ignore_endoftext,
+    )
+    prompts = arguments.prompt or [""]
+    if len(prompts) == 1 and cfg.beams == 1:
+        print(prompts[0], end="", flush=True)
+        for piece in decode.stream(trained.model, trained.params, trained.tokenizer, prompts[0], cfg):
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    generations = decode.generate(trained.model, trained.params, trained.tokenizer, prompts, cfg)
+    for prompt, generation in zip(prompts, generations, strict=True):
+        print(f"--- {prompt!r}\n{prompt}{generation.text}")
+    return 0
 
 
 def inspect(arguments: Arguments) -> int:
@@ -80,6 +131,20 @@ def inspect(arguments: Arguments) -> int:
 
 def verify(arguments: Arguments) -> int:
     """Hash every file of a run's checkpoints, or of a prepared data set, against its manifest."""
-    from lmjax import commands
+    from etils import epath
 
-    return commands.verify(arguments)
+    from lmjax import checkpoint, ledger
+    from lmjax.data import manifest, shards
+
+    path = epath.Path(arguments.path)
+    if (path / manifest.FILE).exists():
+        dataset = shards.verify_dataset(path)
+        print(f"{path}: every file is as it was written; fingerprint {dataset.manifest.fingerprint}")
+        return 0
+    problems = checkpoint.verify(path)
+    if (path / "ledger.jsonl").exists():
+        problems += ledger.check_ledger(path / "ledger.jsonl")
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+    print(f"{path}: every checkpoint is as it was sealed")
+    return 0

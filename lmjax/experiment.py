@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -13,24 +14,32 @@ from etils import epath
 from lmjax import checkpoint, layout
 from lmjax.config import Config, from_json
 from lmjax.data.batch import Batch
+from lmjax.data.config import DataConfig
 from lmjax.data.prepare import prepare
-from lmjax.data.shards import Dataset, is_prepared, open_dataset
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.shards import Dataset, TokenSplit, open_dataset
+from lmjax.data.tokenizer import Tokenizer, load_tokenizer
+from lmjax.data.windows import evaluation_batches
 from lmjax.errors import ConfigError, DataError
+from lmjax.evaluate.compression import primed_xz_bits_per_byte, xz_bits_per_byte
+from lmjax.evaluate.likelihood import Evaluation, evaluate, macro_average
+from lmjax.generate.config import GenerateConfig
+from lmjax.generate.decode import generate
 from lmjax.models import decoder
+from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
 from lmjax.optim.config import hyper
 from lmjax.optim.optimizers import Optimizer, build, state_shardings
+from lmjax.train.config import SampleConfig
 from lmjax.train.objective import Objective, language_model
 from lmjax.train.state import TrainState, zero_counters
+from lmjax.train.step import Step, make_step
 from lmjax.weights import Params, abstract, initialize
 
 
 class Experiment(NamedTuple):
+    """A config with its vocabulary filled in, and what follows from it."""
+
     cfg: Config
-    """With the vocabulary filled in."""
-    datasets: dict[str, Dataset]
-    tokenizer: Tokenizer
     model: Model
     objective: Objective
     optimizer: Optimizer
@@ -38,16 +47,11 @@ class Experiment(NamedTuple):
     """None on a single device: then nothing is sharded and nothing needs to know."""
 
 
-def assemble(cfg: Config, *, progress: bool = True) -> Experiment:
-    """All parts of a run. Prepares the data sources that have a recipe and no data yet."""
-    datasets = open_sources(cfg, progress=progress)
-    tokenizer = common_tokenizer(datasets)
-    cfg = with_vocab(cfg, tokenizer)
+def assemble(cfg: Config) -> Experiment:
+    """The parts of a run. Raises ConfigError for parts that do not fit together."""
     model = decoder.build(cfg.model)
     return Experiment(
         cfg=cfg,
-        datasets=datasets,
-        tokenizer=tokenizer,
         model=model,
         objective=language_model(model, cfg.train.loss),
         optimizer=build(cfg.optimizer, model.spec),
@@ -58,27 +62,28 @@ def assemble(cfg: Config, *, progress: bool = True) -> Experiment:
 # Data -------------------------------------------------------------------------------------------------------------
 
 
-def open_sources(cfg: Config, *, progress: bool) -> dict[str, Dataset]:
+class Data(NamedTuple):
+    datasets: dict[str, Dataset]
+    tokenizer: Tokenizer
+
+
+def open_data(cfg: Config) -> Data:
+    """The data sets of a config and their one tokenizer. Prepares those that have a recipe and do not exist yet.
+
+    Raises DataError for data that is missing, damaged, or made with different tokenizers.
+    """
     if not cfg.data.sources:
         raise ConfigError("data.sources is empty; name a prepared data set, e.g. --config=configs/quickstart.py")
-    for name, source in cfg.data.sources.items():
+    for source in cfg.data.sources.values():
         if source.prepare is not None:
-            prepare(source.prepare, source.path, progress=progress)
-        elif not is_prepared(source.path):
-            raise DataError(
-                f"data.sources.{name}.path={source.path} holds no prepared data; run `lmjax prepare` or give it a recipe"
-            )
-    return {name: open_dataset(source.path) for name, source in cfg.data.sources.items()}
-
-
-def common_tokenizer(datasets: dict[str, Dataset]) -> Tokenizer:
-    """The one tokenizer of all sources. Raises DataError when they differ."""
+            prepare(source.prepare, source.path)
+    datasets = {name: open_dataset(source.path, cache=cfg.data.cache) for name, source in cfg.data.sources.items()}
     (first, dataset), *others = datasets.items()
     tokenizer = dataset.tokenizer()
     for name, other in others:
-        if other.tokenizer().hash != tokenizer.hash:
+        if other.manifest.tokenizer_hash != tokenizer.hash:
             raise DataError(f"data sources '{first}' and '{name}' were prepared with different tokenizers")
-    return tokenizer
+    return Data(datasets, tokenizer)
 
 
 def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
@@ -100,14 +105,32 @@ def make_mesh(cfg: Config) -> jax.sharding.Mesh | None:
     if mesh.size == 1:
         return None
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    for key, size in (("train.batch / train.microbatches", cfg.train.batch // cfg.train.microbatches),):
-        if size % rows:
-            raise ConfigError(f"{key}={size} is not divisible by mesh.data x mesh.fsdp={rows}; use {rows} or a multiple")
+    pieces = cfg.train.batch // cfg.train.microbatches
+    if pieces % rows:
+        raise ConfigError(
+            f"train.batch / train.microbatches={pieces} is not divisible by mesh.data x mesh.fsdp={rows}; use a "
+            f"multiple of {rows * cfg.train.microbatches} as train.batch"
+        )
     return mesh
 
 
 def entered(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def compiled_step(experiment: Experiment) -> Step:
+    """The train step, its state donated, its outputs pinned to the shardings of its inputs."""
+    step = jax.jit(
+        make_step(experiment.objective, experiment.optimizer, microbatches=experiment.cfg.train.microbatches),
+        donate_argnums=0,
+        out_shardings=(shardings(experiment), None),
+    )
+
+    def in_mesh(*arguments: Any) -> Any:
+        with entered(experiment.mesh):
+            return step(*arguments)
+
+    return in_mesh
 
 
 def placer(mesh: jax.sharding.Mesh | None) -> Callable[[Batch], Batch]:
@@ -161,6 +184,61 @@ def shardings(experiment: Experiment) -> Any:
     )
 
 
+# Looking at a model ------------------------------------------------------------------------------------------------
+
+
+def float32(cfg: ModelConfig) -> Model:
+    """The same model computing in float32: what every reported number is measured with."""
+    return decoder.build(dataclasses.replace(cfg, dtype="float32"))
+
+
+def evaluate_split(
+    model: Model, params: Params, split: TokenSplit, data: DataConfig, *, batch: int, limit: int | None = None
+) -> Evaluation:
+    """Score a split, or its first `limit` batches, in windows of `data.seq_len` tokens."""
+    batches = evaluation_batches(split, data.seq_len, batch, data.documents)
+    return evaluate(model, params, itertools.islice(batches, limit), n_tokens=split.n_tokens, n_bytes=split.n_bytes)
+
+
+def evaluation_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
+    """`val/<set>/loss` and so on; of several sets also their macro average."""
+    named = dict(results) | ({"macro": macro_average(results)} if len(results) > 1 else {})
+    return {
+        f"val/{name}/{field}": value
+        for name, result in named.items()
+        for field, value in {
+            "loss": result.loss,
+            "loss_stderr": result.loss_stderr,
+            "bpb": result.bits_per_byte,
+            "accuracy": result.accuracy,
+        }.items()
+    }
+
+
+def sample_text(model: Model, params: Params, tokenizer: Tokenizer, cfg: SampleConfig) -> str:
+    """A text for every prompt, generated on one device."""
+    params = jax.device_put(params, jax.devices()[0])
+    settings = GenerateConfig(tokens=cfg.tokens, temperature=cfg.temperature)
+    generations = generate(model, params, tokenizer, cfg.prompts, settings)
+    return "\n\n".join(prompt + one.text for prompt, one in zip(cfg.prompts, generations, strict=True))
+
+
+def compression_baselines(data: Data) -> dict[str, float]:
+    """What xz makes of each validation set, alone and after reading the training text, in bits per byte."""
+    baselines = {}
+    for name, dataset in data.datasets.items():
+        train, valid = (split_text(dataset.split(part), data.tokenizer) for part in ("train", "valid"))
+        baselines[f"val/{name}/xz_bpb"] = xz_bits_per_byte(valid)
+        baselines[f"val/{name}/xz_primed_bpb"] = primed_xz_bits_per_byte(train, valid)
+    return baselines
+
+
+def split_text(split: TokenSplit, tokenizer: Tokenizer) -> bytes:
+    """The text of a whole split, its documents end to end."""
+    tokens = split.take(np.array([0]), np.array([split.n_tokens]))
+    return tokenizer.decode_bytes(tokens[tokens != tokenizer.endoftext_id].tolist())
+
+
 # A trained model --------------------------------------------------------------------------------------------------
 
 
@@ -174,15 +252,26 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_trained(workdir: epath.PathLike, step: int | None = None, *, dtype: str | None = None) -> Trained:
+def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
     """The model of a work directory with the parameters of a checkpoint (default: the newest), on one device."""
     workdir = epath.Path(workdir)
     cfg = from_json(workdir / "config.json")
-    tokenizer = load_tokenizer(workdir)
-    cfg = with_vocab(cfg, tokenizer)
-    model_cfg = dataclasses.replace(cfg.model, dtype=dtype or cfg.model.dtype)
-    model = decoder.build(model_cfg)
+    model = decoder.build(cfg.model)
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(model.spec))
     parts, _, found = checkpoint.restore_parts(workdir, {"params": shapes}, step=step)
-    return Trained(cfg, model, parts["params"], tokenizer, found)
+    return Trained(cfg, model, parts["params"], load_tokenizer(workdir / "tokenizer"), found)
+
+
+def evaluate_trained(
+    trained: Trained, paths: Iterable[str], *, split: Literal["train", "valid"], batch: int, seq_len: int
+) -> dict[str, Evaluation]:
+    """Score a trained model on prepared data sets. Raises DataError for one of another tokenizer."""
+    data = dataclasses.replace(trained.cfg.data, seq_len=seq_len)
+    model, results = float32(trained.cfg.model), {}
+    for path in paths:
+        dataset = open_dataset(path, cache=data.cache)
+        if dataset.manifest.tokenizer_hash != trained.tokenizer.hash:
+            raise DataError(f"{path} was prepared with another tokenizer than this model's; prepare it with the run's")
+        results[path] = evaluate_split(model, trained.params, dataset.split(split), data, batch=batch)
+    return results

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,17 +17,15 @@ from lmjax.checkpoint import Checkpoints
 from lmjax.config import Config
 from lmjax.data.batch import Batch
 from lmjax.data.loader import Loader
-from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, NumericalError
-from lmjax.evaluate.likelihood import macro_average
-from lmjax.experiment import Experiment
+from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, NumericalError
+from lmjax.experiment import Data, Experiment
+from lmjax.ledger import Ledger
 from lmjax.models.flops import sequence_flops
 from lmjax.optim.config import hyper
 from lmjax.runtime import Preemption, Watchdog
-from lmjax.tracking import ConsoleTracker, JsonlTracker, Ledger, Status, Trackers, WandbTracker, read_events, redact
+from lmjax.tracking import ConsoleTracker, JsonlTracker, Status, Tracker, Trackers, WandbTracker, read_events, redact
 from lmjax.train.loop import Accounting, Periodic, Reader, train
-from lmjax.train.report import write_report
 from lmjax.train.state import TrainState
-from lmjax.train.step import make_step
 from lmjax.weights import count
 
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
@@ -46,7 +43,7 @@ class Options(NamedTuple):
     command: str = ""
 
 
-def run(cfg: Config, workdir: epath.PathLike, options: Options = Options()) -> int:
+def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
     """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is."""
     workdir = epath.Path(workdir)
     if is_finished(workdir, cfg):
@@ -54,9 +51,10 @@ def run(cfg: Config, workdir: epath.PathLike, options: Options = Options()) -> i
         return DONE
     check_unchanged(workdir, cfg, allow=options.allow_config_change)
     make_workdir(workdir)
-    experiment = parts.assemble(cfg)
-    with parts.entered(experiment.mesh), Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
-        return Run(experiment, workdir, options, preemption, watchdog).train()
+    data = parts.open_data(cfg)
+    experiment = parts.assemble(parts.with_vocab(cfg, data.tokenizer))
+    with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
+        return Run(experiment, data, workdir, options, preemption, watchdog).train()
 
 
 # The work directory -----------------------------------------------------------------------------------------------
@@ -92,6 +90,12 @@ def make_workdir(workdir: epath.Path) -> None:
         raise CheckpointError(f"--workdir={workdir} is not writable ({error.strerror}); choose another") from None
 
 
+def attempts(workdir: epath.Path) -> int:
+    """How many attempts have started here before."""
+    metrics = workdir / "metrics.jsonl"
+    return sum(event["event"] == "start" for event in read_events(metrics)) if metrics.exists() else 0
+
+
 # The run ----------------------------------------------------------------------------------------------------------
 
 
@@ -101,14 +105,23 @@ class Run:
     def __init__(
         self,
         experiment: Experiment,
+        data: Data,
         workdir: epath.Path,
         options: Options,
         preemption: Preemption,
         watchdog: Watchdog,
     ) -> None:
-        self.experiment, self.cfg, self.workdir, self.options = experiment, experiment.cfg, workdir, options
+        self.experiment, self.cfg, self.data = experiment, experiment.cfg, data
+        self.workdir, self.options = workdir, options
         self.preemption, self.watchdog = preemption, watchdog
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.cfg.checkpoint)
+        self.scorer = parts.float32(self.cfg.model)
+        self.validation = {
+            name: dataset.split("valid")
+            for name, dataset in data.datasets.items()
+            if "valid" in dataset.manifest.splits
+        }
+        self.evaluate_batch = self.cfg.train.evaluate_batch or self.cfg.train.batch
         self.evaluations: dict[int, dict[str, float]] = {}
         """By step, what evaluation found."""
 
@@ -117,8 +130,8 @@ class Run:
         self.watchdog.beat("restoring")
         state = self.start_or_resume()
         (self.workdir / "config.json").write_text(configs.to_json(self.cfg))
-        self.experiment.tokenizer.save(self.workdir / "tokenizer")
-        self.attempt = sum(event["event"] == "start" for event in read_events(self.workdir / "metrics.jsonl"))
+        self.data.tokenizer.save(self.workdir / "tokenizer")
+        self.attempt = attempts(self.workdir)
         self.ledger = Ledger(self.workdir / "ledger.jsonl")
         self.trackers = self.make_trackers()
         self.trackers.start(self.information())
@@ -133,6 +146,8 @@ class Run:
         finally:
             self.ledger.close()
             self.trackers.close(status)
+        from lmjax.train.report import write_report
+
         write_report(self.workdir)
         if status == "preempted":
             print(f"preempted: step {reached} is saved; run the same command again to go on")
@@ -144,7 +159,7 @@ class Run:
         """The state to go on from; sets the accounting and the loader to match it."""
         restored = self.checkpoints.restore(parts.abstract_state(self.experiment))
         if restored is None:
-            state, data, step = parts.initial_state(self.experiment), None, 0
+            state, data, step = parts.initial_state(self.experiment), 0, 0
         else:
             state, meta, step = restored
             data = meta["data"]
@@ -155,10 +170,9 @@ class Run:
             print(f"resuming {self.workdir} from step {step}")
         self.loader = Loader(
             self.cfg.data,
-            self.experiment.datasets,
             batch_size=self.cfg.train.batch,
             start=data,
-            allow_change=self.options.allow_data_change,
+            allow_data_change=self.options.allow_data_change,
         )
         self.accounting = self.make_accounting(step, self.loader.next_sample)
         return state
@@ -185,15 +199,10 @@ class Run:
             max_skipped=train_cfg.max_skipped_in_a_row,
             skipped=int(state.counters.skipped_in_a_row),
         )
-        step = jax.jit(
-            make_step(self.experiment.objective, self.experiment.optimizer, microbatches=train_cfg.microbatches),
-            donate_argnums=0,
-            out_shardings=(parts.shardings(self.experiment), None),
-        )
         return train(
             state,
             {},
-            step,
+            parts.compiled_step(self.experiment),
             self.batches(),
             start=self.accounting.start,
             steps=train_cfg.steps,
@@ -207,7 +216,7 @@ class Run:
         """Batches on the devices, each written to the ledger before it is used."""
         place = parts.placer(self.experiment.mesh)
         for step, batch in enumerate(self.loader, self.accounting.start + 1):
-            crc = zlib.crc32(np.ascontiguousarray(batch.tokens_BT))
+            crc = zlib.crc32(batch.tokens_BT.tobytes())
             first, rows = self.accounting.samples(step - 1), self.cfg.train.batch
             self.ledger.record(self.attempt, step, first, rows, crc)
             yield place(batch)
@@ -225,19 +234,22 @@ class Run:
         ]
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        limit = None if step == self.cfg.train.steps else self.cfg.train.evaluate_batches
-        results = parts.evaluate_sources(self.experiment, state.params, limit)
-        values = {
-            f"val/{name}/{field}": value for name, result in results.items() for field, value in result.metrics().items()
-        }
-        if len(results) > 1:
-            values["val/macro/loss"] = macro_average(results)
-        self.evaluations[step] = values
-        self.trackers.log(step, {**self.accounting.totals(step), **values})
+        train_cfg = self.cfg.train
+        limit = None if step == train_cfg.steps else train_cfg.evaluate_batches
+        with parts.entered(self.experiment.mesh):
+            results = {
+                name: parts.evaluate_split(
+                    self.scorer, state.params, split, self.cfg.data, batch=self.evaluate_batch, limit=limit
+                )
+                for name, split in self.validation.items()
+            }
+        self.evaluations[step] = parts.evaluation_metrics(results)
+        self.trackers.log(step, {**self.accounting.totals(step), **self.evaluations[step]})
 
     def sample(self, step: int, state: TrainState) -> None:
+        text = parts.sample_text(self.experiment.model, state.params, self.data.tokenizer, self.cfg.train.sample)
         (self.workdir / "samples").mkdir(exist_ok=True)
-        (self.workdir / "samples" / f"{step}.txt").write_text(parts.sample_text(self.experiment, state.params))
+        (self.workdir / "samples" / f"{step}.txt").write_text(text)
 
     def save(self, step: int, state: TrainState) -> None:
         self.ledger.sync()
@@ -277,7 +289,7 @@ class Run:
         summary = self.summary(reached)
         if self.cfg.train.compression_baseline:
             self.watchdog.beat("compressing the validation text")
-            summary |= parts.compression_baselines(self.experiment)
+            summary |= parts.compression_baselines(self.data)
         self.trackers.summary(summary)
         (self.workdir / "summary.json").write_text(json.dumps(summary, indent=1))
         self.print_summary(summary)
@@ -297,7 +309,7 @@ class Run:
             "flops_6nd": samples * flops.six_nd,
             "flops_causal": samples * flops.causal,
             "flops_full": samples * flops.full,
-            "epochs": self.loader.epochs(samples),
+            **{f"epochs/{name}": epochs for name, epochs in self.loader.epoch(samples).items()},
             "data/fingerprint": self.loader.fingerprint,
             **self.evaluations.get(step, {}),
         }
@@ -311,12 +323,10 @@ class Run:
     # Tracking
 
     def make_trackers(self) -> Trackers:
-        trackers = [JsonlTracker(self.workdir / "metrics.jsonl"), ConsoleTracker()]
+        trackers: list[Tracker] = [JsonlTracker(self.workdir / "metrics.jsonl"), ConsoleTracker()]
         if self.cfg.tracking.wandb != "off":
             name = self.cfg.tracking.name or self.workdir.name
-            trackers.append(
-                WandbTracker(self.cfg.tracking, configs.run_id(self.cfg, self.workdir), name, self.workdir)
-            )
+            trackers.append(WandbTracker(self.cfg.tracking, configs.run_id(self.cfg, self.workdir), name, self.workdir))
         return Trackers(trackers)
 
     def information(self) -> dict[str, Any]:
@@ -330,6 +340,6 @@ class Run:
             "workdir": str(self.workdir),
             "config": redact(dataclasses.asdict(self.cfg)),
             "params": dataclasses.asdict(counts),
-            "data": {name: dataset.fingerprint for name, dataset in self.experiment.datasets.items()},
+            "data": {name: dataset.manifest.fingerprint for name, dataset in self.data.datasets.items()},
             "environment": runtime.environment(),
         }

@@ -1,0 +1,72 @@
+"""What a config would cost, before anything is trained: `lmjax train --dry-run`."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+
+from lmjax import experiment as parts
+from lmjax.config import Config
+from lmjax.data.shards import Dataset, open_dataset
+from lmjax.errors import ConfigError, DataError
+from lmjax.models.flops import sequence_flops
+from lmjax.train.state import TrainState
+from lmjax.weights import count
+
+
+def describe(cfg: Config) -> Iterator[str]:
+    """Lines about size, FLOPs, memory, tokens and epochs. Prepares no data and allocates nothing."""
+    datasets = {name: _open(source.path, cfg.data.cache) for name, source in cfg.data.sources.items()}
+    cfg = _with_vocab(cfg, datasets)
+    experiment = parts.assemble(cfg)
+    counts = count(experiment.model.spec)
+    yield f"parameters   {counts.total:,} total, {counts.non_embedding:,} non-embedding, {counts.matmul:,} matmul"
+
+    sequences = cfg.train.steps * cfg.train.batch
+    tokens, flops = sequences * cfg.data.seq_len, sequence_flops(experiment.model, cfg.data.seq_len)
+    yield f"tokens       {tokens:,} = {cfg.train.steps:,} steps x {cfg.train.batch} x {cfg.data.seq_len}, "
+    yield f"             {tokens / counts.total:.1f} per parameter"
+    yield (
+        f"FLOPs        {sequences * flops.six_nd:.3g} as 6ND, {sequences * flops.causal:.3g} exact with causal "
+        f"attention, {sequences * flops.full:.3g} exact with full attention"
+    )
+    state = parts.abstract_state(experiment)
+    devices = 1 if experiment.mesh is None else experiment.mesh.size
+    gradients = _device_bytes(state.params)
+    yield (
+        f"memory       {_device_bytes(state) / 2**20:,.1f} MiB of state and {gradients / 2**20:,.1f} MiB of gradients "
+        f"on each of {devices} device(s), activations not counted"
+    )
+    total = sum(source.weight for source in cfg.data.sources.values())
+    for name, dataset in datasets.items():
+        if dataset is None:
+            yield f"data         {name}: not prepared yet"
+            continue
+        available = dataset.split("train").n_tokens
+        epochs = tokens * cfg.data.sources[name].weight / total / available
+        yield f"data         {name}: {available:,} tokens, {epochs:.2f} epochs"
+
+
+def _open(path: str, cache: str) -> Dataset | None:
+    try:
+        return open_dataset(path, cache=cache)
+    except DataError:
+        return None
+
+
+def _with_vocab(cfg: Config, datasets: dict[str, Dataset | None]) -> Config:
+    """The vocabulary of the config, of the prepared data, or of the recipe, whichever is known."""
+    recipes = [source.prepare.tokenizer for source in cfg.data.sources.values() if source.prepare is not None]
+    vocab = cfg.model.vocab
+    for dataset in datasets.values():
+        vocab = vocab or (dataset.manifest.vocab_size if dataset is not None else None)
+    for recipe in recipes:
+        vocab = vocab or (recipe.vocab if recipe.kind in ("bpe", "unigram") else None)
+    if vocab is None:
+        raise ConfigError("the vocabulary is not known before the data is prepared; set model.vocab for a dry run")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab=vocab))
+
+
+def _device_bytes(tree: TrainState | object) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
