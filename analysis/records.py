@@ -53,7 +53,7 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def choose_loss(records: list[RunRecord], loss: str | None) -> str:
-    """The metric to analyse: `loss`, or the only `val/<set>/loss` that the runs log, or `train/loss` if none.
+    """The metric to analyse: `loss`, or `val/macro/loss`, or the only `val/<set>/loss`, or `train/loss` if none.
 
     Raises ValueError when several validation sets are logged and none was named.
     """
@@ -61,6 +61,8 @@ def choose_loss(records: list[RunRecord], loss: str | None) -> str:
         return loss
     logged = {key for record in records for row in record.history for key in row}
     validation = sorted(key for key in logged if key.startswith("val/") and key.endswith("/loss"))
+    if "val/macro/loss" in validation:
+        return "val/macro/loss"
     if len(validation) > 1:
         raise ValueError(f"runs log several validation losses ({', '.join(validation)}): choose one with --loss=NAME")
     return validation[0] if validation else "train/loss"
@@ -83,7 +85,7 @@ def _row(record: RunRecord, loss: str) -> dict:
         "tokens": record.final("tokens"),
         "unique_tokens": record.final("data/unique_tokens"),
         "flops_6nd": record.final("flops_6nd"),
-        "flops_exact": record.final("flops_exact"),
+        "flops_exact": _first_number(record.final("flops_exact"), record.final("flops_causal")),
         "learning_rate": max(learning_rates, default=np.nan),
         "batch_tokens": _batch_tokens(record),
         "schedule": schedules[0] if schedules else "",
@@ -103,3 +105,7 @@ def _batch_tokens(record: RunRecord) -> float:
     if len(rows) < 2:
         return np.nan
     return (rows[-1]["tokens"] - rows[-2]["tokens"]) / (rows[-1]["step"] - rows[-2]["step"])
+
+
+def _first_number(*values: float) -> float:
+    return next((value for value in values if not np.isnan(value)), np.nan)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from analysis.records import RunRecord, merge_history
+from analysis.records import RunRecord
 
 
 def is_workdir(path: Path) -> bool:
@@ -18,12 +18,23 @@ def find_workdirs(root: Path) -> list[Path]:
 
 
 def read_workdir(path: Path) -> RunRecord:
-    """One run. Raises ValueError naming file and line when a line other than the torn last one is not JSON."""
+    """One run. Raises ValueError naming file and line when a line other than the torn last one is not a JSON object."""
+    rows: dict[float, dict] = {}
+    ended: dict = {}
+    for line in _read_lines(path / "metrics.jsonl"):
+        event = line.get("event")
+        if event == "start":
+            # An attempt counts from the step it starts at; what earlier ones logged beyond it does not.
+            rows = {step: row for step, row in rows.items() if step <= line.get("step", step)}
+        elif event is not None:
+            ended.update(line)
+        elif "step" in line:
+            rows.setdefault(line["step"], {}).update(line)
     return RunRecord(
         name=path.name,
         config=_read_object(path / "config.json"),
-        summary=_read_object(path / "summary.json"),
-        history=merge_history(_read_lines(path / "metrics.jsonl")),
+        summary={**ended, **_read_object(path / "summary.json")},
+        history=tuple(rows[step] for step in sorted(rows)),
     )
 
 
@@ -43,11 +54,12 @@ def _read_lines(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            float(row["step"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
             # A killed run leaves its last line torn; anything before that is damage.
             if number == len(lines):
                 break
-            raise ValueError(f"{path}:{number}: not a JSON object with a step: repair or delete the line") from None
+            raise ValueError(f"{path}:{number}: not a JSON object: repair or delete the line")
         rows.append(row)
     return rows

@@ -1,0 +1,187 @@
+"""Which cells (N, D) to train so that N*(target) is known best for the money.
+
+Optimal design for one number (c-optimality: Elfving 1952; exchange: Fedorov 1972): near a supposed surface the
+variance of ln N*(target) is c' M^-1 c, with M the sum over cells of the outer products of the loss's gradient with
+respect to (E, ln A, ln B, alpha, beta), over the noise variance. Cells far from the frontier, cheap ones at extreme
+D / N, tell more about the exponents per FLOP than the usual isoFLOP grid. That trusts the surface's form there, so one
+cell at an extreme D / N is set aside: it costs money and checks the fit, and takes no part in it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.surface import FLOPS_PER_PARAM_TOKEN, Surface
+
+# Standard deviations of what is known of (E, ln A, ln B, alpha, beta) beforehand: next to nothing.
+PRIOR_SD = np.array([1.0, 5.0, 5.0, 0.5, 0.5])
+# Greedy starts differ in the largest share of the budget that one cell may take.
+LARGEST_SHARES = (1.0, 0.5, 0.25, 0.12, 0.06)
+HOLD_OUT_SHARE = 0.1
+MOST_EXCHANGES = 400
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Cells that may be chosen; all (cells,)."""
+
+    params: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def flops(self) -> np.ndarray:
+        return FLOPS_PER_PARAM_TOKEN * self.params * self.tokens
+
+    @classmethod
+    def of(cls, sizes, ratios: tuple[float, float], budget: float, steps: int = 25) -> "Candidates":
+        """All pairs of a size and one of `steps` log-spaced D / N within `ratios` that cost at most `budget` FLOPs."""
+        sizes = np.asarray(sizes, dtype=np.float64)
+        params = np.repeat(sizes, steps)
+        tokens = params * np.tile(np.geomspace(*ratios, steps), len(sizes))
+        affordable = FLOPS_PER_PARAM_TOKEN * params * tokens <= budget
+        return cls(params[affordable], tokens[affordable])
+
+
+@dataclass(frozen=True)
+class Design:
+    """The chosen cells, and what the delta method promises of a fit to them (without the hold-out)."""
+
+    params: np.ndarray  # (cells,)
+    tokens: np.ndarray
+    hold_out: tuple[float, float]  # (N, D)
+    budget: float  # FLOPs that might be spent
+    spent: float  # FLOPs, hold-out included
+    exponent_se: float
+    log_params_se: float  # of ln N*(target)
+
+
+def loss_gradient(surface: Surface, params, tokens) -> np.ndarray:
+    """dL / d(E, ln A, ln B, alpha, beta), nats, (cells, 5)."""
+    params, tokens = np.asarray(params, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    from_size, from_data = surface.A * params**-surface.alpha, surface.B * tokens**-surface.beta
+    ones = np.ones_like(params)
+    return np.stack([ones, from_size, from_data, -from_size * np.log(params), -from_data * np.log(tokens)], axis=-1)
+
+
+def exponent_gradient(surface: Surface) -> np.ndarray:
+    """d a / d(E, ln A, ln B, alpha, beta), with a = beta / (alpha + beta)."""
+    total = surface.alpha + surface.beta
+    return np.array([0.0, 0.0, 0.0, -surface.beta / total**2, surface.alpha / total**2])
+
+
+def log_params_gradient(surface: Surface, flops: float) -> np.ndarray:
+    """d ln N*(C) / d(E, ln A, ln B, alpha, beta), from ln N* = (ln(alpha A / (beta B)) + beta ln(C/6)) / (alpha + beta)."""
+    total = surface.alpha + surface.beta
+    log_params = np.log(surface.optimum(flops)[0])
+    return np.array(
+        [
+            0.0,
+            1.0 / total,
+            -1.0 / total,
+            (1.0 / surface.alpha - log_params) / total,
+            (np.log(flops / FLOPS_PER_PARAM_TOKEN) - 1.0 / surface.beta - log_params) / total,
+        ]
+    )
+
+
+def standard_errors(surface: Surface, params, tokens, target: float, noise_sd: float) -> tuple[float, float]:
+    """Delta-method standard errors of the exponent a and of ln N*(`target`) from a fit to these cells."""
+    information = _information(loss_gradient(surface, params, tokens), noise_sd)
+    inverse = np.linalg.inv(information)
+    gradients = exponent_gradient(surface), log_params_gradient(surface, target)
+    return tuple(float(np.sqrt(c @ inverse @ c)) for c in gradients)  # type: ignore[return-value]
+
+
+def choose_cells(
+    surface: Surface,
+    candidates: Candidates,
+    *,
+    budget: float,
+    target: float,
+    noise_sd: float = 0.005,
+    most: int = 40,
+    goal: str = "optimum",
+) -> Design:
+    """The cells of least variance of N*(`target`) (`goal` "optimum") or of the exponent a ("exponent").
+
+    `budget` and `target` in FLOPs, `noise_sd` in nats, at most `most` cells, all distinct. Up to a tenth of the budget
+    goes to the hold-out. Raises ValueError when fewer than six cells are affordable.
+    """
+    if len(candidates.params) < 6 or np.sort(candidates.flops)[:7].sum() > budget:
+        raise ValueError(
+            f"a budget of {budget:.3g} FLOPs affords fewer than six of the {len(candidates.params)} candidate cells: "
+            "raise --budget or allow smaller models and ratios"
+        )
+    held = _hold_out(candidates, HOLD_OUT_SHARE * budget)
+    free = np.arange(len(candidates.params)) != held
+    gradients = loss_gradient(surface, candidates.params[free], candidates.tokens[free]) / noise_sd
+    costs, money = candidates.flops[free], budget - candidates.flops[held]
+    wanted = exponent_gradient(surface) if goal == "exponent" else log_params_gradient(surface, target)
+    greedy = [_greedy(gradients, costs, money, wanted, most, share) for share in LARGEST_SHARES]
+    designs = [_exchange(cells, gradients, costs, money, wanted) for cells in greedy]
+    chosen = min(designs, key=lambda cells: _variance(gradients[cells], wanted))
+    chosen = np.flatnonzero(free)[np.sort(chosen)]
+    params, tokens = candidates.params[chosen], candidates.tokens[chosen]
+    exponent_se, log_params_se = standard_errors(surface, params, tokens, target, noise_sd)
+    spent = float(candidates.flops[chosen].sum() + candidates.flops[held])
+    hold_out = (float(candidates.params[held]), float(candidates.tokens[held]))
+    return Design(params, tokens, hold_out, budget, spent, exponent_se, log_params_se)
+
+
+def _information(gradients, noise_sd: float = 1.0) -> np.ndarray:
+    return np.diag(PRIOR_SD**-2.0) + gradients.T @ gradients / noise_sd**2
+
+
+def _variance(gradients, wanted) -> float:
+    return float(wanted @ np.linalg.solve(_information(gradients), wanted))
+
+
+def _hold_out(candidates: Candidates, money: float) -> int:
+    """The dearest affordable cell among those of the largest D / N: where surfaces are known to bend."""
+    ratios = candidates.tokens / candidates.params
+    affordable = candidates.flops <= max(money, candidates.flops.min())
+    extreme = affordable & (ratios >= 0.999 * ratios[affordable].max())
+    return int(np.argmax(np.where(extreme, candidates.flops, -1.0)))
+
+
+def _greedy(gradients, costs, money, wanted, most, share) -> list[int]:
+    """Add the cell that lowers the variance most, among those a remaining budget and `share` allow."""
+    inverse, cells, left = np.linalg.inv(_information(gradients[:0])), [], money
+    taken = np.zeros(len(costs), bool)
+    while len(cells) < most:
+        allowed = ~taken & (costs <= min(left, share * money))
+        if not allowed.any():
+            break
+        best = int(np.argmax(np.where(allowed, _gains(gradients, inverse, wanted), -1.0)))
+        inverse = _add(inverse, gradients[best])
+        taken[best], left = True, left - costs[best]
+        cells.append(best)
+    return cells
+
+
+def _exchange(cells, gradients, costs, money, wanted) -> list[int]:
+    """Swap one cell for another while that lowers the variance and the money suffices."""
+    cells, improved, exchanges = list(cells), True, 0
+    while improved and exchanges < MOST_EXCHANGES:
+        improved = False
+        for place in range(len(cells)):
+            rest = cells[:place] + cells[place + 1 :]
+            inverse = np.linalg.inv(_information(gradients[rest]))
+            allowed = costs <= money - costs[rest].sum()
+            allowed[rest] = False
+            gains = np.where(allowed, _gains(gradients, inverse, wanted), -1.0)
+            best = int(np.argmax(gains))
+            if gains[best] > gains[cells[place]] * (1 + 1e-9):
+                cells[place], improved, exchanges = best, True, exchanges + 1
+    return cells
+
+
+def _gains(gradients, inverse, wanted) -> np.ndarray:
+    """How much one more cell lowers the variance (Sherman & Morrison)."""
+    through = gradients @ inverse
+    return (through @ wanted) ** 2 / (1.0 + np.einsum("cp,cp->c", through, gradients))
+
+
+def _add(inverse, gradient) -> np.ndarray:
+    through = inverse @ gradient
+    return inverse - np.outer(through, through) / (1.0 + gradient @ through)
