@@ -21,7 +21,7 @@ class ByteTokenizer(Tokenizer):
     def content(self) -> bytes:
         return b""
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -55,7 +55,7 @@ class CharacterTokenizer(Tokenizer):
     def content(self) -> bytes:
         return json.dumps(self._alphabet).encode()
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         try:
             return [self._ids[character] for character in text]
         except KeyError as error:

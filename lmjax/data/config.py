@@ -18,7 +18,7 @@ class TokenizerConfig:
     vocab: PositiveInt = 32_000
     """Vocabulary size of the trained kinds, the 256 bytes and three symbols included."""
     sample_bytes: PositiveInt = 100_000_000
-    """Text that bpe and unigram learn from: a random sample of the training documents, at most this long.
+    """Text that bpe and unigram learn from: a random sample of passages of the training documents.
     Learning takes about 0.15 s (bpe) or 5 s (unigram) per million bytes."""
     path: str | None = None
     """The file of kind `file`: a SentencePiece .model or a Hugging Face tokenizer.json."""

@@ -10,10 +10,12 @@ import numpy as np
 
 from lmjax.data.clean import clean
 from lmjax.data.config import PrepareConfig
+from lmjax.data.sections import sections
 from lmjax.data.sources import InputFile, Report, read_documents
 from lmjax.errors import DataError
 
 Split = Literal["train", "valid"]
+_PASSAGE_CHARS = 1 << 13
 
 
 class Text(NamedTuple):
@@ -86,25 +88,22 @@ def _tail_split(documents: Iterator[tuple[str, str]], fraction: float) -> Iterat
         yield from (Text(name, part, split) for part, split in parts if part)
 
 
-def sample_texts(texts: Iterator[Text], limit_bytes: int, seed: int) -> list[str]:
-    """A random sample of the training documents, in their order, of at most `limit_bytes` of UTF-8 (or one document).
+def sample_passages(texts: Iterator[Text], limit_bytes: int, seed: int) -> list[str]:
+    """A random sample of passages of the training documents, in their order, of at most `limit_bytes` of UTF-8.
 
-    Every document draws a number and the smallest win, so one pass is enough and memory stays near the limit.
+    Every passage draws a number and the smallest win, so one pass is enough and memory stays near the limit.
     """
     rng = np.random.default_rng([seed, 1])
+    passages = (part for item in texts if item.split == "train" for part in sections(item.text, _PASSAGE_CHARS))
     heap: list[tuple[float, int, int, str]] = []  # largest draw first
     total = 0
-    for index, item in enumerate(texts):
-        draw = rng.random()
-        if item.split != "train":
-            continue
-        size = len(item.text.encode("utf-8"))
-        heapq.heappush(heap, (-draw, index, size, item.text))
+    for index, passage in enumerate(passages):
+        size = len(passage.encode("utf-8"))
+        heapq.heappush(heap, (-rng.random(), index, size, passage))
         total += size
         while total > limit_bytes and len(heap) > 1:
             total -= heapq.heappop(heap)[2]
-    sample = [text for _, _, _, text in sorted(heap, key=lambda entry: entry[1])]
-    return [text[:limit_bytes] for text in sample]
+    return [passage for _, _, _, passage in sorted(heap, key=lambda entry: entry[1])]
 
 
 def expected_share(fraction: float) -> int:

@@ -7,9 +7,9 @@ robin and answers are awaited in that order, so the result does not depend on th
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -77,9 +77,8 @@ def encode_batches(directory: os.PathLike[str], batches: Iterator[list[str]], wo
         return
     pool: list[_Worker] = []
     try:
-        turn = itertools.count()
         first = 0  # the oldest request still unanswered
-        for number, batch in zip(turn, batches, strict=False):
+        for number, batch in enumerate(batches):
             if number < workers:
                 pool.append(_Worker(directory))
             else:
@@ -188,17 +187,15 @@ def _read_exactly(stream: IO[bytes], size: int) -> bytes:
 
 
 def _serve(directory: str) -> None:
-    requests, responses = sys.stdin.buffer, sys.stdout.buffer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it stops its workers
     tokenizer = load_tokenizer(directory)
-    while True:
-        try:
-            texts = _read_request(requests)
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            _write_response(responses, encode_documents(tokenizer, texts))
-        except DocumentError as error:
-            _write_frame(responses, {"error": str(error), "document": error.index})
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
+        while True:
+            texts = _read_request(sys.stdin.buffer)
+            try:
+                _write_response(sys.stdout.buffer, encode_documents(tokenizer, texts))
+            except DocumentError as error:
+                _write_frame(sys.stdout.buffer, {"error": str(error), "document": error.index})
 
 
 if __name__ == "__main__":

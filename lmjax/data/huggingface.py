@@ -1,11 +1,13 @@
 """Hugging Face tokenizer.json files."""
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from lmjax.data.sections import sections
 from lmjax.data.tokenizer import ENDOFTEXT, Tokenizer, bytes_of
 from lmjax.errors import DataError
 
@@ -30,6 +32,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.endoftext_id = self._tokenizer.token_to_id(self.endoftext)
         # Not get_vocab_size: ids may have gaps, and every id must be below it.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._is_byte_level = '"ByteLevel"' in json.dumps(self._json.get("decoder"))
+        self._may_cut = self._is_byte_level and '"add_prefix_space": true' not in json.dumps(self._json)
         model = self._json.get("model", {})
         unknown = model.get("unk_token")
         if unknown is None and isinstance(model.get("unk_id"), int):  # a Unigram model names the id
@@ -46,7 +50,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def content(self) -> bytes:
         return self._content
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
+        parts = sections(text) if self._may_cut else [text]
+        return list(itertools.chain.from_iterable(self._encode_part(part) for part in parts))
+
+    def _encode_part(self, text: str) -> list[int]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         if self._unknown_id is not None and self._unknown_id in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(self._unknown_id)]
@@ -62,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
-        spell = _spell_byte_level if '"ByteLevel"' in json.dumps(self._json.get("decoder")) else _spell_pieces
+        spell = _spell_byte_level if self._is_byte_level else _spell_pieces
         added = {token["id"]: token["content"].encode("utf-8") for token in self._json.get("added_tokens", [])}
         table = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():

@@ -44,7 +44,7 @@ class SentencePieceTokenizer(Tokenizer):
     def content(self) -> bytes:
         return self._model
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         ids = self._encode_exactly(text) if self._keeps_space else self._encode_parts(text)
         if self._unknown_id in ids:
             raise DataError(

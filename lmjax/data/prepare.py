@@ -17,7 +17,7 @@ from etils import epath
 from lmjax.data import storage
 from lmjax.data.clean import describe
 from lmjax.data.config import PrepareConfig
-from lmjax.data.corpus import Omitted, Split, Text, expected_share, read_corpus, sample_texts
+from lmjax.data.corpus import Omitted, Split, Text, expected_share, read_corpus, sample_passages
 from lmjax.data.encoding import DocumentError, Encoded, encode_batches
 from lmjax.data.manifest import FILE, Manifest, ShardManifest, SplitManifest, as_json, read_manifest, write_manifest
 from lmjax.data.progress import Progress, showing
@@ -122,10 +122,11 @@ def _continue_or_clear(directory: epath.Path, recipe: dict[str, Any]) -> None:
     if path.exists() and storage.read_bytes(path) == json.dumps(recipe).encode():
         return
     with storage.reporting(directory, "write"):
-        for record in (directory / _PREPARING).glob("*.json"):
-            record.unlink()
-        if (directory / TOKENIZER).exists():
-            (directory / TOKENIZER).rmtree()
+        for file in (directory / _PREPARING).glob("*.json"):
+            file.unlink()
+        for split in _SPLITS:
+            for file in directory.glob(f"{split}-*"):
+                file.unlink()
     storage.write_atomically(path, json.dumps(recipe).encode())
 
 
@@ -136,7 +137,9 @@ def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile
     if not marker.exists():
         texts = read_corpus(files, cfg, _ignore, Omitted())
         learns = cfg.tokenizer.kind in ("bpe", "unigram")
-        sample = sample_texts(texts, cfg.tokenizer.sample_bytes, cfg.seed) if learns else (item.text for item in texts)
+        sample = (
+            sample_passages(texts, cfg.tokenizer.sample_bytes, cfg.seed) if learns else (item.text for item in texts)
+        )
         train_tokenizer(cfg.tokenizer, sample).save(home)
         storage.write_atomically(marker, b"{}")
     return load_tokenizer(home)
@@ -257,8 +260,7 @@ class _Writer:
     def _is_intact(self, shard: ShardManifest) -> bool:
         sizes = shard_sizes(shard, self._dtype)
         return all(
-            (self._directory / name).exists()
-            and (self._directory / name).stat().length == sizes[name]
+            storage.has_size(self._directory / name, sizes[name])
             and storage.hash_file(self._directory / name) == digest
             for name, digest in shard_files(shard).items()
         )

@@ -45,7 +45,9 @@ class Progress:
 class _Lines(Progress):
     """A line to stderr every ten seconds."""
 
-    _last = time.monotonic()
+    def __init__(self, total_bytes: int):
+        super().__init__(total_bytes)
+        self._last = time.monotonic()
 
     def show(self) -> None:
         if time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:

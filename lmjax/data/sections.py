@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 SECTION_CHARS = 1 << 18
 
-# No token of the tokenizers here holds a newline followed by a word, nor a word followed by a space.
+# No token of the tokenizers cut here holds a newline followed by a word, nor a word followed by a space.
 _LINE_END = re.compile(r"(?<=\n)(?=\S)")
 _WORD_END = re.compile(r"(?<=\S)(?= \S)")
 

@@ -8,7 +8,6 @@ A shard is three flat little-endian files.
 """
 
 import dataclasses
-import functools
 import itertools
 import os
 import sys
@@ -74,7 +73,6 @@ class Shard:
     def __init__(self, directory: epath.Path, manifest: ShardManifest, dtype: np.dtype):
         self.path = directory / f"{manifest.name}.tokens"
         self.tokens = np.memmap(os.fspath(self.path), dtype, mode="r")
-        self.document_ends = _read_index(directory / f"{manifest.name}.documents", "<u8", manifest.documents_hash)
         self._checksums = _read_index(directory / f"{manifest.name}.checksums", "<u4", manifest.checksums_hash)
         self._unchecked = np.ones(len(self._checksums), bool)
         self._block_tokens = BLOCK_BYTES // dtype.itemsize
@@ -112,15 +110,13 @@ class TokenSplit:
         self.shard_starts = np.cumsum([0] + [shard.tokens for shard in manifest.shards])
         self.hash = storage.hash_bytes(*(shard.tokens_hash.encode() for shard in manifest.shards))
         """Names the content: that of the token files in order."""
-
-    @functools.cached_property
-    def document_starts(self) -> np.ndarray:
-        """int64 [n_documents + 1]: where each document starts in the sequence; last, where the sequence ends."""
-        ends = [
-            shard.document_ends.astype(np.int64) + start
-            for shard, start in zip(self.shards, self.shard_starts, strict=False)
-        ]
-        return np.concatenate([[0], *ends])
+        self.document_starts = np.zeros(manifest.documents + 1, np.int64)
+        """[n_documents + 1]: where each document starts in the sequence; last, where the sequence ends."""
+        first = 0
+        for shard, start in zip(manifest.shards, self.shard_starts, strict=False):
+            ends = _read_index(directory / f"{shard.name}.documents", "<u8", shard.documents_hash)
+            self.document_starts[first + 1 : first + 1 + len(ends)] = ends + np.uint64(start)
+            first += len(ends)
 
     def take(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The tokens of the spans [start, start + length), end to end; a span lies within one shard.

@@ -1,5 +1,6 @@
 """Data sets in buckets, brought to local disk before training reads them at random."""
 
+import concurrent.futures
 import os
 
 from etils import epath
@@ -9,6 +10,8 @@ from lmjax.data import storage
 from lmjax.data.config import DataConfig
 from lmjax.data.manifest import Manifest
 from lmjax.data.shards import TOKENIZER, shard_files, shard_sizes
+
+_STREAMS = 8
 
 
 def stage(source: epath.Path, manifest: Manifest, cache: str | None = None) -> epath.Path:
@@ -24,9 +27,12 @@ def stage(source: epath.Path, manifest: Manifest, cache: str | None = None) -> e
     sizes = {name: size for shard in shards for name, size in shard_sizes(shard, manifest.dtype).items()}
     hashes = {name: digest for shard in shards for name, digest in shard_files(shard).items()}
     with storage.locked(target):
-        storage.require_space(target, sum(size for name, size in sizes.items() if not (target / name).exists()))
-        for name, digest in hashes.items():
-            storage.fetch(source / name, target / name, digest)
+        missing = [name for name, size in sizes.items() if not storage.has_size(target / name, size)]
+        storage.require_space(target, sum(sizes[name] for name in missing))
+        with concurrent.futures.ThreadPoolExecutor(_STREAMS) as pool:
+            copies = [pool.submit(storage.fetch, source / n, target / n, sizes[n], hashes[n]) for n in missing]
+        for copy in copies:
+            copy.result()
         (target / TOKENIZER).mkdir(exist_ok=True)
         for path in sorted((source / TOKENIZER).iterdir()):
             name = os.path.basename(os.fspath(path))

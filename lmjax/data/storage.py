@@ -87,12 +87,12 @@ def hash_file(path: epath.Path, copy_to: BinaryIO | None = None) -> str:
     return digest.hexdigest()
 
 
-def fetch(source: epath.Path, target: epath.Path, expected_hash: str) -> None:
-    """Copy a file to local disk, hashed on the way; what is there already and right is kept.
+def fetch(source: epath.Path, target: epath.Path, size: int, expected_hash: str) -> None:
+    """Copy a file to local disk, hashed on the way, unless that was done before.
 
     Raises DataError if the content does not have the expected hash.
     """
-    if target.exists() and hash_file(target) == expected_hash:
+    if has_size(target, size):
         return
     draft = target.parent / (target.name + ".tmp")
     with reporting(target, "write"), draft.open("wb") as file:
@@ -101,6 +101,11 @@ def fetch(source: epath.Path, target: epath.Path, expected_hash: str) -> None:
         draft.unlink()
         raise DataError(f"{source} is damaged: its hash is not the manifest's; prepare the data set again")
     draft.replace(target)
+
+
+def has_size(path: epath.Path, size: int) -> bool:
+    """Whether `path` exists with `size` bytes."""
+    return path.exists() and path.stat().length == size
 
 
 def require_space(directory: epath.Path, needed: int) -> None:

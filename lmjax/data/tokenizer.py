@@ -37,9 +37,18 @@ class Tokenizer(Protocol):
     endoftext: str
     """The symbol of that id."""
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without endoftext. Raises DataError for a character that it cannot represent."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            character = f"U+{ord(text[error.start]):04X}"
+            raise DataError(f"unpaired surrogate {character} at character {error.start}: not a text") from error
+        return self._encode(text)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """`encode` of a text that is known to be valid."""
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
