@@ -1,0 +1,69 @@
+"""What every test may use: one tiny config for each family of decoders that one ModelConfig spans."""
+
+import pytest
+
+from lmjax.models.config import ModelConfig, RopeConfig
+
+# Widths are distinct, so that a transposed axis cannot go unnoticed, and where layers follow a pattern there are two
+# periods of it and a remainder.
+SIZES = {"vocab": 61, "context": 128, "layers": 3, "embed": 24, "heads": 4, "head_dim": 6, "mlp": 40}
+
+FAMILIES: dict[str, ModelConfig] = {
+    "gpt2": ModelConfig(**SIZES, norm="layer", bias=True, position="learned"),
+    "mini_gpt": ModelConfig(
+        **SIZES,
+        norm="layer",
+        norm_position="post",
+        bias=True,
+        activation="relu",
+        position="learned",
+        embed_norm=True,
+        dropout=0.1,
+        embed_dropout=0.1,
+    ),
+    "llama3": ModelConfig(
+        **SIZES,
+        kv_heads=2,
+        activation="silu",
+        gated=True,
+        tied=False,
+        rope=RopeConfig(theta=500_000.0, scaling="llama3", factor=8.0, original_context=64),
+    ),
+    "qwen2": ModelConfig(**SIZES, kv_heads=2, activation="silu", gated=True, qkv_bias=True),
+    "qwen3": ModelConfig(**SIZES, kv_heads=2, activation="silu", gated=True, qk_norm=True),
+    "gemma2": ModelConfig(
+        **SIZES | {"layers": 5},
+        pattern=("local", "global"),
+        window=5,
+        kv_heads=2,
+        gated=True,
+        norm_position="pre_and_output",
+        norm_offset=1.0,
+        attention_softcap=5.0,
+        attention_scale=0.3,
+        logit_softcap=3.0,
+        embed_scale=24**0.5,
+    ),
+    "gemma3": ModelConfig(
+        **SIZES | {"layers": 13},
+        pattern=("local", "local", "local", "local", "local", "global"),
+        window=3,
+        kv_heads=1,
+        gated=True,
+        norm_position="pre_and_output",
+        norm_offset=1.0,
+        qk_norm=True,
+        embed_scale=24**0.5,
+        rope=RopeConfig(theta=1e6, local_theta=1e4, scaling="linear", factor=8.0),
+    ),
+    "olmo2": ModelConfig(**SIZES, activation="silu", gated=True, norm_position="output", qk_norm=True, tied=False),
+    "alibi": ModelConfig(**SIZES | {"heads": 3}, position="alibi", activation="relu_squared"),
+    "sinusoidal": ModelConfig(**SIZES, position="sinusoidal", norm="layer", activation="gelu_exact"),
+    "none": ModelConfig(**SIZES, position="none", gated=True, bias=True),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def cfg(request: pytest.FixtureRequest) -> ModelConfig:
+    """Each family in turn."""
+    return FAMILIES[request.param]
