@@ -13,7 +13,7 @@ from lmjax.optim.optimizers import build, clip, state_shardings
 from lmjax.optim.rules import OPTIMIZERS
 from lmjax.weights import Weight, bind, map_weights, stacked
 
-LAYERS = 3
+LAYERS = 2
 STEPS = 4
 DIMS = {"vocab": 150, "embed": 128, "heads": 4, "head_dim": 40, "mlp": 256, "rank": 24, "experts": 2}
 # Sides of 128 and more, so that Adafactor factors, and a rank of 24, so that it also does not.
@@ -27,6 +27,8 @@ LAYER = {
 }
 ENDS = {"embedding": Weight("vocab -> embed", kind="lookup"), "head": Weight("embed -> vocab")}
 SPEC = bind(ENDS, DIMS) | {"layers": stacked(bind(LAYER, DIMS), LAYERS)}
+# One weight of each class of treatment, where the shapes' variety does not matter.
+PART = {"embedding": SPEC["embedding"], "layers": {name: SPEC["layers"][name] for name in ("query", "norm")}}
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -106,7 +108,7 @@ def test_experts_of_a_layer_are_separate_weights_too(name):
     scalars = hyper(cfg, steps=STEPS)
     start = initial(spec)
     together, _ = run(cfg, scalars, start, spec)
-    for layer, expert in [(0, 1), (2, 0)]:
+    for layer, expert in [(0, 1), (1, 0)]:
 
         def pick(params, at=(layer, expert)):
             return jax.tree.map(lambda x: x[at], params)
@@ -119,9 +121,10 @@ def test_experts_of_a_layer_are_separate_weights_too(name):
 def test_traced_hyperparameters_equal_constants(name):
     cfg = config(name)
     scalars = hyper(cfg, steps=STEPS)
-    optimizer = build(cfg, SPEC)
+    optimizer = build(cfg, PART)
     update = update_with(optimizer)
-    arguments = initial(), optimizer.init(initial()), gradients(initial(), 0)
+    params = initial(PART)
+    arguments = params, optimizer.init(params), gradients(params, 0)
     traced = jax.jit(update)(*arguments, scalars, jnp.int32(1))
     constant = jax.jit(lambda *arguments: update(*arguments, scalars, jnp.int32(1)))(*arguments)
     assert largest_difference(traced, constant) <= 1e-7
@@ -134,19 +137,20 @@ def test_a_stack_of_runs_equals_each_run_alone(name):
         config(name, learning_rate=4e-3, b1=0.9, momentum=0.95, weight_decay=0.3, clip_norm=0.5, adam_rate=1.0),
     ]
     scalars = [hyper(cfg, steps=STEPS * (2 + i)) for i, cfg in enumerate(cfgs)]
-    starts = [initial(seed=seed) for seed in (1, 2)]
-    optimizer = build(cfgs[0], SPEC)
+    starts = [initial(PART, seed) for seed in (1, 2)]
+    optimizer = build(cfgs[0], PART)
     update = update_with(optimizer)
 
     def stack(trees):
         return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
     grads = gradients(stack(starts), 0)
+    single = jax.jit(update)
     together, _ = jax.jit(jax.vmap(update, in_axes=(0, 0, 0, 0, None)))(
         stack(starts), jax.vmap(optimizer.init)(stack(starts)), grads, stack(scalars), jnp.int32(1)
     )
     alone = [
-        jax.jit(update)(p, optimizer.init(p), jax.tree.map(lambda g, i=i: g[i], grads), s, jnp.int32(1))[0]
+        single(p, optimizer.init(p), jax.tree.map(lambda g, i=i: g[i], grads), s, jnp.int32(1))[0]
         for i, (p, s) in enumerate(zip(starts, scalars, strict=True))
     ]
     assert largest_difference(together, stack(alone)) <= 1e-6
