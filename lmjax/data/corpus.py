@@ -15,7 +15,6 @@ from lmjax.data.sources import InputFile, Report, read_documents
 from lmjax.errors import DataError
 
 Split = Literal["train", "valid"]
-_PASSAGE_CHARS = 1 << 13
 
 
 class Text(NamedTuple):
@@ -94,7 +93,7 @@ def sample_passages(texts: Iterator[Text], limit_bytes: int, seed: int) -> list[
     Every passage draws a number and the smallest win, so one pass is enough and memory stays near the limit.
     """
     rng = np.random.default_rng([seed, 1])
-    passages = (part for item in texts if item.split == "train" for part in sections(item.text, _PASSAGE_CHARS))
+    passages = (part for item in texts if item.split == "train" for part in sections(item.text))
     heap: list[tuple[float, int, int, str]] = []  # largest draw first
     total = 0
     for index, passage in enumerate(passages):

@@ -7,6 +7,7 @@ robin and answers are awaited in that order, so the result does not depend on th
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -46,23 +47,31 @@ class DocumentError(DataError):
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
     """Encode the texts and check each by decoding it. Raises DocumentError naming a text by its index."""
-    parts: list[np.ndarray] = []
-    exact = []
-    dtype = token_dtype(tokenizer.vocab_size)
+    encoded = []
     for index, text in enumerate(texts):
         try:
-            ids = tokenizer.encode(text)
+            encoded.append(_encode_document(tokenizer, text))
         except DataError as error:
             raise DocumentError(index, str(error)) from error
-        exact.append(tokenizer.decode(ids) == text)
-        ids.append(tokenizer.endoftext_id)
-        parts.append(np.array(ids, dtype))  # numpy refuses an id that the type cannot hold
+    tokens, exact = zip(*encoded, strict=True)
     return Encoded(
-        tokens=np.concatenate(parts),
-        n_tokens=np.array([len(part) for part in parts], np.int64),
+        tokens=np.concatenate(tokens),
+        n_tokens=np.array([len(document) for document in tokens], np.int64),
         n_bytes=np.array([len(text.encode("utf-8")) for text in texts], np.int64),
         exact=np.array(exact, bool),
     )
+
+
+def _encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]:
+    """The document's tokens, endoftext included, and whether they decode to it."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    parts = []
+    spelled = hashlib.blake2b()
+    for ids in tokenizer.encode_parts(text):
+        parts.append(np.array(ids, dtype))  # numpy refuses an id that the type cannot hold
+        spelled.update(tokenizer.decode(ids).encode("utf-8"))
+    parts.append(np.array([tokenizer.endoftext_id], dtype))
+    return np.concatenate(parts), spelled.digest() == hashlib.blake2b(text.encode("utf-8")).digest()
 
 
 def encode_batches(directory: os.PathLike[str], batches: Iterator[list[str]], workers: int) -> Iterator[Encoded]:

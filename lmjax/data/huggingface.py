@@ -1,13 +1,11 @@
 """Hugging Face tokenizer.json files."""
 
 import functools
-import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lmjax.data.sections import sections
 from lmjax.data.tokenizer import ENDOFTEXT, Tokenizer, bytes_of
 from lmjax.errors import DataError
 
@@ -50,11 +48,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def content(self) -> bytes:
         return self._content
 
-    def _encode(self, text: str) -> list[int]:
-        parts = sections(text) if self._may_cut else [text]
-        return list(itertools.chain.from_iterable(self._encode_part(part) for part in parts))
+    def _parts(self, text: str) -> Iterable[str]:
+        return super()._parts(text) if self._may_cut else [text]
 
-    def _encode_part(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         if self._unknown_id is not None and self._unknown_id in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(self._unknown_id)]

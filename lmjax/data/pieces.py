@@ -2,7 +2,6 @@
 
 import functools
 import io
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -44,8 +43,11 @@ class SentencePieceTokenizer(Tokenizer):
     def content(self) -> bytes:
         return self._model
 
+    def _parts(self, text: str) -> Iterable[str]:
+        return super()._parts(text) if self._keeps_space else [text]
+
     def _encode(self, text: str) -> list[int]:
-        ids = self._encode_exactly(text) if self._keeps_space else self._encode_parts(text)
+        ids = self._encode_between_cuts(text)
         if self._unknown_id in ids:
             raise DataError(
                 f"character {self._first_unknown(text)!r} is unknown to the tokenizer; "
@@ -53,10 +55,7 @@ class SentencePieceTokenizer(Tokenizer):
             )
         return ids
 
-    def _encode_exactly(self, text: str) -> list[int]:
-        return list(itertools.chain.from_iterable(self._encode_parts(section) for section in sections(text)))
-
-    def _encode_parts(self, text: str) -> list[int]:
+    def _encode_between_cuts(self, text: str) -> list[int]:
         if self.endoftext not in text and not (self._keeps_space and _MARKER in text):
             return self._processor.encode(text)
         ids: list[int] = []

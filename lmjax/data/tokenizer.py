@@ -8,16 +8,18 @@ Three promises hold for every tokenizer here.
 """
 
 import functools
+import itertools
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 
 from lmjax.data import storage
 from lmjax.data.config import TokenizerConfig
+from lmjax.data.sections import sections
 from lmjax.errors import DataError
 
 ENDOFTEXT = "<|endoftext|>"
@@ -44,11 +46,19 @@ class Tokenizer(Protocol):
         except UnicodeEncodeError as error:
             character = f"U+{ord(text[error.start]):04X}"
             raise DataError(f"unpaired surrogate {character} at character {error.start}: not a text") from error
-        return self._encode(text)
+        return list(itertools.chain.from_iterable(self.encode_parts(text)))
+
+    def encode_parts(self, text: str) -> Iterator[list[int]]:
+        """`encode` of a valid text piece by piece, each for consecutive parts of it, so that memory stays small."""
+        return map(self._encode, self._parts(text))
+
+    def _parts(self, text: str) -> Iterable[str]:
+        """`text` cut in places where its encoding may be cut too."""
+        return sections(text)
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
-        """`encode` of a text that is known to be valid."""
+        """The ids of one part."""
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
