@@ -1,0 +1,240 @@
+"""The commands:
+
+    python -m analysis report  --runs=SOURCE --target=1e23 --out=DIR     fit everything, write figures and a page
+    python -m analysis verify  DIR                                       derive every number of a report again
+    python -m analysis design  --budget=1e20 --target=1e23 --out=FILE    which cells to train
+    python -m analysis predict --runs=SOURCE --params=1e9 --tokens=2e10 --out=FILE
+    python -m analysis score   FORECAST... (--runs=SOURCE | --loss-value=2.31)
+    python -m analysis compare DIR...|wandb:entity/project [--out=DIR]
+
+SOURCE is a CSV or parquet file, a directory of work directories or offline wandb runs, or wandb:entity/project.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from analysis import cells, compare, design, forecast, report
+from analysis.parametric import fit_parametric
+from analysis.runs import load_runs
+from analysis.simulate import EPOCH
+from analysis.study import Options
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Errors are one line; `--help` is there for the rest."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (see python -m analysis {self.prog.split()[-1]} --help)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        parsed = _parser().parse_args(arguments)
+        parsed.command(parsed)
+    except (ValueError, OSError) as error:
+        print(f"lmjax analysis: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="name", required=True, parser_class=_OneLineParser)
+    _add_report(commands)
+    verify = commands.add_parser("verify", help="derive every number of a report again")
+    verify.add_argument("report", type=Path)
+    verify.set_defaults(command=_verify)
+    _add_design(commands)
+    _add_predict(commands)
+    _add_score(commands)
+    comparing = commands.add_parser("compare", help="a table of runs by rising loss")
+    comparing.add_argument("sources", nargs="+", metavar="DIR|wandb:entity/project")
+    comparing.add_argument("--loss", help="metric, such as val/c4/loss")
+    comparing.add_argument("--out", type=Path, help="write table, curves and figure here")
+    comparing.set_defaults(command=_compare)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--runs", required=required, metavar="SOURCE")
+    parser.add_argument("--loss", help="loss column or metric")
+    parser.add_argument("--params", dest="count", help="which N: total, non_embedding, matmul, or a column")
+    parser.add_argument("--flops", help="which C: 6nd, exact, or a column")
+    parser.add_argument("--columns", type=_pairs, default={}, help="canonical=COLUMN,... for unusual tables")
+    parser.add_argument("--where", type=_pairs, default={}, help="COLUMN=VALUE,... keeps only these rows")
+    parser.add_argument("--exclude-invalid", action="store_true", help="drop unusable rows, with the reason recorded")
+
+
+def _selection(parsed) -> dict:
+    return {
+        "loss": parsed.loss,
+        "params": parsed.count,
+        "flops": parsed.flops,
+        "columns": parsed.columns,
+        "where": parsed.where,
+        "exclude_invalid": parsed.exclude_invalid,
+    }
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(sign and key and value for key, sign, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE,...")
+    return {key: value for key, _, value in pairs}
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not (np.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser("report", help="fit everything, write figures and a page")
+    _add_source(parser)
+    parser.add_argument("--target", type=_positive, required=True, help="FLOPs to extrapolate to")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budgets", type=_numbers, help="isoFLOP budgets; by default found in the data")
+    parser.add_argument("--level", type=_share, default=0.95, help="of the intervals")
+    parser.add_argument("--replicates", type=int, default=1000, help="of every bootstrap")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.set_defaults(command=_report)
+
+
+def _report(parsed) -> None:
+    if parsed.replicates < 100:
+        raise ValueError(f"--replicates={parsed.replicates} is too few for an interval: use at least 100")
+    options = Options(parsed.target, parsed.level, parsed.replicates, parsed.seed, parsed.budgets)
+    study = report.write_report(report.Inputs(parsed.runs, options, _selection(parsed)), parsed.out)
+    columns = ["method", "params_exponent", "params_exponent_low", "params_exponent_high", "params", "tokens", "loss"]
+    print(compare.as_text(report.estimates_table(study)[columns]))
+    for warning in study.warnings:
+        print(f"note: {warning}")
+    if study.disagreement:
+        print(f"METHODS DISAGREE on N*: {study.disagreement}")
+    print(f"wrote {parsed.out / 'report.html'}")
+
+
+def _verify(parsed) -> None:
+    print(f"{parsed.report}: {report.verify(parsed.report)} numbers derived anew, all the same")
+
+
+def _add_design(commands) -> None:
+    parser = commands.add_parser("design", help="which cells to train")
+    _add_source(parser, required=False)
+    parser.add_argument("--budget", type=_positive, required=True, help="FLOPs to spend on all cells")
+    parser.add_argument("--target", type=_positive, required=True, help="FLOPs at which N* is wanted")
+    parser.add_argument("--ratios", type=_numbers, default=(2.0, 200.0), help="smallest and largest D/N")
+    parser.add_argument("--smallest", type=_positive, default=1e7, help="parameters of the smallest model")
+    parser.add_argument("--noise", type=_positive, default=0.005, help="nats between seeds")
+    parser.add_argument("--most", type=int, default=40, help="cells at most, without the hold-out")
+    parser.add_argument("--devices", type=int, default=8, help="batches divide by this")
+    parser.add_argument("--out", type=Path, required=True, help="JSON: one object of config overrides a cell")
+    parser.set_defaults(command=_design)
+
+
+def _design(parsed) -> None:
+    if len(parsed.ratios) != 2 or parsed.ratios[0] >= parsed.ratios[1]:
+        raise ValueError("--ratios takes the smallest and the largest D/N, such as --ratios=2,200")
+    if parsed.most < 6 or parsed.devices < 1:
+        raise ValueError("--most must be at least 6 and --devices at least 1")
+    surface = fit_parametric(*load_runs(parsed.runs, **_selection(parsed)).points).surface if parsed.runs else EPOCH
+    sizes = cells.shapes(parsed.smallest, np.sqrt(parsed.budget / (6.0 * parsed.ratios[0])))
+    candidates = design.Candidates.of([shape.params for shape in sizes], parsed.ratios, parsed.budget)
+    chosen = design.choose_cells(
+        surface, candidates, budget=parsed.budget, target=parsed.target, noise_sd=parsed.noise, most=parsed.most
+    )
+    pairs = [*zip(chosen.params, chosen.tokens, strict=True), chosen.hold_out]
+    by_size = {shape.params: shape for shape in sizes}
+    rows = [cells.overrides(by_size[n], d, devices=parsed.devices) for n, d in pairs]
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    parsed.out.write_text(json.dumps(rows, indent=1) + "\n")
+    for n, d in pairs:
+        held = "  hold-out: predict it, do not fit it" if (n, d) == chosen.hold_out else ""
+        print(f"N {n:9.3g}  D {d:9.3g}  D/N {d / n:7.3g}  C {6 * n * d:9.3g}{held}")
+    print(f"{len(rows)} cells, {chosen.spent:.3g} of {chosen.budget:.3g} FLOPs; with noise of {parsed.noise:g} nats the "
+          f"standard error of a is {chosen.exponent_se:.4f} and of ln N*({parsed.target:.3g}) "
+          f"{chosen.log_params_se:.3f}")  # fmt: skip
+    print(f"wrote {parsed.out} (the last cell is the hold-out)")
+
+
+def _add_predict(commands) -> None:
+    parser = commands.add_parser("predict", help="a dated, hashed forecast of one run")
+    _add_source(parser)
+    parser.add_argument("--size", type=_positive, required=True, help="N of the run, parameters")
+    parser.add_argument("--tokens", type=_positive, required=True, help="D of the run")
+    parser.add_argument("--level", type=_share, default=0.95)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.set_defaults(command=_predict)
+
+
+def _predict(parsed) -> None:
+    if parsed.out.exists():
+        raise ValueError(f"{parsed.out} exists: a forecast is never overwritten; choose another name")
+    runs = load_runs(parsed.runs, **_selection(parsed))
+    made = forecast.make_forecast(runs, parsed.size, parsed.tokens, level=parsed.level)
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    parsed.out.write_text(json.dumps(made, indent=1) + "\n")
+    print(f"loss {made['loss']:.4f} nats, {parsed.level:.0%} interval {made['low']:.4f} to {made['high']:.4f}; "
+          f"wrote {parsed.out} ({made['sha256'][:12]})")  # fmt: skip
+
+
+def _add_score(commands) -> None:
+    parser = commands.add_parser("score", help="compare forecasts with what came out")
+    parser.add_argument("forecasts", nargs="+", type=Path)
+    _add_source(parser, required=False)
+    parser.add_argument("--loss-value", type=_positive, help="the loss that came out, for a single forecast")
+    parser.set_defaults(command=_score)
+
+
+def _score(parsed) -> None:
+    if (parsed.loss_value is None) == (parsed.runs is None):
+        raise ValueError("score needs either --runs=SOURCE or --loss-value=NATS")
+    if parsed.loss_value is not None and len(parsed.forecasts) > 1:
+        raise ValueError("--loss-value scores one forecast: use --runs=SOURCE for several")
+    runs = load_runs(parsed.runs, **_selection(parsed)) if parsed.runs else None
+    scores = []
+    for path in parsed.forecasts:
+        made = forecast.read_forecast(path)
+        actual = parsed.loss_value if runs is None else forecast.actual_loss(made, runs)
+        scores.append(forecast.score(path, actual))
+    for each in scores:
+        verdict = "inside" if each.inside else "OUTSIDE"
+        print(f"{each.forecast}: predicted {each.predicted:.4f} [{each.low:.4f}, {each.high:.4f}], came out "
+              f"{each.actual:.4f}: {100 * each.relative_error:+.2f}%, {verdict}")  # fmt: skip
+    print(f"{sum(each.inside for each in scores)} of {len(scores)} inside their intervals")
+
+
+def _compare(parsed) -> None:
+    result = compare.compare(compare.read_records(parsed.sources), parsed.loss)
+    print(compare.as_text(result.table))
+    if parsed.out is not None:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+        result.table.to_csv(parsed.out / "runs.csv", index=False)
+        result.drawing.data.to_csv(parsed.out / "curves.csv", index=False)
+        result.drawing.figure.savefig(parsed.out / "curves.png")
+        result.drawing.figure.savefig(parsed.out / "curves.pdf")
+        print(f"wrote {parsed.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Write a study: figures with the CSV behind each, tables, numbers, the next run, one HTML page; and re-derive it all.
+
+    out/report.html        everything, self-contained
+    out/numbers.json       inputs, provenance, fits and estimates
+    out/estimates.csv      one row a method
+    out/next.json          config overrides of the run that the study recommends
+    out/figures/*.{png,pdf,csv}
+"""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import scipy
+
+from analysis import figures, page
+from analysis.cells import nearest_shape, overrides
+from analysis.figures.style import RC, Drawing, NotApplicable
+from analysis.runs import Runs, load_runs
+from analysis.study import Estimate, Options, Study, make_study
+
+# Two derivations of the same number may differ by this much: the order of a sum, another CPU.
+VERIFY_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that determines a report; stored in it, so that it can be derived again."""
+
+    source: str
+    options: Options
+    selection: dict = field(default_factory=dict)  # keyword arguments of load_runs
+
+    def load(self) -> Runs:
+        return load_runs(self.source, **self.selection)
+
+
+def write_report(inputs: Inputs, out: Path) -> Study:
+    """Derive and write everything. Raises ValueError for tables that cannot be fitted."""
+    study = make_study(inputs.load(), inputs.options)
+    drawings, skipped = draw(study)
+    folder = out / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, drawing in drawings.items():
+        save(drawing, folder / name, study.runs)
+    numbers = numbers_of(study, inputs)
+    (out / "numbers.json").write_text(json.dumps(numbers, indent=1, default=_plain) + "\n")
+    estimates_table(study).to_csv(out / "estimates.csv", index=False)
+    next_run = recommended_run(study)
+    (out / "next.json").write_text(json.dumps([next_run], indent=1) + "\n")
+    (out / "report.html").write_text(page.render(study, numbers, drawings, skipped, folder, next_run))
+    return study
+
+
+def draw(study: Study) -> tuple[dict[str, Drawing], dict[str, str]]:
+    """Every figure that the study supports, and why the others are missing."""
+    drawings, skipped = {}, {}
+    with mpl.rc_context(RC):
+        for name, make in figures.FIGURES.items():
+            try:
+                drawings[name] = make(study)
+            except NotApplicable as reason:
+                skipped[name] = str(reason)
+    return drawings, skipped
+
+
+def save(drawing: Drawing, stem: Path, runs: Runs) -> None:
+    """PNG, PDF and CSV; the figure says which data and conventions it shows."""
+    drawing.data.to_csv(stem.with_suffix(".csv"), index=False)
+    excluded = sum(len(exclusion.runs) for exclusion in runs.exclusions)
+    stamp = (
+        f"data {runs.sha256[:12]} | {len(runs.table)} runs, {excluded} excluded | loss {runs.loss_name} | "
+        f"N {runs.params_convention} | C {runs.flops_convention}"
+    )
+    with mpl.rc_context(RC):
+        drawing.figure.supxlabel(stamp, fontsize=5.5, color="grey", x=0.99, ha="right")
+        drawing.figure.savefig(stem.with_suffix(".png"))
+        drawing.figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+
+
+def recommended_run(study: Study) -> dict[str, object]:
+    """Config overrides of a run at N*(target), D*(target) by approach 3, rounded to a shape that fills TPU tiles."""
+    params, tokens = study.huber.surface.optimum(study.options.target)
+    shape = nearest_shape(float(params))
+    # The rounded size keeps the budget, not the token count.
+    return overrides(shape, float(params * tokens) / shape.params)
+
+
+def estimates_table(study: Study) -> pd.DataFrame:
+    return pd.DataFrame([_row(estimate) for estimate in study.estimates])
+
+
+def _row(estimate: Estimate) -> dict:
+    row: dict[str, object] = {"method": estimate.method}
+    for name in ("params_exponent", "tokens_exponent", "params", "tokens", "loss"):
+        quantity = getattr(estimate, name)
+        interval = quantity.interval if quantity else None
+        row[name] = quantity.value if quantity else np.nan
+        row[f"{name}_low"], row[f"{name}_high"] = (interval.low, interval.high) if interval else (np.nan, np.nan)
+        row[f"{name}_interval"] = interval.method if interval else ""
+    return row
+
+
+def numbers_of(study: Study, inputs: Inputs) -> dict:
+    runs, huber = study.runs, study.huber
+    return {
+        "inputs": asdict(inputs),
+        "provenance": {
+            "data_sha256": runs.sha256,
+            "runs": len(runs.table),
+            "loss": runs.loss_name,
+            "params_convention": runs.params_convention,
+            "flops_convention": runs.flops_convention,
+            "exclusions": [asdict(exclusion) for exclusion in runs.exclusions],
+            "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
+        },
+        "fits": {
+            "huber": {**asdict(huber.surface), "objective": huber.objective, "delta": huber.delta},
+            "least_absolute_deviations": {**asdict(study.absolute.surface), "objective": study.absolute.objective},
+            "variable_projection": {**asdict(study.projection.surface), "residual_sd": study.projection.residual_sd},
+            "kaplan": asdict(study.kaplan),
+            "overtraining": asdict(study.overtraining),
+        },
+        "optimizer": {
+            "starts": huber.starts,
+            "converged": huber.converged,
+            "agreeing": huber.agreeing,
+            "condition": huber.condition,
+        },
+        "bootstrap": study.bootstrap,
+        "estimates": estimates_table(study).to_dict("records"),
+        "hold_outs": [
+            {"cut": h.cut, "mean_error": h.mean_error, "max_error": h.max_error, "params_exponent": h.params_exponent}
+            for h in study.hold_outs
+        ],
+        "absent": study.absent,
+        "warnings": study.warnings,
+        "disagreement": study.disagreement,
+    }
+
+
+def _plain(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not a number or text")
+
+
+def verify(out: Path) -> int:
+    """Derive the report in `out` again from its source; return how many numbers were compared.
+
+    Raises ValueError naming the first number that differs by more than a relative 1e-6.
+    """
+    path = out / "numbers.json"
+    if not path.is_file():
+        raise ValueError(f"{out}: no numbers.json: name a directory that `report` wrote")
+    stored = json.loads(path.read_text())
+    given = stored["inputs"]
+    budgets = given["options"]["budgets"]
+    options = Options(**{**given["options"], "budgets": tuple(budgets) if budgets else None})
+    inputs = Inputs(given["source"], options, given["selection"])
+    runs = inputs.load()
+    if runs.sha256 != stored["provenance"]["data_sha256"]:
+        raise ValueError(
+            f"{given['source']}: the data have changed since the report ({runs.sha256[:12]}, then "
+            f"{stored['provenance']['data_sha256'][:12]}): write the report again"
+        )
+    study = make_study(runs, options)
+    fresh = json.loads(json.dumps(numbers_of(study, inputs), default=_plain))
+    skip = ("versions",)  # another version may give the same numbers; that it does is what is verified
+    pairs = list(_pairs(stored, fresh, "numbers.json", skip))
+    pairs += _table_pairs(pd.read_csv(out / "estimates.csv"), estimates_table(study), "estimates.csv")
+    for name, drawing in draw(study)[0].items():
+        table = pd.read_csv(out / "figures" / f"{name}.csv")
+        pairs += _table_pairs(table, drawing.data, f"figures/{name}.csv")
+    for where, old, new in pairs:
+        if not _same(old, new):
+            raise ValueError(f"{out}: {where} is {old!r} in the report and {new!r} derived anew: write it again")
+    return len(pairs)
+
+
+def _pairs(old, new, where: str, skip: tuple[str, ...]):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(set(old) | set(new)):
+            if key not in skip:
+                yield from _pairs(old.get(key), new.get(key), f"{where}: {key}", skip)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _pairs(one, other, f"{where}[{index}]", skip)
+    else:
+        yield where, old, new
+
+
+def _table_pairs(old: pd.DataFrame, new: pd.DataFrame, where: str) -> list[tuple[str, object, object]]:
+    if list(old.columns) != list(new.columns) or len(old) != len(new):
+        return [(f"{where}: shape", (len(old), list(old.columns)), (len(new), list(new.columns)))]
+    return [
+        (f"{where}: {column} row {row}", one, other)
+        for column in old.columns
+        for row, (one, other) in enumerate(zip(old[column].tolist(), new[column].tolist(), strict=True))
+    ]
+
+
+def _same(old, new) -> bool:
+    if isinstance(old, int | float) and isinstance(new, int | float):
+        both_nan = old != old and new != new
+        return both_nan or old == new or abs(old - new) <= VERIFY_TOLERANCE * max(abs(old), abs(new))
+    missing = (None, "", "nan")  # an empty cell of a CSV
+    return old == new or (_absent(old, missing) and _absent(new, missing))
+
+
+def _absent(value, missing) -> bool:
+    return value in missing or value != value
