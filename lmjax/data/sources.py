@@ -55,10 +55,9 @@ def list_inputs(patterns: Sequence[str]) -> tuple[InputFile, ...]:
 def _matching(pattern: str) -> list[InputFile]:
     if pattern == STDLIB:
         return _standard_library(Path(sysconfig.get_paths()["stdlib"]))
-    anchor, rest = _split_glob(pattern)
-    root = storage.locate(anchor)
-    with storage.reporting(root):
-        found = sorted(root.glob(rest)) if rest else [root] if root.exists() else []
+    path = storage.locate(pattern)
+    with storage.reporting(path):
+        found = [path] if path.exists() else sorted(_glob(pattern))
         files = [InputFile(path, os.fspath(path), path.stat().length) for path in found if not path.is_dir()]
     if not files:
         hint = "a directory: add a glob such as /*.txt" if found else "nothing matches"
@@ -68,13 +67,18 @@ def _matching(pattern: str) -> list[InputFile]:
     return files
 
 
-def _split_glob(pattern: str) -> tuple[str, str]:
-    """`a/b/*/c.txt` -> (`a/b`, `*/c.txt`): the part to start from and the part to match below it."""
+def _glob(pattern: str) -> Iterator[epath.Path]:
+    """The paths that match: from the last folder without a wildcard, the rest of the pattern below it."""
     wildcard = re.search(r"[*?\[]", pattern)
     if wildcard is None:
-        return pattern, ""
+        return iter(())
     head, slash, _ = pattern[: wildcard.start()].rpartition("/")
-    return (head or slash or "."), pattern[len(head) + len(slash) :]
+    root, rest = storage.locate(head or slash or "."), pattern[len(head) + len(slash) :]
+    if storage.is_remote(root):
+        if "**" in rest:
+            raise DataError(f"{pattern}: ** is for local files only, since it would list the whole bucket; use *")
+        return root.glob(rest)
+    return map(epath.Path, Path(root).glob(rest))  # epath's own has no **
 
 
 def _standard_library(root: Path) -> list[InputFile]:

@@ -1,0 +1,318 @@
+"""Tokenizers: lossless where they can be, honest where they cannot, and exact on references."""
+
+import functools
+import itertools
+import json
+import re
+import shutil
+import unicodedata
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+
+from lmjax.data.config import TokenizerConfig
+from lmjax.data.sections import SECTION_CHARS, sections
+from lmjax.data.tokenizer import ENDOFTEXT, load_tokenizer, saved_hash, train_tokenizer
+from lmjax.errors import DataError
+
+CODE = 'def f(x):\n\tif x:\n        return "<a> " + x\n\n\nclass A:\n    pass  # ▁ über\n'
+TRAINED = ("bpe", "unigram")
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(request):
+    import lmjax.data.tokenizer as module
+
+    texts = [CODE * 20, *(f"{word} {word}s the {word}ing of a {word}er\n" * 3 for word in dir(module) + dir(np))]
+    return lambda kind: train_tokenizer(TokenizerConfig(kind=kind, vocab=600), texts)
+
+
+@pytest.fixture(scope="module", params=[*TRAINED, "bytes"])
+def tokenizer(request, sentencepiece_model):
+    kind = request.param
+    return sentencepiece_model(kind) if kind in TRAINED else train_tokenizer(TokenizerConfig(kind=kind), [])
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=any_text)
+@example(text=ENDOFTEXT)
+@example(text=f"a {ENDOFTEXT}{ENDOFTEXT}> \u2581\u2581{ENDOFTEXT[:-1]}")
+@example(text="\u2581 a\u2581")
+@example(text="  two leading, two trailing  ")
+@example(text="\0\0a\0")
+@example(text="\r\n\r\t\v\f\x85\u2028 \u3000\u200b\ufeff\ufffe\uffff")
+@example(text="\u0301alone e\u0301 \u2047 \u2585 <unk> <s> <0x41> <|endoftext")
+@example(text="𝔘👩‍👩‍👧‍👦🇩🇪\U0010ffff")
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.endoftext_id not in ids and all(0 <= index < tokenizer.vocab_size for index in ids)
+    assert tokenizer.decode([*ids, tokenizer.endoftext_id]) == text
+
+
+def test_text_of_another_script_comes_back(tokenizer, persian):
+    for text in persian:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.slow
+def test_every_code_point_comes_back(tokenizer):
+    for start in range(0, 0x110000, 0x1000):
+        text = " ".join(chr(code) for code in range(start, start + 0x1000) if unicodedata.category(chr(code)) != "Cs")
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_stream_of_tokens_decodes_to_the_same_bytes(tokenizer):
+    text = "naïve ☃ 𝔘\n\tend"
+    ids = tokenizer.encode(text)
+    assert b"".join(tokenizer.decode_bytes([index]) for index in ids) == text.encode()
+    assert "\ufffd" in "".join(tokenizer.decode([index]) for index in tokenizer.encode("☃𝔘"))
+
+
+def test_saved_and_loaded_is_equal(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.hash == tokenizer.hash == saved_hash(tmp_path)
+    assert loaded.encode(CODE) == tokenizer.encode(CODE)
+    assert loaded.encode_batch([CODE, ""]) == [tokenizer.encode(CODE), []]
+
+
+def test_what_is_not_text_is_refused(tokenizer):
+    with pytest.raises(DataError, match=r"unpaired surrogate U\+D835 at character 1"):
+        tokenizer.encode("a\ud835")
+    with pytest.raises(DataError, match=f"{tokenizer.vocab_size + 5} is outside the tokenizer's vocabulary"):
+        tokenizer.decode_bytes([0, tokenizer.vocab_size + 5])
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_training_again_gives_the_same_bits(sentencepiece_model, kind):
+    assert sentencepiece_model(kind).content() == sentencepiece_model(kind).content()
+
+
+def test_bpe_writes_code_compactly_and_lines_apart(sentencepiece_model):
+    tokenizer = sentencepiece_model("bpe")
+    assert len(tokenizer.encode(" " * 64)) <= 16
+    assert len(tokenizer.encode("a\n\tb")) == 4
+    table = [tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size)]
+    assert not any(b"\n" in piece and len(piece) > 1 for piece in table)
+    assert tokenizer.vocab_size == 600
+
+
+@given(lines=st.lists(st.sampled_from(["", "word", " " * 9, "\tx y", "a" * 50, "é "]), max_size=60), end=st.booleans())
+def test_sections_join_to_the_text_and_cut_between_words(lines, end):
+    text = ("\n" if end else " ").join(lines)
+    parts = list(sections(text, 20))
+    assert "".join(parts) == text
+    assert all(20 <= len(part) <= 40 for part in parts[:-1])
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_long_texts_have_the_tokens_that_the_library_gives(sentencepiece_model, kind, reference):
+    tokenizer = sentencepiece_model(kind)
+    text = (reference / "tinyshakespeare" / "input.txt").read_text()[: 5 * SECTION_CHARS]
+    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+    one_line = text.replace("\n", " ")
+    assert tokenizer.encode(one_line) == tokenizer._processor.encode(one_line)
+
+
+def test_impossible_vocabularies_say_what_is_possible():
+    texts = ["a few words of text and a few more"] * 5
+    with pytest.raises(DataError, match=r"tokenizer.vocab=9999 is more than this text can give: at most \d+"):
+        train_tokenizer(TokenizerConfig(vocab=9999), texts)
+    with pytest.raises(DataError, match=r"tokenizer.vocab=100 is too small .*: at least \d+"):
+        train_tokenizer(TokenizerConfig(vocab=100), texts)
+    with pytest.raises(DataError, match="documents are empty"):
+        train_tokenizer(TokenizerConfig(vocab=300), [""])
+
+
+def test_configs_that_contradict_themselves():
+    with pytest.raises(ValueError, match="tokenizer.path"):
+        TokenizerConfig(kind="file")
+    with pytest.raises(ValueError, match="tokenizer.path"):
+        TokenizerConfig(kind="bpe", path="x.model")
+
+
+# Characters -----------------------------------------------------------------------------------------------------------
+
+
+def test_characters_are_numbered_as_nanogpt_does(reference):
+    text = (reference / "tinyshakespeare" / "input.txt").read_text()
+    tokenizer = train_tokenizer(TokenizerConfig(kind="chars"), [text])
+    ids = {character: index for index, character in enumerate(sorted(set(text)))}
+    assert len(ids) == 65 == tokenizer.endoftext_id and tokenizer.vocab_size == 66
+    assert tokenizer.encode(text) == [ids[character] for character in text]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(DataError, match="character 'é' is not in the tokenizer's alphabet of 65"):
+        tokenizer.encode("café")
+
+
+@given(text=any_text)
+def test_characters_come_back(text):
+    tokenizer = train_tokenizer(TokenizerConfig(kind="chars"), [text + "x"])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert load_content(tokenizer).encode(text) == tokenizer.encode(text)
+
+
+def load_content(tokenizer):
+    from lmjax.data.alphabets import CharacterTokenizer
+
+    return CharacterTokenizer.from_content(tokenizer.content(), "alphabet.json")
+
+
+# Given models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sp_test_model.model", "t5_cc_all.32000.100extra.model"])
+def test_given_sentencepiece_models_are_run_exactly(reference, name):
+    import sentencepiece
+
+    path = reference / "tokenizers" / name
+    tokenizer = load_tokenizer(path)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    lines = (reference / "tokenizers" / "botchan.txt").read_text().splitlines()[:1000]
+    for line in [*lines, " ".join(lines)]:
+        expected = library.encode(line)
+        if library.unk_id() in expected:
+            with pytest.raises(DataError, match="is unknown to the tokenizer"):
+                tokenizer.encode(line)
+        else:
+            assert tokenizer.encode(line) == expected
+            assert tokenizer.decode(expected) == library.decode(expected)
+    assert tokenizer.vocab_size == library.vocab_size() and tokenizer.endoftext == "</s>"
+
+
+def test_a_model_without_the_letters_refuses_to_emit_unknown(reference, persian):
+    tokenizer = load_tokenizer(reference / "tokenizers" / "t5_cc_all.32000.100extra.model")
+    with pytest.raises(DataError, match=r"character '.' is unknown to the tokenizer"):
+        tokenizer.encode(persian[0])
+
+
+BYTE_LEVEL = {"gpt2": ("gpt2_vocab.json", "gpt2_merges.txt")} | {
+    "trainer": ("train-bpe-reference-vocab.json", "train-bpe-reference-merges.txt")
+}
+
+
+@pytest.fixture(scope="module")
+def byte_level_file(reference, tmp_path_factory):
+    """byte_level_file(name): a vocabulary and merges of BYTE_LEVEL as a tokenizer.json."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    def build(name):
+        vocabulary, merges = (reference / "tokenizers" / "gpt2_and_bpe_reference" / file for file in BYTE_LEVEL[name])
+        pairs = [tuple(line.split(" ")) for line in merges.read_text().splitlines()]
+        pairs = [pair for pair in pairs if len(pair) == 2]
+        model = tokenizers.Tokenizer(models.BPE(json.loads(vocabulary.read_text()), pairs))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        model.add_special_tokens([ENDOFTEXT])
+        model.enable_truncation(8)
+        path = tmp_path_factory.mktemp(name) / "tokenizer.json"
+        model.save(str(path))
+        return path, json.loads(vocabulary.read_text()), {pair: rank for rank, pair in enumerate(pairs)}
+
+    return functools.cache(build)
+
+
+@pytest.fixture(scope="module")
+def gpt2(byte_level_file):
+    return byte_level_file("gpt2")[0]
+
+
+@pytest.fixture(scope="module")
+def gpt2_tokenizer(gpt2):
+    return load_tokenizer(gpt2)
+
+
+def merge_greedily(word, ranks):
+    """Byte-pair encoding as it is defined: merge the pair of lowest rank until there is none."""
+    parts = list(word)
+    while pairs := [(ranks[pair], place) for place, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]:
+        _, place = min(pairs)
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
+    return parts
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_byte_level_references_are_exact(byte_level_file, reference, name):
+    path, vocabulary, ranks = byte_level_file(name)
+    tokenizer = load_tokenizer(path)
+    text = (reference / "tokenizers" / "gpt2_and_bpe_reference" / "corpus.en").read_text()[:20_000]
+    words = re.findall(r" ?[a-zA-Z]+", text)
+    expected = [[vocabulary[part] for part in merge_greedily(word.replace(" ", "\u0120"), ranks)] for word in words]
+    assert [tokenizer.encode(word) for word in words] == expected
+    assert tokenizer.endoftext_id == vocabulary[ENDOFTEXT] and tokenizer.vocab_size == len(vocabulary)
+
+
+def test_gpt2_is_lossless(gpt2_tokenizer, reference, persian):
+    assert gpt2_tokenizer.vocab_size == 50257 and gpt2_tokenizer.endoftext_id == 50256
+    assert gpt2_tokenizer.encode("Hello world") == [15496, 995]
+    folder = reference / "tokenizers" / "gpt2_and_bpe_reference"
+    texts = [path.read_text() for path in folder.glob("*.txt") if path.name != "gpt2_merges.txt"]
+    for text in [*texts, *persian, CODE, "\u2581 \0 \ufeff"]:
+        ids = gpt2_tokenizer.encode(text)
+        assert gpt2_tokenizer.decode(ids) == text and gpt2_tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_gpt2_reads_no_special_token_out_of_text(gpt2):
+    tokenizer = load_tokenizer(gpt2)
+    ids = tokenizer.encode(f"a{ENDOFTEXT}b")
+    assert tokenizer.endoftext_id not in ids and tokenizer.decode(ids) == f"a{ENDOFTEXT}b"
+
+
+def test_gpt2_on_long_texts_is_what_the_library_gives(gpt2, reference):
+    import tokenizers
+
+    tokenizer = load_tokenizer(gpt2)
+    library = tokenizers.Tokenizer.from_file(str(gpt2))
+    library.no_truncation()
+    text = (reference / "tokenizers" / "botchan.txt").read_text()
+    for variant in (text, text.replace("\n", " "), text.replace("\n", "\r\n\n  ")):
+        assert tokenizer.encode(variant) == library.encode(variant, add_special_tokens=False).ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=any_text)
+def test_gpt2_brings_any_text_back(gpt2_tokenizer, text):
+    assert gpt2_tokenizer.decode(gpt2_tokenizer.encode(text)) == text
+
+
+def test_foreign_files_name_their_end_of_text(gpt2, reference, tmp_path):
+    assert load_tokenizer(gpt2, "Hello").endoftext_id == 15496
+    with pytest.raises(DataError, match="has no symbol <nope>; name its end of text in tokenizer.endoftext"):
+        load_tokenizer(gpt2, "<nope>")
+    model = reference / "tokenizers" / "sp_test_model.model"
+    with pytest.raises(DataError, match="has no symbol <nope>"):
+        load_tokenizer(model, "<nope>")
+    shutil.copy(model, tmp_path / "tokenizer.model")  # a folder as other libraries save it
+    assert load_tokenizer(tmp_path).hash == load_tokenizer(model).hash != load_tokenizer(model, "<s>").hash
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_damaged_files_are_named(tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises(DataError, match=r"does not exist; check tokenizer.path"):
+        load_tokenizer(path)
+    with pytest.raises(DataError, match="no tokenizer in"):
+        load_tokenizer(tmp_path)
+    for content in (b"", b"garbage", b'{"a": 1}', b"\xff\xfe", b"[" * 10_000):
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            load_tokenizer(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_saved_tokenizer_is_noticed(tmp_path):
+    train_tokenizer(TokenizerConfig(kind="chars"), ["abc"]).save(tmp_path)
+    (tmp_path / "alphabet.json").write_text('"abcd"')
+    with pytest.raises(DataError, match="is not what its"):
+        load_tokenizer(tmp_path)
+    for content in ("", "{}", '{"kind": "magic", "endoftext": "x"}', "[]"):
+        (tmp_path / "tokenizer.description.json").write_text(content)
+        with pytest.raises(DataError, match="is damaged"):
+            load_tokenizer(tmp_path)
