@@ -7,6 +7,7 @@
 Lines of an earlier attempt beyond the step that a later one started from count no more.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -294,6 +295,8 @@ class WandbTracker:
         if not self._off:
             self._off = True
             logger.warning("wandb is off from here on (%s); metrics.jsonl has everything", why)
+            # Left to itself wandb would wait for its dead or stuck service when the process exits.
+            threading.Thread(target=_tear_down, name="lmjax-wandb-teardown", daemon=True).start()
 
     def _init(self, info: dict[str, Any]) -> None:
         if self._cfg.wandb == "offline" or not self._try_online(info):
@@ -309,7 +312,8 @@ class WandbTracker:
         try:
             self._open("online", info)
         except wandb.Error as error:  # no key, no network, no such entity
-            logger.warning("wandb cannot be reached (%s)", " ".join(str(error).split())[:200])
+            logger.warning("wandb cannot be reached: %s", " ".join(str(error).split())[:200])
+            _tear_down()  # else the service holds the run id
             return False
         return True
 
@@ -340,3 +344,10 @@ class WandbTracker:
         if status == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if status == "finished" else 1)
+
+
+def _tear_down() -> None:
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
