@@ -1,6 +1,6 @@
 """Losses of next-token prediction, on arrays alone.
 
-The logits of a batch, [B, T, V] in float32, would be the largest array of a training step. `chunked_cross_entropy`
+The logits of a batch, [B, T, V] in float32, would be the largest array of a training step. `chunked_token_sums`
 holds them for a few positions at a time and takes the gradient of each chunk while its logits exist, so nothing is
 computed twice.
 """
@@ -19,7 +19,7 @@ class Sums(NamedTuple):
     """Weighted sums over tokens; divide by the sum of weights."""
 
     loss: jax.Array
-    """What is minimized: nll + z_loss."""
+    """What is minimized: the token loss and the z-loss."""
     nll: jax.Array
     """-log p(target), nats."""
     z_loss: jax.Array
@@ -27,20 +27,41 @@ class Sums(NamedTuple):
     """Targets that were the most probable token."""
 
 
-def cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_weight: float | jax.Array = 0.0
+def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target], nats, [B, T]."""
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - _of_targets(logits_BTV, targets_BT)
+
+
+# What each token adds to the loss: (float32 logits_BTV, targets_BT) -> [B, T].
+TOKEN_LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "cross_entropy": negative_log_likelihood,
+}
+
+
+def token_sums(
+    logits_BTV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_weight: float = 0.0,
+    token_loss: str = "cross_entropy",
 ) -> Sums:
-    """Sums over tokens of -log softmax(logits)[target] and of z_weight * logsumexp(logits)^2 (PaLM, section 5)."""
+    """Weighted sums over tokens; z_weight * logsumexp(logits)^2 is PaLM's z-loss (arXiv:2204.02311, section 5).
+
+    The likelihood is measured whatever loss is minimized, so that runs stay comparable.
+    """
     logits_BTV = logits_BTV.astype(jnp.float32)
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    nll = jnp.sum((log_z_BT - target_BT) * weights_BT)
-    z_loss = jnp.sum(z_weight * jnp.square(log_z_BT) * weights_BT)
-    correct = jnp.sum((target_BT >= jnp.max(logits_BTV, axis=-1)) * weights_BT)
-    return Sums(nll + z_loss, nll, z_loss, correct)
+    nll_BT = negative_log_likelihood(logits_BTV, targets_BT)
+    z_loss_BT = z_weight * jnp.square(jax.nn.logsumexp(logits_BTV, axis=-1))
+    correct_BT = _of_targets(logits_BTV, targets_BT) >= jnp.max(logits_BTV, axis=-1)
+    loss_BT = TOKEN_LOSSES[token_loss](logits_BTV, targets_BT) + z_loss_BT
+    return Sums(*(jnp.sum(x_BT * weights_BT) for x_BT in (loss_BT, nll_BT, z_loss_BT, correct_BT)))
 
 
-def chunked_cross_entropy(
+def _of_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def chunked_token_sums(
     unembed: Unembed,
     head: Head,
     x_BTD: jax.Array,
@@ -49,14 +70,15 @@ def chunked_cross_entropy(
     *,
     chunk: int,
     z_weight: float = 0.0,
+    token_loss: str = "cross_entropy",
 ) -> Sums:
-    """`cross_entropy(unembed(head, x), ...)` with logits for `chunk` positions of every row at a time.
+    """`token_sums(unembed(head, x), ...)` with logits for `chunk` positions of every row at a time.
 
     Only `loss` is differentiable. T need not be a multiple of the chunk: what is missing is padded with weight 0.
     """
 
     def sums_of(head: Head, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array) -> Sums:
-        return cross_entropy(unembed(head, x_BCD), targets_BC, weights_BC, z_weight)
+        return token_sums(unembed(head, x_BCD), targets_BC, weights_BC, z_weight, token_loss)
 
     if chunk >= x_BTD.shape[1]:
         return sums_of(head, x_BTD, targets_BT, weights_BT)
@@ -71,9 +93,8 @@ def token_logprobs(
     @jax.checkpoint
     def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = unembed(head, x_BCD)
-        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        correct_BC = target_BC >= jnp.max(logits_BCV, axis=-1)
-        return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), correct_BC.astype(jnp.float32)
+        correct_BC = _of_targets(logits_BCV, targets_BC) >= jnp.max(logits_BCV, axis=-1)
+        return -negative_log_likelihood(logits_BCV, targets_BC), correct_BC.astype(jnp.float32)
 
     scores = jax.lax.map(lambda inputs: score(*inputs), (_split(x_BTD, chunk), _split(targets_BT, chunk)))
     B, T = targets_BT.shape

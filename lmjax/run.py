@@ -29,8 +29,16 @@ from lmjax.train.state import TrainState
 from lmjax.weights import count
 
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
-_FIXED = ("model.", "data.", "optimizer.", "train.steps", "train.batch", "train.seed", "train.loss.z_weight")
-_FREE = ("data.prefetch", "data.verify", "data.cache", "model.attention", "model.remat", "model.unroll")
+_FIXED = ("model.", "data.", "optimizer.", "train.steps", "train.batch", "train.seed", "train.loss.")
+_FREE = (
+    "data.prefetch",
+    "data.verify",
+    "data.cache",
+    "model.attention",
+    "model.remat",
+    "model.unroll",
+    "train.loss.chunk",
+)
 
 
 class Options(NamedTuple):

@@ -1,6 +1,7 @@
 """The one decorator that makes a config class: frozen, typed, closed, validated on construction."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
@@ -17,6 +18,20 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def one_of(names: Iterable[str]) -> pydantic.AfterValidator:
+    """For `Annotated[str, one_of(REGISTRY)]`: a choice that grows with the registry it names."""
+    choices = list(names)
+
+    def check(name: str) -> str:
+        if name not in choices:
+            close = difflib.get_close_matches(name, choices, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(choices)}"
+            raise ValueError(f"there is no '{name}' ({hint})")
+        return name
+
+    return pydantic.AfterValidator(check)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lmjax.errors import ConfigError
 from lmjax.layout import current_mesh, partition
-from lmjax.models.layers import softcap
+from lmjax.models.activations import softcap
 
 
 class Mask(NamedTuple):

@@ -5,7 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lmjax.errors import ConfigError
-from lmjax.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, config_class
+from lmjax.models.activations import ACTIVATIONS
+from lmjax.models.attention import BACKENDS
+from lmjax.models.remat import REMAT
+from lmjax.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, config_class, one_of
 
 LayerKind = Literal["global", "local"]
 Segments = tuple[tuple[tuple[LayerKind, ...], int], ...]
@@ -50,7 +53,7 @@ class ModelConfig:
     """None means embed / heads."""
     mlp: PositiveInt = 512
 
-    activation: Literal["relu", "relu_squared", "gelu", "gelu_exact", "silu"] = "gelu"
+    activation: Annotated[str, one_of(ACTIVATIONS)] = "gelu"
     gated: bool = False
     """Multiply the activation by a second projection (SwiGLU, GeGLU)."""
     norm: Literal["rms", "layer"] = "rms"
@@ -68,7 +71,7 @@ class ModelConfig:
 
     position: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     rope: RopeConfig = RopeConfig()
-    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"
+    attention: Annotated[str, one_of(["auto", *BACKENDS])] = "auto"
     """auto: splash on TPU, cudnn on GPU where they can do what is asked, else reference."""
     attention_scale: PositiveFloat | None = None
     """Multiplies query . key; None means head_dim ** -0.5."""
@@ -93,7 +96,7 @@ class ModelConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmuls; weights are stored in float32."""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Annotated[str, one_of(REMAT)] = "none"
     """What the backward pass finds saved: everything, the outputs of weight matmuls, or only each period's input."""
     unroll: Fraction = 0.0
     """Fraction of a segment's repeats that the layer scan unrolls: 1 compiles longer and may run faster."""

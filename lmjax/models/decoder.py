@@ -15,25 +15,19 @@ import jax.numpy as jnp
 from lmjax.errors import ConfigError
 from lmjax.layout import constrain, gather
 from lmjax.models import cache as caches
+from lmjax.models.activations import softcap
 from lmjax.models.attention import Mask, Score, attention
 from lmjax.models.config import LayerKind, ModelConfig, Segments, layer_index
 from lmjax.models.flops import attention_flops
-from lmjax.models.layers import dropout, lookup, norm, norm_weights, rms_norm, softcap
+from lmjax.models.layers import dropout, lookup, norm, norm_weights, rms_norm
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp, mlp_weights
 from lmjax.models.model import Cache, Model
 from lmjax.models.position import Rotation, alibi_slopes, rope_frequencies, rotate, rotation, sinusoidal
+from lmjax.models.remat import REMAT
 from lmjax.weights import Initializer, Params, Spec, Weight, bind, fan_in, map_weights, normal, stacked, zeros
 
 EMBED_SITE, ATTENTION_SITE, MLP_SITE = 0, 1, 2  # where dropout acts: part of a mask's name
-
-REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "none": lambda body: body,
-    "dots": functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
-    ),
-    "full": functools.partial(jax.checkpoint, prevent_cse=False),
-}
 
 
 def build(cfg: ModelConfig) -> Model:

@@ -1,4 +1,4 @@
-"""Small functions on arrays: normalization, activations, softcap, dropout, embedding lookup."""
+"""Small functions on arrays: normalization, dropout, embedding lookup."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,6 @@ import jax.numpy as jnp
 from lmjax.layout import current_mesh, partition
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
-    "gelu": jax.nn.gelu,  # the tanh approximation, as GPT-2
-    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
-    "silu": jax.nn.silu,
-}
 
 
 def norm_weights(cfg: ModelConfig, axis: str = "embed") -> Spec:
@@ -48,11 +40,6 @@ def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: 
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon) * scale
     return (y if bias is None else y + bias).astype(x.dtype)
-
-
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Squash smoothly into (-cap, cap) (Gemma 2, arXiv:2408.00118)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: float, layer: int | jax.Array, site: int) -> jax.Array:

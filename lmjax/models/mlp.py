@@ -2,8 +2,8 @@
 
 import jax
 
+from lmjax.models.activations import ACTIVATIONS
 from lmjax.models.config import ModelConfig
-from lmjax.models.layers import ACTIVATIONS
 from lmjax.models.linear import linear
 from lmjax.weights import Initializer, Params, Spec, Weight, zeros
 

@@ -1,6 +1,6 @@
 """What a user sets about the optimizer, and the same as traced scalars."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import jax.numpy as jnp
 from pydantic import Field
@@ -8,7 +8,7 @@ from pydantic import Field
 from lmjax.errors import ConfigError
 from lmjax.optim.rules import OPTIMIZERS
 from lmjax.optim.schedules import SCHEDULES, Hyper
-from lmjax.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, config_class
+from lmjax.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, config_class, one_of
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -17,7 +17,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class ScheduleConfig:
     """The learning rate over time, relative to its peak; formulas in schedules.py."""
 
-    name: Literal[*SCHEDULES] = "cosine"  # type: ignore[valid-type]
+    name: Annotated[str, one_of(SCHEDULES)] = "cosine"
     warmup: NonNegativeInt = 100
     """Updates of linear warmup."""
     final_fraction: Fraction = 0.1
@@ -30,7 +30,7 @@ class ScheduleConfig:
 class OptimizerConfig:
     """One optimizer and all scalars any of them reads; formulas in rules.py."""
 
-    name: Literal[*OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
+    name: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
     learning_rate: PositiveFloat = 1e-3
     """The peak; for muon, of the hidden matrices."""
     weight_decay: NonNegativeFloat = 0.1

@@ -1,6 +1,10 @@
 """How long, how often and how much: the settings of a training run."""
 
-from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, config_class
+from typing import Annotated
+
+from pydantic import Field
+
+from lmjax.schema import PositiveFloat, PositiveInt, config_class
 from lmjax.train.objective import LossConfig
 
 
@@ -22,7 +26,7 @@ class TrainConfig:
     """Sequences per update, over all devices."""
     microbatches: PositiveInt = 1
     """Pieces the batch is cut into to save memory; the result is the same."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of initial weights and dropout."""
     loss: LossConfig = LossConfig()
     log_every: PositiveInt = 10

@@ -1,15 +1,15 @@
 """What a train step minimizes. Pretraining, fine-tuning and policy learning differ in their objective alone."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 
 from lmjax.data.batch import Batch
-from lmjax.losses import chunked_cross_entropy
+from lmjax.losses import TOKEN_LOSSES, chunked_token_sums
 from lmjax.metrics import Metrics
 from lmjax.models.model import Model
-from lmjax.schema import NonNegativeFloat, PositiveInt, config_class
+from lmjax.schema import NonNegativeFloat, PositiveInt, config_class, one_of
 from lmjax.weights import Params
 
 Keys = jax.Array | None  # one per sample, [B]
@@ -25,8 +25,9 @@ class Objective(NamedTuple):
 
 @config_class
 class LossConfig:
-    """Next-token cross-entropy."""
+    """What next-token prediction minimizes."""
 
+    name: Annotated[str, one_of(TOKEN_LOSSES)] = "cross_entropy"
     chunk: PositiveInt = 256
     """Positions per row whose logits exist at a time."""
     z_weight: NonNegativeFloat = 0.0
@@ -34,7 +35,7 @@ class LossConfig:
 
 
 def language_model(model: Model, cfg: LossConfig) -> Objective:
-    """Cross-entropy of the next token, summed over tokens with their weights."""
+    """The loss of the next token, summed over tokens with their weights."""
 
     def loss(
         params: Params, frozen: Params, buffers: Any, batch: Batch, keys_B: Keys
@@ -47,7 +48,7 @@ def language_model(model: Model, cfg: LossConfig) -> Objective:
             segments_BT=batch.segments_BT,
             keys_B=keys_B,
         )
-        sums = chunked_cross_entropy(
+        sums = chunked_token_sums(
             model.unembed,
             {name: weights[name] for name in model.head},
             x_BTD,
@@ -55,6 +56,7 @@ def language_model(model: Model, cfg: LossConfig) -> Objective:
             batch.weights_BT,
             chunk=cfg.chunk,
             z_weight=cfg.z_weight,
+            token_loss=cfg.name,
         )
         weight = batch.weights_BT.sum()
         metrics = {"loss": (sums.nll, weight), "accuracy": (sums.correct, weight), **layer_metrics}

@@ -1,0 +1,130 @@
+"""A killed run goes on as if nothing had happened: same bits, same samples."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmjax import checkpoint
+from lmjax.ledger import check_ledger, effective_history, read_ledger
+
+CONFIG = Path(__file__).parent / "tiny_config.py"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = np.array("the cat sat on a mat and saw another dog that ran far away from home".split())
+    for name in ("a", "b"):
+        (directory / name).mkdir()
+        for i in range(20):
+            text = " ".join(rng.choice(words, rng.integers(20, 200)))
+            (directory / name / f"{i}.txt").write_text(text)
+    return directory
+
+
+def start(corpus: Path, workdir: Path, *settings: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "lmjax", "train", f"--config={CONFIG}:{corpus}", f"--workdir={workdir}", *settings]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env={**os.environ, **environment}, **streams)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def deterministic_lines(workdir: Path) -> list[dict]:
+    """Every logged line, replays included, without the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [
+        {key: value for key, value in line.items() if key != "time" and not key.startswith("perf/")}
+        for line in lines
+        if "event" not in line
+    ]
+
+
+def content_hashes(workdir: Path) -> dict:
+    return checkpoint.inspect(workdir, hashes=True)["hashes"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path) -> Path:
+    workdir = corpus / "uninterrupted"
+    finish(start(corpus, workdir))
+    return workdir
+
+
+def assert_same_run(workdir: Path, reference: Path) -> None:
+    """Equal parameters and optimizer state, and every logged value, replayed ones too, equal to the reference's."""
+    assert content_hashes(workdir) == content_hashes(reference)
+    expected = {json.dumps(line, sort_keys=True) for line in deterministic_lines(reference)}
+    found = {json.dumps(line, sort_keys=True) for line in deterministic_lines(workdir)}
+    assert found == expected
+    assert check_ledger(workdir / "ledger.jsonl") == []
+    history = effective_history(workdir / "ledger.jsonl")
+    samples = [sample for entry in history for sample in range(entry.first_sample, entry.first_sample + entry.count)]
+    assert samples == list(range(60 * 8))
+    assert [e.data for e in history] == [e.data for e in effective_history(reference / "ledger.jsonl")]
+
+
+def kill_at_random_times(corpus: Path, workdir: Path, kills: int, seed: int) -> None:
+    """Start the same command again and again; each attempt but the last dies at a random step or moment."""
+    rng = random.Random(seed)
+    for _ in range(kills):
+        done = max((entry.step for entry in read_ledger(workdir / "ledger.jsonl")), default=0) if workdir.exists() else 0
+        process = start(corpus, workdir)
+        target = rng.randint(max(1, done - 5), 60)
+        while process.poll() is None and not _reached(workdir, target):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            return
+    finish(start(corpus, workdir))
+
+
+def _reached(workdir: Path, step: int) -> bool:
+    ledger = workdir / "ledger.jsonl"
+    return ledger.exists() and f'"step": {step},' in ledger.read_text()
+
+
+def test_a_killed_run_ends_with_the_same_bits(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    kill_at_random_times(corpus, tmp_path / "run", kills=2, seed=1)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_ten_kills_end_with_the_same_bits(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    kill_at_random_times(corpus, tmp_path / "run", kills=10, seed=2)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_sigterm_saves_the_step_and_asks_to_be_run_again(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    output = finish(start(corpus, workdir, LMJAX_FAULTS="terminate@step:23"), code=75)
+    assert "step 23 is saved" in output
+    assert checkpoint.inspect(workdir)["step"] == 23
+    finish(start(corpus, workdir))
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_a_finished_run_is_left_alone(corpus: Path, uninterrupted: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    assert "is finished" in finish(start(corpus, uninterrupted))
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+def test_another_config_in_the_same_workdir_is_refused(corpus: Path, uninterrupted: Path) -> None:
+    output = finish(start(corpus, uninterrupted, "--config.train.steps=70", "--config.model.mlp=48"), code=2)
+    assert "model.mlp was 64, now 48" in output and "--allow-config-change" in output
