@@ -344,6 +344,7 @@ class WandbTracker:
         if status == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if status == "finished" else 1)
+        _tear_down()  # only now is an offline run wholly on the disk
 
 
 def _tear_down() -> None:
