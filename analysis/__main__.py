@@ -171,9 +171,10 @@ def _design(parsed) -> None:
     for n, d in pairs:
         held = "  hold-out: predict it, do not fit it" if (n, d) == chosen.hold_out else ""
         print(f"N {n:9.3g}  D {d:9.3g}  D/N {d / n:7.3g}  C {6 * n * d:9.3g}{held}")
-    print(f"{len(rows)} cells, {chosen.spent:.3g} of {chosen.budget:.3g} FLOPs; with noise of {parsed.noise:g} nats the "
-          f"standard error of a is {chosen.exponent_se:.4f} and of ln N*({parsed.target:.3g}) "
-          f"{chosen.log_params_se:.3f}")  # fmt: skip
+    print(
+        f"{len(rows)} cells, {chosen.spent:.3g} of {chosen.budget:.3g} FLOPs; with noise of {parsed.noise:g} nats "
+        f"the standard error of a is {chosen.exponent_se:.4f}, of ln N*({parsed.target:.3g}) {chosen.log_params_se:.3f}"
+    )
     print(f"wrote {parsed.out} (the last cell is the hold-out)")
 
 

@@ -1,4 +1,4 @@
-"""Turn (N, D) into configs that a sweep can train: model shapes that fill TPU tiles, batches that divide over a mesh."""
+"""Turn (N, D) into configs that a sweep can train: shapes that fill TPU tiles, batches that divide over a mesh."""
 
 from dataclasses import dataclass
 

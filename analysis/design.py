@@ -70,7 +70,10 @@ def exponent_gradient(surface: Surface) -> np.ndarray:
 
 
 def log_params_gradient(surface: Surface, flops: float) -> np.ndarray:
-    """d ln N*(C) / d(E, ln A, ln B, alpha, beta), from ln N* = (ln(alpha A / (beta B)) + beta ln(C/6)) / (alpha + beta)."""
+    """d ln N*(C) / d(E, ln A, ln B, alpha, beta).
+
+    ln N* = (ln(alpha A / (beta B)) + beta ln(C / 6)) / (alpha + beta).
+    """
     total = surface.alpha + surface.beta
     log_params = np.log(surface.optimum(flops)[0])
     return np.array(
@@ -146,7 +149,8 @@ def _hold_out(candidates: Candidates, money: float) -> int:
 
 def _greedy(gradients, costs, money, wanted, most, share) -> list[int]:
     """Add the cell that lowers the variance most, among those a remaining budget and `share` allow."""
-    inverse, cells, left = np.linalg.inv(_information(gradients[:0])), [], money
+    inverse, left = np.linalg.inv(_information(gradients[:0])), money
+    cells: list[int] = []
     taken = np.zeros(len(costs), bool)
     while len(cells) < most:
         allowed = ~taken & (costs <= min(left, share * money))

@@ -39,7 +39,7 @@ def smooth(loss, half_width: float = 0.05) -> np.ndarray:
 
 
 def curves_on_grid(run, flops, loss) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Names of the runs, the grid of FLOPs (points,), and every run's loss on it (runs, points), inf outside its range."""
+    """Names of the runs, the grid of FLOPs (points,), every run's loss on it (runs, points), inf outside its range."""
     names = np.unique(run)
     grid = np.geomspace(np.min(flops), np.max(flops), GRID)
     curves = np.full((len(names), GRID), np.inf)

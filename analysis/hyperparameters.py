@@ -84,4 +84,4 @@ def fit_hyperparameter_law(params, tokens, values, loss) -> HyperparameterLaw:
     residual_sd = float(np.sqrt(np.sum((target - design @ coefficients) ** 2) / max(len(used) - len(free), 1)))
     full = np.zeros(3)
     full[free] = coefficients
-    return HyperparameterLaw(*(float(x) for x in full), residual_sd=residual_sd, cells=cells)
+    return HyperparameterLaw(float(full[0]), float(full[1]), float(full[2]), residual_sd, cells)

@@ -110,7 +110,9 @@ def fit_isoflop(
         used = [vertex for vertex in found if vertex.used]
         if len(used) < 2:
             reasons = "; ".join(f"{v.budget:.3g}: {v.flag}" for v in found if v.flag) or "only one budget"
-            raise ValueError(f"{name}(C) needs at least two budgets with an interior optimum, got {len(used)} ({reasons})")
+            raise ValueError(
+                f"{name}(C) needs at least two budgets with an interior optimum, got {len(used)} ({reasons})"
+            )
         laws.append(fit_power_law([v.budget for v in used], [v.optimum for v in used]))
         vertices.append(found)
     return IsoFlopFit(method, laws[0], laws[1], vertices[0], vertices[1], pooled_residual_sd(params, loss, budgets))

@@ -23,7 +23,8 @@ class KaplanFit:
     def loss(self, params, tokens):
         """Nats per token."""
         size = self.alpha_n / self.alpha_d * (self.log_n_c - np.log(params))
-        return np.exp(self.alpha_d * np.logaddexp(size, self.log_d_c - np.log(tokens)))
+        with np.errstate(over="ignore"):  # far from the data, where a search may step, a loss may be infinite
+            return np.exp(self.alpha_d * np.logaddexp(size, self.log_d_c - np.log(tokens)))
 
 
 def fit_kaplan(params, tokens, loss) -> KaplanFit:
@@ -39,7 +40,7 @@ def fit_kaplan(params, tokens, loss) -> KaplanFit:
         return KaplanFit(ratio * alpha_d, alpha_d, centre_n + theta[2] / ratio, centre_d + theta[3], 0.0)
 
     def residuals(theta):
-        return np.log(unpack(theta).loss(params, tokens)) - log_loss
+        return np.clip(np.log(unpack(theta).loss(params, tokens)) - log_loss, -50.0, 50.0)
 
     level = log_loss.mean()
     starts = [

@@ -164,7 +164,8 @@ def _descend(kernel: _Kernel, targets_KR, weights_KR, starts_KP, tolerance, max_
     result = Minima(starts_KP.copy(), np.empty(lanes), np.zeros(lanes, bool), np.zeros(lanes, int))
     batch, waiting = _start(kernel, targets_KR, weights_KR, starts_KP, np.arange(min(width, lanes))), width
     while len(batch.lane):
-        move, length, promise = _newton_step(*batch.state[1:], batch.radius)
+        _, gradient, hessian, metric = batch.state
+        move, length, promise = _newton_step(gradient, hessian, metric, batch.radius)
         inside = length < 0.99 * batch.radius
         stuck = batch.radius <= SMALLEST_RADIUS * np.sqrt(batch.state[0])
         converged = (inside & (promise <= tolerance * batch.state[0])) | stuck
@@ -194,13 +195,17 @@ class _Batch:
     state: tuple[np.ndarray, ...]
 
     def select(self, keep: np.ndarray) -> "_Batch":
-        fields = (self.lane, self.theta, self.radius, self.steps)
-        return _Batch(*(field[keep] for field in fields), tuple(part[keep] for part in self.state))
+        state = tuple(part[keep] for part in self.state)
+        return _Batch(self.lane[keep], self.theta[keep], self.radius[keep], self.steps[keep], state)
 
     def join(self, other: "_Batch") -> "_Batch":
-        fields = ((getattr(self, name), getattr(other, name)) for name in ("lane", "theta", "radius", "steps"))
-        state = tuple(np.concatenate(parts) for parts in zip(self.state, other.state, strict=True))
-        return _Batch(*(np.concatenate(pair) for pair in fields), state)
+        return _Batch(
+            np.concatenate([self.lane, other.lane]),
+            np.concatenate([self.theta, other.theta]),
+            np.concatenate([self.radius, other.radius]),
+            np.concatenate([self.steps, other.steps]),
+            tuple(np.concatenate(parts) for parts in zip(self.state, other.state, strict=True)),
+        )
 
 
 def _start(kernel: _Kernel, targets_KR, weights_KR, starts_KP, lane) -> _Batch:

@@ -44,7 +44,8 @@ def render(
 def _disagreement(study: Study) -> str:
     if not study.disagreement:
         return ""
-    return f'<p class="bad"><b>Methods disagree by more than their intervals</b> on N*: {escape(study.disagreement)}.</p>'
+    what = "Methods disagree by more than their intervals"
+    return f'<p class="bad"><b>{what}</b> on N*: {escape(study.disagreement)}.</p>'
 
 
 def _estimates(study: Study) -> str:
@@ -106,10 +107,10 @@ def _provenance(study: Study, numbers: dict) -> str:
         ("N counted", study.runs.params_convention),
         ("C counted", study.runs.flops_convention),
         ("approach 3", f"{huber.loss_name}, objective {huber.objective:.10g}"),
-        ("optimizer", f"{huber.starts} starts, {huber.converged:.1%} converged, {huber.agreeing:.1%} agree with the best; "
-                      f"condition {huber.condition:.3g}"),
+        ("starts", f"{huber.starts}: {huber.converged:.1%} converged, {huber.agreeing:.1%} agree with the best"),
+        ("condition number", f"{huber.condition:.3g} (centred)"),
         ("bootstrap", f"{study.options.replicates} of {study.bootstrap}, seed {study.options.seed}"),
         ("versions", ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())),
-    )  # fmt: skip
+    )
     rows = "".join(f"<tr><td>{name}</td><td>{escape(str(value))}</td></tr>" for name, value in facts)
     return f"<h2>Provenance</h2><table>{rows}</table>"

@@ -85,7 +85,7 @@ class CentredRuns:
 
 def checked_runs(params, tokens, loss) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The three columns as float64 arrays. Raises ValueError for unequal lengths or values that are not positive."""
-    columns = tuple(np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (params, tokens, loss))
+    columns = [np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (params, tokens, loss)]
     if len({column.shape for column in columns}) != 1:
         raise ValueError(f"params, tokens and loss differ in length: {[len(column) for column in columns]}")
     for name, column in zip(("params", "tokens", "loss"), columns, strict=True):
@@ -95,7 +95,7 @@ def checked_runs(params, tokens, loss) -> tuple[np.ndarray, np.ndarray, np.ndarr
                 f"{name} must be finite and positive: run {bad[0]} has {column[bad[0]]:g} ({len(bad)} such runs); "
                 "drop or repair them"
             )
-    return columns
+    return columns[0], columns[1], columns[2]
 
 
 def standard_starts() -> np.ndarray:

@@ -144,7 +144,7 @@ def _minimum(function: Callable[[float], float]) -> tuple[float, float]:
 
 
 def _profile_interval(profile, centre: float, least: float, variance: float, level: float) -> Interval:
-    """Where the profile misfit stays within the chi-square quantile of its least value; unbounded ends are 0 and inf."""
+    """Where the profile misfit is within the chi-square quantile of its least value; unbounded ends are 0 and inf."""
 
     def excess(x: float) -> float:
         return profile(x) - least - variance * chi2.ppf(level, 1)

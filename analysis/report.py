@@ -1,10 +1,10 @@
 """Write a study: figures with the CSV behind each, tables, numbers, the next run, one HTML page; and re-derive it all.
 
-    out/report.html        everything, self-contained
-    out/numbers.json       inputs, provenance, fits and estimates
-    out/estimates.csv      one row a method
-    out/next.json          config overrides of the run that the study recommends
-    out/figures/*.{png,pdf,csv}
+out/report.html        everything, self-contained
+out/numbers.json       inputs, provenance, fits and estimates
+out/estimates.csv      one row a method
+out/next.json          config overrides of the run that the study recommends
+out/figures/*.{png,pdf,csv}
 """
 
 import json
@@ -19,7 +19,7 @@ import scipy
 
 from analysis import figures, page
 from analysis.cells import nearest_shape, overrides
-from analysis.figures.style import RC, Drawing, NotApplicable
+from analysis.figures.style import RC, Drawing, NotApplicableError
 from analysis.runs import Runs, load_runs
 from analysis.study import Estimate, Options, Study, make_study
 
@@ -63,7 +63,7 @@ def draw(study: Study) -> tuple[dict[str, Drawing], dict[str, str]]:
         for name, make in figures.FIGURES.items():
             try:
                 drawings[name] = make(study)
-            except NotApplicable as reason:
+            except NotApplicableError as reason:
                 skipped[name] = str(reason)
     return drawings, skipped
 

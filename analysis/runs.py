@@ -117,7 +117,8 @@ def load_runs(
     _check_labels(table, notes, str(source))
     if table.empty:
         raise ValueError(f"{source}: no usable run is left: {'; '.join(r for r, _ in exclusions) or 'it is empty'}")
-    names = raw[_find(raw, "run", chosen)] if _find(raw, "run", chosen) else pd.Series(raw.index.astype(str), raw.index)
+    named = _find(raw, "run", chosen)
+    names = raw[named] if named else pd.Series(raw.index.astype(str), raw.index)
     return Runs(
         table=table.reset_index(drop=True),
         curves=_curves(records, loss_name, table),
@@ -163,7 +164,8 @@ def _read_file(path: Path) -> pd.DataFrame:
 def _select(raw: pd.DataFrame, where: dict[str, str], source: str) -> pd.DataFrame:
     for column, value in where.items():
         if column not in raw.columns:
-            raise ValueError(f"{source}: --where names no column {column!r} (it has {', '.join(map(str, raw.columns))})")
+            present = ", ".join(map(str, raw.columns))
+            raise ValueError(f"{source}: no column {column!r} to select by (it has {present}): change --where")
         kept = raw[raw[column].astype(str) == value]
         if kept.empty:
             present = ", ".join(sorted(raw[column].astype(str).unique())[:8])
@@ -176,9 +178,10 @@ def _find(raw: pd.DataFrame, name: str, chosen: dict[str, str]) -> str | None:
     """The source column of a canonical one."""
     if name in chosen:
         return chosen[name] if chosen[name] in raw.columns else None
-    found = [c for c in raw.columns if str(c).lower().replace("_", " ").strip() in ALIASES[name]]
-    exact = [c for c in found if c == name]
-    return (exact or found or [None])[0]
+    found = [str(c) for c in raw.columns if str(c).lower().replace("_", " ").strip() in ALIASES[name]]
+    if name in found:
+        return name
+    return found[0] if found else None
 
 
 def _canonical(raw: pd.DataFrame, chosen: dict[str, str], source: str) -> pd.DataFrame:
@@ -189,24 +192,24 @@ def _canonical(raw: pd.DataFrame, chosen: dict[str, str], source: str) -> pd.Dat
             raise ValueError(f"{source}: no column {column!r} for {name} (it has {', '.join(map(str, raw.columns))})")
     table = pd.DataFrame(index=raw.index)
     for name in ALIASES:
-        column = _find(raw, name, chosen)
-        if column is not None:
-            table[name] = raw[column].astype(str) if name in TEXT else _numbers(raw[column], source)
+        found = _find(raw, name, chosen)
+        if found is not None:
+            column = raw[found]
+            table[name] = column.astype(str) if name in TEXT else _numbers(column, source)
     if "loss" not in table:
         raise ValueError(
             f"{source}: no column for loss (it has {', '.join(map(str, raw.columns))}): name it with --loss=COLUMN"
         )
-    for column in raw.columns:
-        if str(column).startswith("config."):
-            table[column] = raw[column]
-    return table
+    settings = [name for name in raw.columns if str(name).startswith("config.")]
+    return pd.concat([table, raw[settings]], axis=1)
 
 
 def _numbers(column: pd.Series, source: str) -> pd.Series:
     numbers = pd.to_numeric(column, errors="coerce").astype(np.float64)
     bad = column.index[numbers.isna() & column.notna() & (column.astype(str).str.lower() != "nan")]
     if len(bad):
-        raise ValueError(f"{source}: column {column.name!r} row {bad[0]} is {column[bad[0]]!r}, not a number: repair it")
+        where = f"column {column.name!r} row {bad[0]}"
+        raise ValueError(f"{source}: {where} is {column[bad[0]]!r}, not a number: repair it")
     return numbers
 
 
@@ -215,8 +218,8 @@ def _choose_count(table: pd.DataFrame, name: str, choice: str | None, counts: di
     if choice is not None:
         column = counts.get(choice, choice)
         if column not in table or table[column].isna().all():
-            known = ", ".join(key for key, col in counts.items() if col in table)
-            raise ValueError(f"{source}: no {name} counted as {choice!r} (available: {known or 'none'}): change --{name}")
+            known = ", ".join(key for key, col in counts.items() if col in table) or "none"
+            raise ValueError(f"{source}: no {name} counted as {choice!r} (available: {known}): change --{name}")
         table[name] = table[column]
         return choice
     if name in table and table[name].notna().any():

@@ -24,8 +24,8 @@ class Faults:
 
     noise_sd: seed noise of a run, nats. mistuning: nats added a decade of N away from the geometric centre of the
     sizes (a learning rate tuned at one size only), squared. wrong_horizon: nats added to every run but the longest of
-    its size, per e-fold of D short of it (a cosine not matched to the run). drift: the grid's centre is N* times
-    drift**x, with x going from -1/2 at the first budget to 1/2 at the last.
+    its size, per e-fold of D short of it (a cosine not matched to the run). drift: the grid's centre is N* at the
+    first budget and drift times N* at the last.
     """
 
     noise_sd: float = 0.0
@@ -49,7 +49,7 @@ def isoflop_grid(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(budget, N, D) of `sizes` models log-spaced within a factor `span` either side of each budget's optimum."""
     budgets = np.asarray(budgets, dtype=np.float64)
-    shift = drift ** np.linspace(-0.5, 0.5, len(budgets))
+    shift = drift ** np.linspace(0.0, 1.0, len(budgets))
     factors = span ** np.linspace(-1.0, 1.0, sizes)
     params = (surface.optimum(budgets)[0] * shift)[:, None] * factors
     budget = np.repeat(budgets, sizes)

@@ -84,12 +84,12 @@ class Study:
     @property
     def disagreement(self) -> str:
         """Which methods' intervals for N*(target) do not meet; empty when all do."""
-        bounded = [(e.method, e.params) for e in self.estimates if e.params.interval is not None]
+        bounded = [(e, e.params.interval) for e in self.estimates if e.params.interval is not None]
         apart = [
-            f"{one} says {x.value:.3g} and {other} {y.value:.3g}"
-            for i, (one, x) in enumerate(bounded)
-            for other, y in bounded[i + 1 :]
-            if x.interval.high < y.interval.low or y.interval.high < x.interval.low
+            f"{one.method} says {one.params.value:.3g} and {other.method} {other.params.value:.3g}"
+            for place, (one, x) in enumerate(bounded)
+            for other, y in bounded[place + 1 :]
+            if x.high < y.low or y.high < x.low
         ]
         return "; ".join(apart)
 
@@ -169,7 +169,8 @@ def _quantity(name: str, value: float, interval: Interval | None) -> Quantity:
 def _bootstrap_estimate(runs, options, fit: ParametricFit, replicates: Surface, clusters) -> Estimate:
     """BCa intervals for resampled runs; percentile for clusters, whose jackknife would leave out whole trunks."""
     quantities = {}
-    jackknife = leave_one_out(*runs.points, fit) if clusters is None else None
+    params, tokens, loss = runs.points
+    jackknife = leave_one_out(params, tokens, loss, fit) if clusters is None else None
     for name, statistic in _statistics(options).items():
         values, point = statistic(replicates), statistic(fit.surface)
         if jackknife is None:
@@ -186,16 +187,12 @@ def _bootstrap_estimate(runs, options, fit: ParametricFit, replicates: Surface, 
 def _absolute_estimate(runs, options, fit: ParametricFit, clusters) -> Estimate:
     params, tokens, loss = runs.points
     counts = resampling_counts(len(loss), options.replicates, options.seed, clusters)
-    replicates = fit_replicates(
-        params, tokens, np.log(loss), fit.surface, delta=LAD_REPLICATE_DELTA, weights=counts
-    )
+    replicates = fit_replicates(params, tokens, np.log(loss), fit.surface, delta=LAD_REPLICATE_DELTA, weights=counts)
     quantities = {
         name: _quantity(name, statistic(fit.surface), percentile_interval(statistic(replicates), options.level))
         for name, statistic in _statistics(options).items()
     }
-    return Estimate(
-        "approach 3 (LAD)", **quantities, loss=Quantity(float(fit.surface.frontier_loss(options.target)))
-    )
+    return Estimate("approach 3 (LAD)", **quantities, loss=Quantity(float(fit.surface.frontier_loss(options.target))))
 
 
 def _projection_estimate(options, fit: ProjectionFit) -> Estimate:
@@ -212,12 +209,13 @@ def _projection_estimate(options, fit: ProjectionFit) -> Estimate:
 
 def _fit_isoflops(runs, options, budgets, estimates, absent):
     fits, all_replicates = {}, {}
+    params, tokens, loss = runs.points
     for method in ("parabola", "akima"):
         name = f"approach 2 ({method})"
         try:
-            fit = isoflop.fit_isoflop(*runs.points, budgets, method=method)
+            fit = isoflop.fit_isoflop(params, tokens, loss, budgets, method=method)
             replicates = isoflop.noise_replicates(
-                *runs.points, budgets, fit, replicates=options.replicates, seed=options.seed
+                params, tokens, loss, budgets, fit, replicates=options.replicates, seed=options.seed
             )
         except ValueError as error:
             absent[name] = str(error)
@@ -250,7 +248,7 @@ def _fit_envelope(runs, options, noise_sd, estimates, absent):
     copies = envelope.resample_seeds(
         params, grid, on_grid, noise_sd=noise_sd, replicates=min(options.replicates, 300), seed=options.seed
     )
-    exponent = reflected_interval(copies.exponent, fit.params_law.exponent, options.level)
+    exponent = reflected_interval(copies.exponent, float(fit.params_law.exponent), options.level)
     log_size = float(np.log(fit.params_law(options.target)))
     size = reflected_interval(np.log(copies(options.target)), log_size, options.level)
     estimates.append(

@@ -58,5 +58,5 @@ class Surface:
 
     @staticmethod
     def _invert(gap, coefficient, exponent):
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(over="ignore"):
             return np.where(gap > 0, np.power(coefficient / np.maximum(gap, 1e-300), 1.0 / exponent), np.nan)

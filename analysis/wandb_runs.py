@@ -137,7 +137,8 @@ def _records(path: Path) -> Iterator:
 
 
 def _payloads(data: bytes) -> Iterator[bytes]:
-    offset, parts = HEADER, []
+    offset = HEADER
+    parts: list[bytes] = []
     while offset + HEADER <= len(data):
         left = BLOCK - offset % BLOCK
         _, length, kind = struct.unpack("<IHB", data[offset : offset + HEADER])

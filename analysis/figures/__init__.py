@@ -1,4 +1,4 @@
-"""The canonical figures of a scaling-law study. Each takes a `Study`, and raises NotApplicable where data lack."""
+"""The canonical figures of a scaling-law study. Each takes a `Study`, and raises NotApplicableError where data lack."""
 
 from analysis.figures import fit, laws, regimes, sweep
 

@@ -5,7 +5,7 @@ import pandas as pd
 
 from analysis.design import standard_errors
 from analysis.figures import style
-from analysis.figures.style import Drawing, NotApplicable
+from analysis.figures.style import Drawing, NotApplicableError
 from analysis.study import Study
 
 CORNER = ("A", "B", "E", "alpha", "beta", "params_exponent")
@@ -30,7 +30,7 @@ def residuals(study: Study) -> Drawing:
         axes.set(xlabel=label, ylabel="100 ln(L / fit)")
         span = 1.3 * np.quantile(np.abs(residual), 0.97)
         axes.set_ylim(-span, span)
-    panels[0].set_xlim(-span, span)
+    panels[0].set_xlim(-1.3 * span, 1.3 * span)
     data = style.long_table(params=params, tokens=tokens, loss=loss, log_residual=study.huber.log_residuals)
     return Drawing(figure, data, "Residuals of approach 3; a trend means that the form does not fit there.")
 
@@ -67,7 +67,7 @@ def bootstrap(study: Study) -> Drawing:
 
 def hold_out(study: Study) -> Drawing:
     if not study.hold_outs:
-        raise NotApplicable("too few runs below any cut to hold out the budgets above it")
+        raise NotApplicableError("too few runs below any cut to hold out the budgets above it")
     params, tokens, loss = study.runs.points
     figure, panels = style.new_figure(columns=2)
     last = study.hold_outs[-1]
@@ -75,7 +75,9 @@ def hold_out(study: Study) -> Drawing:
     fitted = loss * np.exp(-study.huber.log_residuals)
     panels[0].plot(fitted[~held], loss[~held], "o", color=style.COLOURS[0], markersize=3, label="fitted")
     predicted = loss[held] * (1.0 + last.errors)
-    panels[0].plot(predicted, loss[held], "o", mfc="none", color=style.COLOURS[1], label=f"held out, C > {last.cut:.2g}")
+    panels[0].plot(
+        predicted, loss[held], "o", mfc="none", color=style.COLOURS[1], label=f"held out, C > {last.cut:.2g}"
+    )
     ends = [min(loss.min(), fitted.min()), np.quantile(loss, 0.97)]
     panels[0].plot(ends, ends, color="black", linewidth=0.8)
     panels[0].set(xlabel="predicted " + style.LOSS, ylabel="actual " + style.LOSS, xlim=ends, ylim=ends)
@@ -95,22 +97,20 @@ def hold_out(study: Study) -> Drawing:
 
 
 def cost_of_certainty(study: Study) -> Drawing:
-    """Delta-method interval of a as the runs are added from the cheapest up, and of a grid of as much money."""
+    """Delta-method interval of a as the runs are added from the cheapest up."""
     params, tokens, _ = study.runs.points
     order = np.argsort(params * tokens)
     noise = study.projection.residual_sd
     counts = np.unique(np.geomspace(8, len(order), 30).astype(int)) if len(order) > 8 else np.array([len(order)])
     spent = np.cumsum(6.0 * (params * tokens)[order])
-    widths = []
-    for count in counts:
-        kept = order[:count]
-        se = standard_errors(study.huber.surface, params[kept], tokens[kept], study.options.target, noise)
-        widths.append((3.92 * se[0], 3.92 * se[1]))
-    widths = np.array(widths)
+    surface, target = study.huber.surface, study.options.target
+    errors = [standard_errors(surface, params[order[:n]], tokens[order[:n]], target, noise) for n in counts]
+    widths = 2 * 1.96 * np.array(errors)
     figure, panels = style.new_figure(columns=2)
     for axes, width, label in zip(panels, widths.T, ("exponent a", "ln N*(target)"), strict=True):
         axes.plot(spent[counts - 1], width, "o-", color=style.COLOURS[0], markersize=3)
         style.log_axes(axes, y=True)
+        style.plain_ticks(axes.yaxis)
         axes.set(xlabel="FLOPs of the runs, cheapest first", ylabel=f"width of the 95% interval of {label}")
     data = style.long_table(runs=counts, flops=spent[counts - 1], exponent_width=widths[:, 0], log_n_width=widths[:, 1])
     return Drawing(figure, data, f"What certainty costs, with noise of {noise:.2g} nats (delta method).")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.figures import style
-from analysis.figures.style import Drawing, NotApplicable
+from analysis.figures.style import Drawing, NotApplicableError
 from analysis.hyperparameters import fit_hyperparameter_law
 from analysis.inference import inference_optimum
 from analysis.overtraining import overtraining_penalty
@@ -64,13 +64,13 @@ def overtraining(study: Study) -> Drawing:
 def repeats(study: Study) -> Drawing:
     table = study.runs.table
     if "unique_tokens" not in table or not (table["tokens"] > 1.001 * table["unique_tokens"]).any():
-        raise NotApplicable("no run repeats data (no unique_tokens below tokens)")
+        raise NotApplicableError("no run repeats data (no unique_tokens below tokens)")
     known = table.dropna(subset=["unique_tokens"])
     columns = [known[name].to_numpy() for name in ("params", "tokens", "unique_tokens", "loss")]
     try:
         fit = fit_effective_data(study.huber.surface, *columns)
     except ValueError as error:
-        raise NotApplicable(str(error)) from None
+        raise NotApplicableError(str(error)) from None
     unique = float(known["unique_tokens"].median())
     epochs = np.geomspace(1.0, 64.0, 60)
     figure, panels = style.new_figure(columns=2)
@@ -92,27 +92,31 @@ def repeats(study: Study) -> Drawing:
     style.log_axes(panels[1], y=True)
     panels[1].set(xlabel="epochs", ylabel=style.PARAMS)
     low, high = fit.data_interval.low, fit.data_interval.high
-    caption = f"Repeated data: R_D* = {fit.data_half_life:.3g} [{low:.3g}, {high:.3g}], R_N* = {fit.params_half_life:.3g}."
+    caption = (
+        f"Repeated data: R_D* = {fit.data_half_life:.3g} [{low:.3g}, {high:.3g}], R_N* = {fit.params_half_life:.3g}."
+    )
     return Drawing(figure, pd.concat(rows, ignore_index=True), caption)
 
 
 def hyperparameters(study: Study) -> Drawing:
     table = study.runs.table
     if "learning_rate" not in table or table["learning_rate"].nunique() < 3:
-        raise NotApplicable("fewer than three learning rates")
+        raise NotApplicableError("fewer than three learning rates")
     known = table.dropna(subset=["learning_rate"])
     try:
         law = fit_hyperparameter_law(*(known[c] for c in ("params", "tokens", "learning_rate", "loss")))
     except ValueError as error:
-        raise NotApplicable(str(error)) from None
+        raise NotApplicableError(str(error)) from None
     figure, panels = style.new_figure(columns=2)
     _learning_rate_slices(panels[0], known)
     for cell in law.cells:
-        panels[1].plot(cell.params, cell.value, "o", mfc="none" if cell.flag else style.COLOURS[0], color=style.COLOURS[0])
+        panels[1].plot(
+            cell.params, cell.value, "o", mfc="none" if cell.flag else style.COLOURS[0], color=style.COLOURS[0]
+        )
     sizes = np.geomspace(min(c.params for c in law.cells), max(c.params for c in law.cells), 20)
     tokens = float(np.exp(np.mean([np.log(c.tokens) for c in law.cells])))
-    panels[1].plot(sizes, law(sizes, tokens), color="black",
-                   label=f"$N^{{{law.params_exponent:.2f}}} D^{{{law.tokens_exponent:.2f}}}$ at D = {tokens:.2g}")  # fmt: skip
+    label = f"$N^{{{law.params_exponent:.2f}}} D^{{{law.tokens_exponent:.2f}}}$ at D = {tokens:.2g}"
+    panels[1].plot(sizes, law(sizes, tokens), color="black", label=label)
     style.log_axes(panels[1], y=True)
     panels[1].set(xlabel=style.PARAMS, ylabel="near-optimal learning rate")
     panels[1].legend()
@@ -134,7 +138,9 @@ def _learning_rate_slices(axes, known) -> None:
     colours, _ = style.colours_of([key[0] for key, _ in cells])
     for (key, cell), colour in zip(cells, colours, strict=True):
         cell = cell.sort_values("learning_rate")
-        axes.plot(cell["learning_rate"], cell["loss"] / cell["loss"].min(), "o-", color=colour, label=f"N = {key[0]:.2g}")
+        axes.plot(
+            cell["learning_rate"], cell["loss"] / cell["loss"].min(), "o-", color=colour, label=f"N = {key[0]:.2g}"
+        )
     style.log_axes(axes)
     axes.set(xlabel="learning rate", ylabel="loss / lowest of its (N, D)")
     if len(cells) <= 8:

@@ -1,6 +1,7 @@
 """What all figures share: fonts and sizes fit for print, log axes with 10^k ticks, and how curves are coloured."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -8,8 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
-RC = {
+RC: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 110,
     "font.size": 9,
@@ -38,7 +40,7 @@ METHOD_COLOURS = {
 }
 
 
-class NotApplicable(Exception):
+class NotApplicableError(Exception):
     """This table of runs lacks what the figure shows; the message says what."""
 
 
@@ -53,9 +55,9 @@ class Drawing:
 
 def new_figure(columns: int = 1, rows: int = 1, width: float = 5.2, height: float = 3.8):
     """A figure and its axes in a row-major list (one Axes when there is only one)."""
-    with mpl.rc_context(RC):
-        figure = Figure(figsize=(width * (1.0 if columns == 1 else 0.85 * columns), height * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    size = (width * (1.0 if columns == 1 else 0.85 * columns), height * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     return figure, axes[0] if len(axes) == 1 else axes
 
 
@@ -64,6 +66,12 @@ def log_axes(axes: Axes, x: bool = True, y: bool = False) -> None:
         axes.set_xscale("log")
     if y:
         axes.set_yscale("log")
+
+
+def plain_ticks(axis) -> None:
+    """Write 5, 20, 100 rather than powers of ten: for ratios and widths that span a decade or two."""
+    axis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
 
 
 def flops_label(convention: str) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.figures import style
-from analysis.figures.style import Drawing, NotApplicable
+from analysis.figures.style import Drawing, NotApplicableError
 from analysis.isoflop import lowest_per_size
 from analysis.study import Study
 
@@ -14,7 +14,7 @@ MOST_CURVES = 60
 def training_curves(study: Study) -> Drawing:
     curves = study.runs.curves.dropna(subset=["flops"])
     if curves.empty:
-        raise NotApplicable("the source has no loss curves")
+        raise NotApplicableError("the source has no loss curves")
     sizes = study.runs.table.set_index("run")["params"]
     names = sizes.loc[curves["run"].unique()].sort_values().index[:: -(-curves["run"].nunique() // MOST_CURVES)]
     colours, mappable = style.colours_of(sizes[names])
@@ -34,7 +34,7 @@ def training_curves(study: Study) -> Drawing:
 
 def isoflop(study: Study) -> Drawing:
     if "parabola" not in study.isoflops:
-        raise NotApplicable(study.absent["approach 2 (parabola)"])
+        raise NotApplicableError(study.absent["approach 2 (parabola)"])
     fit = study.isoflops["parabola"]
     figure, panels = style.new_figure(columns=2)
     rows = []
@@ -82,7 +82,7 @@ def isoloss_slices(study: Study) -> Drawing:
     budgets, counts = np.unique(study.budgets[np.isfinite(study.budgets)], return_counts=True)
     budgets = budgets[counts >= 3]
     if not len(budgets):
-        raise NotApplicable("no budget has three runs")
+        raise NotApplicableError("no budget has three runs")
     colours, mappable = style.colours_of(budgets)
     figure, axes = style.new_figure()
     params, _, loss = study.runs.points
@@ -99,4 +99,6 @@ def isoloss_slices(study: Study) -> Drawing:
     figure.colorbar(mappable, ax=axes, label=style.FLOPS)
     style.log_axes(axes)
     axes.set(xlabel=style.PARAMS, ylabel=style.LOSS)
-    return Drawing(figure, pd.concat(rows, ignore_index=True), "Runs of each budget and the fitted surface (approach 3).")
+    return Drawing(
+        figure, pd.concat(rows, ignore_index=True), "Runs of each budget and the fitted surface (approach 3)."
+    )
