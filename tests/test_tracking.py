@@ -429,11 +429,12 @@ trackers.close("finished")
 print(service)
 """
     run = [sys.executable, "-c", code, str(tmp_path), fault]
-    done = subprocess.run(run, stdout=subprocess.PIPE, stderr=(tmp_path / "err").open("w"), text=True, timeout=90)
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err_file:  # the service keeps them open
+        returncode = subprocess.run(run, stdout=out, stderr=err_file, timeout=90).returncode
     if fault == "stop":
-        os.kill(int(done.stdout), 9)
+        os.kill(int((tmp_path / "out").read_text()), 9)
     err = (tmp_path / "err").read_text()
-    assert done.returncode == 0 and "Traceback" not in err
+    assert returncode == 0 and "Traceback" not in err
     assert err.count("wandb is off from here on") == 1
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 30
 
