@@ -1,0 +1,127 @@
+"""The planner: better than the usual grid for a fraction of the money, by delta method and by simulation."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from analysis.__main__ import main
+from analysis.cells import nearest_shape, overrides, shapes
+from analysis.design import Candidates, choose_cells, loss_gradient, standard_errors
+from analysis.parametric import fit_replicates
+from analysis.simulate import EPOCH, isoflop_grid
+
+TARGET, NOISE = 1e24, 0.005
+GRID = isoflop_grid(EPOCH)[1:]
+COST = float(np.sum(6 * GRID[0] * GRID[1]))
+CASES = [((0.5, 1000.0), 0.10), ((2.0, 200.0), 0.25)]
+
+
+def planned(ratios, share, goal="optimum"):
+    sizes = [shape.params for shape in shapes(GRID[0].min(), GRID[0].max())]
+    candidates = Candidates.of(sizes, ratios, share * COST)
+    return choose_cells(EPOCH, candidates, budget=share * COST, target=TARGET, noise_sd=NOISE, goal=goal)
+
+
+@pytest.mark.parametrize(("ratios", "share"), CASES)
+@pytest.mark.parametrize("goal", ["optimum", "exponent"])
+def test_beats_the_63_cell_grid_for_a_fraction_of_its_compute(ratios, share, goal):
+    design = planned(ratios, share, goal)
+    assert design.spent <= share * COST and len(design.params) <= 40 < len(GRID[0])
+    grid_exponent, grid_size = standard_errors(EPOCH, *GRID, TARGET, NOISE)
+    assert design.exponent_se < grid_exponent
+    if goal == "optimum":
+        assert design.log_params_se < grid_size
+    used = design.tokens / design.params
+    assert used.min() >= 0.999 * ratios[0] and used.max() <= 1.001 * ratios[1]
+
+
+@pytest.mark.parametrize(("ratios", "share"), CASES)
+def test_simulated_sweeps_agree_that_it_beats_the_grid(ratios, share):
+    """Real fits of noisy losses; the hold-out is paid for and not fitted."""
+    design = planned(ratios, share)
+
+    def spread(params, tokens):
+        noise = np.random.default_rng(0).normal(0, NOISE, (400, len(params)))
+        log_loss = np.log(EPOCH.loss(params, tokens) + noise)
+        # A wide corner: least squares, as the delta method supposes.
+        surfaces = fit_replicates(params, tokens, log_loss, EPOCH, delta=1.0)
+        return surfaces.params_exponent.std()
+
+    assert spread(design.params, design.tokens) < spread(*GRID)
+
+
+def test_the_delta_method_predicts_the_simulated_spread():
+    noise = np.random.default_rng(0).normal(0, 0.002, (500, len(GRID[0])))
+    surfaces = fit_replicates(*GRID, np.log(EPOCH.loss(*GRID) + noise), EPOCH, delta=1.0)
+    promised = standard_errors(EPOCH, *GRID, TARGET, 0.002)
+    assert surfaces.params_exponent.std() == pytest.approx(promised[0], rel=0.12)
+    assert np.log(surfaces.optimum(TARGET)[0]).std() == pytest.approx(promised[1], rel=0.12)
+
+
+def test_a_small_choice_is_the_best_of_all():
+    """Six of ten cells, against every combination."""
+    params = np.geomspace(1e8, 1e10, 10)
+    candidates = Candidates(params, 20 * params[::-1])
+    design = choose_cells(EPOCH, candidates, budget=1e30, target=TARGET, most=6, goal="exponent")
+    held = np.flatnonzero(params == design.hold_out[0])[0]
+    rest = [i for i in range(10) if i != held]
+    gradients = loss_gradient(EPOCH, params, candidates.tokens) / 0.005
+    best = min(_exponent_variance(gradients[list(chosen)]) for chosen in itertools.combinations(rest, 6))
+    chosen = [int(np.flatnonzero(params == n)[0]) for n in design.params]
+    assert _exponent_variance(gradients[chosen]) == pytest.approx(best, rel=0.05)
+
+
+def _exponent_variance(gradients):
+    from analysis.design import PRIOR_SD, exponent_gradient
+
+    wanted = exponent_gradient(EPOCH)
+    return float(wanted @ np.linalg.solve(np.diag(PRIOR_SD**-2.0) + gradients.T @ gradients, wanted))
+
+
+def test_the_hold_out_is_extreme_and_not_fitted():
+    design = planned((2.0, 200.0), 0.25)
+    params, tokens = design.hold_out
+    assert tokens / params == pytest.approx(200.0)
+    assert not np.any((design.params == params) & (design.tokens == tokens))
+    fitted = float(np.sum(6 * design.params * design.tokens))
+    assert design.spent == pytest.approx(fitted + 6 * params * tokens)
+
+
+def test_a_budget_too_small_is_refused():
+    with pytest.raises(ValueError, match="raise --budget"):
+        choose_cells(EPOCH, Candidates.of([1e8, 1e9], (2, 200), 1e18), budget=1e18, target=TARGET)
+
+
+def test_shapes_fill_tpu_tiles_and_batches_divide():
+    for shape in shapes(1e7, 1e11):
+        assert shape.embed % 128 == 0 and shape.layers >= 2
+    for params, tokens in ((2e7, 4e8), (1e9, 2e10), (7e10, 1.4e12)):
+        config = overrides(nearest_shape(params), tokens, devices=16)
+        assert config["train.batch"] % 16 == 0 and config["model.heads"] * 128 == config["model.embed"]
+        trained = config["train.batch"] * config["train.steps"] * config["data.seq_len"]
+        assert trained == pytest.approx(tokens, rel=0.01)
+        assert config["optimizer.schedule.warmup"] < config["train.steps"]
+
+
+def test_the_command_writes_one_object_of_overrides_a_cell(tmp_path, capsys):
+    out = tmp_path / "cells.json"
+    assert main(["design", "--budget=1e20", "--target=1e23", f"--out={out}"]) == 0
+    cells = json.loads(out.read_text())
+    assert 6 < len(cells) <= 41
+    assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
+    for cell in cells:
+        assert set(cell) == set(overrides(nearest_shape(1e8), 2e9))
+    assert f"{len(cells)} cells" in capsys.readouterr().out
+
+
+def test_the_overrides_are_keys_of_the_training_config():
+    pytest.importorskip("jax")
+    config = pytest.importorskip("lmjax.config").default_config()
+    for key, value in overrides(nearest_shape(1e8), 2e9).items():
+        node = config
+        *path, last = key.split(".")
+        for part in path:
+            node = node[part]
+        assert type(node[last]) is type(value), key
