@@ -51,7 +51,7 @@ def read_corpus(files: tuple[InputFile, ...], cfg: PrepareConfig, report: Report
 
 
 def validation_documents(seed: int, fraction: float) -> Iterator[int]:
-    """The numbers of the documents drawn for validation: one out of each 1/fraction consecutive ones.
+    """The numbers of the documents drawn for validation: one out of each 1/fraction consecutive ones, ascending.
 
     Stratified rather than independent draws: the share is right for any length of corpus, and no document's place
     depends on how many come after it. Without end; a fraction of 0 gives none.
@@ -61,7 +61,8 @@ def validation_documents(seed: int, fraction: float) -> Iterator[int]:
         return
     rng = np.random.default_rng([seed, 0])
     for stratum in range(1 << 62):
-        yield int((stratum + rng.random()) / fraction)
+        low, high = math.ceil(stratum / fraction), math.ceil((stratum + 1) / fraction)
+        yield low + int(rng.random() * (high - low))
 
 
 def _cleaned(
@@ -105,6 +106,6 @@ def sample_passages(texts: Iterator[Text], limit_bytes: int, seed: int) -> list[
     return [passage for _, _, _, passage in sorted(heap, key=lambda entry: entry[1])]
 
 
-def expected_share(fraction: float) -> int:
+def documents_needed(fraction: float) -> int:
     """How many documents it takes to be sure of one for validation."""
-    return 2 * math.ceil(1 / fraction)
+    return math.ceil(1 / fraction)

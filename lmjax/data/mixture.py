@@ -53,13 +53,13 @@ def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
     divisor = math.gcd(*numbers)
     if sum(numbers) // divisor <= _LONGEST_PERIOD:
         return tuple(number // divisor for number in numbers)
-    # Every source gets one, the rest goes by largest remainder.
-    spare = _LONGEST_PERIOD - len(numbers)
-    ideal = [fractions.Fraction(number * spare, sum(numbers)) for number in numbers]
-    shares = [1 + int(share) for share in ideal]
+    ideal = [fractions.Fraction(number * _LONGEST_PERIOD, sum(numbers)) for number in numbers]
+    shares = [max(1, int(share)) for share in ideal]  # every source is read at last
+    missing = _LONGEST_PERIOD - sum(shares)
     by_remainder = sorted(range(len(ideal)), key=lambda index: (int(ideal[index]) - ideal[index], index))
-    for index in by_remainder[: _LONGEST_PERIOD - sum(shares)]:
+    for index in by_remainder[: max(missing, 0)]:
         shares[index] += 1
+    shares[shares.index(max(shares))] += min(missing, 0)
     return tuple(shares)
 
 

@@ -10,18 +10,21 @@ import numpy as np
 _ROUNDS = 6
 
 
-def permuted(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the permutation of range(n) named by (seed, epoch) sends each of `index`, int64 of any shape below n."""
+def permuted(index: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
+    """Where the permutation of range(n) named by (seed, epoch) sends each of `index`, int64 of any shape below n.
+
+    `epoch` may differ by entry.
+    """
     side = np.uint64(math.isqrt(n - 1) + 1)
-    rounds = np.arange(epoch * _ROUNDS, (epoch + 1) * _ROUNDS, dtype=np.uint64)
-    keys = _mixed(_mixed(rounds) + np.uint64(seed))
+    name = _mixed(_mixed(np.asarray(epoch, np.uint64)) + np.uint64(seed))
+    keys = [np.broadcast_to(_mixed(name + np.uint64(number)), index.shape) for number in range(_ROUNDS)]
     result = _network(index.astype(np.uint64), side, keys)
     while (outside := result >= n).any():
-        result[outside] = _network(result[outside], side, keys)
+        result[outside] = _network(result[outside], side, [key[outside] for key in keys])
     return result.astype(np.int64)
 
 
-def _network(value: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray:
+def _network(value: np.ndarray, side: np.uint64, keys: list[np.ndarray]) -> np.ndarray:
     left, right = np.divmod(value, side)
     for key in keys:
         left, right = right, (left + (_mixed(right + key) >> np.uint64(32))) % side
@@ -30,7 +33,7 @@ def _network(value: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray
 
 def _mixed(value: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64: every bit of the result depends on every bit of the value."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = np.atleast_1d(value) + np.uint64(0x9E3779B97F4A7C15)  # scalars would warn when they wrap around
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

@@ -17,7 +17,7 @@ from etils import epath
 from lmjax.data import storage
 from lmjax.data.clean import describe
 from lmjax.data.config import PrepareConfig
-from lmjax.data.corpus import Omitted, Split, Text, expected_share, read_corpus, sample_passages
+from lmjax.data.corpus import Omitted, Split, Text, documents_needed, read_corpus, sample_passages
 from lmjax.data.encoding import DocumentError, Encoded, encode_batches
 from lmjax.data.manifest import FILE, Manifest, ShardManifest, SplitManifest, as_json, read_manifest, write_manifest
 from lmjax.data.progress import Progress, showing
@@ -276,5 +276,5 @@ def _check_splits(cfg: PrepareConfig, writers: dict[Split, _Writer]) -> None:
     if counts["valid"] == 0 and cfg.valid_fraction > 0:
         raise DataError(
             f"none of the {total} documents fell to validation at prepare.valid_fraction={cfg.valid_fraction}: raise "
-            f"it (sure from {expected_share(cfg.valid_fraction)} documents), or use prepare.split=tail for one text"
+            f"it (sure from {documents_needed(cfg.valid_fraction)} documents), or use prepare.split=tail for one text"
         )

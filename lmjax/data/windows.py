@@ -86,12 +86,8 @@ class Windows:
 
     def _draw_numbers(self, block: int) -> np.ndarray:
         cursors = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
-        epochs = cursors // self.n_windows
-        numbers = [
-            permuted(cursors[epochs == epoch] % self.n_windows, self.n_windows, self._seed, 2 * int(epoch) + 1)
-            for epoch in np.unique(epochs)
-        ]
-        return np.concatenate(numbers)
+        epochs, numbers = np.divmod(cursors, self.n_windows)
+        return permuted(numbers, self.n_windows, self._seed, 2 * epochs + 1)
 
     def _make_stream(self, epoch: int) -> _Stream:
         n_documents = self._split.n_documents

@@ -131,9 +131,9 @@ def test_impossible_vocabularies_say_what_is_possible():
 
 
 def test_configs_that_contradict_themselves():
-    with pytest.raises(ValueError, match="tokenizer.path"):
+    with pytest.raises(ValueError, match="path"):
         TokenizerConfig(kind="file")
-    with pytest.raises(ValueError, match="tokenizer.path"):
+    with pytest.raises(ValueError, match="path"):
         TokenizerConfig(kind="bpe", path="x.model")
 
 
@@ -284,7 +284,7 @@ def test_gpt2_brings_any_text_back(gpt2_tokenizer, text):
 
 def test_foreign_files_name_their_end_of_text(gpt2, reference, tmp_path):
     assert load_tokenizer(gpt2, "Hello").endoftext_id == 15496
-    with pytest.raises(DataError, match="has no symbol <nope>; name its end of text in tokenizer.endoftext"):
+    with pytest.raises(DataError, match="has no symbol <nope>; name its end of text"):
         load_tokenizer(gpt2, "<nope>")
     model = reference / "tokenizers" / "sp_test_model.model"
     with pytest.raises(DataError, match="has no symbol <nope>"):

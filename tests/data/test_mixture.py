@@ -1,0 +1,50 @@
+"""The mixture: in proportion after every sample, by random access."""
+
+import hypothesis.strategies as st
+import numpy as np
+from hypothesis import given, settings
+
+from lmjax.data.mixture import Mixture
+
+weights_lists = st.lists(st.sampled_from([0.05, 0.1, 0.3, 0.7, 1, 2, 3, 5, 1 / 3]), min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=weights_lists)
+def test_every_source_is_always_within_one_of_its_share(weights):
+    n = 3000
+    source, cursor = Mixture(weights).locate(np.arange(n))
+    counts = np.cumsum(source[:, None] == np.arange(len(weights)), axis=0)
+    share = np.array(weights) / sum(weights)
+    assert np.abs(counts - share * np.arange(1, n + 1)[:, None]).max() < 1
+    for index in range(len(weights)):  # each source is read in order, without a gap
+        assert np.array_equal(cursor[source == index], np.arange(counts[-1, index]))
+
+
+def test_awkward_weights_keep_their_shares():
+    weights = np.random.default_rng(0).dirichlet(np.ones(5))
+    mixture = Mixture(weights.tolist())
+    cursors = np.array(mixture.cursors(1_000_000_007))
+    assert cursors.sum() == 1_000_000_007
+    assert np.abs(cursors / 1_000_000_007 - weights).max() < 1 / 65536
+    assert Mixture([1e-9, 1.0]).shares == (1, 65535)  # every source is read at last
+    assert Mixture([0.7, 0.3]).shares == (7, 3) and Mixture([2.0, 6.0, 2.0]).shares == (1, 3, 1)
+
+
+@given(start=st.integers(0, 10**12), weights=weights_lists)
+@settings(max_examples=40, deadline=None)
+def test_cursors_at_a_sample_are_where_reading_goes_on(start, weights):
+    mixture = Mixture(weights)
+    expected = mixture.cursors(start)
+    for source, cursor in zip(*mixture.locate(np.arange(start, start + 50)), strict=True):
+        assert cursor == expected[source]
+        expected[source] += 1
+    assert mixture.cursors(start + 50) == expected
+
+
+def test_a_changed_mixture_goes_on_from_given_cursors():
+    changed = Mixture([1, 1], origin=1000, cursors=[250, 0])
+    source, cursor = changed.locate(np.arange(1000, 1006))
+    assert np.array_equal(np.sort(cursor[source == 0]), [250, 251, 252])
+    assert np.array_equal(np.sort(cursor[source == 1]), [0, 1, 2])
+    assert changed.cursors(1000) == [250, 0] and changed.cursors(1006) == [253, 3]
