@@ -1,5 +1,8 @@
 """What every test may use: one tiny config for each family of decoders that one ModelConfig spans."""
 
+from collections.abc import Iterator
+
+import jax
 import pytest
 
 from lmjax.models.config import ModelConfig, RopeConfig
@@ -63,7 +66,21 @@ FAMILIES: dict[str, ModelConfig] = {
 }
 
 
+@pytest.fixture(scope="session")
+def cfgs() -> dict[str, ModelConfig]:
+    """All families by name."""
+    return FAMILIES
+
+
 @pytest.fixture(params=FAMILIES)
 def cfg(request: pytest.FixtureRequest) -> ModelConfig:
     """Each family in turn."""
     return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For modules that compile many tiny programs once: XLA's optimizations would cost more than they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

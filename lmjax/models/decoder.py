@@ -215,7 +215,7 @@ def hidden(
         x_BTD, segment_cache = run_segment(params, x_BTD, context, segment_cache, spec, cfg, segment)
         new_cache.append(segment_cache)
     if cfg.norm_position != "post":
-        x_BTD = norm(params["final_norm"], x_BTD, cfg)
+        x_BTD = norm(gather(params["final_norm"], spec["final_norm"]), x_BTD, cfg)
     return x_BTD, (None if cache is None else new_cache), {}
 
 
@@ -223,15 +223,15 @@ def embed_tokens(
     params: Params, tokens_BT: jax.Array, where_BT: jax.Array, keys_B: jax.Array | None, spec: Spec, cfg: ModelConfig
 ) -> jax.Array:
     def table(name: str) -> jax.Array:
-        return gather(params[name], spec[name]).astype(cfg.dtype)
+        return gather(params[name].astype(cfg.dtype), spec[name])
 
     x_BTD = lookup(table("embed"), tokens_BT) * jnp.asarray(cfg.embed_scale, cfg.dtype)
     if cfg.position == "learned":
-        x_BTD = x_BTD + table("position")[where_BT]
+        x_BTD = x_BTD + lookup(table("position"), where_BT)
     if cfg.position == "sinusoidal":
         x_BTD = x_BTD + sinusoidal(where_BT, cfg.embed).astype(cfg.dtype)
     if cfg.embed_norm:
-        x_BTD = norm(params["embed_norm"], x_BTD, cfg)
+        x_BTD = norm(gather(params["embed_norm"], spec["embed_norm"]), x_BTD, cfg)
     return constrain(dropout(x_BTD, keys_B, cfg.embed_dropout, 0, EMBED_SITE), "batch", None, None)
 
 

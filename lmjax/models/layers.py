@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from lmjax.layout import current_mesh, partition
+from lmjax.layout import current_mesh
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
 
@@ -58,7 +59,7 @@ def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: float, layer: int 
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Rows of a table -> [B, T, D]."""
+    """Rows of a whole table -> [B, T, D], lying as the ids do."""
     if current_mesh() is None:
         return table_VD[ids_BT]
-    return table_VD.at[ids_BT].get(out_sharding=partition(("batch", None, None)))
+    return table_VD.at[ids_BT].get(out_sharding=PartitionSpec(*jax.typeof(ids_BT).sharding.spec, None))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lmjax.data.batch import Batch
+from lmjax.layout import constrain
 from lmjax.metrics import Metrics, add
 from lmjax.optim.optimizers import Optimizer
 from lmjax.train.objective import Keys, Objective
@@ -88,7 +89,8 @@ def accumulate(
 
 def _split_rows(x: jax.Array, pieces: int) -> jax.Array:
     """[B, ...] -> [pieces, B / pieces, ...]: every piece takes rows from all over, so from every device."""
-    return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+    rows = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(rows, None, "batch")
 
 
 def count_step(counters: Counters, finite: jax.Array) -> Counters:

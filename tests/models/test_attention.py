@@ -13,6 +13,8 @@ from lmjax.models import cache as caches
 from lmjax.models.attention import BACKENDS, Mask, Score, attention, visible
 from lmjax.models.position import alibi_slopes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, T, N, K, H = 2, 128, 4, 2, 8  # T: what splash needs
 
 SEGMENTS_BT = jnp.asarray([np.repeat([0, 1, 2], [50, 38, 40]), np.repeat([0, 1], [10, 118])])

@@ -10,6 +10,8 @@ import pytest
 from lmjax.models.config import RopeConfig
 from lmjax.models.position import alibi_slopes, rope_frequencies, rotate, rotation, sinusoidal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LLAMA3 = RopeConfig(theta=500_000.0, scaling="llama3", factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0)
 
 
