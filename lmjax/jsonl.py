@@ -10,48 +10,66 @@ import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from lmjax.errors import CheckpointError
+from lmjax.seal import is_local
 
 logger = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """Raises CheckpointError when the storage fails: a run whose record cannot be written must not go on."""
+    """Raises CheckpointError when the storage fails: a run whose record cannot be written must not go on.
+
+    Object stores cannot append. There the lines are kept in a local file, and `sync` and `close` upload it whole.
+    """
 
     def __init__(self, path: epath.PathLike) -> None:
-        self._path = os.fspath(path)
+        self._path = epath.Path(path)
+        self._local = is_local(self._path)
         with _storage_errors(self._path):
-            os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
-            self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a+b", buffering=0) if self._local else self._copy()  # noqa: SIM115
             self._cut_torn_line()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(_encode(record), allow_nan=False) + "\n"
+        line = (json.dumps(_encode(record), allow_nan=False) + "\n").encode()
         with _storage_errors(self._path):
-            written = self._file.write(line.encode())
-            if written != len(line.encode()):
-                raise OSError(f"only {written} bytes of a line fit")
+            if (written := self._file.write(line)) != len(line):
+                raise OSError(f"only {written} bytes of a line of {len(line)} fit")
 
     def sync(self) -> None:
-        """Force what is written to the disk; call before a checkpoint is sealed."""
+        """Force what is written to the storage; call before a checkpoint is sealed."""
         with _storage_errors(self._path):
-            os.fsync(self._file.fileno())
+            if self._local:
+                os.fsync(self._file.fileno())
+            else:
+                self._file.seek(0)
+                self._path.write_bytes(self._file.read())
 
     def close(self) -> None:
+        self.sync()
         self._file.close()
+
+    def _copy(self) -> Any:
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        if self._path.exists():
+            file.write(self._path.read_bytes())
+        return file
 
     def _cut_torn_line(self) -> None:
         self._file.seek(0)
-        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        end = self._file.read().rfind(b"\n") + 1
+        self._file.truncate(end)
+        self._file.seek(end)
 
 
 @contextlib.contextmanager
-def _storage_errors(path: str) -> Iterator[None]:
+def _storage_errors(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -167,7 +167,6 @@ class JsonlTracker:
 
     def close(self, status: Status) -> None:
         self._lines.write({"event": "end", "time": time.time(), "status": status})
-        self._lines.sync()
         self._lines.close()
 
 

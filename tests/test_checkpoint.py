@@ -477,3 +477,44 @@ def test_altered_manifests_never_pass_or_crash(tmp_path: Path) -> None:
     for text in texts:
         manifest.write_bytes(text)
         assert text == good or checkpoint.verify(tmp_path), text
+
+
+# Meshes ---------------------------------------------------------------------------------------------------------------
+
+MESHES = textwrap.dedent("""
+    import sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from lmjax.checkpoint import CheckpointConfig, Checkpoints, inspect
+
+    tree = {"w": np.random.default_rng(0).random((16, 12), np.float32), "b": np.arange(8, dtype=np.int32),
+            "count": np.int32(7)}
+    hashes = set()
+    for number, (shape, w, b) in enumerate([((4, 1), P("a", "b"), P("a")), ((2, 2), P("b", "a"), P(("a", "b"))),
+                                            ((1, 4), P(None, "b"), P()), ((1, 1), P(), P())]):
+        devices = jax.devices()[: shape[0] * shape[1]]
+        mesh = jax.make_mesh(shape, ("a", "b"), devices=devices)
+        shardings = {"w": NamedSharding(mesh, w), "b": NamedSharding(mesh, b), "count": NamedSharding(mesh, P())}
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+        checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep_last=9))
+        if number == 0:
+            state = jax.tree.map(jax.device_put, tree, shardings)
+        else:
+            state, _, step = checkpoints.restore(abstract)
+            assert step == number - 1
+        for name, leaf in state.items():
+            assert leaf.sharding == shardings[name], (leaf.sharding, shardings[name])
+            assert (np.asarray(leaf) == tree[name]).all()
+        checkpoints.save(number, state, {})
+        checkpoints.wait()
+        hashes.add(str(inspect(sys.argv[1], hashes=True)["hashes"]))
+    assert len(hashes) == 1
+""")
+
+
+def test_any_mesh_restores_onto_any_other_with_the_same_content_hash(tmp_path: Path) -> None:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

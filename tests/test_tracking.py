@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmjax import tracking
+from lmjax import jsonl, tracking
 from lmjax.errors import CheckpointError
 from lmjax.jsonl import JsonLines, read_lines
 from lmjax.ledger import Ledger, check_ledger, effective_history, read_ledger
@@ -125,14 +125,24 @@ def test_later_attempts_win(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_stops_training(tmp_path: Path) -> None:
-    link = tmp_path / "metrics.jsonl"
-    link.symlink_to("/dev/full")
-    lines = JsonLines.__new__(JsonLines)
-    lines._path, lines._file = str(link), open(link, "wb", buffering=0)  # noqa: SIM115
-    tracker = JsonlTracker.__new__(JsonlTracker)
-    tracker._lines = lines
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    tracker._lines._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     with pytest.raises(CheckpointError, match=r"storage: cannot write .*metrics.jsonl: No space left"):
         Trackers([tracker]).log(1, {"loss": 1.0})
+
+
+def test_an_object_store_gets_the_whole_file_at_each_sync(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(jsonl, "is_local", lambda path: False)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste')
+    tracker = JsonlTracker(path)
+    tracker.log(2, {})
+    assert [row["step"] for row in read_jsonl(path)] == [1]
+    tracker.sync()
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2]
+    tracker.log(3, {})
+    tracker.close("finished")
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:

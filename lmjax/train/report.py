@@ -337,11 +337,14 @@ def _thinned(rows: Sequence[Row]) -> list[Row]:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the run; non-finite values are left out."""
-    decay = 1 - 1 / max(1.0, len(values) / 50)
+    """Exponential moving average over a fiftieth of the run, less at its start, where the loss falls fast.
+
+    Non-finite values are left out.
+    """
     total = weight = 0.0
     smoothed = []
-    for value in values:
+    for number, value in enumerate(values, 1):
+        decay = 1 - 1 / max(1.0, min(number / 5, len(values) / 50))
         if np.isfinite(value):
             total, weight = decay * total + value, decay * weight + 1
         smoothed.append(total / weight if weight else float("nan"))
