@@ -25,6 +25,7 @@ from lmjax.optim.config import hyper
 from lmjax.runtime import Preemption, Watchdog
 from lmjax.tracking import ConsoleTracker, JsonlTracker, Status, Tracker, Trackers, WandbTracker, read_events, redact
 from lmjax.train.loop import Accounting, Periodic, Reader, train
+from lmjax.train.report import write_report
 from lmjax.train.state import TrainState
 from lmjax.weights import count
 
@@ -79,6 +80,8 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     if allow or not path.exists():
         return
     changed = configs.differences(configs.from_json(path), cfg)
+    if cfg.model.vocab is None:  # the saved config has it filled in from the data, which has its own check
+        changed.pop("model.vocab", None)
     fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and not key.startswith(_FREE)}
     if fixed:
         shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in list(fixed.items())[:5])
@@ -154,8 +157,6 @@ class Run:
         finally:
             self.ledger.close()
             self.trackers.close(status)
-        from lmjax.train.report import write_report
-
         write_report(self.workdir)
         if status == "preempted":
             print(f"preempted: step {reached} is saved; run the same command again to go on")

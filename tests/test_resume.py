@@ -88,9 +88,8 @@ def kill_at_random_times(corpus: Path, workdir: Path, kills: int, seed: int) -> 
             time.sleep(0.01)
         time.sleep(rng.random() * 0.3)
         process.kill()
-        process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            return
+        output, _ = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), output
     finish(start(corpus, workdir))
 
 
