@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.sections import sections
-from lmjax.data.tokenizer import ENDOFTEXT, Tokenizer, bytes_of
+from lmjax.data.tokenizer import ENDOFTEXT, NO_TEXT, Tokenizer, bytes_of
 from lmjax.errors import DataError
 
 _MARKER = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
@@ -139,7 +139,7 @@ def _training_failure(cfg: TokenizerConfig, reason: str) -> str:
     if low := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
         return f"tokenizer.vocab={cfg.vocab} is too small for the characters of this text: at least {low[1]}"
     if "sentences_.empty()" in reason:
-        return "no text to train the tokenizer on: the documents are empty"
+        return NO_TEXT
     return f"SentencePiece could not train ({cfg.kind}, vocab {cfg.vocab}): {reason.splitlines()[0]}"
 
 

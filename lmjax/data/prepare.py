@@ -8,6 +8,7 @@ for byte.
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +112,8 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
         recipe=recipe,
     )
     write_manifest(manifest, directory)
+    if progress:
+        _warn_if_inexact(manifest)
     with storage.reporting(directory, "write"):
         (directory / _PREPARING).rmtree()
     return manifest
@@ -264,6 +267,13 @@ class _Writer:
             and storage.hash_file(self._directory / name) == digest
             for name, digest in shard_files(shard).items()
         )
+
+
+def _warn_if_inexact(manifest: Manifest) -> None:
+    inexact = sum(split.inexact_documents for split in manifest.splits.values())
+    if inexact:
+        total = sum(split.documents for split in manifest.splits.values())
+        print(f"note: {inexact} of {total} documents decode to other text: the tokenizer is lossy", file=sys.stderr)
 
 
 def _check_splits(cfg: PrepareConfig, writers: dict[Split, _Writer]) -> None:

@@ -23,6 +23,7 @@ from lmjax.data.sections import sections
 from lmjax.errors import DataError
 
 ENDOFTEXT = "<|endoftext|>"
+NO_TEXT = "no text to train the tokenizer on: the documents are empty"
 _DESCRIPTION = "tokenizer.description.json"
 _FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "chars": "alphabet.json", "bytes": None}
 
@@ -160,6 +161,8 @@ def _characters(texts: Iterable[str]) -> set[str]:
     alphabet: set[str] = set()
     for text in texts:
         alphabet.update(text)
+    if not alphabet:
+        raise DataError(NO_TEXT)
     return alphabet
 
 

@@ -53,4 +53,4 @@ def prepared(tmp_path: Path) -> Prepared:
 @pytest.fixture
 def numbered_texts() -> list[str]:
     """200 documents of very different lengths."""
-    return [f"document {number} " + "x" * (number * 37 % 411) for number in range(200)]
+    return [f"document {number}" + f" of {number % 7} words" * (number * 37 % 41) for number in range(200)]
