@@ -1,9 +1,7 @@
 """What to prepare, how to cut it into tokens, and what a training run reads of it."""
 
 import dataclasses
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from lmjax.errors import ConfigError
 from lmjax.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, config_class
@@ -85,7 +83,7 @@ class SourceConfig:
 class DataConfig:
     """What a training run reads: samples of `seq_len` tokens from a weighted mixture of sources."""
 
-    sources: Annotated[dict[str, SourceConfig], Field(default_factory=dict)] = dataclasses.field(default_factory=dict)
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
     """The mixture, by name."""
     seq_len: PositiveInt = 256
     """Tokens per row."""

@@ -1,6 +1,7 @@
 """Shards: reads are exact across files, and every kind of damage is named before a token of it is used."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -189,10 +190,10 @@ def test_staging_copies_checks_and_reuses(dataset, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     staged = verify_dataset(dataset, cache=cache)
     assert str(staged.path).startswith(cache) and staged.manifest == read_manifest(staged.path)
-    before = {path: path.name: path.stat().mtime for path in staged.path.glob("train-*")}
+    before = {path.name: os.stat(path).st_mtime_ns for path in staged.path.glob("train-*")}
     (staged.path / "train-00001.tokens").unlink()
     again = verify_dataset(dataset, cache=cache)
-    changed = [path.name for path in again.path.glob("train-*") if before[path.name] != path.stat().mtime]
+    changed = [path.name for path in again.path.glob("train-*") if before[path.name] != os.stat(path).st_mtime_ns]
     assert changed == ["train-00001.tokens"]
 
     tokens = dataset / "train-00000.tokens"
