@@ -83,6 +83,7 @@ class Checkpoints:
         training went back behind; they are set aside, never kept in place of the new ones. Raises CheckpointError for
         a failure of this save or of the one before.
         """
+        assert jax.process_count() == 1, "a seal covers the files of one process"
         self.wait()
         leaves = _by_path(state)
         manifest = {

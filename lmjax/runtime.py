@@ -94,7 +94,7 @@ def _cpu_kind() -> str:
 
 # --- The end of a process ---------------------------------------------------------------------------------------------
 
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
 def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
@@ -111,7 +111,7 @@ def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
         _fail("interrupted", 128 + signal.SIGINT, debug)
     except OSError as error:
         if error.errno in _STORAGE_ERRNOS:
-            _fail(f"storage: {_one_line(error)}; free space or mend it and run again", CheckpointError.exit_code, debug)
+            _fail(f"storage: {_one_line(error)}; free or mend it and run again", CheckpointError.exit_code, debug)
         _fail_bug(error, debug)
     except Exception as error:
         _fail_bug(error, debug)
