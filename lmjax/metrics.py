@@ -12,11 +12,6 @@ import numpy as np
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, weight), scalars
 
 
-def add(a: Metrics, b: Metrics) -> Metrics:
-    """Pool two sets of metrics with the same names."""
-    return jax.tree.map(lambda x, y: x + y, a, b)
-
-
 def finish(metrics: Metrics) -> dict[str, float]:
     """Divide on the host, in float64. A metric with no weight has no value and is left out."""
     host: Mapping[str, tuple[Any, Any]] = jax.device_get(metrics)

@@ -9,7 +9,7 @@ import optax
 
 from lmjax.data.batch import Batch
 from lmjax.layout import constrain
-from lmjax.metrics import Metrics, add
+from lmjax.metrics import Metrics
 from lmjax.optim.optimizers import Optimizer
 from lmjax.train.objective import Keys, Objective
 from lmjax.train.state import Counters, TrainState
@@ -78,13 +78,16 @@ def accumulate(
         return gradient(state.buffers, batch, keys_B)
 
     def body(carry: Any, inputs: Any) -> tuple[Any, None]:
-        gradients, metrics, buffers = carry
-        more_gradients, more_metrics, buffers = gradient(buffers, *inputs)
-        return (jax.tree.map(jnp.add, gradients, more_gradients), add(metrics, more_metrics), buffers), None
+        sums, buffers = carry
+        *more, buffers = gradient(buffers, *inputs)
+        return (jax.tree.map(jnp.add, sums, more), buffers), None
 
     pieces = jax.tree.map(lambda x: _split_rows(x, microbatches), (batch, keys_B))
-    first, rest = jax.tree.map(lambda x: x[0], pieces), jax.tree.map(lambda x: x[1:], pieces)
-    return jax.lax.scan(body, gradient(state.buffers, *first), rest)[0]
+    one_piece = jax.tree.map(lambda x: x[0], pieces)
+    *sums, _ = jax.eval_shape(gradient, state.buffers, *one_piece)
+    start = (jax.tree.map(jnp.zeros_like, sums), state.buffers)
+    ((gradients, metrics), buffers), _ = jax.lax.scan(body, start, pieces)
+    return gradients, metrics, buffers
 
 
 def _split_rows(x: jax.Array, pieces: int) -> jax.Array:
