@@ -12,7 +12,8 @@ class TokenizerConfig:
     """A tokenizer trained on the documents, or given as a file."""
 
     kind: Literal["bpe", "unigram", "bytes", "chars", "file"] = "bpe"
-    """SentencePiece trained here (bpe, unigram), raw bytes, single characters, or a file."""
+    """SentencePiece trained here (bpe, unigram), raw bytes, the characters that occur (in any document, those for
+    validation included), or a file."""
     vocab: PositiveInt = 32_000
     """Vocabulary size of the trained kinds, the 256 bytes and three symbols included."""
     sample_bytes: PositiveInt = 100_000_000

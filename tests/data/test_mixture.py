@@ -9,7 +9,7 @@ from lmjax.data.mixture import Mixture
 weights_lists = st.lists(st.sampled_from([0.05, 0.1, 0.3, 0.7, 1, 2, 3, 5, 1 / 3]), min_size=1, max_size=7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(weights=weights_lists)
 def test_every_source_is_always_within_one_of_its_share(weights):
     n = 3000

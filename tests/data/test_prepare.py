@@ -77,7 +77,7 @@ def test_killed_at_any_time_and_run_again_gives_the_same_bytes(tmp_path, numbere
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text * 100}) + "\n" for text in numbered_texts))
     cfg = PrepareConfig(
-        inputs=(str(source),), tokenizer=TokenizerConfig(vocab=300), valid_fraction=0.1, shard_tokens=20_000, workers=2
+        inputs=(str(source),), tokenizer=TokenizerConfig(vocab=300), valid_fraction=0.1, shard_tokens=20_000, workers=1
     )
     prepare(cfg, tmp_path / "whole", progress=False)
     expected = files_of(tmp_path / "whole")
