@@ -63,7 +63,7 @@ def compare(records: list[RunRecord], loss: str | None = None) -> Comparison:
 
 
 def _differs(column: pd.Series) -> bool:
-    return column.astype(str).nunique() > 1
+    return column.map(str).nunique(dropna=False) > 1
 
 
 def _draw(records: list[RunRecord], table: pd.DataFrame, loss_name: str) -> Drawing:

@@ -76,18 +76,25 @@ def minimize(
     """
     starts_KP = np.atleast_2d(np.asarray(starts_KP, dtype=np.float64))
     lanes, runs = len(starts_KP), terms.design_TRP.shape[1]
-    targets_KR = np.broadcast_to(np.asarray(log_loss, dtype=np.float64), (lanes, runs))
-    weights_KR = np.broadcast_to(1.0 if weights is None else np.asarray(weights, dtype=np.float64), (lanes, runs))
+    targets_KR = np.atleast_2d(np.asarray(log_loss, dtype=np.float64))
+    weights_KR = np.ones((1, runs)) if weights is None else np.atleast_2d(np.asarray(weights, dtype=np.float64))
     share = -(-lanes // (os.cpu_count() or 1))
     pieces = [slice(start, start + share) for start in range(0, lanes, share)]
 
     def work(piece: slice) -> Minima:
         kernel = _Kernel(terms, delta, width=max(1, min(BUFFER_SIZE // runs, share)))
-        return _descend(kernel, targets_KR[piece], weights_KR[piece], starts_KP[piece], tolerance, max_steps)
+        return _descend(
+            kernel, _rows(targets_KR, piece), _rows(weights_KR, piece), starts_KP[piece], tolerance, max_steps
+        )
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         done = list(pool.map(work, pieces))
     return Minima(*(np.concatenate(field) for field in zip(*(vars(d).values() for d in done), strict=True)))
+
+
+def _rows(array_KR: np.ndarray, lanes) -> np.ndarray:
+    """The rows of some lanes; a single row serves all."""
+    return array_KR if len(array_KR) == 1 else array_KR[lanes]
 
 
 class _Kernel:
@@ -102,6 +109,11 @@ class _Kernel:
         self.design_TRP, self.offset_TR, self.delta = terms.design_TRP, terms.offset_TR, delta
         count, runs = self.offset_TR.shape
         self.columns = [np.flatnonzero(design_RP.any(axis=0)) for design_RP in self.design_TRP]
+        # A term that is the same for all runs, such as the irreducible loss, needs one exponential a lane.
+        self.constant = [
+            np.ptp(design_RP, axis=0).max() == np.ptp(offset_R) == 0
+            for design_RP, offset_R in zip(self.design_TRP, self.offset_TR, strict=True)
+        ]
         pairs = [(i, j) for i in range(count) for j in range(i, count)]
         self.pairs = [(i, j, *_outer(self.design_TRP[i], self.design_TRP[j], i == j)) for i, j in pairs]
         self.buffers = np.empty((count + 7, width, runs))
@@ -138,8 +150,12 @@ class _Kernel:
     def _shares(self, theta_KP, shares_TKR, total) -> None:
         """Write each term's share of the sum, and the sum."""
         for t, (share, columns) in enumerate(zip(shares_TKR, self.columns, strict=True)):
-            np.matmul(theta_KP[:, columns], self.design_TRP[t][:, columns].T, out=share)
-            np.minimum(np.add(share, self.offset_TR[t], out=share), MAX_PREDICTOR, out=share)
+            design_RP, offset_R = self.design_TRP[t][:, columns], self.offset_TR[t]
+            if self.constant[t]:
+                share[:] = np.exp(np.minimum(theta_KP[:, columns] @ design_RP[:1].T + offset_R[0], MAX_PREDICTOR))
+                continue
+            np.matmul(theta_KP[:, columns], design_RP.T, out=share)
+            np.minimum(np.add(share, offset_R, out=share), MAX_PREDICTOR, out=share)
             np.exp(share, out=share)
         np.add(shares_TKR[0], SMALLEST_TOTAL, out=total)
         for share in shares_TKR[1:]:
@@ -209,7 +225,7 @@ class _Batch:
 
 
 def _start(kernel: _Kernel, targets_KR, weights_KR, starts_KP, lane) -> _Batch:
-    state = kernel(starts_KP[lane], targets_KR[lane], weights_KR[lane])
+    state = kernel(starts_KP[lane], _rows(targets_KR, lane), _rows(weights_KR, lane))
     # The metric's unit of length: a step of this length could remove the whole objective.
     radius = np.sqrt(2.0 * state[0])
     return _Batch(lane, starts_KP[lane], radius, np.zeros(len(lane), int), state)
@@ -217,7 +233,7 @@ def _start(kernel: _Kernel, targets_KR, weights_KR, starts_KP, lane) -> _Batch:
 
 def _advance(batch: _Batch, kernel: _Kernel, targets_KR, weights_KR, move, length, promise) -> None:
     """Take the steps that lower the objective as promised, and adapt every trust radius."""
-    trial = kernel(batch.theta + move, targets_KR[batch.lane], weights_KR[batch.lane])
+    trial = kernel(batch.theta + move, _rows(targets_KR, batch.lane), _rows(weights_KR, batch.lane))
     gain = (batch.state[0] - trial[0]) / promise
     better = gain > 1e-4
     batch.theta[better] += move[better]

@@ -157,7 +157,12 @@ def verify(out: Path) -> int:
     path = out / "numbers.json"
     if not path.is_file():
         raise ValueError(f"{out}: no numbers.json: name a directory that `report` wrote")
-    stored = json.loads(path.read_text())
+    try:
+        stored = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not valid JSON ({error.msg} at line {error.lineno}): write the report again"
+        ) from None
     given = stored["inputs"]
     budgets = given["options"]["budgets"]
     options = Options(**{**given["options"], "budgets": tuple(budgets) if budgets else None})

@@ -153,7 +153,7 @@ def _read(source: str, loss: str | None, api) -> tuple[pd.DataFrame, list[RunRec
 def _read_file(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a readable CSV or parquet table ({reason}): check the file") from None
     if table.empty:

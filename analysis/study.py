@@ -278,6 +278,10 @@ def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> l
         found.append(f"only {huber.agreeing:.1%} of the starts agree with the best fit: it may not be the optimum")
     if min(huber.surface.alpha, huber.surface.beta) < 0.02:
         found.append("an exponent is nearly zero: E and a power law cannot be told apart with these runs")
+    if "unique_tokens" in runs.table:
+        repeated = int((runs.table["tokens"] > 1.001 * runs.table["unique_tokens"]).sum())
+        if repeated:
+            found.append(f"{repeated} runs repeat data; only the repeats figure accounts for it: fit the others alone")
     for method, fit in isoflops.items():
         for axis, vertices in (("N", fit.params_vertices), ("D", fit.tokens_vertices)):
             found += [f"{method}, budget {v.budget:.3g}, in {axis}: {v.flag}" for v in vertices if v.flag]

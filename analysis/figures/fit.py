@@ -110,7 +110,6 @@ def cost_of_certainty(study: Study) -> Drawing:
     for axes, width, label in zip(panels, widths.T, ("exponent a", "ln N*(target)"), strict=True):
         axes.plot(spent[counts - 1], width, "o-", color=style.COLOURS[0], markersize=3)
         style.log_axes(axes, y=True)
-        style.plain_ticks(axes.yaxis)
         axes.set(xlabel="FLOPs of the runs, cheapest first", ylabel=f"width of the 95% interval of {label}")
     data = style.long_table(runs=counts, flops=spent[counts - 1], exponent_width=widths[:, 0], log_n_width=widths[:, 1])
     return Drawing(figure, data, f"What certainty costs, with noise of {noise:.2g} nats (delta method).")

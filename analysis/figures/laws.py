@@ -80,7 +80,6 @@ def tokens_per_param(study: Study) -> Drawing:
     axes.axhline(CHINCHILLA_RATIO, color="black", linestyle="--", linewidth=1.0, label="20 tokens per parameter")
     axes.axvline(study.options.target, color="black", linestyle=":", linewidth=1.0)
     style.log_axes(axes, y=True)
-    style.plain_ticks(axes.yaxis)
     axes.set(xlabel=style.flops_label(study.runs.flops_convention), ylabel="D* / N* (tokens per parameter)")
     axes.legend()
     low, high = np.nanquantile(copies, [0.1, 0.9], axis=0)

@@ -8,9 +8,11 @@ from analysis.figures.style import Drawing, NotApplicableError
 from analysis.hyperparameters import fit_hyperparameter_law
 from analysis.inference import inference_optimum
 from analysis.overtraining import overtraining_penalty
+from analysis.parametric import fit_parametric, standard_starts
 from analysis.repeats import fit_effective_data
 from analysis.study import Study
 
+MOST_SLICES = 8
 RATIO_LINES = (5.0, 20.0, 80.0, 320.0, 1280.0)
 
 
@@ -66,9 +68,13 @@ def repeats(study: Study) -> Drawing:
     if "unique_tokens" not in table or not (table["tokens"] > 1.001 * table["unique_tokens"]).any():
         raise NotApplicableError("no run repeats data (no unique_tokens below tokens)")
     known = table.dropna(subset=["unique_tokens"])
-    columns = [known[name].to_numpy() for name in ("params", "tokens", "unique_tokens", "loss")]
+    params, tokens, unique_each, observed = (
+        known[name].to_numpy() for name in ("params", "tokens", "unique_tokens", "loss")
+    )
+    once = tokens <= 1.001 * unique_each
     try:
-        fit = fit_effective_data(study.huber.surface, *columns)
+        surface = fit_parametric(params[once], tokens[once], observed[once], starts=standard_starts()[::9]).surface
+        fit = fit_effective_data(surface, params, tokens, unique_each, observed)
     except ValueError as error:
         raise NotApplicableError(str(error)) from None
     unique = float(known["unique_tokens"].median())
@@ -80,7 +86,7 @@ def repeats(study: Study) -> Drawing:
     for size, colour in zip(sizes, colours, strict=True):
         loss = fit.loss(size, epochs * unique, unique)
         panels[0].plot(epochs, loss, color=colour, label=f"N = {size:.2g}")
-        panels[0].plot(epochs, study.huber.surface.loss(size, epochs * unique), ":", color=colour, linewidth=0.9)
+        panels[0].plot(epochs, surface.loss(size, epochs * unique), ":", color=colour, linewidth=0.9)
         rows.append(pd.DataFrame({"params": size, "epochs": epochs, "loss": loss}))
     panels[0].plot(known["tokens"] / known["unique_tokens"], known["loss"], ".", color="black", alpha=0.4)
     style.log_axes(panels[0])
@@ -134,17 +140,22 @@ def _learning_rate_slices(axes, known) -> None:
         style.log_axes(axes, y=True)
         axes.set(xlabel="learning rate", ylabel="batch (tokens)")
         return
-    cells = known.groupby(["params", "tokens"])
+    cells = list(known.groupby(["params", "tokens"]))
+    cells = cells[:: -(-len(cells) // MOST_SLICES)]
     colours, _ = style.colours_of([key[0] for key, _ in cells])
     for (key, cell), colour in zip(cells, colours, strict=True):
         cell = cell.sort_values("learning_rate")
         axes.plot(
-            cell["learning_rate"], cell["loss"] / cell["loss"].min(), "o-", color=colour, label=f"N = {key[0]:.2g}"
+            cell["learning_rate"],
+            cell["loss"] / cell["loss"].min(),
+            "o-",
+            color=colour,
+            label=f"N {key[0]:.2g}, D {key[1]:.2g}",
         )
     style.log_axes(axes)
     axes.set(xlabel="learning rate", ylabel="loss / lowest of its (N, D)")
-    if len(cells) <= 8:
-        axes.legend()
+    axes.set_ylim(top=1.0 + 1.7 * (axes.get_ylim()[1] - 1.0))  # room for the legend
+    axes.legend(loc="upper center", ncols=2)
 
 
 def inference(study: Study) -> Drawing:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 RC: Any = {
     "figure.dpi": 110,
@@ -62,16 +62,20 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 5.2, height: floa
 
 
 def log_axes(axes: Axes, x: bool = True, y: bool = False) -> None:
+    """Make axes logarithmic, after plotting: 10^k ticks, or 1, 2, 5 where the data span less than two decades."""
     if x:
         axes.set_xscale("log")
+        _ticks(axes.xaxis, axes.get_xlim())
     if y:
         axes.set_yscale("log")
+        _ticks(axes.yaxis, axes.get_ylim())
 
 
-def plain_ticks(axis) -> None:
-    """Write 5, 20, 100 rather than powers of ten: for ratios and widths that span a decade or two."""
-    axis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+def _ticks(axis, limits: tuple[float, float]) -> None:
+    axis.set_minor_formatter(NullFormatter())
+    if np.log10(limits[1] / limits[0]) < 2.0:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def flops_label(convention: str) -> str:

@@ -1,0 +1,249 @@
+"""Tables of runs: every source gives the same tidy table, and every bad table one clear line."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.__main__ import main
+from analysis.runs import load_runs
+from analysis.simulate import EPOCH, simulate
+
+
+def table(**changes) -> pd.DataFrame:
+    sweep = simulate(EPOCH)
+    columns = {"params": sweep.params, "tokens": sweep.tokens, "flops": sweep.budget, "loss": sweep.loss[0]}
+    return pd.DataFrame(columns).assign(**changes)
+
+
+def written(tmp_path, frame: pd.DataFrame, name="runs.csv") -> str:
+    path = tmp_path / name
+    frame.to_parquet(path) if name.endswith("parquet") else frame.to_csv(path, index=False)
+    return str(path)
+
+
+def refusal(tmp_path, capsys, frame: pd.DataFrame, *flags: str) -> str:
+    """The one line that `report` prints for a bad table."""
+    source = written(tmp_path, frame)
+    code = main(["report", f"--runs={source}", "--target=1e23", f"--out={tmp_path / 'out'}", *flags])
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and error.startswith(f"lmjax analysis: error: {source}: ")
+    assert not (tmp_path / "out").exists()
+    return error
+
+
+def with_value(column: str, row: int, value) -> pd.DataFrame:
+    frame = table()
+    frame[column] = frame[column].astype(object)
+    frame.loc[row, column] = value
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("frame", "says"),
+    [
+        (table().drop(columns="loss"), "no column for loss (it has params, tokens, flops): name it with --loss"),
+        (table().drop(columns=["params", "tokens"]), "needs two of params, tokens, flops"),
+        (with_value("loss", 3, np.nan), "loss is missing or NaN in 1 of 63 rows, first in row 3"),
+        (with_value("loss", 3, 0.0), "loss is zero or negative in 1 of 63 rows, first in row 3"),
+        (with_value("loss", 3, -1.0), "loss is zero or negative"),
+        (with_value("loss", 3, np.inf), "loss is infinite"),
+        (with_value("params", 5, "big"), "column 'params' row 5 is 'big', not a number"),
+        (with_value("flops", 9, -7446744073709551616), "int64 overflow of 6ND wraps to negative"),
+        (table(flops_convention=["6nd"] * 40 + ["exact"] * 23), "mixed FLOP conventions: 6nd (40 rows), exact (23"),
+        (table(loss_kind=["train"] * 10 + ["val"] * 53), "mixed losses: val (53 rows), train (10 rows)"),
+        (table(flops=lambda t: t["flops"] / np.where(t.index < 30, 3.0, 1.0)), "6ND / flops is about 1 in 33 rows and"),
+    ],
+)
+def test_bad_tables_get_one_clear_line(tmp_path, capsys, frame, says):
+    assert says in refusal(tmp_path, capsys, frame)
+
+
+def test_empty_missing_and_broken_files(tmp_path, capsys):
+    assert "the table has no rows" in refusal(tmp_path, capsys, table().iloc[:0])
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    for source, says in (
+        ("absent.csv", "no such file"),
+        ("broken.parquet", "not a readable"),
+        ("", "no metrics.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_runs(tmp_path / source)
+
+
+def test_invalid_rows_are_dropped_only_when_asked_and_recorded(tmp_path):
+    frame = with_value("loss", 3, np.nan)
+    frame.loc[4, "loss"] = -1.0
+    runs = load_runs(written(tmp_path, frame), exclude_invalid=True)
+    assert len(runs.table) == 61
+    assert {e.reason: len(e.runs) for e in runs.exclusions} == {"loss missing or NaN": 1, "loss zero or negative": 1}
+
+
+def test_huge_integers_do_not_overflow(tmp_path):
+    frame = table().head(8)
+    frame["params"] = [10**12 + i for i in range(8)]
+    frame["tokens"] = [3 * 10**13] * 8
+    runs = load_runs(written(tmp_path, frame.drop(columns="flops")))
+    assert runs.column("flops") == pytest.approx(1.8e26, rel=1e-9) and runs.table["params"].dtype == np.float64
+
+
+@pytest.mark.parametrize("column", ["params", "tokens", "flops"])
+def test_the_third_of_n_d_c_is_derived(tmp_path, column):
+    runs = load_runs(written(tmp_path, table().drop(columns=column)))
+    assert runs.column(column) == pytest.approx(table()[column].to_numpy())
+    assert f"{column} was derived by C = 6ND" in runs.notes
+
+
+def test_forward_only_labels_are_reported(tmp_path):
+    runs = load_runs(written(tmp_path, table(flops=lambda t: t["flops"] / 3)))
+    assert any("6ND / flops is 3 " in note and "forward pass" in note for note in runs.notes)
+
+
+def test_published_column_names_and_own_ones(tmp_path):
+    renamed = table().rename(columns={"params": "Model Size", "flops": "Training FLOP", "tokens": "D", "loss": "x"})
+    runs = load_runs(written(tmp_path, renamed), columns={"loss": "x"})
+    assert runs.points[0] == pytest.approx(table()["params"].to_numpy())
+    with pytest.raises(ValueError, match="no column 'y' for loss"):
+        load_runs(written(tmp_path, renamed), columns={"loss": "y"})
+
+
+def test_parquet_and_csv_are_the_same(tmp_path):
+    csv, parquet = (load_runs(written(tmp_path, table(), name)) for name in ("a.csv", "a.parquet"))
+    assert csv.column("loss") == pytest.approx(parquet.column("loss"))
+
+
+def test_selecting_rows(tmp_path):
+    source = written(tmp_path, table(stage=["a"] * 30 + ["b"] * 33))
+    assert len(load_runs(source, where={"stage": "a"}).table) == 30
+    with pytest.raises(ValueError, match=r"no row has stage=c \(values: a, b\)"):
+        load_runs(source, where={"stage": "c"})
+
+
+# Work directories -------------------------------------------------------------------------------------------------
+
+
+def workdir(root, name, *, size=1e8, losses=(3.5, 3.1, 2.9), status="finished", torn=False, **config):
+    path = root / name
+    path.mkdir(parents=True)
+    config = {"train": {"seed": 0, "steps": 300}, "optimizer": {"schedule": {"name": "cosine"}}, **config}
+    (path / "config.json").write_text(json.dumps(config))
+    lines = [{"event": "start", "step": 0}]
+    for i, loss in enumerate(losses, start=1):
+        counters = {"step": 100 * i, "tokens": 1e9 * i, "flops": 6 * size * 1e9 * i, "optim/lr": 1e-3 / i}
+        lines.append({**counters, "train/loss": loss + 0.1, "val/text/loss": loss, "val/text/loss_stderr": 0.002})
+    text = "\n".join(map(json.dumps, lines)) + "\n" + ('{"step": 400, "train/l' if torn else "")
+    (path / "metrics.jsonl").write_text(text)
+    if status == "finished":
+        counts = {"params/total": 1.2 * size, "params/non_embedding": size, "params/matmul": 1.1 * size}
+        summary = {"status": status, "seed": 0, "tokens": 1e9 * len(losses), **counts}
+        summary["flops_6nd"], summary["flops_causal"] = 6 * 1.2 * size * 3e9, 7 * size * 3e9
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def test_work_directories_become_one_row_a_run(tmp_path):
+    for i, size in enumerate((1e8, 2e8)):
+        workdir(tmp_path, f"run{i}", size=size, losses=(3.5, 3.1, 2.9 - 0.1 * i))
+    runs = load_runs(tmp_path)
+    row = runs.table.iloc[1]
+    assert (row["params_total"], row["params_non_embedding"], row["params_matmul"]) == pytest.approx(
+        (2.4e8, 2e8, 2.2e8)
+    )
+    assert (row["tokens"], row["loss"], row["loss_stderr"], row["seed"]) == (3e9, 2.8, 0.002, 0)
+    assert row["learning_rate"] == 1e-3 and row["batch_tokens"] == 1e7
+    assert (runs.loss_name, runs.params_convention, runs.flops_convention) == ("val/text/loss", "total", "6nd")
+    assert len(runs.curves) == 6
+    other = load_runs(tmp_path, params="non_embedding", flops="exact")
+    assert other.column("params") == pytest.approx([1e8, 2e8])
+    assert other.column("flops") == pytest.approx([7 * 1e8 * 3e9, 7 * 2e8 * 3e9])
+
+
+def test_torn_lines_restarts_and_unfinished_runs(tmp_path):
+    workdir(tmp_path, "good", torn=True)
+    workdir(tmp_path, "stopped", status="preempted")
+    restarted = workdir(tmp_path, "restarted")
+    with (restarted / "metrics.jsonl").open("a") as log:
+        # The second attempt starts at step 200: the row of step 300 counts no more.
+        for line in ({"event": "start", "step": 200}, {"step": 300, "tokens": 3e9, "val/text/loss": 2.7}):
+            log.write(json.dumps(line) + "\n")
+    runs = load_runs(tmp_path)
+    assert dict(zip(runs.table["run"], runs.table["loss"], strict=True)) == {"good": 2.9, "restarted": 2.7}
+    assert [(e.reason, e.runs) for e in runs.exclusions] == [("not finished (status unfinished)", ("stopped",))]
+
+
+def test_damage_before_the_last_line_is_refused(tmp_path):
+    path = workdir(tmp_path, "run") / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"step": 100', '{"step": 1 00'))
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON object: repair or delete the line"):
+        load_runs(tmp_path)
+
+
+def test_several_validation_sets_need_a_choice(tmp_path):
+    log = workdir(tmp_path, "run") / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 300, "val/code/loss": 1.5}) + "\n")
+    with pytest.raises(ValueError, match=r"several validation losses \(val/code/loss, val/text/loss\)"):
+        load_runs(tmp_path)
+    assert load_runs(tmp_path, loss="val/code/loss").column("loss") == pytest.approx([1.5])
+
+
+# wandb ------------------------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    """What `wandb.Api().runs()` yields: scan_history drops rows that lack any key, as the real one does."""
+
+    def __init__(self, name, rows, summary, broken=False):
+        self.id, self.name, self.config, self.rows, self.broken = name, name, {"seed": 1}, rows, broken
+        self.summary, self.lastHistoryStep, self.calls = summary, rows[-1]["_step"], 0
+
+    def scan_history(self, keys):
+        self.calls += 1
+        return [] if self.broken else [{k: row[k] for k in keys} for row in self.rows if all(k in row for k in keys)]
+
+
+def fake_run(broken=False):
+    rows = [{"_step": i, "tokens": 1e8 * i, "flops": 6e16 * i, "train/loss": 4 - 0.1 * i} for i in range(1, 11)]
+    rows[-1]["val/text/loss"] = 2.95
+    counts = {"params/total": 1e8, "tokens": 1e9, "flops": 6e17, "flops_6nd": 6e17, "status": "finished"}
+    nested = {"train/loss": {"min": 3.0, "last": 3.0}, "val/text/loss": {"min": 2.9, "last": 2.95}}
+    return FakeRun("alpha", rows, {**counts, **nested}, broken)
+
+
+def test_wandb_histories_are_whole_and_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run = fake_run()
+    api = SimpleNamespace(runs=lambda project: [run])
+    runs = load_runs("wandb:me/project", api=api)
+    assert runs.column("loss") == pytest.approx([2.95]) and runs.column("tokens") == pytest.approx([1e9])
+    calls = run.calls
+    train = load_runs("wandb:me/project", loss="train/loss", api=api)
+    assert run.calls == calls and len(train.curves) == 10
+
+
+def test_an_incomplete_wandb_history_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="wandb returned no rows of train/loss for run alpha"):
+        load_runs("wandb:me/project", api=SimpleNamespace(runs=lambda project: [fake_run(broken=True)]))
+
+
+def test_offline_wandb_runs_are_read_back(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name, loss in (("one", 3.0), ("two", 2.5)):
+        settings = wandb.Settings(console="off", x_disable_stats=True)
+        config = {"optimizer": {"learning_rate": 1e-3}}
+        run = wandb.init(mode="offline", dir=tmp_path, project="p", name=name, config=config, settings=settings)
+        for step in (1, 2, 3):
+            run.log({"tokens": 1e8 * step, "flops": 1e17 * step, "val/text/loss": loss + 1 / step}, step=step)
+        run.summary.update({"params/total": 1e8, "flops_6nd": 3e17 * 0.6, "status": "finished", "tokens": 3e8})
+        run.finish()
+    runs = load_runs(tmp_path)
+    found = dict(zip(runs.table["run"], runs.table["loss"], strict=True))
+    assert found == pytest.approx({"one": 3.0 + 1 / 3, "two": 2.5 + 1 / 3})
+    assert len(runs.curves) == 6
+    # A killed run leaves a torn file: what is whole is read.
+    path = next(tmp_path.rglob("*.wandb"))
+    path.write_bytes(path.read_bytes()[:-40])
+    assert len(load_runs(tmp_path, loss="val/text/loss").table) >= 1
