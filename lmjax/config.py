@@ -184,9 +184,9 @@ def from_json(path: epath.PathLike) -> Config:
         raise ConfigError(f"{path}: not a readable config ({_one_line(error)}); is it a work directory?") from None
 
 
-def run_id(cfg: Config, workdir: epath.PathLike) -> str:
-    """The same for every restart of a run, so that trackers rejoin it."""
-    return hashlib.blake2b(f"{to_json(cfg)}\n{workdir}".encode(), digest_size=8).hexdigest()
+def digest(cfg: Config, *more: str) -> str:
+    """A short hash of the resolved config (and of further strings)."""
+    return hashlib.blake2b("\n".join([to_json(cfg), *more]).encode(), digest_size=8).hexdigest()
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

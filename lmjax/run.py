@@ -157,7 +157,7 @@ class Run:
         finally:
             self.ledger.close()
             self.trackers.close(status)
-        write_report(self.workdir)
+        write_report(self.workdir, defaults=dataclasses.asdict(Config()))
         if status == "preempted":
             print(f"preempted: step {reached} is saved; run the same command again to go on")
             return PREEMPTED
@@ -264,7 +264,7 @@ class Run:
         self.ledger.sync()
         meta = {
             "data": self.loader.state(self.accounting.samples(step)),
-            "config": dataclasses.asdict(self.cfg),
+            "config": configs.digest(self.cfg),
             **self.accounting.totals(step),
         }
         losses = [value for key, value in self.evaluations.get(step, {}).items() if key.endswith("/loss")]

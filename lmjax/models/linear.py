@@ -26,15 +26,21 @@ def linear(
 
 
 def _flat(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
-    """As one matrix product of [B*T, in] by [in, out].
+    """As one matrix product of [B*T, in] by [in, out], in the forms that XLA's CPU backend is fast at.
 
-    XLA's CPU backend computes a weight's gradient with its fast matmul only in two dimensions: 1.36x on a whole step.
+    It computes a weight's gradient with its fast matmul only in two dimensions (1.36x on a whole step), and then 2.7
+    times faster with the short side in front: [128, 512] rather than [512, 128]. The barrier keeps the weight in that
+    orientation; without it XLA folds the transposition away, and the gradient comes out the slow way.
     """
     rows, outs = x.shape[: x.ndim - contract], w.shape[contract:]
-    size_in = math.prod(w.shape[:contract])
-    y = jnp.matmul(
-        x.reshape(math.prod(rows), size_in), w.reshape(size_in, math.prod(outs)), preferred_element_type=dtype
-    )
+    size_in, size_out = math.prod(w.shape[:contract]), math.prod(outs)
+    x_RI, w_IO = x.reshape(math.prod(rows), size_in), w.reshape(size_in, size_out)
+    if size_in > size_out:
+        w_OI = jax.lax.optimization_barrier(w_IO.T)
+        y = jax.lax.dot_general(x_RI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    else:
+        w_IO = jax.lax.optimization_barrier(w_IO)
+        y = jnp.matmul(x_RI, w_IO, preferred_element_type=dtype)
     return y.reshape(*rows, *outs)
 
 
