@@ -37,6 +37,6 @@ def get_config() -> ConfigDict:
     config.train.evaluate_batches = 16
     config.train.evaluate_batch = 8
     config.train.compression_baseline = True
-    config.train.sample.prompts = ("def ", "import ")
+    config.train.sample.prompts = ("def", "class", "import")
     config.checkpoint.every = 200
     return config

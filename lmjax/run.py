@@ -335,7 +335,8 @@ class Run:
         trackers: list[Tracker] = [JsonlTracker(self.workdir / "metrics.jsonl"), ConsoleTracker()]
         if self.cfg.tracking.wandb != "off":
             name = self.cfg.tracking.name or self.workdir.name
-            trackers.append(WandbTracker(self.cfg.tracking, configs.run_id(self.cfg, self.workdir), name, self.workdir))
+            run_id = configs.digest(self.cfg, str(self.workdir))  # the same for every restart, which rejoins the run
+            trackers.append(WandbTracker(self.cfg.tracking, run_id, name, self.workdir))
         return Trackers(trackers)
 
     def information(self) -> dict[str, Any]:
