@@ -10,6 +10,7 @@ import shlex
 import sys
 
 from lmjax.errors import CheckpointError
+from lmjax.schema import validated
 
 Arguments = argparse.Namespace
 
@@ -38,28 +39,17 @@ def train(arguments: Arguments) -> int:
 
 def prepare(arguments: Arguments) -> int:
     """Turn text into a directory of token shards."""
-    from lmjax.data.config import PrepareConfig, TokenizerConfig
+    from lmjax.data.config import PrepareConfig
     from lmjax.data.prepare import prepare
 
-    tokenizer = TokenizerConfig(
-        kind="file" if arguments.tokenizer_file else arguments.tokenizer,
-        path=arguments.tokenizer_file,
-        vocab=arguments.vocab,
-    )
-    recipe = PrepareConfig(
-        inputs=tuple(arguments.inputs),
-        tokenizer=tokenizer,
-        text_key=arguments.text_key,
-        document_separator=arguments.document_separator,
-        invalid_utf8=arguments.invalid_utf8,
-        normalize=arguments.normalize,
-        newlines=arguments.newlines,
-        split=arguments.split,
-        valid_fraction=arguments.valid_fraction,
-        seed=arguments.seed,
-        workers=arguments.workers,
-    )
-    manifest = prepare(recipe, arguments.out)
+    tokenizer = {
+        "kind": "file" if arguments.tokenizer_file else arguments.tokenizer,
+        "path": arguments.tokenizer_file,
+        "vocab": arguments.vocab,
+    }
+    fields = {field.name for field in dataclasses.fields(PrepareConfig)}
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
+    manifest = prepare(validated(PrepareConfig, given | {"tokenizer": tokenizer}), arguments.out)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} tokens")
     print(f"{arguments.out}: fingerprint {manifest.fingerprint}")
@@ -97,17 +87,11 @@ def generate(arguments: Arguments) -> int:
     from lmjax.generate.config import GenerateConfig
 
     trained = experiment.load_trained(arguments.workdir, arguments.step)
-    cfg = GenerateConfig(
-        tokens=arguments.tokens,
-        temperature=0.0 if arguments.beams > 1 else arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        beams=arguments.beams,
-        seed=arguments.seed,
-        stop_at_endoftext=not arguments.ignore_endoftext,
-    )
+    fields = {field.name for field in dataclasses.fields(GenerateConfig)}
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
+    if arguments.beams > 1:
+        given["temperature"] = 0.0
+    cfg = validated(GenerateConfig, given | {"stop_at_endoftext": not arguments.ignore_endoftext})
     prompts = arguments.prompt or [""]
     if len(prompts) == 1 and cfg.beams == 1:
         print(prompts[0], end="", flush=True)

@@ -16,7 +16,6 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pydantic
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -26,7 +25,7 @@ from lmjax.errors import ConfigError
 from lmjax.layout import MeshConfig
 from lmjax.models.config import ModelConfig
 from lmjax.optim.config import OptimizerConfig
-from lmjax.schema import config_class
+from lmjax.schema import config_class, validated
 from lmjax.tracking import TrackingConfig
 from lmjax.train.config import TrainConfig
 
@@ -79,19 +78,7 @@ def as_config_dict(value: Any) -> Any:
 
 def parse(tree: Mapping[str, Any]) -> Config:
     """The typed, checked config of a nested dict. Raises ConfigError naming the first key that does not fit."""
-    try:
-        return pydantic.TypeAdapter(Config).validate_python(tree)
-    except pydantic.ValidationError as error:
-        raise ConfigError(_describe(error)) from None
-
-
-def _describe(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("value_error", "unexpected_keyword_argument"):
-        return f"config.{path}: {message}" if path else message
-    return f"config.{path}={first['input']!r}: {message[0].lower()}{message[1:]}"
+    return validated(Config, tree, "config.")
 
 
 # Files and overrides ----------------------------------------------------------------------------------------------

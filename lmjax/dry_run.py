@@ -5,11 +5,13 @@ import math
 from collections.abc import Iterator
 
 import jax
+from etils import epath
 
 from lmjax import experiment as parts
 from lmjax.config import Config
+from lmjax.data import manifest
 from lmjax.data.shards import Dataset, open_dataset
-from lmjax.errors import ConfigError, DataError
+from lmjax.errors import ConfigError
 from lmjax.models.flops import sequence_flops
 from lmjax.train.state import TrainState
 from lmjax.weights import count
@@ -49,10 +51,8 @@ def describe(cfg: Config) -> Iterator[str]:
 
 
 def _open(path: str, cache: str) -> Dataset | None:
-    try:
-        return open_dataset(path, cache=cache)
-    except DataError:
-        return None
+    """The data set, or None if it is not prepared yet."""
+    return open_dataset(path, cache=cache) if (epath.Path(path) / manifest.FILE).exists() else None
 
 
 def _with_vocab(cfg: Config, datasets: dict[str, Dataset | None]) -> Config:

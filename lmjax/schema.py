@@ -1,12 +1,14 @@
 """The one decorator that makes a config class: frozen, typed, closed, validated on construction."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+
+from lmjax.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -18,6 +20,26 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def validated(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A config object of nested plain values. Raises ConfigError naming the first key that does not fit.
+
+    `where` goes before the key in the message, as in `config.` or `--`.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_describe(error, where)) from None
+
+
+def _describe(error: pydantic.ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    path = where + ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("value_error", "unexpected_keyword_argument"):
+        return f"{path}: {message}" if first["loc"] else message
+    return f"{path}={first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def one_of(names: Iterable[str]) -> pydantic.AfterValidator:
