@@ -22,30 +22,36 @@ def scale_by_temperature(logits_BV: jax.Array, temperature: float) -> jax.Array:
 
 def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
     """The k largest logits (Fan et al. 2018, arXiv:1805.04833), and those equal to the last of them."""
-    least_B1 = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1:]
-    return _keep(logits_BV, logits_BV >= least_B1)
+    return _keep_while_above(logits_BV, jnp.ones_like(logits_BV), k)
 
 
 def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
-    """The nucleus (Holtzman et al. 2020, arXiv:1904.09751): tokens before which less than `p` is already covered.
+    """The nucleus (Holtzman et al. 2020, arXiv:1904.09751).
 
-    A token stays when all more probable ones together hold less than `p`; the most probable one always does. The
-    threshold is found by bisection on the bits of the probabilities, whose order as integers is that of the floats:
-    exact after 31 sums, where sorting a vocabulary would take longer than the rest of a small model's step.
+    A token stays if all more probable ones together hold less than `p`; so the most probable one always does.
     """
-    probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
-    bits_BV = jax.lax.bitcast_convert_type(probabilities_BV, jnp.int32)
+    return _keep_while_above(logits_BV, jax.nn.softmax(logits_BV, axis=-1), p)
+
+
+def _keep_while_above(logits_BV: jax.Array, weights_BV: jax.Array, limit: float) -> jax.Array:
+    """Keep a token if the weights of all larger logits sum to less than `limit`.
+
+    The smallest logit kept is found by bisection on the bits of floats, whose order is that of integers once the
+    sign is taken out: exact after 32 sums. Sorting a vocabulary takes longer than the rest of a small model's step.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
+    rank_BV = jnp.where(bits_BV < 0, -(bits_BV & jnp.iinfo(jnp.int32).max), bits_BV)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B1, high_B1 = bounds
-        middle_B1 = low_B1 + (high_B1 - low_B1) // 2
-        above_B1 = jnp.sum(jnp.where(bits_BV > middle_B1, probabilities_BV, 0), axis=-1, keepdims=True)
-        return jnp.where(above_B1 < p, low_B1, middle_B1), jnp.where(above_B1 < p, middle_B1, high_B1)
+        low_B1, high_B1 = bounds  # above `low` lies at least `limit`, above `high` less
+        middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)  # their mean, without overflow
+        above_B1 = jnp.sum(jnp.where(rank_BV > middle_B1, weights_BV, 0), axis=-1, keepdims=True)
+        return jnp.where(above_B1 < limit, low_B1, middle_B1), jnp.where(above_B1 < limit, middle_B1, high_B1)
 
-    # More than `low` covers p, more than `high` does not.
-    high_B1 = jnp.max(bits_BV, axis=-1, keepdims=True)
-    _, least_B1 = jax.lax.fori_loop(0, 31, halve, (jnp.full_like(high_B1, -1), high_B1))
-    return _keep(logits_BV, bits_BV >= least_B1)
+    high_B1 = jnp.max(rank_BV, axis=-1, keepdims=True)
+    low_B1 = jnp.full_like(high_B1, jnp.iinfo(jnp.int32).min)
+    _, least_B1 = jax.lax.fori_loop(0, 32, halve, (low_B1, high_B1))
+    return _keep(logits_BV, rank_BV >= least_B1)
 
 
 def keep_min_p(logits_BV: jax.Array, p: float) -> jax.Array:

@@ -5,8 +5,6 @@ update in place. A sliding-window layer has `window` columns however long the te
 differs by row, so each row stores positions: rows of a batch may have different lengths.
 """
 
-import dataclasses
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,10 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class LayerCache:
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    """Heads stand before columns: attention reads each head's keys as one matrix, without a transposed copy."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
     positions_BS: jax.Array
     """The position of the token in each column; -1 is empty."""
     filled: jax.Array
@@ -25,7 +25,7 @@ class LayerCache:
 
 
 def empty(batch: int, length: int, kv_heads: int, head_dim: int, dtype: str) -> LayerCache:
-    shape = (batch, length, kv_heads, head_dim)
+    shape = (batch, kv_heads, length, head_dim)
     return LayerCache(
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
@@ -46,37 +46,52 @@ def extend(
     Negative positions are padding. It takes up columns like any token, and in a full ring pushes out real ones: let a
     batch have it only in the first pass, or once a row is done.
     """
-    new = LayerCache(k_BTKH, v_BTKH, positions_BT, filled=cache.filled)
-    written = _write(cache, new)
+    new = LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), positions_BT, filled=cache.filled)
     if positions_BT.shape[1] == 1:
+        written = _write_one(cache, new)
         return written, written
+    written = _write_many(cache, _padding_first(new))
     if cache.fresh:
         return new, written
     both = LayerCache(
-        jnp.concatenate([cache.k_BSKH, k_BTKH], axis=1),
-        jnp.concatenate([cache.v_BSKH, v_BTKH], axis=1),
+        jnp.concatenate([cache.k_BKSH, new.k_BKSH], axis=2),
+        jnp.concatenate([cache.v_BKSH, new.v_BKSH], axis=2),
         jnp.concatenate([cache.positions_BS, positions_BT], axis=1),
         filled=cache.filled,
     )
     return both, written
 
 
-def _write(cache: LayerCache, new: LayerCache) -> LayerCache:
-    """Fill the next columns with the last of the new tokens, as many as there is room for."""
-    S, T = cache.positions_BS.shape[1], new.positions_BS.shape[1]
-    if T > 1:
-        new = _padding_first(new)
+def _write_one(cache: LayerCache, new: LayerCache) -> LayerCache:
+    """Fill the next column in place."""
+    S = cache.positions_BS.shape[1]
 
-    def put(old_BS: jax.Array, new_BT: jax.Array) -> jax.Array:
-        if T == 1:
-            return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BT, cache.filled % S, axis=1)
-        columns = (cache.filled + jnp.arange(T)[-S:]) % S
-        return old_BS.at[:, columns].set(new_BT[:, -S:])
+    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        def update(old: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled % S, axis=axis)
+
+        if jax.default_backend() != "cpu":
+            return update(old)
+        # XLA's CPU backend would fuse the update into each of its readers and copy the whole cache for every one of
+        # them: at 1,000 tokens that takes longer than the model. It does not look into a branch.
+        return jax.lax.cond(cache.filled >= 0, update, lambda old: old, old)
 
     return LayerCache(
-        put(cache.k_BSKH, new.k_BSKH),
-        put(cache.v_BSKH, new.v_BSKH),
-        put(cache.positions_BS, new.positions_BS),
+        put(cache.k_BKSH, new.k_BKSH, 2),
+        put(cache.v_BKSH, new.v_BKSH, 2),
+        put(cache.positions_BS, new.positions_BS, 1),
+        filled=cache.filled + 1,
+    )
+
+
+def _write_many(cache: LayerCache, new: LayerCache) -> LayerCache:
+    """Fill the next columns with the last of the new tokens, as many as there is room for."""
+    S, T = cache.positions_BS.shape[1], new.positions_BS.shape[1]
+    columns = (cache.filled + jnp.arange(T)[-S:]) % S
+    return LayerCache(
+        cache.k_BKSH.at[:, :, columns].set(new.k_BKSH[:, :, -S:]),
+        cache.v_BKSH.at[:, :, columns].set(new.v_BKSH[:, :, -S:]),
+        cache.positions_BS.at[:, columns].set(new.positions_BS[:, -S:]),
         filled=cache.filled + T,
     )
 
@@ -84,9 +99,10 @@ def _write(cache: LayerCache, new: LayerCache) -> LayerCache:
 def _padding_first(new: LayerCache) -> LayerCache:
     """Every row's tokens in order of position: what a small ring drops is then padding, or far away."""
     order_BT = jnp.argsort(new.positions_BS, axis=1)
-    return dataclasses.replace(
-        new,
-        k_BSKH=jnp.take_along_axis(new.k_BSKH, order_BT[:, :, None, None], axis=1),
-        v_BSKH=jnp.take_along_axis(new.v_BSKH, order_BT[:, :, None, None], axis=1),
-        positions_BS=jnp.take_along_axis(new.positions_BS, order_BT, axis=1),
+    order_B1T1 = order_BT[:, None, :, None]
+    return LayerCache(
+        jnp.take_along_axis(new.k_BKSH, order_B1T1, axis=2),
+        jnp.take_along_axis(new.v_BKSH, order_B1T1, axis=2),
+        jnp.take_along_axis(new.positions_BS, order_BT, axis=1),
+        filled=new.filled,
     )

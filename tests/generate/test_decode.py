@@ -1,0 +1,229 @@
+"""Text from prompts: greedy is the argmax of the whole forward, rows are independent, pieces join to the same text."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.data.alphabets import ByteTokenizer
+from lmjax.errors import ConfigError
+from lmjax.generate import decode
+from lmjax.generate.config import GenerateConfig
+from lmjax.generate.decode import generate, generate_ids, stream
+from lmjax.models import decoder, flax_model
+from lmjax.models.config import ModelConfig
+from lmjax.models.model import Model
+from lmjax.weights import Params, Weight, map_weights
+
+TOKENIZER = ByteTokenizer()
+END = TOKENIZER.endoftext_id
+SMALL = {"vocab": TOKENIZER.vocab_size, "layers": 3, "embed": 24, "heads": 4, "mlp": 40}
+SLIDING = ModelConfig(**SMALL, pattern=("local", "global"), window=4, kv_heads=2, tied=False)
+GREEDY = GenerateConfig(tokens=12, temperature=0, stop_at_endoftext=False)
+PROMPTS = ["To be, or not to be", "", "Wo"]
+
+
+@functools.cache
+def build(cfg: ModelConfig = SLIDING) -> tuple[Model, Params]:
+    """A model and weights so uneven that its texts neither end at once nor settle on one token."""
+    model, rng = decoder.build(cfg), np.random.default_rng(0)
+
+    def draw(weight: Weight) -> jax.Array:
+        return jnp.asarray(weight.unstacked().fan_in ** -0.5 * rng.standard_normal(weight.shape), jnp.float32)
+
+    return model, map_weights(draw, model.spec)
+
+
+def ending_model(target: str) -> tuple[Model, Params]:
+    """A model without layers to speak of: after the last byte of `target` it ends the document, else it goes on."""
+    model, params = build(ModelConfig(**SMALL | {"layers": 1, "embed": 320, "heads": 4}, tied=False, position="none"))
+    after = {END: ord("a"), **{byte: (byte + 1) % 256 for byte in range(256)}, ord(target): END}
+    params = jax.tree.map(jnp.zeros_like, params)
+    params["final_norm"]["scale"] = jnp.ones(320)
+    params["embed"] = jnp.eye(TOKENIZER.vocab_size, 320)
+    for token, following in after.items():
+        params["unembed"] = params["unembed"].at[token, following].set(1)
+    return model, params
+
+
+# Greedy -----------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_argmax_of_the_whole_forward() -> None:
+    model, params = build()
+    forward = jax.jit(model.logits)
+    for prompt, one in zip(PROMPTS, generate(model, params, TOKENIZER, PROMPTS, GREEDY), strict=True):
+        ids = TOKENIZER.encode(prompt) or [END]
+        for token in one.ids:
+            text_1T = np.zeros((1, 40), np.int32)
+            text_1T[0, : len(ids)] = ids
+            assert token == int(forward(params, text_1T)[0, len(ids) - 1].argmax())
+            ids.append(token)
+        assert len(one.ids) == GREEDY.tokens
+        assert len(set(one.ids)) > 3
+
+
+def test_repetition_penalty_counts_the_prompt_and_the_text() -> None:
+    model, params = build()
+    cfg = dataclasses.replace(GREEDY, tokens=40, repetition_penalty=1e6)
+    prompt = "abcd"
+    (one,) = generate(model, params, TOKENIZER, [prompt], cfg)
+    text = TOKENIZER.encode(prompt) + one.ids
+    assert len(set(text)) == len(text)
+
+
+def test_a_model_without_a_cache_generates() -> None:
+    from flax import linen
+
+    class Bigram(linen.Module):
+        @linen.compact
+        def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+            return linen.Embed(TOKENIZER.vocab_size, TOKENIZER.vocab_size)(tokens_BT)
+
+    model, params = flax_model.from_linen(Bigram(), jnp.zeros((1, 4), jnp.int32), jax.random.key(0))
+    following_V = np.asarray(jax.tree.leaves(params)[0]).argmax(axis=1)
+    rows = generate(model, params, TOKENIZER, ["a", "xyz"], GREEDY)
+    for prompt, row in zip(("a", "xyz"), rows, strict=True):
+        chain = [ord(prompt[-1]), *row.ids]
+        assert [int(following_V[token]) for token in chain[:-1]] == chain[1:]
+
+
+# Rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg", [GREEDY, dataclasses.replace(GREEDY, beams=3)], ids=["greedy", "beams"])
+def test_a_row_is_the_same_alone(cfg: GenerateConfig) -> None:
+    model, params = build()
+    together = generate(model, params, TOKENIZER, PROMPTS, cfg)
+    alone = [generate(model, params, TOKENIZER, [prompt], cfg)[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_a_sampled_row_does_not_depend_on_its_neighbours() -> None:
+    model, params = build()
+    cfg = dataclasses.replace(GREEDY, temperature=0.9, top_p=0.95, repetition_penalty=1.1)
+    one = generate(model, params, TOKENIZER, ["first", "second"], cfg)[1]
+    other = generate(model, params, TOKENIZER, ["quite another and longer one", "second", "third"], cfg)[1]
+    assert one == other
+
+
+def test_equal_prompts_and_seeds_draw_different_texts() -> None:
+    model, params = build()
+    cfg = dataclasses.replace(GREEDY, temperature=1.0)
+    first, second = generate(model, params, TOKENIZER, ["same", "same"], cfg)
+    assert first != second
+    assert [first, second] == generate(model, params, TOKENIZER, ["same", "same"], cfg)
+    assert first != generate(model, params, TOKENIZER, ["same"], dataclasses.replace(cfg, seed=1))[0]
+
+
+def test_no_prompts_no_texts() -> None:
+    assert generate(*build(), TOKENIZER, [], GREEDY) == []
+
+
+# Ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_endoftext_ends_a_row_but_not_its_neighbours() -> None:
+    model, params = ending_model("f")
+    cfg = GenerateConfig(tokens=9, temperature=0)
+    rows = generate(model, params, TOKENIZER, ["b", "x", "", "f"], cfg)
+    assert [row.text for row in rows] == [
+        "cdef",
+        "yz{|}~\x7f\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}",
+        "abcdef",
+        "",
+    ]
+    assert [row.finished for row in rows] == [True, False, True, True]
+
+
+def test_the_loop_stops_when_all_rows_have_ended() -> None:
+    model, params = ending_model("f")
+    parts, cfg = decode.functions(model, TOKENIZER.vocab_size), GenerateConfig(tokens=50, temperature=0)
+    prompts_BT, lengths_B = np.array([[ord("e")], [ord("a")]], np.int32), np.ones(2, np.int32)
+    state = decode.start(parts, model.unstack(params), prompts_BT, lengths_B, decode.row_keys(0, 2), END, cfg)
+    state, _ = decode.advance(parts, model.unstack(params), state, END, cfg, 49)
+    assert int(state.count) == 6  # b c d e f end
+
+
+def test_endoftext_can_be_an_ordinary_token() -> None:
+    model, params = ending_model("f")
+    cfg = GenerateConfig(tokens=6, temperature=0, stop_at_endoftext=False)
+    (row,) = generate(model, params, TOKENIZER, ["d"], cfg)
+    assert row.ids == [ord("e"), ord("f"), END, ord("a"), ord("b"), ord("c")]
+    assert not row.finished
+
+
+# Lengths ----------------------------------------------------------------------------------------------------------
+
+
+def test_learned_positions_end_with_their_table() -> None:
+    model, params = build(ModelConfig(**SMALL, context=16, position="learned"))
+    cfg = dataclasses.replace(GREEDY, tokens=10)
+    assert len(generate(model, params, TOKENIZER, ["123456"], cfg)[0].ids) == 10
+    with pytest.raises(ConfigError, match=r"prompt of 7 tokens and tokens=10 .* model.context=16; .* at most 9"):
+        generate(model, params, TOKENIZER, ["1", "1234567"], cfg)
+    with pytest.raises(ConfigError, match=r"model.context=16"):
+        stream(model, params, TOKENIZER, "1234567", cfg)
+
+
+def test_rotary_positions_go_on() -> None:
+    model, params = build(ModelConfig(**SMALL, context=16))
+    (one,) = generate(model, params, TOKENIZER, ["1234567"], dataclasses.replace(GREEDY, tokens=30))
+    assert len(one.ids) == 30
+
+
+def test_prompts_of_like_lengths_share_a_program() -> None:
+    model, params = build()
+    cfg = dataclasses.replace(GREEDY, tokens=5, seed=3)
+    generate(model, params, TOKENIZER, ["a" * 9], cfg)
+    before = decode._decode._cache_size()
+    generate(model, params, TOKENIZER, ["a" * 16], dataclasses.replace(cfg, seed=4, stop_at_endoftext=True))
+    assert decode._decode._cache_size() == before
+
+
+# Streaming --------------------------------------------------------------------------------------------------------
+
+
+class MultibyteTokenizer(ByteTokenizer):
+    """Every id spells one byte of a text of two- to four-byte characters, so that any cut is inside one."""
+
+    def __init__(self) -> None:
+        text = "\u00e9\u6f22\U0001f600\u0646".encode()
+        self._bytes = [text[i % len(text) :][:1] for i in range(256)] + [b""]
+
+
+@pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (3, 0.0), (100, 1.0)])
+def test_pieces_join_to_the_text(chunk: int, temperature: float) -> None:
+    model, params = build()
+    cfg = GenerateConfig(tokens=17, temperature=temperature)
+    for tokenizer in (TOKENIZER, MultibyteTokenizer()):
+        pieces = list(stream(model, params, tokenizer, "Once", cfg, chunk=chunk))
+        assert "".join(pieces) == generate(model, params, tokenizer, ["Once"], cfg)[0].text
+        assert len(pieces) > (17 - 1) // chunk // 5
+
+
+def test_a_character_is_never_cut() -> None:
+    model, params = ending_model("z")  # every byte from "a" on follows the one before
+    pieces = list(stream(model, params, MultibyteTokenizer(), "", GenerateConfig(tokens=26, temperature=0), chunk=1))
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces[1:-1])
+    assert set(map(len, pieces[1:-1])) == {1}
+
+
+def test_streaming_stops_at_endoftext() -> None:
+    pieces = list(stream(*ending_model("f"), TOKENIZER, "b", GenerateConfig(tokens=50, temperature=0), chunk=3))
+    assert pieces == ["c", "def"]
+
+
+def test_beams_do_not_stream() -> None:
+    with pytest.raises(ConfigError, match="cannot stream"):
+        stream(*build(), TOKENIZER, "b", dataclasses.replace(GREEDY, beams=2))
+
+
+def test_ids_in_ids_out() -> None:
+    model, params = build()
+    texts = generate(model, params, TOKENIZER, PROMPTS, GREEDY)
+    prompts = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
+    assert generate_ids(model, params, prompts, GREEDY, endoftext=END, vocab=257) == [text.ids for text in texts]
