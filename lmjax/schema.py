@@ -53,6 +53,7 @@ def one_of(names: Iterable[str]) -> pydantic.AfterValidator:
             raise ValueError(f"there is no '{name}' ({hint})")
         return name
 
+    check.choices = choices  # type: ignore[attr-defined]  # for docs/config_page.py
     return pydantic.AfterValidator(check)
 
 

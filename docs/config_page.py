@@ -1,0 +1,61 @@
+"""Writes docs/config.md from the config classes:  python docs/config_page.py > docs/config.md"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from lmjax.config import Config
+from lmjax.data.config import PrepareConfig, SourceConfig
+
+INTRODUCTION = """# Every setting
+
+`--config.model.layers=8` sets one; a config file sets them as `config.model.layers = 8`. Types, ranges and choices are
+checked before anything runs, and a misspelt key is refused with the nearest one that exists. This page is written from
+the config classes by `python docs/config_page.py > docs/config.md`.
+
+`config.data.sources` is a dictionary by name of sources, listed at the end with the recipe that a source may carry.
+"""
+
+
+def rows(config: Any, prefix: str) -> Iterator[str]:
+    """One table row per setting of a config object, groups of settings after the plain ones."""
+    cls, groups = type(config), {}
+    schema = TypeAdapter(cls).json_schema()["properties"]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(config):
+        name, default = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(default):
+            groups[f"{name}."] = default
+            continue
+        described = " ".join(schema[field.name].get("description", "").split()).replace("|", "\\|")
+        listed = ", ".join(f"`{choice}`" for choice in choices(hints[field.name]))
+        yield f"| `{name}` | `{default!r}` | {' '.join(filter(None, [listed and f'{listed}.', described]))} |"
+    for group, value in groups.items():
+        yield from rows(value, group)
+
+
+def choices(hint: Any) -> Sequence[str]:
+    """The names that a setting may have, if it is a choice."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    validators = getattr(hint, "__metadata__", ())
+    return next((v.func.choices for v in validators if hasattr(getattr(v, "func", None), "choices")), ())
+
+
+def page() -> str:
+    tables = [
+        ("The run", Config(), ""),
+        ("A data source", SourceConfig(path="DIRECTORY"), ""),
+        ("A recipe", PrepareConfig(), "prepare."),
+    ]
+    parts = [INTRODUCTION]
+    for title, config, prefix in tables:
+        parts += [f"## {title}\n", "| setting | default | |", "| --- | --- | --- |", *rows(config, prefix), ""]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
