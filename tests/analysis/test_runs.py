@@ -1,12 +1,14 @@
 """Tables of runs: every source gives the same tidy table, and every bad table one clear line."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import wandb_runs
 from analysis.__main__ import main
 from analysis.runs import load_runs
 from analysis.simulate import EPOCH, simulate
@@ -228,6 +230,17 @@ def test_an_incomplete_wandb_history_is_refused(tmp_path, monkeypatch):
         load_runs("wandb:me/project", api=SimpleNamespace(runs=lambda project: [fake_run(broken=True)]))
 
 
+def wait_until_written(folder, count):
+    """`finish` returns before wandb's own process has flushed the file: wait for every exit record."""
+    for _ in range(200):
+        kinds = [[r.WhichOneof("record_type") for r in wandb_runs._records(p)] for p in wandb_runs.find_offline(folder)
+                 if p.stat().st_size > 7]  # fmt: skip
+        if sum("exit" in each for each in kinds) == count:
+            return
+        time.sleep(0.05)
+    pytest.fail("wandb has not written its offline files in 10 s")
+
+
 def test_offline_wandb_runs_are_read_back(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -239,6 +252,7 @@ def test_offline_wandb_runs_are_read_back(tmp_path, monkeypatch):
             run.log({"tokens": 1e8 * step, "flops": 1e17 * step, "val/text/loss": loss + 1 / step}, step=step)
         run.summary.update({"params/total": 1e8, "flops_6nd": 3e17 * 0.6, "status": "finished", "tokens": 3e8})
         run.finish()
+    wait_until_written(tmp_path, 2)
     runs = load_runs(tmp_path)
     found = dict(zip(runs.table["run"], runs.table["loss"], strict=True))
     assert found == pytest.approx({"one": 3.0 + 1 / 3, "two": 2.5 + 1 / 3})
