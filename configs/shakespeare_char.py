@@ -38,6 +38,7 @@ def cpu(config: ConfigDict) -> None:
     config.model.position = "learned"
     config.model.norm = "layer"
     config.model.norm_epsilon = 1e-5
+    config.model.activation = "gelu_exact"
     config.model.init_std = 0.02
     config.model.unroll = 1.0
 

@@ -1,9 +1,10 @@
 """Fixed-length windows of a split: in shuffled order by random access for training, in plain order for evaluation.
 
 An epoch's stream is all documents of the split in an order drawn anew for the epoch, over all shards together, end to
-end, each closed by its endoftext. Window w of the stream is tokens [w T, w T + T], so neighbours share one token and
-every token but the stream's first is a target in exactly one window. The stream's tail, fewer than T targets, is left
-out of that epoch; the next epoch's order puts other text there. Windows are drawn in an order of their own.
+end, each closed by its endoftext. Window w of the stream is tokens [s + w T, s + w T + T], so neighbours share one
+token and no token is a target twice. The stream has fewer than T targets too many; the epoch's own offset s says how
+many of them are left out at its start, and the rest at its end. So a corpus of few documents, too, is cut at other
+places in every epoch. Windows are drawn in an order of their own.
 """
 
 import dataclasses
@@ -72,8 +73,12 @@ class Windows:
         return tokens_BS, segments_BS
 
     def _gather(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        starts = numbers * self._seq_len
+        starts = self._offset(epoch) + numbers * self._seq_len
         return _gather(self._split, self._stream(epoch), starts, self._seq_len + 1, self._documents)
+
+    def _offset(self, epoch: int) -> int:
+        left_out = (self._split.n_tokens - 1) % self._seq_len
+        return int(permuted(np.array([0]), left_out + 1, self._seed, 2 * epoch)[0])
 
     def _window_numbers(self, cursors: np.ndarray) -> np.ndarray:
         """Which window of its epoch's stream each cursor means."""
