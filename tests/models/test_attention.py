@@ -167,7 +167,7 @@ def test_ring_buffer_holds_the_last_tokens_of_each_row(places: int, pieces: list
 
 def held(cache: caches.LayerCache, row: int) -> set[int]:
     positions_S = np.asarray(cache.positions_BS[row])
-    keys_S, values_S = np.asarray(cache.k_BSKH[row, :, 0, 0]), np.asarray(cache.v_BSKH[row, :, 0, 0])
+    keys_S, values_S = np.asarray(cache.k_BKSH[row, 0, :, 0]), np.asarray(cache.v_BKSH[row, 0, :, 0])
     np.testing.assert_array_equal(keys_S[positions_S >= 0], 100.0 + positions_S[positions_S >= 0])
     np.testing.assert_array_equal(values_S, -keys_S)
     return set(positions_S[positions_S >= 0].tolist())

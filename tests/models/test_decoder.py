@@ -152,6 +152,9 @@ def test_a_sequence_longer_than_the_position_table_is_refused() -> None:
 # One model, run in different ways ---------------------------------------------------------------------------------
 
 
+SLOW = {"dots": pytest.mark.slow}  # a gradient of each family is the costliest compilation; full changes the most
+
+
 @functools.cache
 def loss_and_gradient(cfg: ModelConfig) -> tuple[jax.Array, Params]:
     model = decoder.build(cfg)
@@ -168,7 +171,7 @@ def loss(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
     return chunked_token_sums(model.unembed, head, x_BTD, targets_BT, weights_BT, chunk=T // 2).loss
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+@pytest.mark.parametrize("remat", [pytest.param(name, marks=SLOW.get(name, ())) for name in REMAT if name != "none"])
 def test_remat_changes_nothing(cfg: ModelConfig, remat: Any) -> None:
     assert differ(loss_and_gradient(cfg), loss_and_gradient(replace(cfg, remat=remat))) < TOLERANCE
 
