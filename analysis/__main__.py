@@ -127,6 +127,8 @@ def _report(parsed) -> None:
     study = report.write_report(report.Inputs(parsed.runs, options, _selection(parsed)), parsed.out)
     columns = ["method", "params_exponent", "params_exponent_low", "params_exponent_high", "params", "tokens", "loss"]
     print(compare.as_text(report.estimates_table(study)[columns]))
+    for method, reason in study.absent.items():
+        print(f"no {method}: {reason}")
     for warning in study.warnings:
         print(f"note: {warning}")
     if study.disagreement:

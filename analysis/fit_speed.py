@@ -64,7 +64,7 @@ def _scipy(params, tokens, loss, starts: int, best: float) -> None:
     design = data.terms.design_TRP
 
     def objective(theta):
-        predictors = design @ theta
+        predictors = np.einsum("trp,p->tr", design, theta)
         total = np.logaddexp.reduce(predictors, axis=0)
         residual = data.log_loss_R - total
         clipped = np.clip(residual, -1e-3, 1e-3)
@@ -72,7 +72,7 @@ def _scipy(params, tokens, loss, starts: int, best: float) -> None:
         return SCALE * float(clipped @ (residual - 0.5 * clipped)), SCALE * gradient
 
     chosen = data.centred(standard_starts()[:: 4500 // starts][:starts])
-    options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 5000, "maxfun": 10000}
+    options = {"ftol": 1e-12, "gtol": 1e-8, "maxiter": 5000, "maxfun": 10000}
     started = time.perf_counter()
     fits = [scipy_minimize(objective, start, jac=True, method="L-BFGS-B", options=options) for start in chosen]
     seconds = (time.perf_counter() - started) * 4500 / len(chosen)

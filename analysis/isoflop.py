@@ -218,7 +218,8 @@ def noise_replicates(
         raise ValueError("noise cannot be estimated from budgets of three sizes or fewer: pass noise_sd in nats")
     params, tokens, loss = checked_runs(params, tokens, loss)
     budgets, rng = np.asarray(budgets, dtype=np.float64), np.random.default_rng(seed)
-    noisy_KR = loss + rng.normal(0.0, noise_sd, (replicates, len(loss)))
+    # A diverged run can make the noise estimate larger than a loss, and no loss is negative.
+    noisy_KR = np.maximum(loss + rng.normal(0.0, noise_sd, (replicates, len(loss))), 0.1 * loss)
     laws, all_optima = [], []
     used = [v.budget for v in fit.params_vertices if v.used]
     for sizes, vertices in ((params, fit.params_vertices), (tokens, fit.tokens_vertices)):

@@ -24,6 +24,8 @@ SMALLEST_TOTAL = 1e-300
 # which rounding leaves nothing to gain.
 RIDGE = 1e-6
 SMALLEST_RADIUS = 1e-14
+# Error of a computed ln L: data without noise are fitted to this, not to nothing.
+ROUNDING = 1e-15
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ def _descend(kernel: _Kernel, targets_KR, weights_KR, starts_KP, tolerance, max_
         move, length, promise = _newton_step(gradient, hessian, metric, batch.radius)
         inside = length < 0.99 * batch.radius
         stuck = batch.radius <= SMALLEST_RADIUS * np.sqrt(batch.state[0])
-        converged = (inside & (promise <= tolerance * batch.state[0])) | stuck
+        floor = 0.5 * targets_KR.shape[1] * ROUNDING**2
+        converged = (inside & (promise <= tolerance * batch.state[0] + floor)) | stuck
         leaving = converged | (batch.steps >= max_steps)
         if leaving.any():
             done = batch.lane[leaving]

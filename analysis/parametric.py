@@ -20,6 +20,8 @@ HUBER_DELTA = 1e-3
 LAD_DELTAS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 # A start agrees with the best when its objective is within this relative distance.
 AGREEMENT = 1e-9
+# Beyond this (in logarithms, or as an exponent) a parameter has run away: the data hold no such law.
+LARGEST_PARAMETER = 1e3
 PARAMETERS = ("a", "b", "e", "alpha", "beta")
 
 
@@ -109,7 +111,8 @@ def fit_parametric(params, tokens, loss, *, delta: float = HUBER_DELTA, starts=N
     """Fit the surface to runs (N, D, L), each (runs,), minimizing sum weight * Huber_delta of the log residuals.
 
     `starts` are rows (a, b, e, alpha, beta); by default the standard 4500. Every start is run to convergence.
-    Raises ValueError when a column is not positive and finite or there are fewer runs than parameters + 1.
+    Raises ValueError when a column is not positive and finite, there are fewer runs than parameters + 1, or no such law
+    fits.
     """
     data = CentredRuns.of(params, tokens, loss)
     runs = len(data.log_loss_R)
@@ -118,6 +121,8 @@ def fit_parametric(params, tokens, loss, *, delta: float = HUBER_DELTA, starts=N
     starts = standard_starts() if starts is None else np.atleast_2d(starts)
     minima = minimize(data.terms, data.log_loss_R, data.centred(starts), delta, weights)
     best = int(np.argmin(minima.objective_K))
+    if not np.isfinite(minima.theta_KP[best]).all() or np.abs(minima.theta_KP[best]).max() > LARGEST_PARAMETER:
+        raise ValueError("loss does not fall with N and D as a power law: check the columns and drop diverged runs")
     polished = minimize(data.terms, data.log_loss_R, minima.theta_KP[best], delta, weights, tolerance=1e-14)
     return _report(data, polished, minima, delta)
 

@@ -38,9 +38,9 @@ def fit_power_law(x, y, weights=None) -> PowerLaw:
     weight = np.isfinite(log_y) * (1.0 if weights is None else np.asarray(weights, dtype=np.float64))
     log_y = np.where(np.isfinite(log_y), log_y, 0.0)
     total = weight.sum(axis=-1)
-    mean_x, mean_y = (weight * log_x).sum(axis=-1) / total, (weight * log_y).sum(axis=-1) / total
-    centred_x = log_x - mean_x[..., None]
     with np.errstate(divide="ignore", invalid="ignore"):
+        mean_x, mean_y = (weight * log_x).sum(axis=-1) / total, (weight * log_y).sum(axis=-1) / total
+        centred_x = log_x - mean_x[..., None]
         spread = (weight * centred_x**2).sum(axis=-1)
         exponent = (weight * centred_x * log_y).sum(axis=-1) / spread
         residual = log_y - mean_y[..., None] - exponent[..., None] * centred_x

@@ -27,6 +27,7 @@ from analysis.variable_projection import ProjectionFit, fit_by_projection
 
 # Sharp enough that replicates are least-absolute-deviation fits to three digits, smooth enough for Newton's method.
 LAD_REPLICATE_DELTA = 1e-6
+SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,11 @@ class Study:
 def make_study(runs: Runs, options: Options) -> Study:
     """Fit every method that the table supports. Raises ValueError when not even the parametric fit is possible."""
     params, tokens, loss = runs.points
+    _check_variation(runs)
     huber = fit_parametric(params, tokens, loss)
     absolute = fit_least_absolute_deviations(params, tokens, loss, starts=_published(huber.surface)[None])
     projection = fit_by_projection(params, tokens, loss)
+    _check_laws(runs, huber.surface, projection.surface)
     clusters = _shared_trunks(runs)
     replicates = resample_pairs(
         params, tokens, loss, huber, replicates=options.replicates, seed=options.seed, clusters=clusters
@@ -133,6 +136,29 @@ def make_study(runs: Runs, options: Options) -> Study:
         absent=absent,
         warnings=_warnings(runs, options, huber, isoflops),
     )
+
+
+def _check_variation(runs: Runs) -> None:
+    for name in ("params", "tokens", "loss"):
+        if np.ptp(np.log(runs.column(name))) < SAME:
+            raise ValueError(
+                f"{runs.source}: {name} is the same in all runs: no law can be fitted; add runs that vary it"
+            )
+    flops = runs.column("flops")
+    if flops.max() < (1.0 + isoflop.BUDGET_TOLERANCE) * flops.min():
+        raise ValueError(
+            f"{runs.source}: one budget only ({flops.mean():.3g} FLOPs): no law in C can be fitted; add runs at another"
+        )
+
+
+def _check_laws(runs: Runs, *surfaces: Surface) -> None:
+    for surface in surfaces:
+        terms = np.array([surface.A, surface.B, surface.alpha, surface.beta], dtype=np.float64)
+        if not (np.isfinite(terms).all() and terms.min() > 0):
+            raise ValueError(
+                f"{runs.source}: loss does not fall with both N and D as a power law (alpha {surface.alpha:.3g}, beta "
+                f"{surface.beta:.3g}): check the columns and drop diverged runs"
+            )
 
 
 def _published(surface: Surface) -> np.ndarray:

@@ -22,7 +22,7 @@ class Surface:
 
     def loss(self, params, tokens):
         """Loss in nats per token at N `params` and D `tokens`; broadcasts."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -self.beta)
 
     @property
@@ -37,12 +37,15 @@ class Surface:
 
     def optimum(self, flops):
         """(N*, D*) of least loss with 6 N D = `flops`: N* = G (C/6)^a, D* = (C/6)^b / G (eq. 4)."""
-        scale = np.log(self.alpha * self.A / (self.beta * self.B)) / (self.alpha + self.beta)
         log_product = np.log(flops / FLOPS_PER_PARAM_TOKEN)
-        return (
-            np.exp(scale + self.params_exponent * log_product),
-            np.exp(-scale + self.tokens_exponent * log_product),
-        )
+        # A replicate without a law (a coefficient of zero, an exponent of no sign) has no optimum: NaN.
+        with np.errstate(all="ignore"):
+            ratio = np.divide(self.alpha * self.A, self.beta * self.B)
+            scale = np.log(np.where((ratio > 0) & np.isfinite(ratio), ratio, np.nan)) / (self.alpha + self.beta)
+            return (
+                np.exp(scale + self.params_exponent * log_product),
+                np.exp(-scale + self.tokens_exponent * log_product),
+            )
 
     def frontier_loss(self, flops):
         """The least loss that `flops` can buy, nats per token."""

@@ -43,11 +43,17 @@ def reflected_interval(replicates, point: float, level: float = 0.95) -> Interva
 
 
 def bca_interval(replicates, point: float, jackknife, level: float = 0.95) -> Interval:
-    """Bias-corrected accelerated interval (Efron 1987, eq. 2.3 and 6.6), with the leave-one-out values (runs,)."""
+    """Bias-corrected accelerated interval (Efron 1987, eq. 2.3 and 6.6), with the leave-one-out values (runs,).
+
+    NaN ends when no replicate is finite.
+    """
     replicates = np.asarray(replicates)[np.isfinite(replicates)]
+    if not len(replicates):
+        return Interval(np.nan, np.nan, level, "BCa")
     below = np.clip(np.mean(replicates < point), 0.5 / len(replicates), 1 - 0.5 / len(replicates))
     bias = norm.ppf(below)
-    influence = np.mean(jackknife) - np.asarray(jackknife)
+    jackknife = np.asarray(jackknife)[np.isfinite(jackknife)]
+    influence = np.mean(jackknife) - jackknife
     acceleration = np.sum(influence**3) / (6.0 * np.sum(influence**2) ** 1.5 + 1e-300)
     shifted = bias + norm.ppf([(1 - level) / 2, (1 + level) / 2])
     low, high = np.quantile(replicates, norm.cdf(bias + shifted / (1.0 - acceleration * shifted)))

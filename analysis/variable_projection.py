@@ -68,7 +68,8 @@ def _inverse_curvature(surface: Surface, params, tokens) -> np.ndarray:
         np.ones_like(params), from_size, from_data, -from_size * np.log(params), -from_data * np.log(tokens),
     ]  # fmt: skip
     jacobian = np.stack(columns, axis=1)
-    scale = np.linalg.norm(jacobian, axis=0) + 1e-300
+    scale = np.linalg.norm(jacobian, axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
     return np.linalg.pinv((jacobian / scale).T @ (jacobian / scale), rcond=1e-14) / np.outer(scale, scale)
 
 

@@ -37,7 +37,9 @@ def residuals(study: Study) -> Drawing:
 
 def bootstrap(study: Study) -> Drawing:
     values = np.stack([getattr(study.replicates, name) for name in CORNER], axis=1)
-    values[:, :2] = np.log(values[:, :2])
+    with np.errstate(divide="ignore"):
+        values[:, :2] = np.log(values[:, :2])
+    values = values[np.isfinite(values).all(axis=1)]
     point = np.array([getattr(study.huber.surface, name) for name in CORNER])
     point[:2] = np.log(point[:2])
     count = len(CORNER)
@@ -49,7 +51,10 @@ def bootstrap(study: Study) -> Drawing:
                 axes.set_visible(False)
                 continue
             if row == column:
-                axes.hist(values[:, row], bins=30, color=style.COLOURS[0], alpha=0.7)
+                # Without noise all replicates are the same to rounding, and have no 30 bins of their own.
+                pad = 1e-6 * abs(point[row])
+                ends = (values[:, row].min() - pad, values[:, row].max() + pad)
+                axes.hist(values[:, row], bins=30, range=ends, color=style.COLOURS[0], alpha=0.7)
                 axes.axvline(point[row], color="black", linewidth=1.0)
                 axes.set_yticks([])
             else:

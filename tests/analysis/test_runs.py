@@ -31,7 +31,7 @@ def refusal(tmp_path, capsys, frame: pd.DataFrame, *flags: str) -> str:
     source = written(tmp_path, frame)
     code = main(["report", f"--runs={source}", "--target=1e23", f"--out={tmp_path / 'out'}", *flags])
     error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and error.startswith(f"lmjax analysis: error: {source}: ")
+    assert code == 2 and error.count("\n") == 1 and error.startswith("lmjax analysis: error: ")
     assert not (tmp_path / "out").exists()
     return error
 
@@ -56,11 +56,23 @@ def with_value(column: str, row: int, value) -> pd.DataFrame:
         (with_value("flops", 9, -7446744073709551616), "int64 overflow of 6ND wraps to negative"),
         (table(flops_convention=["6nd"] * 40 + ["exact"] * 23), "mixed FLOP conventions: 6nd (40 rows), exact (23"),
         (table(loss_kind=["train"] * 10 + ["val"] * 53), "mixed losses: val (53 rows), train (10 rows)"),
+        (table(loss=2.5), "loss is the same in all runs: no law can be fitted"),
+        (table(loss=lambda t: 6.0 - t["loss"]), "loss does not fall with both N and D as a power law"),
+        (table().head(7), "one budget only (6e+18 FLOPs): no law in C can be fitted"),
+        (table().iloc[:36:9], "needs at least 6 runs, got 4"),
         (table(flops=lambda t: t["flops"] / np.where(t.index < 30, 3.0, 1.0)), "6ND / flops is about 1 in 33 rows and"),
     ],
 )
 def test_bad_tables_get_one_clear_line(tmp_path, capsys, frame, says):
     assert says in refusal(tmp_path, capsys, frame)
+
+
+def test_two_points_in_a_budget_are_flagged_not_used(tmp_path, capsys):
+    frame = table().drop(index=[0, 1, 2, 3, 4])
+    source = written(tmp_path, frame)
+    flags = [f"--runs={source}", "--target=1e23", f"--out={tmp_path / 'out'}", "--replicates=100"]
+    assert main(["report", *flags]) == 0
+    assert "parabola, budget 6e+18, in N: only 2 sizes" in capsys.readouterr().out
 
 
 def test_empty_missing_and_broken_files(tmp_path, capsys):
