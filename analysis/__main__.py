@@ -3,7 +3,7 @@
     python -m analysis report  --runs=SOURCE --target=1e23 --out=DIR     fit everything, write figures and a page
     python -m analysis verify  DIR                                       derive every number of a report again
     python -m analysis design  --budget=1e20 --target=1e23 --out=FILE    which cells to train
-    python -m analysis predict --runs=SOURCE --params=1e9 --tokens=2e10 --out=FILE
+    python -m analysis predict --runs=SOURCE --size=1e9 --tokens=2e10 --out=FILE
     python -m analysis score   FORECAST... (--runs=SOURCE | --loss-value=2.31)
     python -m analysis compare DIR...|wandb:entity/project [--out=DIR]
 
