@@ -1,0 +1,176 @@
+"""Loss, bits per byte and accuracy by hand, whatever the batch size, and on a mesh; standard errors by simulation."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax.data.batch import Batch
+from lmjax.errors import DataError
+from lmjax.evaluate.likelihood import Evaluation, _score, evaluate, macro_average, ratio_stderr
+from lmjax.models import decoder
+from lmjax.models.config import ModelConfig
+from lmjax.weights import Params, initialize
+
+V, T, ROWS = 61, 20, 13
+MODEL = decoder.build(ModelConfig(vocab=V, layers=2, embed=24, heads=4, mlp=40, embed_init_std=0.5))
+
+
+@functools.cache
+def params() -> Params:
+    return initialize(MODEL.spec, jax.random.key(0))
+
+
+def batches(batch_size: int) -> Iterator[Batch]:
+    """The same ROWS windows, the last one ragged, in batches whose last is padded with weight 0."""
+    rng = np.random.default_rng(0)
+    tokens_BS = rng.integers(V, size=(ROWS, T + 1)).astype(np.int32)
+    weights_BT = np.ones((ROWS, T), np.float32)
+    weights_BT[-1, 7:] = 0
+    padding = -ROWS % batch_size
+    tokens_BS, weights_BT = (np.pad(x, ((0, padding), (0, 0))) for x in (tokens_BS, weights_BT))
+    for low in range(0, len(tokens_BS), batch_size):
+        rows = slice(low, low + batch_size)
+        yield Batch(tokens_BS[rows, :-1], tokens_BS[rows, 1:], weights_BT[rows], np.arange(low, low + batch_size))
+
+
+def run(batch_size: int, chunk: int = 256) -> Evaluation:
+    return evaluate(MODEL, params(), batches(batch_size), n_tokens=300, n_bytes=700, chunk=chunk)
+
+
+def test_by_hand() -> None:
+    (batch,) = batches(ROWS)
+    logits_BTV = np.asarray(MODEL.logits(params(), batch.tokens_BT), np.float64)
+    logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(axis=-1, keepdims=True))
+    logp_BT = np.take_along_axis(logp_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
+    scored_BT = batch.weights_BT > 0
+    nll, tokens = -logp_BT[scored_BT].sum(), scored_BT.sum()
+    correct_BT = logits_BTV.argmax(axis=-1) == batch.targets_BT
+
+    result = run(ROWS)
+    assert result.tokens == tokens == (ROWS - 1) * T + 7
+    assert result.loss == pytest.approx(nll / tokens, abs=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-6)
+    assert result.accuracy == pytest.approx(correct_BT[scored_BT].mean(), abs=1e-9)
+    assert result.coverage == pytest.approx(tokens / 300)
+    # What the scored tokens cost in bits, as many times as the split is longer, over its bytes.
+    assert result.bits_per_byte == pytest.approx(nll / math.log(2) * (300 / tokens) / 700, abs=1e-6)
+
+
+def test_bits_per_byte_of_a_whole_split() -> None:
+    """With every token scored it is what an arithmetic coder would need, whatever the tokens are."""
+    (batch,) = batches(ROWS)
+    tokens = int(batch.weights_BT.sum())
+    result = evaluate(MODEL, params(), [batch], n_tokens=tokens, n_bytes=1000)
+    assert result.coverage == 1
+    assert result.bits_per_byte * 1000 == pytest.approx(result.loss * tokens / math.log(2))
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(1, 256), (2, 7), (5, 20), (ROWS, 3), (16, 8)])
+def test_the_batch_size_changes_nothing(batch_size: int, chunk: int) -> None:
+    reference, other = dataclasses.asdict(run(ROWS)), dataclasses.asdict(run(batch_size, chunk))
+    assert other == pytest.approx(reference, rel=1e-6, abs=1e-6)
+
+
+def test_one_program_per_shape() -> None:
+    run(4)
+    before = _score._cache_size()
+    run(4)
+    assert _score._cache_size() == before
+
+
+def test_a_batch_is_dispatched_before_the_one_before_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    device_get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: (events.append("read"), device_get(x))[1])
+
+    def source() -> Iterator[Batch]:
+        for batch in batches(5):
+            events.append("take")
+            yield batch
+
+    evaluate(MODEL, params(), source(), n_tokens=300, n_bytes=700)
+    assert events == ["take", "take", "read", "take", "read", "read"]
+
+
+def test_nothing_to_score() -> None:
+    with pytest.raises(DataError, match="no token to score"):
+        evaluate(MODEL, params(), [], n_tokens=10, n_bytes=10)
+    with pytest.raises(DataError, match="no token to score"):
+        empty = [dataclasses.replace(batch, weights_BT=0 * batch.weights_BT) for batch in batches(ROWS)]
+        evaluate(MODEL, params(), empty, n_tokens=10, n_bytes=10)
+
+
+# Standard errors --------------------------------------------------------------------------------------------------
+
+
+def test_standard_error_against_simulation() -> None:
+    """Rows of unequal weight whose tokens are alike: the error is that of rows, not of tokens."""
+    rng = np.random.default_rng(0)
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        weight_B = rng.integers(5, 30, size=60).astype(np.float64)
+        level_B = rng.normal(3, 0.7, size=60)  # shared by the tokens of a row
+        return weight_B * level_B + rng.normal(0, 1, size=60) * np.sqrt(weight_B), weight_B
+
+    samples = [draw() for _ in range(4000)]
+    spread = np.std([y_B.sum() / weight_B.sum() for y_B, weight_B in samples])
+    estimates = [ratio_stderr(y_B, weight_B) for y_B, weight_B in samples]
+    assert np.mean(estimates) == pytest.approx(spread, rel=0.05)
+    as_if_independent = np.sqrt((0.7**2 + 1) / np.mean([weight_B.sum() for _, weight_B in samples]))
+    assert spread > 2 * as_if_independent
+
+
+def test_standard_error_of_equal_rows_is_the_textbook_one() -> None:
+    y_B = np.random.default_rng(0).normal(size=50)
+    assert ratio_stderr(7 * y_B, np.full(50, 7.0)) == pytest.approx(y_B.std(ddof=1) / math.sqrt(50))
+
+
+def test_one_row_has_no_standard_error() -> None:
+    assert math.isnan(ratio_stderr(np.ones(1), np.ones(1)))
+
+
+def test_macro_average() -> None:
+    a = Evaluation(2.0, 0.3, math.exp(2.0), 1.0, 0.5, 0.01, 100, 1.0)
+    b = Evaluation(4.0, 0.4, math.exp(4.0), 2.0, 0.3, 0.02, 900, 0.5)
+    mean = macro_average({"a": a, "b": b})
+    expected = Evaluation(3.0, 0.25, math.exp(3.0), 1.5, 0.4, math.hypot(0.01, 0.02) / 2, 1000, 0.75)
+    assert dataclasses.asdict(mean) == pytest.approx(dataclasses.asdict(expected))
+
+
+# On a mesh --------------------------------------------------------------------------------------------------------
+
+MESH_PROGRAM = """
+import sys
+sys.path.insert(0, {folder!r})
+import dataclasses, json, jax
+from lmjax.layout import MeshConfig, batch_sharding, make_mesh, shardings
+import test_likelihood as t
+mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+with jax.set_mesh(mesh):
+    params = jax.device_put(t.params(), shardings(t.MODEL.spec, mesh))
+    placed = (jax.device_put(batch, batch_sharding(mesh)) for batch in t.batches(4))
+    for batches in (placed, t.batches(4)):
+        print(json.dumps(dataclasses.asdict(t.evaluate(t.MODEL, params, batches, n_tokens=300, n_bytes=700))))
+"""
+
+
+def test_on_a_mesh() -> None:
+    """Sharded weights, with batches placed beforehand and left on the host."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    program = MESH_PROGRAM.format(folder=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reference = dataclasses.asdict(run(ROWS))
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert json.loads(line) == pytest.approx(reference, rel=1e-6, abs=1e-6)
