@@ -20,6 +20,7 @@ from lmjax.generate.beam import beam_search
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Functions, Memory, functions, prefill, step
 from lmjax.generate.sampling import sample
+from lmjax.layout import current_mesh
 from lmjax.models.model import Model
 from lmjax.weights import Params, Spec, by_path
 
@@ -40,7 +41,8 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt. An empty prompt starts a document: the model first reads endoftext.
 
-    Raises ConfigError when a prompt and its new tokens are longer than the model's table of positions.
+    Runs on one device. Raises ConfigError under `jax.set_mesh`, and when a prompt and its new tokens are longer than
+    the model's table of positions.
     """
     encoded = tokenizer.encode_batch(prompts)
     rows = generate_ids(model, params, encoded, cfg, endoftext=tokenizer.endoftext_id, vocab=tokenizer.vocab_size)
@@ -61,7 +63,7 @@ def generate_ids(
     if not prompts:
         return []
     tokens_BT, lengths_B = _pad(prompts, endoftext)
-    _check_length(model.spec, int(lengths_B.max()), cfg.tokens)
+    _check(model.spec, int(lengths_B.max()), cfg.tokens)
     stop = endoftext if cfg.stop_at_endoftext else -1
     params = model.unstack(params)
     if cfg.beams > 1:
@@ -82,7 +84,7 @@ def stream(
     if cfg.beams > 1:
         raise ConfigError(f"beam search (beams={cfg.beams}) cannot stream; set beams=1")
     tokens_BT, lengths_B = _pad([tokenizer.encode(prompt)], tokenizer.endoftext_id)
-    _check_length(model.spec, int(lengths_B.max()), cfg.tokens)
+    _check(model.spec, int(lengths_B.max()), cfg.tokens)
     return _stream(model, model.unstack(params), tokenizer, tokens_BT, lengths_B, cfg, chunk)
 
 
@@ -243,8 +245,10 @@ def _bucket(length: int) -> int:
     return max(8, 1 << (length - 1).bit_length()) if length <= 64 else -(-length // 64) * 64
 
 
-def _check_length(spec: Spec, prompt: int, tokens: int) -> None:
+def _check(spec: Spec, prompt: int, tokens: int) -> None:
     """Learned positions end with their table; all others go on."""
+    if current_mesh() is not None:
+        raise ConfigError("text is generated on one device: leave jax.set_mesh and put the weights on one device")
     for weight in by_path(spec).values():
         if weight.in_axes == ("context",) and prompt + tokens > weight.shape[0]:
             raise ConfigError(

@@ -22,7 +22,7 @@ PROMPTS_BT = np.array([[0, 1, 2], [2, 0, 0]], np.int32)
 LENGTHS_B = np.array([3, 1], np.int32)
 
 
-MODEL = decoder.build(ModelConfig(vocab=V, layers=3, pattern=("local", "global"), window=2, embed=16, heads=2, mlp=24))
+MODEL = decoder.build(ModelConfig(vocab=V, layers=2, pattern=("local", "global"), window=2, embed=16, heads=2, mlp=24))
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def every_text() -> list[tuple[int, ...]]:
     return [text for text in texts if END not in text or set(text[text.index(END) :]) == {END}]
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("length_penalty", [0.0, 2.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_enough_beams_find_the_best_text(seed: int, length_penalty: float) -> None:
     ids_BO, score_B = search(seed, config(V**NEW, length_penalty))
@@ -77,7 +77,7 @@ def test_enough_beams_find_the_best_text(seed: int, length_penalty: float) -> No
         assert score == pytest.approx(expected.max(), abs=1e-5)
 
 
-@pytest.mark.parametrize("beams", [1, 2, 3])
+@pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_score_is_that_of_the_text(seed: int, beams: int) -> None:
     ids_BO, score_B = search(seed, config(beams, 0.6))
