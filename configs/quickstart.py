@@ -2,7 +2,7 @@
 
 Reproduces  nothing published: it shows every part at work on a corpus that every machine already has, the source code
             of Python's own standard library, and beats xz -9e on text that it has not seen.
-Costs       about 4 minutes on 2 CPU cores.
+Costs       three to four minutes on 2 CPU cores of 2024.
 Command     lmjax train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
@@ -15,28 +15,33 @@ from lmjax.data.config import PrepareConfig, SourceConfig, TokenizerConfig
 def get_config() -> ConfigDict:
     config = default_config()
 
-    recipe = PrepareConfig(inputs=("stdlib:",), tokenizer=TokenizerConfig(kind="bpe", vocab=2048))
+    # The seed draws the validation files. Of the first five draws this one's xz figure is the median: 1.68 bits per byte
+    # on Python 3.11; seed 0 happens to draw five tables of character codes, which say little about a model of code.
+    recipe = PrepareConfig(inputs=("stdlib:",), tokenizer=TokenizerConfig(kind="bpe", vocab=2048), seed=2)
     config.data.sources = {"stdlib": as_config_dict(SourceConfig(path="data/stdlib", prepare=recipe))}
     config.data.seq_len = 256
 
-    config.model.layers = 5
-    config.model.embed = 128
-    config.model.heads = 2
-    config.model.mlp = 512
+    config.model.layers = 4
+    config.model.embed = 64
+    config.model.heads = 1
+    config.model.mlp = 256
     config.model.activation = "relu_squared"
+    config.model.qk_norm = True
+    config.model.residual_init_scale = 0.0
     config.model.unroll = 1.0
 
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 8e-3
-    config.optimizer.schedule.warmup = 50
+    config.optimizer.learning_rate = 1.5e-2
+    config.optimizer.adam_rate = 2.0
+    config.optimizer.schedule.warmup = 40
     config.optimizer.schedule.final_fraction = 0.0
 
-    config.train.steps = 800
+    config.train.steps = 1750
     config.train.batch = 8
-    config.train.evaluate_every = 200
+    config.train.evaluate_every = 400
     config.train.evaluate_batches = 16
     config.train.evaluate_batch = 8
     config.train.compression_baseline = True
     config.train.sample.prompts = ("def", "class", "import")
-    config.checkpoint.every = 200
+    config.checkpoint.every = 400
     return config

@@ -9,19 +9,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax.layout import current_mesh
 
+_MANY_ROWS = 256  # fewer are a decoding step, which has no gradient
+
 
 def linear(
     x: jax.Array, w: jax.Array, bias: jax.Array | None = None, *, contract: int = 1, dtype: Any = None
 ) -> jax.Array:
     """x[*rows, *in] @ w[*in, *out] + bias[*out] -> [*rows, *out], contracting the `contract` axes named in.
 
-    `dtype` is the result's type (default: that of x); the sum itself is kept at least in float32 by XLA.
+    `dtype` is the result's type (default: that of x); the sum itself is kept at least in float32 by XLA. On a mesh rows
+    stay where they are and outputs lie as the weight's.
     """
     dtype = dtype or x.dtype
-    if current_mesh() is None:
-        y = _flat(x, w, contract, dtype)
+    rows = x.ndim - contract
+    if any(_mesh_axes(x)[1:rows]):
+        y = _unflattened(x, w, contract, dtype)
     else:
-        y = _sharded(x, w, contract, dtype)
+        y = _flat(x, w, contract, dtype)
     return y if bias is None else y + bias.astype(dtype)
 
 
@@ -33,26 +37,39 @@ def _flat(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
     orientation; without it XLA folds the transposition away, and the gradient comes out the slow way.
     """
     rows, outs = x.shape[: x.ndim - contract], w.shape[contract:]
-    size_in, size_out = math.prod(w.shape[:contract]), math.prod(outs)
-    x_RI, w_IO = x.reshape(math.prod(rows), size_in), w.reshape(size_in, size_out)
-    if size_in > size_out:
-        w_OI = jax.lax.optimization_barrier(w_IO.T)
-        y = jax.lax.dot_general(x_RI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    x_axes, w_axes = _mesh_axes(x), _mesh_axes(w)
+    n_rows, n_in, n_out = math.prod(rows), math.prod(w.shape[:contract]), math.prod(outs)
+    x_RI = _reshape(x, (n_rows, n_in), (x_axes[0], x_axes[len(rows)]))
+    w_IO = _reshape(w, (n_in, n_out), (w_axes[0], w_axes[contract]))
+    if n_in > n_out and n_rows >= _MANY_ROWS:
+        y_RO = _dot(x_RI, jax.lax.optimization_barrier(w_IO.T), (1,), (1,), dtype)
     else:
-        w_IO = jax.lax.optimization_barrier(w_IO)
-        y = jnp.matmul(x_RI, w_IO, preferred_element_type=dtype)
-    return y.reshape(*rows, *outs)
+        y_RO = _dot(x_RI, jax.lax.optimization_barrier(w_IO), (1,), (0,), dtype)
+    return _reshape(y_RO, (*rows, *outs), (*x_axes[: len(rows)], *w_axes[contract:]))
 
 
-def _sharded(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
-    """Rows stay where they are, outputs lie as the weight's; merging [B, T] could move data between devices."""
-    x_sharding, w_sharding = jax.typeof(x).sharding, jax.typeof(w).sharding
-    out = PartitionSpec(*x_sharding.spec[: x.ndim - contract], *w_sharding.spec[contract:])
-    contracted = (tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)))
-    return jax.lax.dot_general(
-        x,
-        w,
-        (contracted, ((), ())),
-        preferred_element_type=dtype,
-        out_sharding=NamedSharding(x_sharding.mesh, out),
-    )
+def _unflattened(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
+    """Where T is sharded, merging [B, T] would move data between devices."""
+    return _dot(x, w, tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)), dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array, x_in: tuple[int, ...], w_in: tuple[int, ...], dtype: Any) -> jax.Array:
+    """`dot_general`; contracting an axis that is split over devices adds their parts up."""
+    out = None
+    if current_mesh() is not None:
+        axes = [axis for i, axis in enumerate(_mesh_axes(x)) if i not in x_in]
+        axes += [axis for i, axis in enumerate(_mesh_axes(w)) if i not in w_in]
+        out = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*axes))
+    return jax.lax.dot_general(x, w, ((x_in, w_in), ((), ())), preferred_element_type=dtype, out_sharding=out)
+
+
+def _mesh_axes(x: jax.Array) -> tuple[Any, ...]:
+    """The mesh axes that each dimension is split over; all None without a mesh."""
+    return (None,) * x.ndim if current_mesh() is None else tuple(jax.typeof(x).sharding.spec)
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], mesh_axes: tuple[Any, ...]) -> jax.Array:
+    if current_mesh() is None:
+        return jnp.reshape(x, shape)
+    sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*mesh_axes))
+    return jax.lax.reshape(x, shape, out_sharding=sharding)
