@@ -24,7 +24,7 @@ class Sums(NamedTuple):
     """-log p(target), nats."""
     z_loss: jax.Array
     correct: jax.Array
-    """Targets that were the most probable token."""
+    """Targets that no token was more probable than; a tie counts, so constant logits are all correct."""
 
 
 def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -88,7 +88,7 @@ def chunked_token_sums(
 def token_logprobs(
     unembed: Unembed, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(log p(target), whether the target was the most probable token), both float32 [B, T], chunk by chunk."""
+    """(log p(target), whether no token was more probable), both float32 [B, T], chunk by chunk."""
 
     @jax.checkpoint
     def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:

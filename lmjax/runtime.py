@@ -109,6 +109,8 @@ def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
         _fail(_one_line(error), error.exit_code, debug)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT, debug)
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os._exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in _STORAGE_ERRNOS:
             _fail(f"storage: {_one_line(error)}; free or mend it and run again", CheckpointError.exit_code, debug)
