@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from analysis import cells, compare, design, forecast, report
+from analysis.estimates import Options
 from analysis.parametric import fit_parametric
 from analysis.runs import load_runs
 from analysis.simulate import EPOCH
-from analysis.study import Options
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -5,8 +5,9 @@ import json
 from html import escape
 from pathlib import Path
 
+from analysis.estimates import Estimate, Quantity
 from analysis.figures.style import Drawing
-from analysis.study import Estimate, Quantity, Study
+from analysis.study import Study
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

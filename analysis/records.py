@@ -76,16 +76,17 @@ def table_of(records: list[RunRecord], loss: str) -> pd.DataFrame:
 def _row(record: RunRecord, loss: str) -> dict:
     flat = flatten(record.config)
     learning_rates = [row["optim/lr"] for row in record.history if "optim/lr" in row]
-    schedules = [v for k, v in flat.items() if "schedule" in k.rsplit(".", 2)[-1] and isinstance(v, str)]
+    schedules = [v for k, v in flat.items() if k.endswith(("schedule", "schedule.name")) and isinstance(v, str)]
     return {
         "run": record.name,
         "params_total": record.final("params/total"),
         "params_non_embedding": record.final("params/non_embedding"),
         "params_matmul": record.final("params/matmul"),
         "tokens": record.final("tokens"),
-        "unique_tokens": record.final("data/unique_tokens"),
+        "unique_tokens": _first_number(record.final("data/unique_tokens"), _tokens_an_epoch(record)),
         "flops_6nd": record.final("flops_6nd"),
-        "flops_exact": _first_number(record.final("flops_exact"), record.final("flops_causal")),
+        # A run that died has no summary, but its rows count FLOPs in the same way.
+        "flops_exact": _first_number(*(record.final(key) for key in ("flops_exact", "flops_causal", "flops"))),
         "learning_rate": max(learning_rates, default=np.nan),
         "batch_tokens": _batch_tokens(record),
         "schedule": schedules[0] if schedules else "",
@@ -105,6 +106,12 @@ def _batch_tokens(record: RunRecord) -> float:
     if len(rows) < 2:
         return np.nan
     return (rows[-1]["tokens"] - rows[-2]["tokens"]) / (rows[-1]["step"] - rows[-2]["step"])
+
+
+def _tokens_an_epoch(record: RunRecord) -> float:
+    """Unique tokens of a run on one source, from the epochs it made of it; NaN for mixtures."""
+    epochs = [value for key, value in record.summary.items() if key.startswith("epochs/")]
+    return record.final("tokens") / epochs[0] if len(epochs) == 1 and epochs[0] > 0 else np.nan
 
 
 def _first_number(*values: float) -> float:

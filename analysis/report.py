@@ -19,9 +19,10 @@ import scipy
 
 from analysis import figures, page
 from analysis.cells import nearest_shape, overrides
+from analysis.estimates import Estimate, Options
 from analysis.figures.style import RC, Drawing, NotApplicableError
 from analysis.runs import Runs, load_runs
-from analysis.study import Estimate, Options, Study, make_study
+from analysis.study import Study, make_study
 
 # Two derivations of the same number may differ by this much: the order of a sum, another CPU.
 VERIFY_TOLERANCE = 1e-6

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import wandb_runs, workdirs
+from analysis.checks import check_labels, check_one_convention, exclude_unfinished, invalid_rows
 from analysis.records import RunRecord, choose_loss, table_of
 from analysis.surface import FLOPS_PER_PARAM_TOKEN
 
@@ -46,7 +47,6 @@ TEXT = frozenset({"run", "flops_convention", "schedule", "loss_kind", "trunk", "
 # Which N and C a fit uses: the flag's value -> the column.
 PARAM_COUNTS = {"total": "params_total", "non_embedding": "params_non_embedding", "matmul": "params_matmul"}
 FLOP_COUNTS = {"6nd": "flops_6nd", "exact": "flops_exact"}
-LABEL_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ def load_runs(
     notes: list[str] = []
     params_convention = _choose_count(table, "params", params, PARAM_COUNTS, str(source))
     flops_convention = _choose_count(table, "flops", flops, FLOP_COUNTS, str(source))
-    _check_one_convention(table, str(source))
-    exclusions = _exclude_unfinished(table)
+    check_one_convention(table, str(source))
+    exclusions = exclude_unfinished(table)
     table = table.drop(index=[i for _, index in exclusions for i in index])
-    exclusions += _invalid_rows(table, exclude_invalid, str(source))
+    exclusions += invalid_rows(table, exclude_invalid, str(source))
     table = table.drop(index=[i for _, index in exclusions for i in index if i in table.index])
     flops_convention = _complete(table, flops_convention, notes, str(source))
-    _check_labels(table, notes, str(source))
+    check_labels(table, notes, str(source))
     if table.empty:
         raise ValueError(f"{source}: no usable run is left: {'; '.join(r for r, _ in exclusions) or 'it is empty'}")
     named = _find(raw, "run", chosen)
@@ -232,45 +232,6 @@ def _choose_count(table: pd.DataFrame, name: str, choice: str | None, counts: di
     return "absent"
 
 
-def _check_one_convention(table: pd.DataFrame, source: str) -> None:
-    for name, what in (("flops_convention", "FLOP conventions"), ("loss_kind", "losses")):
-        if name in table and table[name].nunique() > 1:
-            counts = ", ".join(f"{value} ({count} rows)" for value, count in table[name].value_counts().items())
-            raise ValueError(f"{source}: mixed {what}: {counts}: keep one with --where=COLUMN=VALUE")
-
-
-def _exclude_unfinished(table: pd.DataFrame) -> list[tuple[str, list]]:
-    if "status" not in table:
-        return []
-    return [
-        (f"not finished (status {status})", list(rows.index))
-        for status, rows in table.groupby("status")
-        if status not in ("finished", "done")
-    ]
-
-
-def _invalid_rows(table: pd.DataFrame, exclude: bool, source: str) -> list[tuple[str, list]]:
-    """Rows that no fit can use. Raises unless they are to be excluded."""
-    found = []
-    for name in ("params", "tokens", "flops", "loss"):
-        if name not in table or table[name].isna().all():
-            continue
-        values = table[name]
-        problems = {"missing or NaN": values.isna(), "infinite": np.isinf(values), "zero or negative": values <= 0}
-        for problem, mask in problems.items():
-            rows = list(table.index[mask])
-            if not rows:
-                continue
-            if not exclude:
-                overflow = " (int64 overflow of 6ND wraps to negative)" if name == "flops" and values.min() < 0 else ""
-                raise ValueError(
-                    f"{source}: {name} is {problem} in {len(rows)} of {len(table)} rows, first in row {rows[0]}"
-                    f"{overflow}: repair them, or drop them with --exclude-invalid"
-                )
-            found.append((f"{name} {problem}", rows))
-    return found
-
-
 def _complete(table: pd.DataFrame, convention: str, notes: list[str], source: str) -> str:
     """Derive the one missing of N, D, C from the other two by C = 6ND."""
     absent = [name for name in ("params", "tokens", "flops") if name not in table or table[name].isna().all()]
@@ -291,29 +252,15 @@ def _complete(table: pd.DataFrame, convention: str, notes: list[str], source: st
     return convention
 
 
-def _check_labels(table: pd.DataFrame, notes: list[str], source: str) -> None:
-    """Compare the FLOP labels with 6ND: note a factor, refuse a mixture of two."""
-    if table.empty:
-        return
-    factors = np.sort((FLOPS_PER_PARAM_TOKEN * table["params"] * table["tokens"] / table["flops"]).to_numpy())
-    jumps = np.diff(np.log(factors))
-    # Attention and embeddings make 6ND / C drift smoothly with size; a gap of 1.8x splits two ways of counting.
-    if len(jumps) and jumps.max() > np.log(1.8):
-        cut = int(jumps.argmax()) + 1
-        low, high = factors[:cut], factors[cut:]
-        if min(len(low), len(high)) >= 0.1 * len(factors):
-            raise ValueError(
-                f"{source}: mixed FLOP conventions: 6ND / flops is about {np.median(low):.3g} in {len(low)} rows and "
-                f"{np.median(high):.3g} in {len(high)}: keep one convention, or drop the column to derive 6ND"
-            )
-    median = float(np.median(factors))
-    if max(abs(np.log(factors[0])), abs(np.log(factors[-1]))) > LABEL_TOLERANCE:
-        forward = " (labels of the forward pass alone give 3)" if abs(median / 3.0 - 1.0) < LABEL_TOLERANCE else ""
-        notes.append(f"6ND / flops is {median:.3g} (from {factors[0]:.3g} to {factors[-1]:.3g}){forward}")
-
-
 def _curves(records: list[RunRecord], loss: str, table: pd.DataFrame) -> pd.DataFrame:
-    kept = set(table["run"]) if "run" in table else set()
-    series = [record.series(loss).assign(run=record.name) for record in records if record.name in kept]
+    """Every logged loss of the runs kept, with FLOPs counted as in the table."""
     columns = ["run", "step", "tokens", "flops", "loss"]
+    flops = dict(zip(table["run"], table["flops"], strict=True)) if "run" in table else {}
+    series = []
+    for record in records:
+        if record.name in flops:
+            curve = record.series(loss).assign(run=record.name)
+            counted = record.final("flops")
+            curve["flops"] *= flops[record.name] / counted if counted > 0 else 1.0
+            series.append(curve)
     return pd.concat(series, ignore_index=True)[columns] if series else pd.DataFrame(columns=columns)

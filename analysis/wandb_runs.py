@@ -86,10 +86,16 @@ def find_offline(root: Path) -> list[Path]:
 
 
 def read_offline(paths: list[Path]) -> list[RunRecord]:
-    """Runs in offline files; files of one run id are merged in order of path (which starts with the start time)."""
+    """Runs in offline files; files of one run id are merged in order of path (which starts with the start time).
+
+    Raises ValueError for a file that holds no run, such as one of a process killed before it wrote anything.
+    """
     runs: dict[str, dict] = {}
     for path in paths:
-        for record in _records(path):
+        records = list(_records(path))
+        if not any(record.WhichOneof("record_type") == "run" for record in records):
+            raise ValueError(f"{path}: holds no run ({path.stat().st_size} bytes): delete it or name another file")
+        for record in records:
             _absorb(record, runs)
     return [
         RunRecord(name=run["name"], config=run["config"], summary=run["summary"], history=merge_history(run["rows"]))

@@ -75,7 +75,15 @@ def _ticks(axis, limits: tuple[float, float]) -> None:
     axis.set_minor_formatter(NullFormatter())
     if np.log10(limits[1] / limits[0]) < 2.0:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(FuncFormatter(_tick_label))
+
+
+def _tick_label(value: float, _=None) -> str:
+    """0.001 to 9999 as they are, others as 5 x 10^k."""
+    if 1e-3 <= value < 1e4:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"$10^{{{int(exponent)}}}$" if mantissa == "1" else rf"${mantissa}\times10^{{{int(exponent)}}}$"
 
 
 def flops_label(convention: str) -> str:

@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from analysis.envelope import smooth  # noqa: E402
+from analysis.estimates import Options  # noqa: E402
 from analysis.repeats import effective_loss  # noqa: E402
 from analysis.report import draw, save  # noqa: E402
 from analysis.runs import Runs  # noqa: E402
 from analysis.simulate import EPOCH, Faults, simulate, simulate_curves  # noqa: E402
-from analysis.study import Options, make_study  # noqa: E402
+from analysis.study import make_study  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TARGET = 1e23

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 
 from analysis.__main__ import main
+from analysis.estimates import Options
 from analysis.figures import FIGURES
 from analysis.runs import load_runs
 from analysis.simulate import EPOCH, Faults, simulate
-from analysis.study import Options, make_study
+from analysis.study import make_study
 
 ROOT = Path(__file__).resolve().parents[2]
 

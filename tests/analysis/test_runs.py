@@ -273,3 +273,29 @@ def test_offline_wandb_runs_are_read_back(tmp_path, monkeypatch):
     path = next(tmp_path.rglob("*.wandb"))
     path.write_bytes(path.read_bytes()[:-40])
     assert len(load_runs(tmp_path, loss="val/text/loss").table) >= 1
+
+
+def test_an_offline_file_that_holds_no_run_is_named(tmp_path):
+    pytest.importorskip("wandb")
+    (tmp_path / "run-a.wandb").write_bytes(b":W&B\x55\x2d\x00")
+    with pytest.raises(ValueError, match=r"run-a\.wandb: holds no run \(7 bytes\)"):
+        load_runs(tmp_path)
+
+
+def test_a_finished_training_run_fills_the_table(tmp_path):
+    """The keys that `lmjax train` writes; curves count FLOPs as the table does."""
+    run = tmp_path / "small"
+    run.mkdir()
+    schedule = {"learning_rate": 4e-3, "schedule": {"name": "cosine"}}
+    (run / "config.json").write_text(json.dumps({"optimizer": schedule}))
+    rows = [{"event": "start", "step": 0}]
+    rows += [
+        {"step": s, "tokens": 768 * s, "flops": 8e6 * s, "optim/lr": 4e-3, "val/a/loss": 3 - s / 10} for s in (1, 2)
+    ]
+    rows += [{"event": "end", "status": "finished"}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {"status": "finished", "params/total": 1500, "tokens": 1536, "flops_6nd": 13824000, "epochs/a": 1.5}
+    (run / "summary.json").write_text(json.dumps({**summary, "flops_causal": 16e6, "val/a/loss": 2.8}))
+    runs = load_runs(tmp_path)
+    assert runs.table.loc[0, ["schedule", "unique_tokens", "flops_exact"]].tolist() == ["cosine", 1024.0, 16e6]
+    assert runs.curves["flops"].tolist() == pytest.approx([6912000.0, 13824000.0])

@@ -1,0 +1,68 @@
+"""What is refused, excluded or noted in a table of runs before anything is fitted to it."""
+
+import numpy as np
+import pandas as pd
+
+from analysis.surface import FLOPS_PER_PARAM_TOKEN
+
+LABEL_TOLERANCE = 0.05
+
+
+def check_one_convention(table: pd.DataFrame, source: str) -> None:
+    for name, what in (("flops_convention", "FLOP conventions"), ("loss_kind", "losses")):
+        if name in table and table[name].nunique() > 1:
+            counts = ", ".join(f"{value} ({count} rows)" for value, count in table[name].value_counts().items())
+            raise ValueError(f"{source}: mixed {what}: {counts}: keep one with --where=COLUMN=VALUE")
+
+
+def exclude_unfinished(table: pd.DataFrame) -> list[tuple[str, list]]:
+    if "status" not in table:
+        return []
+    return [
+        (f"not finished (status {status})", list(rows.index))
+        for status, rows in table.groupby("status")
+        if status not in ("finished", "done")
+    ]
+
+
+def invalid_rows(table: pd.DataFrame, exclude: bool, source: str) -> list[tuple[str, list]]:
+    """Rows that no fit can use. Raises unless they are to be excluded."""
+    found = []
+    for name in ("params", "tokens", "flops", "loss"):
+        if name not in table or table[name].isna().all():
+            continue
+        values = table[name]
+        problems = {"missing or NaN": values.isna(), "infinite": np.isinf(values), "zero or negative": values <= 0}
+        for problem, mask in problems.items():
+            rows = list(table.index[mask])
+            if not rows:
+                continue
+            if not exclude:
+                overflow = " (int64 overflow of 6ND wraps to negative)" if name == "flops" and values.min() < 0 else ""
+                raise ValueError(
+                    f"{source}: {name} is {problem} in {len(rows)} of {len(table)} rows, first in row {rows[0]}"
+                    f"{overflow}: repair them, or drop them with --exclude-invalid"
+                )
+            found.append((f"{name} {problem}", rows))
+    return found
+
+
+def check_labels(table: pd.DataFrame, notes: list[str], source: str) -> None:
+    """Compare the FLOP labels with 6ND: note a factor, refuse a mixture of two."""
+    if table.empty:
+        return
+    factors = np.sort((FLOPS_PER_PARAM_TOKEN * table["params"] * table["tokens"] / table["flops"]).to_numpy())
+    jumps = np.diff(np.log(factors))
+    # Attention and embeddings make 6ND / C drift smoothly with size; a gap of 1.8x splits two ways of counting.
+    if len(jumps) and jumps.max() > np.log(1.8):
+        cut = int(jumps.argmax()) + 1
+        low, high = factors[:cut], factors[cut:]
+        if min(len(low), len(high)) >= 0.1 * len(factors):
+            raise ValueError(
+                f"{source}: mixed FLOP conventions: 6ND / flops is about {np.median(low):.3g} in {len(low)} rows and "
+                f"{np.median(high):.3g} in {len(high)}: keep one convention, or drop the column to derive 6ND"
+            )
+    median = float(np.median(factors))
+    if max(abs(np.log(factors[0])), abs(np.log(factors[-1]))) > LABEL_TOLERANCE:
+        forward = " (labels of the forward pass alone give 3)" if abs(median / 3.0 - 1.0) < LABEL_TOLERANCE else ""
+        notes.append(f"6ND / flops is {median:.3g} (from {factors[0]:.3g} to {factors[-1]:.3g}){forward}")
