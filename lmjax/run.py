@@ -12,7 +12,7 @@ from etils import epath
 
 from lmjax import config as configs
 from lmjax import experiment as parts
-from lmjax import runtime
+from lmjax import runtime, seal
 from lmjax.checkpoint import Checkpoints
 from lmjax.config import Config
 from lmjax.data.batch import Batch
@@ -140,7 +140,7 @@ class Run:
         """Returns the exit code; the trackers learn how it ended even when it raises."""
         self.watchdog.beat("restoring")
         state = self.start_or_resume()
-        (self.workdir / "config.json").write_text(configs.to_json(self.cfg))
+        seal.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
         self.data.tokenizer.save(self.workdir / "tokenizer")
         self.attempt = attempts(self.workdir)
         self.ledger = Ledger(self.workdir / "ledger.jsonl")
@@ -295,12 +295,15 @@ class Run:
         self.checkpoints.wait()
         if reached < self.cfg.train.steps:
             return
+        if reached not in self.evaluations:  # an earlier attempt died between its last checkpoint and its summary
+            self.evaluate(reached, state)
+            self.sample(reached, state)
         summary = self.summary(reached)
         if self.cfg.train.compression_baseline:
             self.watchdog.beat("compressing the validation text")
             summary |= parts.compression_baselines(self.data)
         self.trackers.summary(summary)
-        (self.workdir / "summary.json").write_text(json.dumps(summary, indent=1))
+        seal.write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1))
         self.print_summary(summary)
 
     def summary(self, step: int) -> dict[str, Any]:

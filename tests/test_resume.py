@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +82,9 @@ def kill_at_random_times(corpus: Path, workdir: Path, kills: int, seed: int) -> 
     """Start the same command again and again; each attempt but the last dies at a random step or moment."""
     rng = random.Random(seed)
     for _ in range(kills):
-        done = max((entry.step for entry in read_ledger(workdir / "ledger.jsonl")), default=0) if workdir.exists() else 0
+        done = (
+            max((entry.step for entry in read_ledger(workdir / "ledger.jsonl")), default=0) if workdir.exists() else 0
+        )
         process = start(corpus, workdir)
         target = rng.randint(max(1, done - 5), 60)
         while process.poll() is None and not _reached(workdir, target):
@@ -116,6 +119,31 @@ def test_sigterm_saves_the_step_and_asks_to_be_run_again(corpus: Path, uninterru
     assert checkpoint.inspect(workdir)["step"] == 23
     finish(start(corpus, workdir))
     assert_same_run(workdir, uninterrupted)
+
+
+def test_a_kill_before_the_summary_costs_nothing(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    (workdir / "summary.json").unlink()
+    shutil.rmtree(workdir / "samples")
+    finish(start(corpus, workdir))
+    found, expected = (json.loads((path / "summary.json").read_text()) for path in (workdir, uninterrupted))
+    assert found == expected
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_the_run_goes_on(corpus: Path, tmp_path: Path) -> None:
+    finish(start(corpus, tmp_path / "run", LMJAX_FAULTS="nan_grad@step:20"))
+    skipped = [line["step"] for line in deterministic_lines(tmp_path / "run") if line.get("optim/skipped")]
+    assert skipped == [20]
+
+
+def test_too_many_updates_that_are_not_finite_end_the_run(corpus: Path, tmp_path: Path) -> None:
+    faults = ",".join(f"nan_grad@step:{step}" for step in range(20, 23))
+    output = finish(
+        start(corpus, tmp_path / "run", "--config.train.max_skipped_in_a_row=2", LMJAX_FAULTS=faults), code=5
+    )
+    assert "lmjax: error: step 22: the loss or its gradient was not finite 3 steps in a row" in output
+    assert checkpoint.verify(tmp_path / "run") == []
 
 
 def test_a_finished_run_is_left_alone(corpus: Path, uninterrupted: Path) -> None:

@@ -3,11 +3,13 @@
 Everything that can be left out (evaluation, samples, checkpoints, profiles) is a `Periodic` in a list.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lmjax.data.batch import Batch
 from lmjax.errors import NumericalError
@@ -121,7 +123,8 @@ def train(
     for n in range(start, steps):
         watchdog.beat(f"step {n + 1}")
         batch = next(batches)
-        fault("step", n + 1)
+        if fault("step", n + 1) == "nan_grad":
+            batch = dataclasses.replace(batch, weights_BT=batch.weights_BT * np.nan)
         state, metrics = step(state, frozen, batch)
         if pending is not None:
             reader.read(n, pending)
