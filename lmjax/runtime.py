@@ -170,7 +170,8 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        threading.Thread(target=self._listen, name="lmjax-signals", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="lmjax-signals", daemon=True)
+        self._listener.start()
         self._old_handlers = [signal.signal(number, self._handle) for number in self._SIGNALS]
         self._old_wakeup = signal.set_wakeup_fd(self._write.fileno())
         return self
@@ -179,7 +180,8 @@ class Preemption:
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in zip(self._SIGNALS, self._old_handlers, strict=True):
             signal.signal(number, handler)
-        self._write.close()  # ends the thread
+        self._write.close()  # ends the thread, once it has said what it received
+        self._listener.join(timeout=1)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested.set()

@@ -48,8 +48,8 @@ FAMILIES: dict[str, ModelConfig] = {
         embed_scale=24**0.5,
     ),
     "gemma3": ModelConfig(
-        **SIZES | {"layers": 13},
-        pattern=("local", "local", "local", "local", "local", "global"),
+        **SIZES | {"layers": 7},  # its own period is five local layers and a global one: two would do nothing new
+        pattern=("local", "local", "global"),
         window=3,
         kv_heads=1,
         gated=True,
