@@ -321,7 +321,7 @@ def test_wandb_records_offline(tmp_path: Path, caplog: Any) -> None:
         tracker.log(step, {"tokens": 8 * step, "train/loss": 1.0 / step})
     tracker.summary({"val/main/loss": 0.5})
     tracker.close("finished")
-    [record] = caplog.records
+    [record] = [record for record in caplog.records if record.name == "lmjax.tracking"]
     assert "wandb sync" in record.message
     [recorded] = tmp_path.glob("wandb/offline-run-*-run123/*.wandb")
     data = recorded.read_bytes()
