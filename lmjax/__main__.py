@@ -1,4 +1,4 @@
-"""The command line: lmjax prepare, train, evaluate, generate, inspect, verify. What they do is in commands.py."""
+"""The command line: lmjax prepare, train, evaluate, generate, convert, inspect, verify; see commands.py."""
 
 import argparse
 import difflib
@@ -41,6 +41,7 @@ def parser() -> Parser:
     _prepare_arguments(command(commands.prepare))
     _evaluate_arguments(command(commands.evaluate))
     _generate_arguments(command(commands.generate))
+    _convert_arguments(command(commands.convert))
     sub = command(commands.inspect)
     sub.add_argument("path", help="a work directory or a checkpoint")
     sub.add_argument("--step", type=int, help="default: the newest")
@@ -99,6 +100,19 @@ def _generate_arguments(sub: Parser) -> None:
     sub.add_argument("--beams", type=int, default=1, help="more than 1: beam search")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--ignore-endoftext", action="store_true", help="go on after the end of a document")
+
+
+def _convert_arguments(sub: Parser) -> None:
+    direction = sub.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from-hf", metavar="DIR", help="read a Hugging Face checkpoint into --workdir")
+    direction.add_argument("--to-hf", action="store_true", help="write the model of --workdir to --out")
+    sub.add_argument("--workdir", required=True, help="the work directory to make, or a trained run")
+    sub.add_argument("--out", metavar="DIR", help="where --to-hf writes")
+    sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")
+    sub.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of --to-hf's files"
+    )
+    sub.add_argument("--shard-gb", type=float, default=5.0, help="largest file that --to-hf writes, in 1e9 bytes")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

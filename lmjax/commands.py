@@ -9,7 +9,7 @@ import json
 import shlex
 import sys
 
-from lmjax.errors import CheckpointError
+from lmjax.errors import CheckpointError, ConfigError
 from lmjax.schema import validated
 
 Arguments = argparse.Namespace
@@ -102,6 +102,28 @@ def generate(arguments: Arguments) -> int:
     generations = decode.generate(trained.model, trained.params, trained.tokenizer, prompts, cfg)
     for prompt, generation in zip(prompts, generations, strict=True):
         print(f"--- {prompt!r}\n{prompt}{generation.text}")
+    return 0
+
+
+def convert(arguments: Arguments) -> int:
+    """A Hugging Face checkpoint into a work directory (--from-hf), or a work directory into one (--to-hf)."""
+    from lmjax import convert
+    from lmjax.models import decoder
+    from lmjax.weights import count
+
+    if arguments.to_hf:
+        if arguments.out is None:
+            raise ConfigError("--to-hf needs --out=DIR, the directory to write")
+        shard_bytes = round(arguments.shard_gb * 1e9)
+        files = convert.to_hf(
+            arguments.workdir, arguments.out, step=arguments.step, dtype=arguments.dtype, shard_bytes=shard_bytes
+        )
+        print(f"{arguments.out}: {', '.join(files)}")
+        return 0
+    imported = convert.from_hf(arguments.from_hf, arguments.workdir)
+    print(f"{arguments.workdir}: {count(decoder.weights(imported.model)).total:,} parameters")
+    if imported.tokenizer is None:
+        print("the checkpoint brings no tokenizer; put one into the work directory's tokenizer/")
     return 0
 
 

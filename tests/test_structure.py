@@ -27,11 +27,12 @@ FLOORS: list[set[str]] = [
     {"layout", "jsonl", "runtime"},
     {"ledger", "tracking"},
     {"models", "optim", "data"},
-    {"losses", "checkpoint", "generate"},
+    {"losses", "checkpoint", "generate", "hf"},
     {"evaluate", "train"},
     {"config"},
     {"experiment"},
     {"run", "dry_run"},
+    {"convert"},
     {"commands"},
     {"__main__"},
 ]

@@ -21,13 +21,19 @@ class RopeConfig:
     theta: PositiveFloat = 10_000.0
     """Base of the wavelengths in global layers."""
     local_theta: PositiveFloat | None = None
-    """Base in local layers; None means as in global ones."""
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    """How global layers reach beyond the length they were trained at."""
+    """Base in local layers, which then are not scaled; None means that they rotate as global ones do."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How the model reaches beyond the length it was trained at."""
     factor: PositiveFloat = 1.0
-    """How much longer: linear divides every frequency by it, llama3 only the slow ones."""
+    """How much longer: linear divides every frequency by it, llama3 and yarn only the slow ones."""
     low_frequency_factor: PositiveFloat = 1.0
     high_frequency_factor: PositiveFloat = 4.0
+    """llama3: turns within `original_context` below the low factor are slow, above the high one fast."""
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    """yarn: the same in its terms."""
+    attention_factor: PositiveFloat | None = None
+    """yarn multiplies queries and keys by it; None means 0.1 ln(factor) + 1."""
     original_context: PositiveInt = 8192
 
 
@@ -63,11 +69,15 @@ class ModelConfig:
     norm_offset: float = 0.0
     """Added to the stored scale (Gemma stores scale - 1)."""
     qk_norm: bool = False
-    """RMSNorm queries and keys per head."""
+    """RMSNorm queries and keys."""
+    qk_norm_heads: Literal["each", "together"] = "each"
+    """Normalize every head by itself, or all heads of a token as one vector (OLMo 2)."""
     bias: bool = False
     """Biases in attention, mlp and LayerNorm."""
     qkv_bias: bool = False
     """Biases in query, key and value projections alone (Qwen 2)."""
+    attention_bias: bool = False
+    """Biases in all four projections of attention, not in the mlp."""
 
     position: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     rope: RopeConfig = RopeConfig()

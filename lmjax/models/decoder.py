@@ -23,7 +23,15 @@ from lmjax.models.layers import dropout, lookup, norm, norm_weights, rms_norm
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp, mlp_weights
 from lmjax.models.model import Cache, Model
-from lmjax.models.position import Rotation, alibi_slopes, rope_frequencies, rotate, rotation, sinusoidal
+from lmjax.models.position import (
+    Rotation,
+    alibi_slopes,
+    rope_frequencies,
+    rope_magnitude,
+    rotate,
+    rotation,
+    sinusoidal,
+)
 from lmjax.models.remat import REMAT
 from lmjax.weights import Initializer, Params, Spec, Weight, bind, fan_in, map_weights, normal, stacked, zeros
 
@@ -99,15 +107,16 @@ def attention_weights(cfg: ModelConfig, into: Initializer, out: Initializer) -> 
         "value": Weight("embed -> kv_heads head_dim", init=into),
         "output": Weight("heads head_dim -> embed", init=out),
     }
-    if cfg.bias or cfg.qkv_bias:
+    if cfg.bias or cfg.qkv_bias or cfg.attention_bias:
         spec["query_bias"] = Weight("-> heads head_dim", kind="bias", init=zeros)
         spec["key_bias"] = Weight("-> kv_heads head_dim", kind="bias", init=zeros)
         spec["value_bias"] = Weight("-> kv_heads head_dim", kind="bias", init=zeros)
-    if cfg.bias:
+    if cfg.bias or cfg.attention_bias:
         spec["output_bias"] = Weight("-> embed", kind="bias", init=zeros)
     if cfg.qk_norm:
-        spec["query_norm"] = {"scale": norm_weights(cfg, "head_dim")["scale"]}
-        spec["key_norm"] = {"scale": norm_weights(cfg, "head_dim")["scale"]}
+        heads, kv_heads = ("heads ", "kv_heads ") if cfg.qk_norm_heads == "together" else ("", "")
+        spec["query_norm"] = {"scale": norm_weights(cfg, f"{heads}head_dim")["scale"]}
+        spec["key_norm"] = {"scale": norm_weights(cfg, f"{kv_heads}head_dim")["scale"]}
     return spec
 
 
@@ -240,11 +249,13 @@ def rotations(cfg: ModelConfig, where_BT: jax.Array) -> dict[str, Rotation]:
     """The rotary angles of each kind of layer."""
     if cfg.position != "rope":
         return {}
-    size = cfg.dims["head_dim"]
-    return {
-        kind: rotation(where_BT, rope_frequencies(cfg.rope, size, local=kind == "local"))
-        for kind in dict.fromkeys(cfg.pattern)
-    }
+
+    def of_kind(kind: LayerKind) -> Rotation:
+        local = kind == "local"
+        frequencies = rope_frequencies(cfg.rope, cfg.dims["head_dim"], local=local)
+        return rotation(where_BT, frequencies, rope_magnitude(cfg.rope, local=local))
+
+    return {kind: of_kind(kind) for kind in dict.fromkeys(cfg.pattern)}
 
 
 def run_segment(

@@ -11,12 +11,12 @@ from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
 
 
-def norm_weights(cfg: ModelConfig, axis: str = "embed") -> Spec:
+def norm_weights(cfg: ModelConfig, axes: str = "embed") -> Spec:
     """Scale, and for LayerNorm with biases a shift. The start is the identity whatever the stored offset."""
     start = ones if cfg.norm_offset == 0 else _constant(1 - cfg.norm_offset)
-    weights = {"scale": Weight(f"-> {axis}", kind="scale", init=start)}
+    weights = {"scale": Weight(f"-> {axes}", kind="scale", init=start)}
     if cfg.norm == "layer" and cfg.bias:
-        weights["bias"] = Weight(f"-> {axis}", kind="bias", init=zeros)
+        weights["bias"] = Weight(f"-> {axes}", kind="bias", init=zeros)
     return weights
 
 
@@ -31,15 +31,15 @@ def norm(p: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def rms_norm(p: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """RMSNorm whatever `cfg.norm` is: what qk_norm means in every published model."""
+    """RMSNorm over the axes that the scale has, whatever `cfg.norm` is: what qk_norm means in every published model."""
     return _normalize(x, p["scale"] + cfg.norm_offset, None, cfg.norm_epsilon, centred=False)
 
 
 def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float, *, centred: bool) -> jax.Array:
-    y = x.astype(jnp.float32)
+    y, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
     if centred:
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon) * scale
+        y = y - jnp.mean(y, axis=axes, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + epsilon) * scale
     return (y if bias is None else y + bias).astype(x.dtype)
 
 

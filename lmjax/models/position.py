@@ -11,7 +11,7 @@ from lmjax.models.config import RopeConfig
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the rotary angles, [B or 1, T, 1, H/2] in float32."""
+    """cos and sin of the rotary angles, [B or 1, T, 1, H/2] in float32, times what scales queries and keys."""
 
     cos: jax.Array
     sin: jax.Array
@@ -21,23 +21,50 @@ def rope_frequencies(cfg: RopeConfig, head_dim: int, *, local: bool) -> np.ndarr
     """Radians per position of each pair, [H/2] (Su et al. 2021, eq. 15), with the scaling of global layers.
 
     llama3 (Llama 3.1 model card): wavelengths beyond original_context / low_frequency_factor are stretched by
-    `factor`, those below original_context / high_frequency_factor are kept, with a linear blend between.
+    `factor`, those below original_context / high_frequency_factor are kept, with a linear blend between. yarn (Peng et
+    al. 2023, arXiv:2309.00071, section 3.2): the same with beta_slow and beta_fast turns, blended over the pairs'
+    numbers, rounded outwards as its code does.
     """
-    theta = (cfg.local_theta or cfg.theta) if local else cfg.theta
+    theta = cfg.local_theta if local and cfg.local_theta else cfg.theta
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if local or cfg.scaling == "none":
+    if not is_scaled(cfg, local=local):
         return frequencies
     if cfg.scaling == "linear":
         return frequencies / cfg.factor
-    turns = cfg.original_context * frequencies / (2 * math.pi)  # within the original context
-    blend = (turns - cfg.low_frequency_factor) / (cfg.high_frequency_factor - cfg.low_frequency_factor)
-    keep = np.clip(blend, 0.0, 1.0)
+    keep = _llama3_kept(cfg, frequencies) if cfg.scaling == "llama3" else _yarn_kept(cfg, head_dim)
     return frequencies * (keep + (1 - keep) / cfg.factor)
 
 
-def rotation(positions_BT: jax.Array, frequencies: np.ndarray) -> Rotation:
+def is_scaled(cfg: RopeConfig, *, local: bool) -> bool:
+    return cfg.scaling != "none" and not (local and cfg.local_theta)
+
+
+def _llama3_kept(cfg: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
+    turns = cfg.original_context * frequencies / (2 * math.pi)  # within the original context
+    blend = (turns - cfg.low_frequency_factor) / (cfg.high_frequency_factor - cfg.low_frequency_factor)
+    return np.clip(blend, 0.0, 1.0)
+
+
+def _yarn_kept(cfg: RopeConfig, head_dim: int) -> np.ndarray:
+    def pair(turns: float) -> float:
+        """The number of the pair that turns so often within the original context."""
+        return head_dim * math.log(cfg.original_context / (turns * 2 * math.pi)) / (2 * math.log(cfg.theta))
+
+    first = max(math.floor(pair(cfg.beta_fast)), 0)
+    last = min(math.ceil(pair(cfg.beta_slow)), head_dim - 1)
+    return 1 - np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0.0, 1.0)
+
+
+def rope_magnitude(cfg: RopeConfig, *, local: bool) -> float:
+    """What queries and keys are multiplied by when they are rotated (Peng et al. 2023, eq. 22)."""
+    if cfg.scaling != "yarn" or not is_scaled(cfg, local=local):
+        return 1.0
+    return cfg.attention_factor or 0.1 * math.log(max(cfg.factor, 1.0)) + 1
+
+
+def rotation(positions_BT: jax.Array, frequencies: np.ndarray, magnitude: float = 1.0) -> Rotation:
     angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    return Rotation(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
 
 
 def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:

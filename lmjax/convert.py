@@ -1,0 +1,62 @@
+"""The convert command: foreign checkpoints into work directories, and back."""
+
+from pathlib import Path
+
+from etils import epath
+
+from lmjax import config as configs
+from lmjax import experiment, seal
+from lmjax.checkpoint import Checkpoints
+from lmjax.config import Config
+from lmjax.data.config import DataConfig
+from lmjax.errors import CheckpointError
+from lmjax.hf import tokenizer_files
+from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
+from lmjax.run import make_workdir
+
+_SEQ_LEN = 1024
+
+
+def from_hf(directory: str, workdir: str) -> Imported:
+    """Make a work directory of a Hugging Face checkpoint: evaluate, generate, inspect and verify then read it.
+
+    Raises what `read_checkpoint` and `write_workdir` do.
+    """
+    target = new_workdir(workdir)
+    imported = read_checkpoint(Path(directory))
+    write_workdir(imported, target, source=directory)
+    return imported
+
+
+def new_workdir(workdir: str) -> epath.Path:
+    """Where a model may be written to. Raises CheckpointError for a directory that holds one, or is not writable."""
+    target = epath.Path(workdir)
+    if (target / "config.json").exists() or (target / "checkpoints").exists():
+        raise CheckpointError(f"--workdir={workdir} holds a run already; choose another")
+    make_workdir(target)
+    return target
+
+
+def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> None:
+    """The files of a run that has been trained elsewhere: a sealed checkpoint of step 0, tokenizer/, config.json."""
+    checkpoints = Checkpoints(workdir / "checkpoints", Config().checkpoint)
+    checkpoints.save(0, {"params": imported.params}, {"source": source})
+    checkpoints.wait()
+    if imported.tokenizer is not None:
+        imported.tokenizer.save(workdir / "tokenizer")
+        for name, content in imported.files.items():
+            (workdir / "tokenizer" / name).write_bytes(content)
+    data = DataConfig(seq_len=min(_SEQ_LEN, imported.model.context))
+    seal.write_atomically(workdir / "config.json", configs.to_json(Config(model=imported.model, data=data)))
+
+
+def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: int) -> list[str]:
+    """Write the model of a work directory for transformers; the names of the files.
+
+    Raises what `experiment.load_trained` and `write_checkpoint` do.
+    """
+    trained = experiment.load_trained(workdir, step)
+    beside = {name: epath.Path(workdir) / "tokenizer" / name for name in tokenizer_files.KEPT}
+    files = {name: path.read_bytes() for name, path in beside.items() if path.exists()}
+    imported = Imported(trained.cfg.model, trained.params, trained.tokenizer, files)
+    return write_checkpoint(Path(out), imported, dtype=dtype, shard_bytes=shard_bytes)

@@ -1,0 +1,264 @@
+"""Parts of config.json where fields hang together: activation, biases, windows, rotary positions, scales."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lmjax.errors import ConfigError
+from lmjax.hf.config_json import Fields, Json, Rule, layer_kinds, shortest_period
+from lmjax.models.config import ModelConfig, RopeConfig
+
+# Activation -------------------------------------------------------------------------------------------------------
+
+# Their name -> ours; the first name of each is the one we write.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "gelu": "gelu_exact",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+
+
+def activation(name: str) -> Rule:
+    """The activation in the field `name`."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        theirs = fields.take(name)
+        if not isinstance(theirs, str) or theirs not in _ACTIVATIONS:
+            raise fields.refuse(name, f"is no activation known here; there is {', '.join(_ACTIVATIONS)}")
+        return {"activation": _ACTIVATIONS[theirs]}
+
+    def write(cfg: ModelConfig) -> Json:
+        return {name: next((theirs for theirs, ours in _ACTIVATIONS.items() if ours == cfg.activation), None)}
+
+    return Rule(read, write)
+
+
+# Biases -----------------------------------------------------------------------------------------------------------
+
+
+def _read_llama_bias(fields: Fields) -> dict[str, Any]:
+    attention, mlp = fields.take("attention_bias"), fields.take("mlp_bias")
+    if mlp and not attention:
+        raise fields.refuse("mlp_bias", "without attention_bias is not supported")
+    return {"bias": bool(attention and mlp), "attention_bias": bool(attention and not mlp)}
+
+
+LLAMA_BIAS = Rule(
+    _read_llama_bias, lambda cfg: {"attention_bias": cfg.bias or cfg.attention_bias, "mlp_bias": cfg.bias}
+)
+
+
+# Windows ----------------------------------------------------------------------------------------------------------
+
+
+def _kinds(fields: Fields, types: list[str]) -> tuple[str, ...]:
+    names = {"full_attention": "global", "sliding_attention": "local"}
+    if len(types) != fields.take("num_hidden_layers") or not set(types) <= set(names):
+        raise fields.refuse("layer_types", f"must name {' or '.join(names)} for every layer")
+    return tuple(names[one] for one in types)
+
+
+def _window(pattern: tuple[str, ...], window: Any) -> dict[str, Any]:
+    return {"pattern": pattern, "window": window if "local" in pattern else None}
+
+
+def _types(cfg: ModelConfig) -> list[str]:
+    return ["sliding_attention" if kind == "local" else "full_attention" for kind in layer_kinds(cfg)]
+
+
+def _read_one_window(fields: Fields) -> dict[str, Any]:
+    window = fields.take("sliding_window")
+    return _window(("global",) if window is None else ("local",), window)
+
+
+# Mistral: every layer slides, or none.
+ONE_WINDOW = Rule(_read_one_window, lambda cfg: {"sliding_window": cfg.window})
+
+
+def _read_late_windows(fields: Fields) -> dict[str, Any]:
+    use, window, first = (fields.take(name) for name in ("use_sliding_window", "sliding_window", "max_window_layers"))
+    layers, types = integer(fields, "num_hidden_layers"), fields.take("layer_types")
+    slides = use and window is not None
+    if types is None:
+        pattern = _late_pattern(layers, first if slides else layers)
+    else:
+        pattern = shortest_period(_kinds(fields, types))
+        window = window if slides else None
+    return _window(pattern, window)
+
+
+def _late_pattern(layers: int, first: int) -> tuple[str, ...]:
+    if first >= layers:
+        return ("global",)
+    return ("local",) if first <= 0 else ("global",) * first + ("local",) * (layers - first)
+
+
+def _write_late_windows(cfg: ModelConfig) -> Json:
+    types = _types(cfg)
+    first = types.index("sliding_attention") if cfg.window else len(types)
+    return {
+        "use_sliding_window": cfg.window is not None,
+        "sliding_window": cfg.window,
+        "max_window_layers": first,
+        "layer_types": types,
+    }
+
+
+# Qwen: from some layer on, if at all.
+LATE_WINDOWS = Rule(_read_late_windows, _write_late_windows)
+
+
+def periodic_windows(period: int) -> Rule:
+    """Gemma: every layer slides but each `period`-th, unless layer_types or sliding_window_pattern say otherwise."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        types, length = fields.take("layer_types"), period
+        for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+            length = fields.take(name) if fields.has(name) else length
+        if types is not None:
+            return _window(shortest_period(_kinds(fields, types)), fields.take("sliding_window"))
+        return _window(("local",) * (length - 1) + ("global",), fields.take("sliding_window"))
+
+    def write(cfg: ModelConfig) -> Json:
+        return {"sliding_window": cfg.window, "layer_types": _types(cfg)}
+
+    return Rule(read, write)
+
+
+# Rotary positions -------------------------------------------------------------------------------------------------
+
+# Of each rope_type: its keys -> ours. Both spellings of the type's own name are read.
+_ROPE_KEYS: dict[str, Mapping[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_frequency_factor",
+        "high_freq_factor": "high_frequency_factor",
+        "original_max_position_embeddings": "original_context",
+    },
+    "yarn": {
+        "factor": "factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+        "original_max_position_embeddings": "original_context",
+    },
+}
+_OUR_SCALING = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+
+
+def _scaling(fields: Fields, name: str, values: Json) -> tuple[float | None, dict[str, Any]]:
+    """(theta if it stands here, settings of RopeConfig) of a rope_scaling or rope_parameters object."""
+    values = {key: value for key, value in values.items() if value is not None}
+    theta = values.pop("rope_theta", None)
+    kinds = {values.pop(key, None) for key in ("rope_type", "type")} - {None}
+    kind = kinds.pop() if kinds else "default"
+    if kinds or kind not in _ROPE_KEYS:
+        raise ConfigError(f"{fields.where}: {name}.rope_type={kind!r} is not supported; there is {list(_ROPE_KEYS)}")
+    if values.pop("partial_rotary_factor", 1) != 1:
+        raise ConfigError(f"{fields.where}: {name}.partial_rotary_factor is not supported; it must be 1")
+    keys = _ROPE_KEYS[kind]
+    unknown = sorted(set(values) - set(keys))
+    if unknown:
+        raise ConfigError(f"{fields.where}: {name}.{unknown[0]} is not supported with rope_type {kind!r}")
+    settings = {keys[key]: value for key, value in values.items()}
+    if kind != "default" and "factor" not in settings:
+        raise ConfigError(f"{fields.where}: {name} has no factor; rope_type {kind!r} needs it")
+    if "original_max_position_embeddings" in keys:
+        settings.setdefault("original_context", fields.take("max_position_embeddings"))
+    return theta, {"scaling": _OUR_SCALING[kind], **settings}
+
+
+def _rope_object(fields: Fields) -> tuple[str, Json]:
+    """The one of the two names of this object that is there; older files say rope_scaling."""
+    old, new = fields.take("rope_scaling"), fields.take("rope_parameters")
+    name, value = ("rope_scaling", old) if old else ("rope_parameters", new or {})
+    if not isinstance(value, dict):
+        raise fields.refuse(name, "is not an object")
+    return name, value
+
+
+def _read_rope(fields: Fields) -> dict[str, Any]:
+    name, values = _rope_object(fields)
+    theta, settings = _scaling(fields, name, values)
+    outside = fields.take("rope_theta")
+    return {"rope": {"theta": outside if theta is None else theta, **settings}}
+
+
+def _write_scaling(rope: RopeConfig) -> Json | None:
+    kind = next(theirs for theirs, ours in _OUR_SCALING.items() if ours == rope.scaling)
+    if kind == "default":
+        return None
+    values = {theirs: getattr(rope, ours) for theirs, ours in _ROPE_KEYS[kind].items()}
+    return {"rope_type": kind, **{key: value for key, value in values.items() if value is not None}}
+
+
+ROPE = Rule(_read_rope, lambda cfg: {"rope_theta": cfg.rope.theta, "rope_scaling": _write_scaling(cfg.rope)})
+
+
+def _read_two_ropes(fields: Fields) -> dict[str, Any]:
+    name, values = _rope_object(fields)
+    theta, local_theta = fields.take("rope_theta"), fields.take("rope_local_base_freq")
+    if name == "rope_parameters":
+        local = dict(values.get("sliding_attention") or {})
+        local_theta = local.pop("rope_theta", None) or local_theta
+        unknown = sorted(set(values) - {"full_attention", "sliding_attention"})
+        if unknown or local.pop("rope_type", "default") != "default" or local:
+            raise fields.refuse(name, "must be full_attention with any scaling and sliding_attention with none")
+        values = values.get("full_attention") or {}
+    inside, settings = _scaling(fields, name, values)
+    return {"rope": {"theta": theta if inside is None else inside, "local_theta": local_theta, **settings}}
+
+
+def _write_two_ropes(cfg: ModelConfig) -> Json:
+    return {
+        "rope_theta": cfg.rope.theta,
+        "rope_local_base_freq": cfg.rope.local_theta or cfg.rope.theta,
+        "rope_scaling": _write_scaling(cfg.rope),
+    }
+
+
+# Gemma 3: local layers turn with their own base and are never scaled.
+TWO_ROPES = Rule(_read_two_ropes, _write_two_ropes)
+
+
+_LARGEST = 1_000_000
+
+
+# Sizes and scales -------------------------------------------------------------------------------------------------
+
+
+def optional(name: str, ours: str, otherwise: Callable[[Fields], Any]) -> Rule:
+    """A size whose absence or null means another one."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        value = fields.take(name)
+        return {ours: otherwise(fields) if value is None else value}
+
+    return Rule(read, lambda cfg: {name: cfg.dims[ours]})
+
+
+def integer(fields: Fields, name: str) -> int:
+    """A field that others are computed from."""
+    value = fields.take(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+        raise fields.refuse(name, f"is not an integer from 1 to {_LARGEST}")
+    return value
+
+
+KV_HEADS = optional("num_key_value_heads", "kv_heads", lambda fields: integer(fields, "num_attention_heads"))
+HEAD_DIM = optional(
+    "head_dim", "head_dim", lambda fields: integer(fields, "hidden_size") // integer(fields, "num_attention_heads")
+)
+GPT2_MLP = optional("n_inner", "mlp", lambda fields: 4 * integer(fields, "n_embd"))
+
+# Gemma multiplies embeddings by the square root of their width.
+EMBED_SCALE = Rule(lambda fields: {"embed_scale": integer(fields, "hidden_size") ** 0.5}, lambda cfg: {})
+QUERY_SCALE = Rule(
+    lambda fields: {"attention_scale": integer(fields, "query_pre_attn_scalar") ** -0.5},
+    lambda cfg: {"query_pre_attn_scalar": round((cfg.attention_scale or cfg.dims["head_dim"] ** -0.5) ** -2)},
+)
