@@ -24,6 +24,8 @@ def describe(cfg: Config) -> Iterator[str]:
     experiment = parts.assemble(cfg)
     counts = count(experiment.model.spec)
     yield f"parameters   {counts.total:,} total, {counts.non_embedding:,} non-embedding, {counts.matmul:,} matmul"
+    if counts.active != counts.total:
+        yield f"             {counts.active:,} active: what a token passes through, the N of 6ND"
 
     sequences = cfg.train.steps * cfg.train.batch
     tokens, flops = sequences * cfg.data.seq_len, sequence_flops(experiment.model, cfg.data.seq_len)

@@ -317,6 +317,7 @@ class Run:
             "params/total": counts.total,
             "params/non_embedding": counts.non_embedding,
             "params/matmul": counts.matmul,
+            "params/active": counts.active,
             "tokens": samples * self.cfg.data.seq_len,
             "flops_6nd": samples * flops.six_nd,
             "flops_causal": samples * flops.causal,

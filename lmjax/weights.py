@@ -55,6 +55,10 @@ class Weight:
     init: Initializer = fan_in
     tied: bool = False
     """A lookup that is also used, transposed, as a matmul (the output head reads the embedding)."""
+    active: int | None = None
+    """Of the copies along the last batch axis, how many a token passes through; None means all."""
+    float32: bool = False
+    """Multiplied in float32 whatever the model computes in."""
     sizes: tuple[int, ...] = ()
 
     @property
@@ -84,6 +88,14 @@ class Weight:
         return math.prod(self.shape)
 
     @property
+    def active_size(self) -> int:
+        """The entries that a token passes through."""
+        if self.active is None:
+            return self.size
+        copies = self.shape[len(self.batch_axes) - 1]
+        return self.size // copies * self.active
+
+    @property
     def fan_in(self) -> int:
         start = len(self.batch_axes)
         return math.prod(self.shape[start : start + len(self.in_axes)])
@@ -93,10 +105,15 @@ class Weight:
         return self.kind != "buffer"
 
     def unstacked(self) -> "Weight":
-        """The same weight without its batch axes: what one layer sees."""
-        return dataclasses.replace(
-            self, axes=self.axes.split("|")[-1].strip(), sizes=self.sizes[len(self.batch_axes) :]
-        )
+        """The same weight without its batch axes: one of its copies."""
+        axes = self.axes.split("|")[-1].strip()
+        return dataclasses.replace(self, axes=axes, sizes=self.sizes[len(self.batch_axes) :], active=None)
+
+    def of_layer(self) -> "Weight":
+        """The same weight without the axis that `stacked` put in front: what one layer sees."""
+        assert self.batch_axes[0] == "layers", f"'{self.axes}' is not stacked"
+        axes = self.axes.removeprefix("layers").lstrip(" |")
+        return dataclasses.replace(self, axes=axes, sizes=self.sizes[1:])
 
 
 def map_weights(function: Callable[..., Any], spec: Spec, *trees: Any) -> Any:
@@ -179,18 +196,21 @@ def decays(weight: Weight) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Parameter counts. Scaling-law papers differ in which one they call N, so all three are always reported."""
+    """Parameter counts. Scaling-law papers differ in which one they call N, so all are always reported."""
 
     total: int
     non_embedding: int
     """Total minus the lookup tables (Kaplan et al. 2020); a tied table counts as embedding."""
     matmul: int
-    """Weights that multiply every token: matmuls, and a tied table once as the output head."""
+    """Weights that multiply a token: matmuls, of experts those chosen, and a tied table once as the output head."""
+    active: int
+    """Total minus the experts that a token does not pass through; the N of 6ND. Equals the total without experts."""
 
 
 def count(spec: Spec) -> Counts:
     weights = [weight for weight in by_path(spec).values() if weight.trainable]
     lookups = sum(weight.size for weight in weights if weight.kind == "lookup")
-    matmuls = sum(weight.size for weight in weights if weight.kind == "matmul" or weight.tied)
+    matmuls = sum(weight.active_size for weight in weights if weight.kind == "matmul" or weight.tied)
     total = sum(weight.size for weight in weights)
-    return Counts(total=total, non_embedding=total - lookups, matmul=matmuls)
+    active = sum(weight.active_size for weight in weights)
+    return Counts(total=total, non_embedding=total - lookups, matmul=matmuls, active=active)

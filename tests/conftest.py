@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from lmjax.models.config import ModelConfig, RopeConfig
+from lmjax.models.config import ModelConfig, MoeConfig, RopeConfig
 
 # Widths are distinct, so that a transposed axis cannot go unnoticed, and where layers follow a pattern there are two
 # periods of it and a remainder.
@@ -68,6 +68,25 @@ FAMILIES: dict[str, ModelConfig] = {
         qk_norm_heads="together",
         attention_bias=True,
         tied=False,
+    ),
+    "mixtral": ModelConfig(**SIZES, kv_heads=2, activation="silu", gated=True, tied=False, moe=MoeConfig(experts=5)),
+    "deepseek_v3": ModelConfig(
+        **SIZES,
+        activation="silu",
+        gated=True,
+        bias=True,
+        moe=MoeConfig(
+            experts=6,
+            top_k=3,
+            mlp=16,
+            dense_first=1,
+            score="sigmoid",
+            scale=2.5,
+            shared_mlp=32,
+            shared_gate=True,
+            router_z_weight=1e-3,
+            bias_rate=1e-3,
+        ),
     ),
     "alibi": ModelConfig(**SIZES | {"heads": 3}, position="alibi", activation="relu_squared"),
     "sinusoidal": ModelConfig(**SIZES, position="sinusoidal", norm="layer", activation="gelu_exact"),

@@ -68,6 +68,9 @@ def test_stacking_keeps_what_a_single_weight_is() -> None:
     assert twice.batch_axes == ("layers", "layers")
     assert twice.fan_in == single["query"].fan_in
     assert twice.unstacked() == single["query"]
+    assert stacked(single, 3)["query"].of_layer() == single["query"]
+    experts = bind({"up": Weight("experts | embed -> vocab", active=2)}, DIMS | {"experts": 4})
+    assert stacked(experts, 3)["up"].of_layer() == experts["up"]
 
 
 def test_bad_axes_are_refused() -> None:
@@ -81,8 +84,15 @@ def test_bad_axes_are_refused() -> None:
 
 def test_counts_by_every_convention() -> None:
     matmuls, vectors, table = 60 + 60, 6 + 10, 54
-    assert count(small_spec()) == Counts(matmuls + vectors + table, matmuls + vectors, matmuls)
-    assert count(small_spec(tied=True)) == Counts(matmuls + vectors + table, matmuls + vectors, matmuls + table)
+    total = matmuls + vectors + table
+    assert count(small_spec()) == Counts(total, matmuls + vectors, matmuls, total)
+    assert count(small_spec(tied=True)) == Counts(total, matmuls + vectors, matmuls + table, total)
+
+
+def test_of_experts_those_that_a_token_passes_through_are_active() -> None:
+    dims = {"experts": 8, "embed": 6, "expert_mlp": 5}
+    spec = stacked(bind({"up": Weight("experts | embed -> expert_mlp", active=2)}, dims), 3)
+    assert count(spec) == Counts(total=3 * 8 * 30, non_embedding=3 * 8 * 30, matmul=3 * 2 * 30, active=3 * 2 * 30)
 
 
 def test_masks_follow_the_kind() -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lmjax.errors import ConfigError
 from lmjax.hf.tensors import Tensor
-from lmjax.models.config import LayerKind, ModelConfig, RopeConfig
+from lmjax.models.config import AttentionKind, ModelConfig, RopeConfig
 from lmjax.schema import validated
 
 Json = dict[str, Any]
@@ -198,9 +198,9 @@ def _canonical_rope(cfg: ModelConfig) -> RopeConfig:
     )
 
 
-def layer_kinds(cfg: ModelConfig) -> tuple[LayerKind, ...]:
-    """The kind of every layer."""
-    return tuple(kind for period, repeats in cfg.segments for kind in period * repeats)
+def layer_kinds(cfg: ModelConfig) -> tuple[AttentionKind, ...]:
+    """The kind of attention of every layer."""
+    return tuple(kind.attention for kind in cfg.kinds)
 
 
 def shortest_period(kinds: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
-"""What a decoder looks like. One config spans GPT-2, mini-GPT, Llama, Qwen, Gemma, OLMo."""
+"""What a decoder looks like. One config spans GPT-2, mini-GPT, Llama, Qwen, Gemma, OLMo, Mixtral."""
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -8,9 +9,17 @@ from lmjax.errors import ConfigError
 from lmjax.models.activations import ACTIVATIONS
 from lmjax.models.attention import BACKENDS
 from lmjax.models.remat import REMAT
-from lmjax.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, config_class, one_of
+from lmjax.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config_class, one_of
 
-LayerKind = Literal["global", "local"]
+AttentionKind = Literal["global", "local"]
+MlpKind = Literal["dense", "moe"]
+
+
+class LayerKind(NamedTuple):
+    attention: AttentionKind
+    mlp: MlpKind
+
+
 Segments = tuple[tuple[tuple[LayerKind, ...], int], ...]
 
 
@@ -38,6 +47,61 @@ class RopeConfig:
 
 
 @config_class
+class MoeConfig:
+    """A router sends each token through a few of many mlps (Shazeer et al. 2017, arXiv:1701.06538)."""
+
+    experts: PositiveInt | None = None
+    """How many mlps a mixture layer has; None means that every layer has a single one."""
+    top_k: PositiveInt = 2
+    """Experts that a token passes through."""
+    mlp: PositiveInt | None = None
+    """Width of each expert; None means model.mlp."""
+    pattern: tuple[MlpKind, ...] = ("moe",)
+    """Which layers are mixtures: one period, counted from the input as model.pattern is."""
+    dense_first: NonNegativeInt = 0
+    """So many layers at the input are dense whatever `pattern` says (DeepSeek-V3: 3)."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes an expert's score of its router logit: softmax over all experts, or each by itself (DeepSeek-V3)."""
+    normalize: bool = True
+    """Divide the chosen experts' scores by their sum; with softmax this is a softmax over the chosen (Mixtral)."""
+    scale: PositiveFloat = 1.0
+    """Multiplies the chosen experts' weights (DeepSeek-V3: 2.5)."""
+    shared_mlp: PositiveInt | None = None
+    """Width of an mlp beside the experts that every token passes through; None means that there is none."""
+    shared_gate: bool = False
+    """Multiply the shared mlp's output by a sigmoid of its input (Qwen2-MoE)."""
+
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    """capacity: in training an expert takes only so many tokens of a sequence, the first that choose it; arrays then
+    have a fixed size. Evaluation and generation drop nothing."""
+    capacity_factor: PositiveFloat = 1.25
+    """An expert's room over what it would receive if all received the same."""
+    balance_weight: NonNegativeFloat = 0.01
+    """Of the loss that is 1 when all experts receive the same share of each sequence, the mean over mixture layers."""
+    router_z_weight: NonNegativeFloat = 0.0
+    """Of logsumexp(router logits)^2, the mean over tokens and mixture layers (ST-MoE used 1e-3)."""
+    bias_rate: NonNegativeFloat | None = None
+    """Balance by a bias on each expert's score that acts on the choice alone and moves by this much after each update
+    (DeepSeek-V3: 1e-3; Wang et al. 2024, arXiv:2408.15664). None means no bias, 0 keeps it as it is."""
+
+    def __post_init__(self) -> None:
+        if self.experts is None:
+            return
+        if self.top_k > self.experts:
+            raise ConfigError(f"model.moe.top_k={self.top_k} is more than model.moe.experts={self.experts}")
+        if self.top_k == 1 and self.normalize:
+            raise ConfigError(
+                "model.moe.top_k=1 with normalize gives every chosen expert the weight 1, from which no router learns; "
+                "set model.moe.normalize=False"
+            )
+        if "moe" not in self.pattern:
+            raise ConfigError("model.moe.pattern names no 'moe' layer; e.g. ('moe',) or ('dense', 'moe')")
+        if self.shared_gate and self.shared_mlp is None:
+            raise ConfigError("model.moe.shared_gate is set but there is no shared expert: set model.moe.shared_mlp")
+
+
+@config_class
 class ModelConfig:
     """A decoder-only transformer."""
 
@@ -46,7 +110,7 @@ class ModelConfig:
     context: PositiveInt = 256
     """Longest sequence the model is meant for (the size of a learned position table)."""
     layers: PositiveInt = 4
-    pattern: tuple[LayerKind, ...] = ("global",)
+    pattern: tuple[AttentionKind, ...] = ("global",)
     """One period of layers, repeated; `layers` need not be a multiple of it."""
     window: PositiveInt | None = None
     """How many tokens, itself included, a token sees in local layers."""
@@ -58,6 +122,7 @@ class ModelConfig:
     head_dim: PositiveInt | None = None
     """None means embed / heads."""
     mlp: PositiveInt = 512
+    moe: MoeConfig = MoeConfig()
 
     activation: Annotated[str, one_of(ACTIVATIONS)] = "gelu"
     gated: bool = False
@@ -127,6 +192,13 @@ class ModelConfig:
             raise ConfigError("model.window is set but model.pattern has no 'local' layer; e.g. ('local', 'global')")
         if self.position == "rope" and self.dims["head_dim"] % 2:
             raise ConfigError(f"rope rotates pairs: the head size {self.dims['head_dim']} must be even")
+        if self.moe.experts is None and self.moe != MoeConfig():
+            raise ConfigError("model.moe has settings but no experts; set model.moe.experts or leave the others out")
+        if self.moe.experts is not None and all(kind.mlp == "dense" for kind in self.kinds):
+            raise ConfigError(
+                f"model.moe leaves all of model.layers={self.layers} dense; lower model.moe.dense_first="
+                f"{self.moe.dense_first} or change model.moe.pattern"
+            )
 
     @property
     def dims(self) -> dict[str, int]:
@@ -139,18 +211,41 @@ class ModelConfig:
             "kv_heads": self.kv_heads or self.heads,
             "head_dim": self.head_dim or self.embed // self.heads,
             "mlp": self.mlp,
+            "experts": self.moe.experts or 1,
+            "routes": self.moe.experts or 1,
+            "expert_mlp": self.moe.mlp or self.mlp,
+            "shared_mlp": self.moe.shared_mlp or 1,
+            "shared_gate": 1,
         }
 
     @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """What each layer is made of, from the input."""
+        return tuple(LayerKind(self.pattern[i % len(self.pattern)], self._mlp_of(i)) for i in range(self.layers))
+
+    def _mlp_of(self, layer: int) -> MlpKind:
+        if self.moe.experts is None or layer < self.moe.dense_first:
+            return "dense"
+        return self.moe.pattern[layer % len(self.moe.pattern)]
+
+    @property
     def segments(self) -> Segments:
-        """((period, repeats), ...): full periods, then what remains."""
-        repeats, rest = divmod(self.layers, len(self.pattern))
-        full = ((self.pattern, repeats),) if repeats else ()
-        remainder = ((self.pattern[:rest], 1),) if rest else ()
-        return full + remainder
+        """((period, repeats), ...): full periods, then what remains; before them those of `moe.dense_first` alone."""
+        first = self.moe.dense_first
+        mixed = self.moe.pattern if self.moe.experts is not None else ("dense",)
+        period = math.lcm(len(self.pattern), len(mixed))
+        return _periods(self.kinds[:first], len(self.pattern)) + _periods(self.kinds[first:], period)
 
     def window_of(self, kind: LayerKind) -> int | None:
-        return self.window if kind == "local" else None
+        return self.window if kind.attention == "local" else None
+
+
+def _periods(kinds: tuple[LayerKind, ...], period: int) -> Segments:
+    """A run of layers that repeats every `period` as full periods, then what remains."""
+    repeats, rest = divmod(len(kinds), period)
+    full = ((kinds[:period], repeats),) if repeats else ()
+    remainder = ((kinds[len(kinds) - rest :], 1),) if rest else ()
+    return full + remainder
 
 
 def layer_index(segments: Segments, segment: int, repeat: int, slot: int) -> int:

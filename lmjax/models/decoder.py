@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from lmjax.errors import ConfigError
 from lmjax.layout import constrain, gather
 from lmjax.models import cache as caches
+from lmjax.models import moe
 from lmjax.models.activations import softcap
 from lmjax.models.attention import Mask, Score, attention
-from lmjax.models.config import LayerKind, ModelConfig, Segments, layer_index
+from lmjax.models.config import AttentionKind, LayerKind, ModelConfig, Segments, layer_index
 from lmjax.models.flops import attention_flops
 from lmjax.models.layers import dropout, lookup, norm, norm_weights, rms_norm
 from lmjax.models.linear import linear
@@ -51,6 +52,8 @@ def build(cfg: ModelConfig) -> Model:
         empty_cache=functools.partial(empty_cache, cfg),
         unstack=functools.partial(unstack, segments=cfg.segments),
         attention_flops=functools.partial(attention_flops, cfg),
+        auxiliary=moe.loss_weights(cfg.moe),
+        settle=functools.partial(moe.settle, cfg=cfg.moe),
     )
 
 
@@ -65,14 +68,15 @@ def weights(cfg: ModelConfig) -> Spec:
         spec["position"] = Weight("context -> embed", kind="lookup", init=table)
     if cfg.embed_norm:
         spec["embed_norm"] = norm_weights(cfg)
-    block = block_weights(cfg)
     if cfg.norm_position != "post":  # a post-norm block already ends in a norm
         spec["final_norm"] = norm_weights(cfg)
     if not cfg.tied:
         spec["unembed"] = Weight("embed -> vocab", init=into_initializer(cfg))
     spec = bind(spec, cfg.dims)
     spec["segments"] = {
-        str(segment): {str(slot): stacked(bind(block, cfg.dims), repeats) for slot in range(len(period))}
+        str(segment): {
+            str(slot): stacked(bind(block_weights(cfg, kind), cfg.dims), repeats) for slot, kind in enumerate(period)
+        }
         for segment, (period, repeats) in enumerate(cfg.segments)
     }
     return spec
@@ -89,9 +93,13 @@ def out_initializer(cfg: ModelConfig) -> Initializer:
     return lambda key, weight: scale * start(key, weight)
 
 
-def block_weights(cfg: ModelConfig) -> Spec:
+def block_weights(cfg: ModelConfig, kind: LayerKind) -> Spec:
     into, out = into_initializer(cfg), out_initializer(cfg)
-    block: Spec = {"attention": attention_weights(cfg, into, out), "mlp": mlp_weights(cfg, into, out)}
+    block: Spec = {"attention": attention_weights(cfg, into, out)}
+    if kind.mlp == "moe":
+        block["moe"] = moe.weights(cfg, into, out)
+    else:
+        block["mlp"] = mlp_weights(cfg, into, out)
     for part in ("attention", "mlp"):
         if cfg.norm_position in ("pre", "pre_and_output"):
             block[f"{part}_norm"] = norm_weights(cfg)
@@ -126,8 +134,10 @@ def attention_weights(cfg: ModelConfig, into: Initializer, out: Initializer) -> 
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    rotations: dict[str, Rotation]
+    rotations: dict[AttentionKind, Rotation]
     positions_BT: jax.Array | None
+    real_BT: jax.Array
+    """Which tokens are not padding."""
     segments_BT: jax.Array | None
     keys_B: jax.Array | None
 
@@ -140,8 +150,9 @@ def block(
     cfg: ModelConfig,
     kind: LayerKind,
     layer: int | jax.Array,
-) -> tuple[jax.Array, caches.LayerCache | None]:
-    """One layer: attention, then mlp, each added to the residual stream."""
+) -> tuple[jax.Array, caches.LayerCache | None, moe.Tally | None]:
+    """One layer: attention, then mlp or mixture of experts, each added to the residual stream."""
+    tally = None
 
     def residual(part: str, site: int, x_BTD: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
         h_BTD = norm(p[f"{part}_norm"], x_BTD, cfg) if cfg.norm_position in ("pre", "pre_and_output") else x_BTD
@@ -156,9 +167,16 @@ def block(
         y_BTD, cache = self_attention(p["attention"], h_BTD, context, cache, cfg, kind)
         return y_BTD
 
+    def transform(h_BTD: jax.Array) -> jax.Array:
+        nonlocal tally
+        if kind.mlp == "dense":
+            return mlp(p["mlp"], h_BTD, cfg)
+        y_BTD, tally = moe.mixture(p["moe"], h_BTD, context.real_BT, cfg, training=context.keys_B is not None)
+        return y_BTD
+
     x_BTD = residual("attention", ATTENTION_SITE, x_BTD, attend)
-    x_BTD = residual("mlp", MLP_SITE, x_BTD, lambda h_BTD: mlp(p["mlp"], h_BTD, cfg))
-    return constrain(x_BTD, "batch", None, None), cache
+    x_BTD = residual("mlp", MLP_SITE, x_BTD, transform)
+    return constrain(x_BTD, "batch", None, None), cache, tally
 
 
 def self_attention(
@@ -176,7 +194,8 @@ def self_attention(
     if cfg.qk_norm:
         q_BTNH, k_BTKH = rms_norm(p["query_norm"], q_BTNH, cfg), rms_norm(p["key_norm"], k_BTKH, cfg)
     if cfg.position == "rope":
-        q_BTNH, k_BTKH = rotate(q_BTNH, context.rotations[kind]), rotate(k_BTKH, context.rotations[kind])
+        by = context.rotations[kind.attention]
+        q_BTNH, k_BTKH = rotate(q_BTNH, by), rotate(k_BTKH, by)
 
     score = Score(
         scale=cfg.attention_scale or cfg.dims["head_dim"] ** -0.5,
@@ -211,22 +230,25 @@ def hidden(
 
     `positions_BT` (default 0, 1, ...) place tokens for rotary, learned and sinusoidal positions; with a cache they are
     needed, and negative ones mark padding. `segments_BT` keep documents from seeing each other. `keys_B`, one per
-    sample, turn dropout on.
+    sample, mean training: they turn dropout and the capacity of experts on.
     """
     T = tokens_BT.shape[1]
     if cache is None and cfg.position == "learned" and cfg.context < T:
         raise ConfigError(f"a sequence of {T} tokens is longer than the position table: model.context={cfg.context}")
     where_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
-    context = Context(rotations(cfg, where_BT), positions_BT, segments_BT, keys_B)
+    real_BT = constrain(jnp.broadcast_to(where_BT >= 0, tokens_BT.shape), "batch", None)
+    context = Context(rotations(cfg, where_BT), positions_BT, real_BT, segments_BT, keys_B)
     x_BTD = embed_tokens(params, tokens_BT, where_BT, keys_B, spec, cfg)
-    new_cache = []
+    new_cache, tallies = [], {}
     for segment in range(len(cfg.segments)):
         segment_cache = None if cache is None else cache[segment]
-        x_BTD, segment_cache = run_segment(params, x_BTD, context, segment_cache, spec, cfg, segment)
+        x_BTD, segment_cache, tallies[str(segment)] = run_segment(
+            params, x_BTD, context, segment_cache, spec, cfg, segment
+        )
         new_cache.append(segment_cache)
     if cfg.norm_position != "post":
         x_BTD = norm(gather(params["final_norm"], spec["final_norm"]), x_BTD, cfg)
-    return x_BTD, (None if cache is None else new_cache), {}
+    return x_BTD, (None if cache is None else new_cache), moe.metrics(tallies, real_BT, cfg.moe)
 
 
 def embed_tokens(
@@ -245,12 +267,12 @@ def embed_tokens(
     return constrain(dropout(x_BTD, keys_B, cfg.embed_dropout, 0, EMBED_SITE), "batch", None, None)
 
 
-def rotations(cfg: ModelConfig, where_BT: jax.Array) -> dict[str, Rotation]:
-    """The rotary angles of each kind of layer."""
+def rotations(cfg: ModelConfig, where_BT: jax.Array) -> dict[AttentionKind, Rotation]:
+    """The rotary angles of each kind of attention."""
     if cfg.position != "rope":
         return {}
 
-    def of_kind(kind: LayerKind) -> Rotation:
+    def of_kind(kind: AttentionKind) -> Rotation:
         local = kind == "local"
         frequencies = rope_frequencies(cfg.rope, cfg.dims["head_dim"], local=local)
         return rotation(where_BT, frequencies, rope_magnitude(cfg.rope, local=local))
@@ -266,40 +288,49 @@ def run_segment(
     spec: Spec,
     cfg: ModelConfig,
     segment: int,
-) -> tuple[jax.Array, Any]:
-    """All repeats of one period: scanned when the weights are stacked, looped over when they are unstacked."""
+) -> tuple[jax.Array, Any, dict[str, moe.Tally]]:
+    """All repeats of one period: scanned when the weights are stacked, looped over when they are unstacked.
+
+    Returns what experts did by slot, each array with the repeats in front.
+    """
     period, repeats = cfg.segments[segment]
     layers = params["segments"][str(segment)]
-    layer_spec = map_weights(Weight.unstacked, spec["segments"][str(segment)])
+    layer_spec = map_weights(Weight.of_layer, spec["segments"][str(segment)])
 
     def compute_dtype(weight: Weight, w: jax.Array) -> jax.Array:
-        return w.astype(cfg.dtype) if weight.kind == "matmul" else w
+        return w.astype(cfg.dtype) if weight.kind == "matmul" and not weight.float32 else w
 
     def body(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
         p, repeat, old_caches = inputs
         p = gather(map_weights(compute_dtype, layer_spec, p), layer_spec)
-        new_caches = []
+        new_caches, tallies = [], {}
         for slot, kind in enumerate(period):
             layer = layer_index(cfg.segments, segment, repeat, slot)
             old = None if old_caches is None else old_caches[slot]
-            x_BTD, new = block(p[str(slot)], x_BTD, context, old, cfg, kind, layer)
+            x_BTD, new, tally = block(p[str(slot)], x_BTD, context, old, cfg, kind, layer)
             new_caches.append(new)
-        return x_BTD, (None if old_caches is None else new_caches)
+            if tally is not None:
+                tallies[str(slot)] = tally
+        return x_BTD, (None if old_caches is None else new_caches, tallies)
 
     if isinstance(layers, list):
         return _loop(body, x_BTD, [(p, i, None if cache is None else cache[i]) for i, p in enumerate(layers)])
     assert cache is None, "decoding runs over unstacked weights: decoder.unstack(params)"
     xs = (layers, jnp.arange(repeats), None)
     unroll = max(1, round(cfg.unroll * repeats))
-    return jax.lax.scan(REMAT[cfg.remat](body), x_BTD, xs, unroll=unroll)
+    x_BTD, (_, tallies) = jax.lax.scan(REMAT[cfg.remat](body), x_BTD, xs, unroll=unroll)
+    return x_BTD, None, tallies
 
 
-def _loop(body: Callable[..., Any], x_BTD: jax.Array, xs: list[Any]) -> tuple[jax.Array, list[Any]]:
-    ys = []
+def _loop(
+    body: Callable[..., Any], x_BTD: jax.Array, xs: list[Any]
+) -> tuple[jax.Array, list[Any], dict[str, moe.Tally]]:
+    new_caches, tallies = [], []
     for inputs in xs:
-        x_BTD, y = body(x_BTD, inputs)
-        ys.append(y)
-    return x_BTD, ys
+        x_BTD, (new_cache, tally) = body(x_BTD, inputs)
+        new_caches.append(new_cache)
+        tallies.append(tally)
+    return x_BTD, new_caches, jax.tree.map(lambda *layers: jnp.stack(layers), *tallies)
 
 
 def unembed(params: Params, x: jax.Array, *, cfg: ModelConfig) -> jax.Array:

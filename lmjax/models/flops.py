@@ -20,7 +20,7 @@ class Flops(NamedTuple):
     """Of one training sequence, forward and backward."""
 
     six_nd: int
-    """6 x total parameters x tokens."""
+    """6 x active parameters x tokens: all parameters but the experts that a token does not pass through."""
     causal: int
     """Matmuls and attention, a query counting only the keys it may see. MFU uses this one."""
     full: int
@@ -36,7 +36,7 @@ def sequence_flops(model: Model, T: int) -> Flops:
         attention = model.attention_flops(T, causal=causal) if model.attention_flops else 0
         return 3 * (matmuls + attention)
 
-    return Flops(six_nd=6 * counts.total * T, causal=training(True), full=training(False))
+    return Flops(six_nd=6 * counts.active * T, causal=training(True), full=training(False))
 
 
 def attention_flops(cfg: ModelConfig, T: int, *, causal: bool = True) -> int:
@@ -67,6 +67,8 @@ def _jaxpr_flops(jaxpr: Any) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             total += _dot_flops(equation)
+        if equation.primitive.name == "ragged_dot_general":
+            total += _ragged_dot_flops(equation)
         trips = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += trips * sum(_jaxpr_flops(inner) for inner in jax.core.jaxprs_in_params(equation.params))
     return total
@@ -76,3 +78,12 @@ def _dot_flops(equation: Any) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _ragged_dot_flops(equation: Any) -> int:
+    """Each row meets the matrix of one group: as many as one product of all rows. (CPUs multiply by all groups.)"""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batched) = numbers.dot_dimension_numbers
+    left, right = (variable.aval.shape for variable in equation.invars[:2])
+    free = set(range(len(right))) - {*contracted, *batched, *numbers.rhs_group_dimensions}
+    return 2 * math.prod(left) * math.prod(right[axis] for axis in free)

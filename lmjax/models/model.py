@@ -7,11 +7,13 @@ Array names carry their axes, with one legend for the whole project:
     S key        K kv heads   V vocab        R rank       G = N / K
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
+from lmjax.metrics import Metrics
 from lmjax.weights import Params, Spec
 
 Cache = Any
@@ -25,7 +27,7 @@ class Model(NamedTuple):
     """
 
     spec: Spec
-    hidden: Callable[..., tuple[jax.Array, Cache, dict[str, Any]]]
+    hidden: Callable[..., tuple[jax.Array, Cache, Metrics]]
     """(params, tokens_BT, *, positions_BT, segments_BT, keys_B, cache) -> (x_BTD, cache, metrics)"""
     unembed: Callable[[Params, jax.Array], jax.Array]
     """(params, x_...D) -> float32 logits_...V"""
@@ -37,6 +39,11 @@ class Model(NamedTuple):
     """Params as decoding wants them: one layer's weights apart from another's."""
     attention_flops: Callable[..., int] | None = None
     """(T, *, causal) -> multiply-adds between activations in one forward pass over a sequence, times two."""
+    auxiliary: Mapping[str, float] = MappingProxyType({})
+    """Metrics of `hidden` that are losses, with the weight of each in what is minimized. A metric's own weight is the
+    number of tokens that are not padding."""
+    settle: Callable[[Params, Metrics], tuple[Params, Metrics]] = lambda params, metrics: (params, metrics)
+    """(params after an update, metrics of its whole batch) -> (params with buffers moved, metrics to show)"""
 
     def logits(self, params: Params, tokens_BT: jax.Array, **inputs: Any) -> jax.Array:
         """float32 logits_BTV of the whole batch: for tests and small inputs."""

@@ -36,7 +36,7 @@ def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int =
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, state.hyper, state.counters.step, norm
         )
-        params = optax.apply_updates(state.params, updates)
+        params, metrics = objective.settle(optax.apply_updates(state.params, updates), metrics)
         params, opt_state, buffers = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state, buffers),
@@ -63,13 +63,13 @@ def accumulate(
     objective: Objective, state: TrainState, frozen: Params, batch: Batch, keys_B: Keys, microbatches: int
 ) -> tuple[Params, Metrics, Any]:
     """The gradient of (loss sum / batch weight), the metrics and the new buffers."""
-    weight = objective.weight(batch)
-    scale = 1 / jnp.where(weight > 0, weight, 1)
+    scale = jax.tree.map(lambda weight: 1 / jnp.where(weight > 0, weight, 1), objective.weight(batch))
 
     def gradient(buffers: Any, batch: Batch, keys_B: Keys) -> tuple[Params, Metrics, Any]:
         def loss(params: Params) -> tuple[jax.Array, Any]:
             loss_sum, metrics, new_buffers = objective.loss(params, frozen, buffers, batch, keys_B)
-            return loss_sum * scale, (metrics, new_buffers)
+            terms = jax.tree.map(jnp.multiply, loss_sum, scale)
+            return optax.tree.sum(terms), (metrics, new_buffers)
 
         gradients, (metrics, new_buffers) = jax.grad(loss, has_aux=True)(state.params)
         return gradients, metrics, new_buffers

@@ -69,7 +69,7 @@ def test_no_position_depends_on_a_later_one(cfg: ModelConfig) -> None:
         """How much activations at t move with the input at s, [T, S]."""
         h_TD, pullback = jax.vjp(embeddings_to_hidden, table_VD)
         direction_D = jnp.linspace(1.0, 2.0, h_TD.shape[1])
-        gradients_TVD = jax.vmap(lambda one_T: pullback(one_T[:, None] * direction_D)[0])(jnp.eye(T))
+        gradients_TVD = jax.lax.map(lambda one_T: pullback(one_T[:, None] * direction_D)[0], jnp.eye(T))
         return jnp.abs(gradients_TVD[:, :T]).max(axis=-1)
 
     moves_TS = np.asarray(sensitivity(params["embed"]))
@@ -192,6 +192,9 @@ def test_every_trainable_weight_receives_a_gradient(cfg: ModelConfig) -> None:
     spec = by_path(decoder.weights(cfg))
     assert gradients.keys() == spec.keys()
     for path, gradient in gradients.items():
+        if not spec[path].trainable:
+            assert not jnp.any(gradient), path
+            continue
         # Each layer's copy counts; rows of a table that no token reads have none.
         copies = gradient.reshape(gradient.shape[0], -1) if spec[path].batch_axes else gradient.reshape(1, -1)
         moved = jnp.any(copies != 0, axis=-1)
@@ -314,12 +317,17 @@ def test_published_parameter_counts(name: str) -> None:
 def test_counts_are_sizes_of_arrays(cfg: ModelConfig) -> None:
     spec = decoder.weights(cfg)
     counts = count(spec)
-    sizes = {path: leaf.size for path, leaf in by_path(abstract(spec)).items()}
+    weights = by_path(spec)
+    sizes = {path: leaf.size for path, leaf in by_path(abstract(spec)).items() if weights[path].trainable}
+    of_experts = {path: size for path, size in sizes.items() if "/experts/" in path}
+    idle = {path: size // cfg.moe.experts * (cfg.moe.experts - cfg.moe.top_k) for path, size in of_experts.items()}
+    assert counts.active == counts.total - sum(idle.values())
     assert counts.total == sum(sizes.values())
     tables = sizes["embed"] + sizes.get("position", 0)
     assert counts.non_embedding == counts.total - tables
     vectors = sum(size for path, size in sizes.items() if path.endswith(("bias", "scale")))
-    assert counts.matmul == counts.non_embedding - vectors + (sizes["embed"] if cfg.tied else 0)
+    idle = sum(size for path, size in idle.items() if not path.endswith("bias"))
+    assert counts.matmul == counts.non_embedding - vectors - idle + (sizes["embed"] if cfg.tied else 0)
 
 
 @pytest.mark.parametrize("layers", ["scanned", "unrolled"])
@@ -358,7 +366,7 @@ def test_causal_flops_are_fewer(cfg: ModelConfig) -> None:
     assert len(kinds) == cfg.layers
     saved = sum(64 * 64 - visible_pairs(64, cfg.window_of(kind), causal=True) for kind in kinds)
     assert flops.full - flops.causal == 3 * 4 * cfg.heads * cfg.dims["head_dim"] * saved > 0
-    assert flops.six_nd == 6 * count(decoder.weights(cfg)).total * 64
+    assert flops.six_nd == 6 * count(decoder.weights(cfg)).active * 64
 
 
 # Configs ----------------------------------------------------------------------------------------------------------
