@@ -22,6 +22,7 @@ from analysis.estimates import Options
 from analysis.parametric import fit_parametric
 from analysis.runs import load_runs
 from analysis.simulate import EPOCH
+from analysis.sources import read_records
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -228,7 +229,7 @@ def _score(parsed) -> None:
 
 
 def _compare(parsed) -> None:
-    result = compare.compare(compare.read_records(parsed.sources), parsed.loss)
+    result = compare.compare(read_records(parsed.sources), parsed.loss)
     print(compare.as_text(result.table))
     if parsed.out is not None:
         parsed.out.mkdir(parents=True, exist_ok=True)

@@ -48,13 +48,22 @@ def suggested_batch_tokens(flops: float) -> float:
     return 0.2920 * flops**0.3271
 
 
-def overrides(shape: Shape, tokens: float, *, devices: int = 8, sequence: int = SEQUENCE) -> dict[str, object]:
+def overrides(
+    shape: Shape,
+    tokens: float,
+    *,
+    learning_rate: float | None = None,
+    batch_tokens: float | None = None,
+    devices: int = 8,
+    sequence: int = SEQUENCE,
+) -> dict[str, object]:
     """Config overrides of one run: the shape, and batch and steps whose product is `tokens` to within a step.
 
-    The batch follows the compute, in whole sequences a device, but leaves at least 200 steps.
+    Learning rate and batch (tokens) follow the compute where they are not given. The batch is a power of two sequences
+    on each of `devices`, and leaves at least 200 steps.
     """
     flops = 6.0 * shape.params * tokens
-    wanted = min(suggested_batch_tokens(flops), tokens / FEWEST_STEPS) / sequence
+    wanted = min(batch_tokens or suggested_batch_tokens(flops), tokens / FEWEST_STEPS) / sequence
     batch = devices * max(1, 2 ** int(np.floor(np.log2(max(wanted / devices, 1.0)))))
     steps = max(1, round(tokens / (batch * sequence)))
     return {
@@ -67,7 +76,7 @@ def overrides(shape: Shape, tokens: float, *, devices: int = 8, sequence: int = 
         "data.seq_len": sequence,
         "train.batch": batch,
         "train.steps": steps,
-        "optimizer.learning_rate": float(f"{suggested_learning_rate(flops):.3g}"),
+        "optimizer.learning_rate": float(f"{learning_rate or suggested_learning_rate(flops):.3g}"),
         "optimizer.schedule.warmup": max(1, round(WARMUP_SHARE * steps)),
     }
 

@@ -6,6 +6,11 @@ import pandas as pd
 from analysis.surface import FLOPS_PER_PARAM_TOKEN
 
 LABEL_TOLERANCE = 0.05
+ENDED = ("finished", "done", "complete", "completed", "success", "succeeded", "ok", "")
+# Below these no run is worth a law: the column counts in thousands, millions or billions.
+FEWEST_PARAMS, FEWEST_TOKENS = 1e4, 1e6
+# Conventions of counting FLOPs differ by less than this factor; units of N, D or C by more.
+LARGEST_FACTOR = 30.0
 
 
 def check_one_convention(table: pd.DataFrame, source: str) -> None:
@@ -21,7 +26,7 @@ def exclude_unfinished(table: pd.DataFrame) -> list[tuple[str, list]]:
     return [
         (f"not finished (status {status})", list(rows.index))
         for status, rows in table.groupby("status")
-        if status not in ("finished", "done")
+        if status.lower() not in ENDED
     ]
 
 
@@ -45,6 +50,22 @@ def invalid_rows(table: pd.DataFrame, exclude: bool, source: str) -> list[tuple[
                 )
             found.append((f"{name} {problem}", rows))
     return found
+
+
+def check_units(table: pd.DataFrame, source: str) -> None:
+    """Refuse sizes that cannot be in ones."""
+    for name, fewest in (("params", FEWEST_PARAMS), ("tokens", FEWEST_TOKENS)):
+        if table[name].max() < fewest:
+            raise ValueError(
+                f"{source}: {name} is {table[name].max():.4g} at most: give it in ones, or put its unit into the name "
+                f"of the column ({name}_m for millions, {name}_b for billions)"
+            )
+    factor = float((FLOPS_PER_PARAM_TOKEN * table["params"] * table["tokens"] / table["flops"]).median())
+    if not 1.0 / LARGEST_FACTOR < factor < LARGEST_FACTOR:
+        raise ValueError(
+            f"{source}: 6 x params x tokens / flops is {factor:.3g}, no way of counting FLOPs: check the units of the "
+            "three columns (params_m, tokens_b and flops_pf_days are understood)"
+        )
 
 
 def check_labels(table: pd.DataFrame, notes: list[str], source: str) -> None:

@@ -1,12 +1,11 @@
 """Compare runs: one table sorted by validation loss with only the columns that differ, and their loss curves."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
 
-from analysis import wandb_runs, workdirs
+from analysis.columns import loss_unit
 from analysis.figures import style
 from analysis.figures.style import Drawing
 from analysis.records import RunRecord, choose_loss, table_of
@@ -20,33 +19,6 @@ class Comparison:
     table: pd.DataFrame  # rising loss; the first column is `run`
     loss_name: str
     drawing: Drawing
-
-
-def read_records(sources: list[str], api=None) -> list[RunRecord]:
-    """Runs of work directories (or folders of them), offline wandb folders, and `wandb:entity/project`."""
-    records: list[RunRecord] = []
-    for source in sources:
-        if source.startswith("wandb:"):
-            records += wandb_runs.read_project(source.removeprefix("wandb:"), api=api)
-            continue
-        path = Path(source)
-        folders = workdirs.find_workdirs(path)
-        found = [workdirs.read_workdir(folder) for folder in folders]
-        found = found or wandb_runs.read_offline(wandb_runs.find_offline(path))
-        if not found:
-            raise ValueError(f"{source}: holds no metrics.jsonl and no .wandb file: name a directory of runs")
-        records += found
-    return _with_unique_names(records)
-
-
-def _with_unique_names(records: list[RunRecord]) -> list[RunRecord]:
-    seen: dict[str, int] = {}
-    renamed = []
-    for record in records:
-        seen[record.name] = seen.get(record.name, 0) + 1
-        suffix = f" ({seen[record.name]})" if seen[record.name] > 1 else ""
-        renamed.append(RunRecord(record.name + suffix, record.config, record.summary, record.history))
-    return renamed
 
 
 def compare(records: list[RunRecord], loss: str | None = None) -> Comparison:
@@ -81,7 +53,7 @@ def _draw(records: list[RunRecord], table: pd.DataFrame, loss_name: str) -> Draw
             rows.append(series.assign(run=name))
         for axes, label in zip(panels, (style.TOKENS, style.FLOPS), strict=True):
             style.log_axes(axes)
-            axes.set(xlabel=label, ylabel=style.LOSS)
+            axes.set(xlabel=label, ylabel=style.loss_label(loss_unit(loss_name)))
         if len(table) <= 15:
             figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="by rising loss")
     return Drawing(figure, pd.concat(rows, ignore_index=True), f"Loss curves ({loss_name}).")

@@ -1,11 +1,12 @@
 """What each method says of the target: exponents, N*, D* and the loss there, with intervals."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from analysis import envelope, isoflop
+from analysis.hyperparameters import HyperparameterLaw, fit_hyperparameter_law
 from analysis.parametric import ParametricFit, fit_replicates
 from analysis.surface import Surface
 from analysis.uncertainty import (
@@ -21,6 +22,7 @@ from analysis.variable_projection import ProjectionFit
 
 # Sharp enough that replicates are least-absolute-deviation fits to three digits, smooth enough for Newton's method.
 LAD_REPLICATE_DELTA = 1e-6
+SETTING_LAWS = {"learning_rate": "law of the learning rate", "batch_tokens": "law of the batch size"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one method says: exponents of N*(C) and D*(C), both at the target, and the loss there (nats)."""
+    """What one method says: exponents of N*(C) and D*(C); N*, D*, the loss and the settings at the target.
+
+    The learning rate and the batch (tokens) are those of the laws at this method's N* and D*; None without such laws.
+    """
 
     method: str
     params_exponent: Quantity
@@ -52,6 +57,30 @@ class Estimate:
     params: Quantity
     tokens: Quantity
     loss: Quantity | None = None
+    learning_rate: Quantity | None = None
+    batch_tokens: Quantity | None = None
+
+
+def fit_settings(runs, absent: dict[str, str]) -> dict[str, HyperparameterLaw]:
+    """Laws of the settings in SETTING_LAWS that the runs tried; why others are missing goes to `absent`."""
+    laws = {}
+    for name, law in SETTING_LAWS.items():
+        tried = runs.table.dropna(subset=[name]) if name in runs.table else runs.table.iloc[:0]
+        if not len(tried) or tried[name].nunique() < 3:
+            absent[law] = f"fewer than three values of {name} were tried"
+            continue
+        try:
+            laws[name] = fit_hyperparameter_law(*(tried[c] for c in ("params", "tokens", name, "loss")))
+        except ValueError as error:
+            absent[law] = str(error)
+    return laws
+
+
+def with_settings(estimate: Estimate, laws: dict[str, HyperparameterLaw], level: float) -> Estimate:
+    """The estimate with each law's value at its N* and D*."""
+    at = estimate.params.value, estimate.tokens.value
+    found = {name: Quantity(float(law(*at)), law.interval(*at, level)) for name, law in laws.items()}
+    return replace(estimate, learning_rate=found.get("learning_rate"), batch_tokens=found.get("batch_tokens"))
 
 
 def _statistics(options: Options) -> dict[str, Callable]:
@@ -114,9 +143,17 @@ def projection_estimate(options, fit: ProjectionFit) -> Estimate:
     return Estimate("variable projection", **quantities, loss=loss)
 
 
+def seed_means(runs, budgets):
+    """(params, tokens, loss, budgets) with runs that differ in their seed alone averaged: the lowest would be luck."""
+    table = runs.table[["params", "tokens", "loss"]].assign(budget=budgets)
+    if "seed" in runs.table:
+        table = table.groupby(["params", "tokens", "budget"], as_index=False)["loss"].mean()
+    return tuple(table[name].to_numpy() for name in ("params", "tokens", "loss", "budget"))
+
+
 def fit_isoflops(runs, options, budgets, estimates, absent):
     fits, all_replicates = {}, {}
-    params, tokens, loss = runs.points
+    params, tokens, loss, budgets = seed_means(runs, budgets)
     for method in ("parabola", "akima"):
         name = f"approach 2 ({method})"
         try:
@@ -158,13 +195,19 @@ def fit_envelope(runs, options, noise_sd, estimates, absent):
     exponent = reflected_interval(copies.exponent, float(fit.params_law.exponent), options.level)
     log_size = float(np.log(fit.params_law(options.target)))
     size = reflected_interval(np.log(copies(options.target)), log_size, options.level)
+    log_tokens = float(np.log(fit.tokens_law(options.target)))
     estimates.append(
         Estimate(
             name,
             params_exponent=Quantity(float(fit.params_law.exponent), exponent),
-            tokens_exponent=Quantity(float(fit.tokens_law.exponent)),
+            tokens_exponent=Quantity(float(fit.tokens_law.exponent), _mirrored(exponent, 1.0)),
             params=_quantity("params", log_size, size),
-            tokens=Quantity(float(fit.tokens_law(options.target))),
+            tokens=_quantity("tokens", log_tokens, _mirrored(size, log_size + log_tokens)),
         )
     )
     return fit, copies
+
+
+def _mirrored(interval: Interval, total: float) -> Interval:
+    """Of `total` - x, given that of x: a stair's D is its C / 6N, so both laws have the same noise."""
+    return Interval(total - interval.high, total - interval.low, interval.level, interval.method)

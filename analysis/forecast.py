@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.parametric import fit_parametric
-from analysis.runs import Runs
+from analysis.runs import Runs, naming
 from analysis.uncertainty import prediction_interval, resample_pairs
 
 # A run was forecast if its N and D are within this of the forecast's.
@@ -44,7 +44,9 @@ def make_forecast(
     now: datetime | None = None,
 ) -> dict:
     """Loss of a run of N `params` on D `tokens` by approach 3, with a prediction interval, date and hash."""
-    fit = fit_parametric(*runs.points)
+    runs = runs.tuned()
+    with naming(runs.source):
+        fit = fit_parametric(*runs.points)
     surfaces = resample_pairs(*runs.points, fit, replicates=replicates, seed=seed)
     interval = prediction_interval(surfaces, fit, params, tokens, level=level, seed=seed)
     surface = fit.surface

@@ -7,8 +7,13 @@ at the end of the tried values is no optimum: it is flagged and left out.
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
+
+from analysis.uncertainty import Interval
 
 NEAR_OPTIMAL = 0.0025
+# Token counts rounded to whole batches differ by less than this between runs of one cell, in ln.
+SAME_CELL = 0.01
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class HyperparameterLaw:
     params_exponent: float
     tokens_exponent: float
     residual_sd: float  # of ln x*
+    covariance: np.ndarray  # (3, 3) of the first three fields
+    freedom: int  # cells used, less the coefficients fitted
     cells: tuple[CellOptimum, ...]
 
     def __call__(self, params, tokens):
@@ -36,17 +43,32 @@ class HyperparameterLaw:
             self.log_coefficient + self.params_exponent * np.log(params) + self.tokens_exponent * np.log(tokens)
         )
 
+    def interval(self, params: float, tokens: float, level: float = 0.95) -> Interval:
+        """Where the law itself lies at (N, D): the delta method with Student's t."""
+        at = np.array([1.0, np.log(params), np.log(tokens)])
+        reach = float(student.ppf((1 + level) / 2, self.freedom) * np.sqrt(at @ self.covariance @ at))
+        value = float(self(params, tokens))
+        return Interval(value * float(np.exp(-reach)), value * float(np.exp(reach)), level, "delta")
+
+
+def cells_of(params, tokens) -> np.ndarray:
+    """Which cell each run belongs to, (runs,): N and D equal to within 1%."""
+    keys = np.stack([_groups_of(np.log(np.asarray(x, dtype=np.float64))) for x in (params, tokens)])
+    return np.unique(keys, axis=1, return_inverse=True)[1].ravel()
+
+
+def _groups_of(values: np.ndarray) -> np.ndarray:
+    order = np.argsort(values)
+    groups = np.empty(len(values), int)
+    groups[order] = np.cumsum(np.diff(values[order], prepend=values[order[0]]) > SAME_CELL)
+    return groups
+
 
 def find_optima(params, tokens, values, loss) -> tuple[CellOptimum, ...]:
-    """The near-optimal value at each (N, D) cell (N and D equal to 1%)."""
-    params, tokens, values, loss = (np.asarray(x, dtype=np.float64) for x in (params, tokens, values, loss))
-    keys = np.round(np.log(np.stack([params, tokens])) / 0.01)
-    _, which = np.unique(keys, axis=1, return_inverse=True)
-    return tuple(_cell(params[mine], tokens[mine], values[mine], loss[mine]) for mine in _groups(which.ravel()))
-
-
-def _groups(which):
-    return [which == group for group in range(which.max() + 1)]
+    """The near-optimal value at each (N, D) cell, all arguments (runs,)."""
+    columns = [np.asarray(x, dtype=np.float64) for x in (params, tokens, values, loss)]
+    cells = cells_of(*columns[:2])
+    return tuple(_cell(*(column[cells == cell] for column in columns)) for cell in np.unique(cells))
 
 
 def _cell(params, tokens, values, loss) -> CellOptimum:
@@ -63,7 +85,7 @@ def _cell(params, tokens, values, loss) -> CellOptimum:
 
 
 def fit_hyperparameter_law(params, tokens, values, loss) -> HyperparameterLaw:
-    """Least squares of ln x* on ln N and ln D over the unflagged cells.
+    """Least squares of ln x* on ln N and ln D over the unflagged cells; `values` and the others are (runs,).
 
     Raises ValueError when too few cells have an interior optimum to fit the axes that vary.
     """
@@ -80,8 +102,10 @@ def fit_hyperparameter_law(params, tokens, values, loss) -> HyperparameterLaw:
         raise ValueError(f"{len(used)} of {len(cells)} cells have an interior optimum, too few for a law ({flags})")
     design = np.stack([columns[i] for i in free], axis=1)
     target = np.log([cell.value for cell in used])
-    coefficients, *_ = np.linalg.lstsq(design, target, rcond=None)
-    residual_sd = float(np.sqrt(np.sum((target - design @ coefficients) ** 2) / max(len(used) - len(free), 1)))
-    full = np.zeros(3)
-    full[free] = coefficients
-    return HyperparameterLaw(float(full[0]), float(full[1]), float(full[2]), residual_sd, cells)
+    found = np.linalg.lstsq(design, target, rcond=None)[0]
+    freedom = len(used) - len(free)
+    residual_sd = float(np.sqrt(np.sum((target - design @ found) ** 2) / freedom))
+    full, covariance = np.zeros(3), np.zeros((3, 3))
+    full[free], covariance[np.ix_(free, free)] = found, residual_sd**2 * np.linalg.inv(design.T @ design)
+    constant, params_exponent, tokens_exponent = (float(x) for x in full)
+    return HyperparameterLaw(constant, params_exponent, tokens_exponent, residual_sd, covariance, freedom, cells)

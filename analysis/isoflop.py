@@ -5,6 +5,7 @@ Hoffmann et al. 2022 (arXiv 2203.15556, section 3.2) fit a parabola to loss agai
 of their own. A budget whose optimum cannot be trusted is kept in the result with the reason, and left out of the law.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +110,8 @@ def fit_isoflop(
         )
         used = [vertex for vertex in found if vertex.used]
         if len(used) < 2:
-            reasons = "; ".join(f"{v.budget:.3g}: {v.flag}" for v in found if v.flag) or "only one budget"
+            flags = Counter(vertex.flag for vertex in found if vertex.flag)
+            reasons = "; ".join(f"{flag}: {count} budgets" for flag, count in flags.items()) or "only one budget"
             raise ValueError(
                 f"{name}(C) needs at least two budgets with an interior optimum, got {len(used)} ({reasons})"
             )

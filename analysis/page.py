@@ -30,8 +30,7 @@ def render(
         _disagreement(study),
         _estimates(study),
         _warnings(study),
-        f"<h2>What to train next</h2><p>N* and D* at the target by approach 3 (Huber), as config overrides "
-        f"(<code>next.json</code>):</p><pre>{escape(json.dumps(next_run, indent=1))}</pre>",
+        _next_run(study, next_run),
         "<h2>Figures</h2>",
         *(_figure(name, drawing, folder) for name, drawing in drawings.items()),
         "<ul>" + "".join(f"<li>no {name}: {escape(why)}</li>" for name, why in skipped.items()) + "</ul>",
@@ -50,9 +49,9 @@ def _disagreement(study: Study) -> str:
 
 
 def _estimates(study: Study) -> str:
-    header = "".join(
-        f"<th>{name}</th>" for name in ("method", "a in N* ~ C^a", "b in D* ~ C^b", "N*", "D*", "loss (nats)")
-    )
+    loss = f"loss ({study.runs.loss_unit})"
+    names = ("method", "a in N* ~ C^a", "b in D* ~ C^b", "N*", "D*", loss, "learning rate", "batch (tokens)")
+    header = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(_row(estimate) for estimate in study.estimates)
     absent = "".join(f"<li>no {escape(name)}: {escape(why)}</li>" for name, why in study.absent.items())
     return (
@@ -68,6 +67,8 @@ def _row(estimate: Estimate) -> str:
         _cell(estimate.params, ".3g"),
         _cell(estimate.tokens, ".3g"),
         _cell(estimate.loss, ".3f"),
+        _cell(estimate.learning_rate, ".2g"),
+        _cell(estimate.batch_tokens, ".2g"),
     )
     return f"<tr><td>{escape(estimate.method)}</td>{''.join(cells)}</tr>"
 
@@ -79,6 +80,32 @@ def _cell(quantity: Quantity | None, form: str) -> str:
         return f"<td>{quantity.value:{form}}</td>"
     ends = f"{quantity.interval.low:{form}} to {quantity.interval.high:{form}}"
     return f"<td>{quantity.value:{form}}<br><small>{ends}, {quantity.interval.method}</small></td>"
+
+
+def _next_run(study: Study, next_run: dict) -> str:
+    estimate = study.estimates[0]
+    told = []
+    for name, what in (("learning_rate", "learning rate"), ("batch_tokens", "batch in tokens")):
+        quantity = getattr(estimate, name)
+        if quantity is None:
+            told.append(f"{what}: the law of DeepSeek LLM (arXiv 2401.02954), since these runs tried too few")
+        else:
+            told.append(f"{what}: {_with_ends(quantity, '.2g')}, by the law of these runs")
+    if estimate.loss is not None:
+        told.append(f"expected loss: {_with_ends(estimate.loss, '.3f')} {study.runs.loss_unit}")
+    items = "".join(f"<li>{escape(line)}</li>" for line in told)
+    return (
+        f"<h2>What to train next</h2><p>N* and D* at the target by {escape(estimate.method)}, as config overrides "
+        f"(<code>next.json</code>):</p><pre>{escape(json.dumps(next_run, indent=1))}</pre><ul>{items}</ul>"
+    )
+
+
+def _with_ends(quantity: Quantity, form: str) -> str:
+    if quantity.interval is None:
+        return f"{quantity.value:{form}}"
+    interval = quantity.interval
+    ends = f"{interval.level:.0%} {interval.method} interval {interval.low:{form}} to {interval.high:{form}}"
+    return f"{quantity.value:{form}} ({ends})"
 
 
 def _warnings(study: Study) -> str:
@@ -103,8 +130,8 @@ def _provenance(study: Study, numbers: dict) -> str:
     facts = (
         ("source", study.runs.source),
         ("data sha256", provenance["data_sha256"]),
-        ("runs", f"{provenance['runs']}; excluded: {exclusions}"),
-        ("loss", study.runs.loss_name),
+        ("runs", f"{provenance['runs']}, of which {provenance['runs_fitted']} fitted; excluded: {exclusions}"),
+        ("loss", f"{study.runs.loss_name}, {study.runs.loss_unit}"),
         ("N counted", study.runs.params_convention),
         ("C counted", study.runs.flops_convention),
         ("approach 3", f"{huber.loss_name}, objective {huber.objective:.10g}"),

@@ -21,11 +21,13 @@ from analysis import figures, page
 from analysis.cells import nearest_shape, overrides
 from analysis.estimates import Estimate, Options
 from analysis.figures.style import RC, Drawing, NotApplicableError
+from analysis.hyperparameters import HyperparameterLaw
 from analysis.runs import Runs, load_runs
 from analysis.study import Study, make_study
 
 # Two derivations of the same number may differ by this much: the order of a sum, another CPU.
 VERIFY_TOLERANCE = 1e-6
+QUANTITIES = ("params_exponent", "tokens_exponent", "params", "tokens", "loss", "learning_rate", "batch_tokens")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def write_report(inputs: Inputs, out: Path) -> Study:
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawing in drawings.items():
-        save(drawing, folder / name, study.runs)
+        save(drawing, folder / name, study.trials)
     numbers = numbers_of(study, inputs)
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1, default=_plain) + "\n")
     estimates_table(study).to_csv(out / "estimates.csv", index=False)
@@ -60,13 +62,18 @@ def write_report(inputs: Inputs, out: Path) -> Study:
 def draw(study: Study) -> tuple[dict[str, Drawing], dict[str, str]]:
     """Every figure that the study supports, and why the others are missing."""
     drawings, skipped = {}, {}
-    with mpl.rc_context(RC):
-        for name, make in figures.FIGURES.items():
-            try:
-                drawings[name] = make(study)
-            except NotApplicableError as reason:
-                skipped[name] = str(reason)
+    for name in figures.FIGURES:
+        try:
+            drawings[name] = draw_one(name, study)
+        except NotApplicableError as reason:
+            skipped[name] = str(reason)
     return drawings, skipped
+
+
+def draw_one(name: str, study: Study) -> Drawing:
+    """One figure of FIGURES. Raises NotApplicableError when the study lacks what it shows."""
+    with mpl.rc_context(RC):
+        return figures.FIGURES[name](study)
 
 
 def save(drawing: Drawing, stem: Path, runs: Runs) -> None:
@@ -74,7 +81,7 @@ def save(drawing: Drawing, stem: Path, runs: Runs) -> None:
     drawing.data.to_csv(stem.with_suffix(".csv"), index=False)
     excluded = sum(len(exclusion.runs) for exclusion in runs.exclusions)
     stamp = (
-        f"data {runs.sha256[:12]} | {len(runs.table)} runs, {excluded} excluded | loss {runs.loss_name} | "
+        f"data {runs.sha256[:12]} | {len(runs.table)} runs, {excluded} excluded | {runs.loss_name} | "
         f"N {runs.params_convention} | C {runs.flops_convention}"
     )
     with mpl.rc_context(RC):
@@ -84,11 +91,20 @@ def save(drawing: Drawing, stem: Path, runs: Runs) -> None:
 
 
 def recommended_run(study: Study) -> dict[str, object]:
-    """Config overrides of a run at N*(target), D*(target) by approach 3, rounded to a shape that fills TPU tiles."""
+    """Config overrides of a run at N*(target), D*(target) by approach 3, rounded to a shape that fills TPU tiles.
+
+    Learning rate and batch follow the laws of the runs where they tried several, else published ones.
+    """
     params, tokens = study.huber.surface.optimum(study.options.target)
     shape = nearest_shape(float(params))
+    settings = {name: float(law(params, tokens)) for name, law in study.settings.items()}
     # The rounded size keeps the budget, not the token count.
-    return overrides(shape, float(params * tokens) / shape.params)
+    return overrides(
+        shape,
+        float(params * tokens) / shape.params,
+        learning_rate=settings.get("learning_rate"),
+        batch_tokens=settings.get("batch_tokens"),
+    )
 
 
 def estimates_table(study: Study) -> pd.DataFrame:
@@ -97,7 +113,7 @@ def estimates_table(study: Study) -> pd.DataFrame:
 
 def _row(estimate: Estimate) -> dict:
     row: dict[str, object] = {"method": estimate.method}
-    for name in ("params_exponent", "tokens_exponent", "params", "tokens", "loss"):
+    for name in QUANTITIES:
         quantity = getattr(estimate, name)
         interval = quantity.interval if quantity else None
         row[name] = quantity.value if quantity else np.nan
@@ -112,8 +128,10 @@ def numbers_of(study: Study, inputs: Inputs) -> dict:
         "inputs": asdict(inputs),
         "provenance": {
             "data_sha256": runs.sha256,
-            "runs": len(runs.table),
+            "runs": len(study.trials.table),
+            "runs_fitted": len(runs.table),
             "loss": runs.loss_name,
+            "loss_unit": runs.loss_unit,
             "params_convention": runs.params_convention,
             "flops_convention": runs.flops_convention,
             "exclusions": [asdict(exclusion) for exclusion in runs.exclusions],
@@ -125,6 +143,7 @@ def numbers_of(study: Study, inputs: Inputs) -> dict:
             "variable_projection": {**asdict(study.projection.surface), "residual_sd": study.projection.residual_sd},
             "kaplan": asdict(study.kaplan),
             "overtraining": asdict(study.overtraining),
+            **{name: _law(law) for name, law in study.settings.items()},
         },
         "optimizer": {
             "starts": huber.starts,
@@ -134,6 +153,7 @@ def numbers_of(study: Study, inputs: Inputs) -> dict:
         },
         "bootstrap": study.bootstrap,
         "estimates": estimates_table(study).to_dict("records"),
+        "stages": {name: [_row(e) for e in estimates] for name, estimates in study.stages.items()},
         "hold_outs": [
             {"cut": h.cut, "mean_error": h.mean_error, "max_error": h.max_error, "params_exponent": h.params_exponent}
             for h in study.hold_outs
@@ -142,6 +162,12 @@ def numbers_of(study: Study, inputs: Inputs) -> dict:
         "warnings": study.warnings,
         "disagreement": study.disagreement,
     }
+
+
+def _law(law: HyperparameterLaw) -> dict:
+    used = sum(not cell.flag for cell in law.cells)
+    names = ("log_coefficient", "params_exponent", "tokens_exponent", "residual_sd")
+    return {**{name: getattr(law, name) for name in names}, "cells": len(law.cells), "cells_used": used}
 
 
 def _plain(value):

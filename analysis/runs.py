@@ -1,52 +1,34 @@
 """One tidy table of runs from any source, checked before anything is fitted to it.
 
-    load_runs("sweep.csv")                      CSV or parquet, one run a row
+    load_runs("sweep.csv")                      CSV or parquet, one run a row, or one logged step of a run a row
     load_runs("workdirs/")                      training work directories, or offline wandb directories
     load_runs("wandb:entity/project")           wandb, cached
 
-Everything numeric is float64: 6 N D overflows int64 from 1.5e18 FLOPs of 64-bit arithmetic on.
+Everything numeric is float64: as int64, 6 N D turns negative beyond 9.2e18 FLOPs.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from analysis import wandb_runs, workdirs
-from analysis.checks import check_labels, check_one_convention, exclude_unfinished, invalid_rows
+from analysis.checks import check_labels, check_one_convention, check_units, exclude_unfinished, invalid_rows
+from analysis.columns import canonical, find_column, listed, loss_unit
+from analysis.hyperparameters import cells_of
 from analysis.records import RunRecord, choose_loss, table_of
+from analysis.sources import read_records
 from analysis.surface import FLOPS_PER_PARAM_TOKEN
 
-# Canonical column -> the names it goes by in published tables, lower case, with spaces for underscores.
-ALIASES = {
-    "run": ("run", "run id", "name", "run name"),
-    "params": ("params", "n", "model size", "n params", "num params", "parameters", "model params"),
-    "params_total": ("params total", "total params"),
-    "params_non_embedding": ("params non embedding", "params no embed", "non embedding params", "n non embedding"),
-    "params_matmul": ("params matmul", "matmul params"),
-    "tokens": ("tokens", "d", "n tokens", "num tokens", "training tokens", "train tokens"),
-    "unique_tokens": ("unique tokens", "u"),
-    "flops": ("flops", "c", "training flop", "training flops", "compute", "flop", "total flops"),
-    "flops_6nd": ("flops 6nd",),
-    "flops_exact": ("flops exact",),
-    "flops_convention": ("flops convention", "flop convention"),
-    "budget": ("budget", "flops budget", "flop budget"),
-    "batch_tokens": ("batch tokens", "batch size tokens"),
-    "learning_rate": ("learning rate", "lr", "peak lr", "max lr"),
-    "schedule": ("schedule", "decay", "lr schedule"),
-    "seed": ("seed",),
-    "loss": ("loss", "val loss", "final loss", "validation loss", "final val loss", "l"),
-    "loss_kind": ("loss kind", "split"),
-    "loss_stderr": ("loss stderr", "val loss stderr"),
-    "trunk": ("trunk", "trunk run"),
-    "status": ("status",),
-}
-TEXT = frozenset({"run", "flops_convention", "schedule", "loss_kind", "trunk", "status"})
 # Which N and C a fit uses: the flag's value -> the column.
 PARAM_COUNTS = {"total": "params_total", "non_embedding": "params_non_embedding", "matmul": "params_matmul"}
 FLOP_COUNTS = {"6nd": "flops_6nd", "exact": "flops_exact"}
+CURVE_COLUMNS = ["run", "step", "tokens", "flops", "loss"]
+# What runs of one (N, D) may differ in, and some be better for; seeds are luck.
+SETTINGS = ("learning_rate", "batch_tokens", "schedule")
 
 
 @dataclass(frozen=True)
@@ -59,9 +41,10 @@ class Exclusion:
 class Runs:
     """The table and where it comes from.
 
-    `table` has float64 columns params (N), tokens (D), flops (C), loss (nats per token), and as many other canonical
-    columns as the source has; `curves` has run, step, tokens, flops, loss of every logged loss (empty without
-    histories). `notes` says what was derived or looked odd.
+    `table` has float64 columns params (N), tokens (D), flops (C), loss, and as many other canonical columns as the
+    source has; `curves` has run, step, tokens, flops, loss of every logged loss (empty without histories). `stages` are
+    the parts of a table with a `stage` column, in its order, ending with this one; empty for other tables. `notes` says
+    what was derived or looked odd.
     """
 
     table: pd.DataFrame
@@ -73,6 +56,8 @@ class Runs:
     sha256: str
     exclusions: tuple[Exclusion, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    loss_unit: str = "nats per token"
+    stages: dict[str, "Runs"] = field(default_factory=dict)
 
     def column(self, name: str) -> np.ndarray:
         return self.table[name].to_numpy()
@@ -81,6 +66,34 @@ class Runs:
     def points(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(params, tokens, loss), each (runs,)."""
         return self.column("params"), self.column("tokens"), self.column("loss")
+
+    def tuned(self) -> "Runs":
+        """Only the best setting (learning rate, batch, schedule; mean over its seeds) of each (N, D, unique tokens).
+
+        A law of tuned runs is bent by those that tried other settings. Other tables stay as they are.
+        """
+        settings = [self.table[name] for name in SETTINGS if name in self.table]
+        if not settings:
+            return self
+        cell = [pd.Series(cells_of(self.column("params"), self.column("tokens")), self.table.index)]
+        cell += [self.table["unique_tokens"]] if "unique_tokens" in self.table else []
+        means = self.table["loss"].groupby([*cell, *settings], dropna=False).transform("mean")
+        kept = means <= means.groupby(cell, dropna=False).transform("min") * (1 + 1e-12)
+        if kept.all():
+            return self
+        note = f"{(~kept).sum()} runs tried other settings than the best of their N and D: no law is fitted to them"
+        table = self.table[kept].reset_index(drop=True)
+        curves = self.curves[self.curves["run"].isin(table["run"])] if "run" in table else self.curves
+        return replace(self, table=table, curves=curves, notes=(*self.notes, note))
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Refusals of the fits inside say which table they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
 
 
 def load_runs(
@@ -98,34 +111,61 @@ def load_runs(
 
     `loss` names the loss column or metric; `params` is a key of PARAM_COUNTS or a column; `flops` a key of FLOP_COUNTS
     or a column; `columns` maps canonical names to the table's; `where` keeps rows whose column equals a value;
-    `exclude_invalid` drops unusable rows (recorded as exclusions) instead of refusing them.
+    `exclude_invalid` drops unusable rows (recorded as exclusions) instead of refusing them. Of a table with several
+    values of `stage` the last is returned, with all of them as its `stages`.
     Raises ValueError, one line: what is wrong, where, what to do.
     """
-    raw, records, loss_name = _read(str(source), loss, api)
-    raw = _select(raw, where or {}, str(source))
+    name = str(source)
+    raw, records, metric = _read(name, loss, api)
+    raw = _select(raw, where or {}, name)
     chosen = {**({"loss": loss} if loss and not records else {}), **(columns or {})}
-    table = _canonical(raw, chosen, str(source))
     notes: list[str] = []
-    params_convention = _choose_count(table, "params", params, PARAM_COUNTS, str(source))
-    flops_convention = _choose_count(table, "flops", flops, FLOP_COUNTS, str(source))
-    check_one_convention(table, str(source))
+    table = canonical(raw, chosen, notes, name)
+    loss_name = metric if records else str(find_column(raw, "loss", chosen))
+    unit = loss_unit(loss_name)
+    if unit == "perplexity":
+        raise ValueError(
+            f"{name}: {loss_name!r} is a perplexity, and laws are of its logarithm: add a column with that"
+        )
+    parts = dict(list(table.groupby("stage", sort=False))) if "stage" in table else {"": table}
+    loaded = {
+        stage: _checked(part, records, params, flops, exclude_invalid, name, loss_name, [*notes])
+        for stage, part in parts.items()
+    }
+    loaded = {stage: replace(runs, loss_unit=unit) for stage, runs in loaded.items()}
+    last, runs = list(loaded.items())[-1]
+    if len(loaded) == 1:
+        return runs
+    note = f"of {len(loaded)} stages ({', '.join(loaded)}) the laws are those of the last, {last}"
+    whole = hashlib.sha256("".join(stage.sha256 for stage in loaded.values()).encode()).hexdigest()
+    return replace(runs, stages=loaded, notes=(*runs.notes, note), sha256=whole)
+
+
+def _checked(table, records, params, flops, exclude_invalid, source: str, loss_name: str, notes: list[str]) -> Runs:
+    """The rows of one stage, chosen, checked and completed."""
+    table = table.copy()
+    params_convention = _choose_count(table, "params", params, PARAM_COUNTS, source)
+    flops_convention = _choose_count(table, "flops", flops, FLOP_COUNTS, source)
+    check_one_convention(table, source)
+    history, table = table, _last_steps(table, notes)
     exclusions = exclude_unfinished(table)
     table = table.drop(index=[i for _, index in exclusions for i in index])
-    exclusions += invalid_rows(table, exclude_invalid, str(source))
+    exclusions += invalid_rows(table, exclude_invalid, source)
     table = table.drop(index=[i for _, index in exclusions for i in index if i in table.index])
-    flops_convention = _complete(table, flops_convention, notes, str(source))
-    check_labels(table, notes, str(source))
+    flops_convention = _complete(table, flops_convention, notes, source)
+    if not records:
+        check_units(table, source)
+    check_labels(table, notes, source)
     if table.empty:
         raise ValueError(f"{source}: no usable run is left: {'; '.join(r for r, _ in exclusions) or 'it is empty'}")
-    named = _find(raw, "run", chosen)
-    names = raw[named] if named else pd.Series(raw.index.astype(str), raw.index)
+    names = history["run"] if "run" in history else pd.Series(history.index.astype(str), history.index)
     return Runs(
         table=table.reset_index(drop=True),
-        curves=_curves(records, loss_name, table),
-        source=str(source),
+        curves=_record_curves(records, loss_name, table) if records else _table_curves(history, table),
+        source=source,
         params_convention=params_convention,
         flops_convention=flops_convention,
-        loss_name=loss_name if records else chosen.get("loss", "loss"),
+        loss_name=loss_name,
         sha256=hashlib.sha256(table.to_csv(index=False).encode()).hexdigest(),
         exclusions=tuple(Exclusion(reason, tuple(str(names[i]) for i in index)) for reason, index in exclusions),
         notes=tuple(notes),
@@ -133,19 +173,9 @@ def load_runs(
 
 
 def _read(source: str, loss: str | None, api) -> tuple[pd.DataFrame, list[RunRecord], str]:
-    records: list[RunRecord] = []
-    if source.startswith("wandb:"):
-        records = wandb_runs.read_project(source.removeprefix("wandb:"), api=api)
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise ValueError(f"{source}: no such file or directory: check the path")
-        if path.is_file():
-            return _read_file(path), [], loss or "loss"
-        records = [workdirs.read_workdir(folder) for folder in workdirs.find_workdirs(path)]
-        records = records or wandb_runs.read_offline(wandb_runs.find_offline(path))
-    if not records:
-        raise ValueError(f"{source}: holds no metrics.jsonl and no .wandb file: name a directory of runs")
+    if not source.startswith("wandb:") and Path(source).is_file():
+        return _read_file(Path(source)), [], ""
+    records = read_records([source], api)
     metric = choose_loss(records, loss)
     return table_of(records, metric), records, metric
 
@@ -164,53 +194,15 @@ def _read_file(path: Path) -> pd.DataFrame:
 def _select(raw: pd.DataFrame, where: dict[str, str], source: str) -> pd.DataFrame:
     for column, value in where.items():
         if column not in raw.columns:
-            present = ", ".join(map(str, raw.columns))
-            raise ValueError(f"{source}: no column {column!r} to select by (it has {present}): change --where")
+            raise ValueError(
+                f"{source}: no column {column!r} to select by (it has {listed(raw.columns)}): change --where"
+            )
         kept = raw[raw[column].astype(str) == value]
         if kept.empty:
             present = ", ".join(sorted(raw[column].astype(str).unique())[:8])
             raise ValueError(f"{source}: no row has {column}={value} (values: {present}): change --where")
         raw = kept
     return raw
-
-
-def _find(raw: pd.DataFrame, name: str, chosen: dict[str, str]) -> str | None:
-    """The source column of a canonical one."""
-    if name in chosen:
-        return chosen[name] if chosen[name] in raw.columns else None
-    found = [str(c) for c in raw.columns if str(c).lower().replace("_", " ").strip() in ALIASES[name]]
-    if name in found:
-        return name
-    return found[0] if found else None
-
-
-def _canonical(raw: pd.DataFrame, chosen: dict[str, str], source: str) -> pd.DataFrame:
-    for name, column in chosen.items():
-        if name not in ALIASES:
-            raise ValueError(f"{source}: unknown column name {name!r} in --columns: choose from {', '.join(ALIASES)}")
-        if column not in raw.columns:
-            raise ValueError(f"{source}: no column {column!r} for {name} (it has {', '.join(map(str, raw.columns))})")
-    table = pd.DataFrame(index=raw.index)
-    for name in ALIASES:
-        found = _find(raw, name, chosen)
-        if found is not None:
-            column = raw[found]
-            table[name] = column.astype(str) if name in TEXT else _numbers(column, source)
-    if "loss" not in table:
-        raise ValueError(
-            f"{source}: no column for loss (it has {', '.join(map(str, raw.columns))}): name it with --loss=COLUMN"
-        )
-    settings = [name for name in raw.columns if str(name).startswith("config.")]
-    return pd.concat([table, raw[settings]], axis=1)
-
-
-def _numbers(column: pd.Series, source: str) -> pd.Series:
-    numbers = pd.to_numeric(column, errors="coerce").astype(np.float64)
-    bad = column.index[numbers.isna() & column.notna() & (column.astype(str).str.lower() != "nan")]
-    if len(bad):
-        where = f"column {column.name!r} row {bad[0]}"
-        raise ValueError(f"{source}: {where} is {column[bad[0]]!r}, not a number: repair it")
-    return numbers
 
 
 def _choose_count(table: pd.DataFrame, name: str, choice: str | None, counts: dict[str, str], source: str) -> str:
@@ -230,6 +222,16 @@ def _choose_count(table: pd.DataFrame, name: str, choice: str | None, counts: di
             table[name] = table[column]
             return key
     return "absent"
+
+
+def _last_steps(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Of a table of logged steps, each run's last with a loss; a table of runs as it is."""
+    named = {"run", "step"} <= set(table)
+    if not named or not table["run"].duplicated().any() or table.duplicated(["run", "step"]).any():
+        return table
+    notes.append(f"{len(table)} rows are steps of {table['run'].nunique()} runs: each run's last loss counts")
+    order = table.assign(known=table["loss"].notna()).sort_values(["known", "step"])
+    return order.groupby("run").tail(1).sort_index().drop(columns="known")
 
 
 def _complete(table: pd.DataFrame, convention: str, notes: list[str], source: str) -> str:
@@ -252,10 +254,9 @@ def _complete(table: pd.DataFrame, convention: str, notes: list[str], source: st
     return convention
 
 
-def _curves(records: list[RunRecord], loss: str, table: pd.DataFrame) -> pd.DataFrame:
+def _record_curves(records: list[RunRecord], loss: str, table: pd.DataFrame) -> pd.DataFrame:
     """Every logged loss of the runs kept, with FLOPs counted as in the table."""
-    columns = ["run", "step", "tokens", "flops", "loss"]
-    flops = dict(zip(table["run"], table["flops"], strict=True)) if "run" in table else {}
+    flops = dict(zip(table["run"], table["flops"], strict=True))
     series = []
     for record in records:
         if record.name in flops:
@@ -263,4 +264,15 @@ def _curves(records: list[RunRecord], loss: str, table: pd.DataFrame) -> pd.Data
             counted = record.final("flops")
             curve["flops"] *= flops[record.name] / counted if counted > 0 else 1.0
             series.append(curve)
-    return pd.concat(series, ignore_index=True)[columns] if series else pd.DataFrame(columns=columns)
+    return pd.concat(series, ignore_index=True)[CURVE_COLUMNS]
+
+
+def _table_curves(history: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """The logged losses in a table of steps; FLOPs follow the tokens where a step has none of its own."""
+    if len(history) == len(table) or not {"run", "step", "tokens"} <= set(history):
+        return pd.DataFrame(columns=CURVE_COLUMNS)
+    curves = history[history["run"].isin(table["run"])].dropna(subset=["loss", "tokens"])
+    ends = table.set_index("run")[["flops", "tokens"]].loc[curves["run"]].reset_index(drop=True)
+    derived = (ends["flops"] / ends["tokens"]).to_numpy() * curves["tokens"].to_numpy()
+    flops = curves["flops"].fillna(pd.Series(derived, curves.index)) if "flops" in curves else derived
+    return curves.assign(flops=flops)[CURVE_COLUMNS].reset_index(drop=True)

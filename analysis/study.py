@@ -12,24 +12,29 @@ from analysis.estimates import (
     bootstrap_estimate,
     fit_envelope,
     fit_isoflops,
+    fit_settings,
     projection_estimate,
+    with_settings,
 )
-from analysis.extrapolation import HoldOut, hold_outs
+from analysis.extrapolation import START_STRIDE, HoldOut, hold_outs
+from analysis.hyperparameters import HyperparameterLaw
 from analysis.kaplan import KaplanFit, fit_kaplan
 from analysis.overtraining import fit_overtraining
-from analysis.parametric import ParametricFit, fit_least_absolute_deviations, fit_parametric
+from analysis.parametric import ParametricFit, fit_least_absolute_deviations, fit_parametric, standard_starts
 from analysis.power_law import PowerLaw
-from analysis.runs import Runs
+from analysis.runs import Runs, naming
 from analysis.surface import Surface
 from analysis.uncertainty import resample_pairs
 from analysis.variable_projection import ProjectionFit, fit_by_projection
 
 SAME = 1e-6
+FEWEST_RUNS = 6
 
 
 @dataclass(frozen=True)
 class Study:
-    runs: Runs
+    runs: Runs  # those fitted: of several settings of one (N, D), the best
+    trials: Runs  # all, as loaded
     options: Options
     budgets: np.ndarray  # (runs,) FLOPs
     huber: ParametricFit
@@ -44,7 +49,9 @@ class Study:
     envelope: envelope.EnvelopeFit | None
     envelope_replicates: PowerLaw | None
     hold_outs: list[HoldOut]
+    settings: dict[str, HyperparameterLaw]  # of learning_rate and batch_tokens, where the runs tried several
     estimates: list[Estimate]
+    stages: dict[str, list[Estimate]]  # of each stage of correction, when the table has several
     absent: dict[str, str] = field(default_factory=dict)  # method -> why it could not be used
     warnings: list[str] = field(default_factory=list)
 
@@ -61,14 +68,21 @@ class Study:
         return "; ".join(apart)
 
 
-def make_study(runs: Runs, options: Options) -> Study:
+def make_study(trials: Runs, options: Options) -> Study:
     """Fit every method that the table supports. Raises ValueError when not even the parametric fit is possible."""
+    with naming(trials.source):
+        return _study(trials, trials.tuned(), options)
+
+
+def _study(trials: Runs, runs: Runs, options: Options) -> Study:
     params, tokens, loss = runs.points
     _check_variation(runs)
     huber = fit_parametric(params, tokens, loss)
+    _check_law(huber.surface)
     absolute = fit_least_absolute_deviations(params, tokens, loss, starts=_published(huber.surface)[None])
     projection = fit_by_projection(params, tokens, loss)
-    _check_laws(runs, huber.surface, projection.surface)
+    _check_law(absolute.surface)
+    _check_law(projection.surface)
     clusters = _shared_trunks(runs)
     replicates = resample_pairs(
         params, tokens, loss, huber, replicates=options.replicates, seed=options.seed, clusters=clusters
@@ -82,8 +96,10 @@ def make_study(runs: Runs, options: Options) -> Study:
     budgets = isoflop.assign_budgets(runs.column("flops"), options.budgets)
     isoflops, isoflop_replicates = fit_isoflops(runs, options, budgets, estimates, absent)
     envelope_fit, envelope_replicates = fit_envelope(runs, options, projection.residual_sd, estimates, absent)
+    settings = fit_settings(trials, absent)
     return Study(
         runs=runs,
+        trials=trials,
         options=options,
         budgets=budgets,
         huber=huber,
@@ -98,38 +114,53 @@ def make_study(runs: Runs, options: Options) -> Study:
         envelope=envelope_fit,
         envelope_replicates=envelope_replicates,
         hold_outs=hold_outs(params, tokens, loss),
-        estimates=estimates,
+        settings=settings,
+        estimates=[with_settings(estimate, settings, options.level) for estimate in estimates],
+        stages={name: _stage_estimates(stage.tuned(), options) for name, stage in trials.stages.items()},
         absent=absent,
         warnings=_warnings(runs, options, huber, isoflops),
     )
 
 
+def _stage_estimates(runs: Runs, options: Options) -> list[Estimate]:
+    """Approaches 2 and 3 for one stage of correction: those that its runs support."""
+    estimates: list[Estimate] = []
+    clusters = _shared_trunks(runs)
+    try:
+        fit = fit_parametric(*runs.points, starts=standard_starts()[::START_STRIDE])
+        _check_law(fit.surface)
+        copies = resample_pairs(*runs.points, fit, replicates=options.replicates, seed=options.seed, clusters=clusters)
+        estimates.append(bootstrap_estimate(runs, options, fit, copies, clusters))
+    except ValueError:
+        pass  # a stage of too few runs, or of no law, is one that was corrected
+    fit_isoflops(runs, options, isoflop.assign_budgets(runs.column("flops"), options.budgets), estimates, {})
+    return estimates
+
+
 def _check_variation(runs: Runs) -> None:
+    if len(runs.table) < FEWEST_RUNS:
+        raise ValueError(f"a scaling law needs at least {FEWEST_RUNS} runs, got {len(runs.table)}: add runs")
     for name in ("params", "tokens", "loss"):
         if np.ptp(np.log(runs.column(name))) < SAME:
-            raise ValueError(
-                f"{runs.source}: {name} is the same in all runs: no law can be fitted; add runs that vary it"
-            )
+            raise ValueError(f"{name} is the same in all runs: no law can be fitted; add runs that vary it")
     flops = runs.column("flops")
     if flops.max() < (1.0 + isoflop.BUDGET_TOLERANCE) * flops.min():
+        raise ValueError(f"one budget only ({flops.mean():.3g} FLOPs): no law in C can be fitted; add runs at another")
+
+
+def _check_law(surface: Surface) -> None:
+    terms = np.array([surface.A, surface.B, surface.alpha, surface.beta], dtype=np.float64)
+    if not (np.isfinite(terms).all() and terms.min() > 0):
         raise ValueError(
-            f"{runs.source}: one budget only ({flops.mean():.3g} FLOPs): no law in C can be fitted; add runs at another"
+            f"loss does not fall with both N and D as a power law (alpha {surface.alpha:.3g}, beta "
+            f"{surface.beta:.3g}): check the columns and drop diverged runs"
         )
-
-
-def _check_laws(runs: Runs, *surfaces: Surface) -> None:
-    for surface in surfaces:
-        terms = np.array([surface.A, surface.B, surface.alpha, surface.beta], dtype=np.float64)
-        if not (np.isfinite(terms).all() and terms.min() > 0):
-            raise ValueError(
-                f"{runs.source}: loss does not fall with both N and D as a power law (alpha {surface.alpha:.3g}, beta "
-                f"{surface.beta:.3g}): check the columns and drop diverged runs"
-            )
 
 
 def _published(surface: Surface) -> np.ndarray:
     """(a, b, e, alpha, beta)."""
-    return np.array([np.log(surface.A), np.log(surface.B), np.log(surface.E), surface.alpha, surface.beta])
+    E = max(float(surface.E), np.finfo(float).tiny)  # a fit may find no irreducible loss
+    return np.array([np.log(surface.A), np.log(surface.B), np.log(E), surface.alpha, surface.beta])
 
 
 def _shared_trunks(runs: Runs) -> np.ndarray | None:

@@ -1,6 +1,6 @@
 """The canonical figures of a scaling-law study. Each takes a `Study`, and raises NotApplicableError where data lack."""
 
-from analysis.figures import fit, laws, regimes, sweep
+from analysis.figures import fit, laws, regimes, settings, sweep
 
 FIGURES = {
     "training-curves": sweep.training_curves,
@@ -13,10 +13,13 @@ FIGURES = {
     "residuals": fit.residuals,
     "bootstrap": fit.bootstrap,
     "exponents": laws.exponents,
+    "stages": laws.stages,
     "reducible-loss": regimes.reducible_loss,
     "overtraining": regimes.overtraining,
+    "downstream-error": regimes.downstream_error,
     "repeats": regimes.repeats,
-    "hyperparameters": regimes.hyperparameters,
+    "hyperparameters": settings.hyperparameters,
+    "learning-rate-batch": settings.learning_rate_batch,
     "hold-out": fit.hold_out,
     "inference": regimes.inference,
     "cost-of-certainty": fit.cost_of_certainty,

@@ -85,7 +85,12 @@ def hold_out(study: Study) -> Drawing:
     )
     ends = [min(loss.min(), fitted.min()), np.quantile(loss, 0.97)]
     panels[0].plot(ends, ends, color="black", linewidth=0.8)
-    panels[0].set(xlabel="predicted " + style.LOSS, ylabel="actual " + style.LOSS, xlim=ends, ylim=ends)
+    panels[0].set(
+        xlabel="predicted " + style.loss_label(study.runs.loss_unit),
+        ylabel="actual " + style.loss_label(study.runs.loss_unit),
+        xlim=ends,
+        ylim=ends,
+    )
     panels[0].legend()
     rows = []
     colours, _ = style.colours_of([h.cut for h in study.hold_outs])
@@ -117,4 +122,4 @@ def cost_of_certainty(study: Study) -> Drawing:
         style.log_axes(axes, y=True)
         axes.set(xlabel="FLOPs of the runs, cheapest first", ylabel=f"width of the 95% interval of {label}")
     data = style.long_table(runs=counts, flops=spent[counts - 1], exponent_width=widths[:, 0], log_n_width=widths[:, 1])
-    return Drawing(figure, data, f"What certainty costs, with noise of {noise:.2g} nats (delta method).")
+    return Drawing(figure, data, f"What certainty costs, with noise of {noise:.2g} in the loss (delta method).")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.figures import style
-from analysis.figures.style import Drawing
+from analysis.figures.style import Drawing, NotApplicableError
 from analysis.study import Study
 
 CHINCHILLA_RATIO = 20.0
@@ -106,7 +106,7 @@ def contours(study: Study) -> Drawing:
     axes.set(xlabel=style.flops_label(study.runs.flops_convention), ylabel=style.PARAMS)
     axes.legend(loc="upper left")
     data = style.long_table(flops=flops, params=params, tokens=tokens, loss=loss)
-    return Drawing(figure, data, "Contours of the fitted loss (nats) over N and C, the frontier, and the runs.")
+    return Drawing(figure, data, "Contours of the fitted loss over N and C, the frontier, and the runs.")
 
 
 def exponents(study: Study) -> Drawing:
@@ -124,3 +124,29 @@ def exponents(study: Study) -> Drawing:
     axes.set_ylim(-0.6, len(rows) - 0.2)
     axes.set_xlabel(f"exponent a of N* ~ C^a ({study.runs.params_convention} N, {study.options.level:.0%} intervals)")
     return Drawing(figure, pd.DataFrame(rows), "The exponent by method.")
+
+
+def stages(study: Study) -> Drawing:
+    """Porian et al. 2024, figure 1: how each correction of the sweep moves the exponent."""
+    if not study.stages:
+        raise NotApplicableError("no column `stage` with several stages of correction")
+    figure, axes = style.new_figure(width=max(5.2, 1.2 * len(study.stages) + 2.5))
+    methods = list(dict.fromkeys(e.method for estimates in study.stages.values() for e in estimates))
+    for method in methods:
+        axes.plot([], [], "o", color=style.METHOD_COLOURS[method], label=method)
+    rows = []
+    for place, (stage, estimates) in enumerate(study.stages.items()):
+        for estimate in estimates:
+            quantity, colour = estimate.params_exponent, style.METHOD_COLOURS[estimate.method]
+            x = place + 0.18 * (methods.index(estimate.method) - (len(methods) - 1) / 2)
+            ends = (quantity.interval.low, quantity.interval.high) if quantity.interval else (np.nan, np.nan)
+            axes.plot([x, x], ends, color=colour, linewidth=2.2)
+            axes.plot(x, quantity.value, "o", color=colour)
+            row = {"stage": stage, "method": estimate.method, "exponent": quantity.value}
+            rows.append({**row, "low": ends[0], "high": ends[1]})
+    axes.axhline(0.5, color="black", linestyle="--", linewidth=0.8)
+    axes.set_xticks(range(len(study.stages)), list(study.stages))
+    axes.set(xlim=(-0.6, len(study.stages) - 0.4), xlabel="stage of correction")
+    axes.set_ylabel(f"exponent a of N* ~ C^a ({study.options.level:.0%} intervals)")
+    axes.legend(loc="best")
+    return Drawing(figure, pd.DataFrame(rows), "The exponent by stage of correction.")

@@ -1,18 +1,17 @@
-"""Figures beyond the compute optimum: over-training, repeated data, hyperparameters, inference."""
+"""Figures beyond the compute optimum: over-training, downstream error, repeated data, inference."""
 
 import numpy as np
 import pandas as pd
 
 from analysis.figures import style
 from analysis.figures.style import Drawing, NotApplicableError
-from analysis.hyperparameters import fit_hyperparameter_law
 from analysis.inference import inference_optimum
-from analysis.overtraining import overtraining_penalty
+from analysis.overtraining import fit_error_law, overtraining_penalty, resample_error_law
 from analysis.parametric import fit_parametric, standard_starts
 from analysis.repeats import fit_effective_data
 from analysis.study import Study
 
-MOST_SLICES = 8
+ERROR_REPLICATES = 500
 RATIO_LINES = (5.0, 20.0, 80.0, 320.0, 1280.0)
 
 
@@ -36,7 +35,9 @@ def reducible_loss(study: Study) -> Drawing:
         axes.plot(flops[mine], loss[mine] - law.E, "o", color=colour, markersize=3)
         rows.append(pd.DataFrame({"ratio": ratio, "flops": x, "reducible_loss": fitted}))
     style.log_axes(axes, y=True)
-    axes.set(xlabel=style.flops_label(study.runs.flops_convention), ylabel=f"L - E (nats), E = {law.E:.3f}")
+    axes.set(
+        xlabel=style.flops_label(study.runs.flops_convention), ylabel=f"L - E ({study.runs.loss_unit}), E = {law.E:.3f}"
+    )
     axes.legend(title="tokens per parameter")
     return Drawing(figure, pd.concat(rows, ignore_index=True), "Reducible loss by token multiple (over-training law).")
 
@@ -58,7 +59,7 @@ def overtraining(study: Study) -> Drawing:
     axes.axvspan((tokens / params).min(), (tokens / params).max(), color="grey", alpha=0.08, label="D/N of the runs")
     style.log_axes(axes)
     axes.set_ylim(-0.02, 1.2 * np.quantile(np.abs(excess), 0.95) + 0.02)
-    axes.set(xlabel="D / N (tokens per parameter)", ylabel="loss above the optimum of the budget (nats)")
+    axes.set(xlabel="D / N (tokens per parameter)", ylabel=f"loss above the optimum ({study.runs.loss_unit})")
     axes.legend()
     return Drawing(figure, pd.concat(rows, ignore_index=True), "What training away from the optimal D/N costs.")
 
@@ -90,7 +91,7 @@ def repeats(study: Study) -> Drawing:
         rows.append(pd.DataFrame({"params": size, "epochs": epochs, "loss": loss}))
     panels[0].plot(known["tokens"] / known["unique_tokens"], known["loss"], ".", color="black", alpha=0.4)
     style.log_axes(panels[0])
-    panels[0].set(xlabel=f"epochs over U = {unique:.2g} tokens", ylabel=style.LOSS)
+    panels[0].set(xlabel=f"epochs over U = {unique:.2g} tokens", ylabel=style.loss_label(study.runs.loss_unit))
     panels[0].legend(title="dotted: were data unique")
     grid = np.geomspace(known["params"].min(), known["params"].max(), 60)
     lines = panels[1].contour(epochs, grid, fit.loss(grid[:, None], epochs * unique, unique), 12, cmap="viridis")
@@ -104,58 +105,34 @@ def repeats(study: Study) -> Drawing:
     return Drawing(figure, pd.concat(rows, ignore_index=True), caption)
 
 
-def hyperparameters(study: Study) -> Drawing:
+def downstream_error(study: Study) -> Drawing:
+    """Gadre et al. 2024, figure 1 (right): the average error of downstream tasks follows from the loss."""
     table = study.runs.table
-    if "learning_rate" not in table or table["learning_rate"].nunique() < 3:
-        raise NotApplicableError("fewer than three learning rates")
-    known = table.dropna(subset=["learning_rate"])
+    known = table.dropna(subset=["error"]) if "error" in table else table.iloc[:0]
+    if known.empty:
+        raise NotApplicableError("no column of downstream errors (`error`, as shares of one)")
+    loss, error = known["loss"].to_numpy(), known["error"].to_numpy()
     try:
-        law = fit_hyperparameter_law(*(known[c] for c in ("params", "tokens", "learning_rate", "loss")))
-    except ValueError as error:
-        raise NotApplicableError(str(error)) from None
-    figure, panels = style.new_figure(columns=2)
-    _learning_rate_slices(panels[0], known)
-    for cell in law.cells:
-        panels[1].plot(
-            cell.params, cell.value, "o", mfc="none" if cell.flag else style.COLOURS[0], color=style.COLOURS[0]
-        )
-    sizes = np.geomspace(min(c.params for c in law.cells), max(c.params for c in law.cells), 20)
-    tokens = float(np.exp(np.mean([np.log(c.tokens) for c in law.cells])))
-    label = f"$N^{{{law.params_exponent:.2f}}} D^{{{law.tokens_exponent:.2f}}}$ at D = {tokens:.2g}"
-    panels[1].plot(sizes, law(sizes, tokens), color="black", label=label)
-    style.log_axes(panels[1], y=True)
-    panels[1].set(xlabel=style.PARAMS, ylabel="near-optimal learning rate")
-    panels[1].legend()
-    data = pd.DataFrame([vars(cell) for cell in law.cells])
-    return Drawing(figure, data, "Best learning rates; hollow: at the edge of the values tried, not fitted.")
-
-
-def _learning_rate_slices(axes, known) -> None:
-    """Loss over learning rate x batch where batches vary, else one curve a cell."""
-    if "batch_tokens" in known and known["batch_tokens"].nunique() >= 3:
-        points = axes.scatter(known["learning_rate"], known["batch_tokens"], c=known["loss"], cmap="viridis_r", s=40)
-        best = known.loc[known["loss"].idxmin()]
-        axes.plot(best["learning_rate"], best["batch_tokens"], "*", color="black", markersize=12)
-        axes.figure.colorbar(points, ax=axes, label=style.LOSS)
-        style.log_axes(axes, y=True)
-        axes.set(xlabel="learning rate", ylabel="batch (tokens)")
-        return
-    cells = list(known.groupby(["params", "tokens"]))
-    cells = cells[:: -(-len(cells) // MOST_SLICES)]
-    colours, _ = style.colours_of([key[0] for key, _ in cells])
-    for (key, cell), colour in zip(cells, colours, strict=True):
-        cell = cell.sort_values("learning_rate")
-        axes.plot(
-            cell["learning_rate"],
-            cell["loss"] / cell["loss"].min(),
-            "o-",
-            color=colour,
-            label=f"N {key[0]:.2g}, D {key[1]:.2g}",
-        )
-    style.log_axes(axes)
-    axes.set(xlabel="learning rate", ylabel="loss / lowest of its (N, D)")
-    axes.set_ylim(top=1.0 + 1.7 * (axes.get_ylim()[1] - 1.0))  # room for the legend
-    axes.legend(loc="upper center", ncols=2)
+        law = fit_error_law(loss, error)
+        copies = resample_error_law(loss, error, law, replicates=ERROR_REPLICATES, seed=study.options.seed)
+    except ValueError as reason:
+        raise NotApplicableError(str(reason)) from None
+    expected = float(study.huber.surface.frontier_loss(study.options.target))
+    x = np.linspace(min(expected, loss.min()), loss.max(), 80)
+    low, high = np.quantile(copies(x), [(1 - study.options.level) / 2, (1 + study.options.level) / 2], axis=0)
+    figure, axes = style.new_figure()
+    colours, mappable = style.colours_of(known["params"])
+    axes.fill_between(x, low, high, color="grey", alpha=0.2, linewidth=0)
+    label = rf"${law.epsilon:.3f} - {law.k:.3g}\,e^{{-{law.gamma:.2f} L}}$, {study.options.level:.0%} band"
+    axes.plot(x, law(x), color="black", label=label)
+    axes.scatter(loss, error, c=colours, s=16, zorder=3)
+    axes.plot(expected, law(expected), "*", color=style.COLOURS[1], markersize=11, label="frontier at the target")
+    figure.colorbar(mappable, ax=axes, label=style.PARAMS)
+    axes.set(xlabel=style.loss_label(study.runs.loss_unit), ylabel="downstream error")
+    axes.legend(loc="lower right")
+    fitted = style.long_table(kind="fit", loss=x, error=law(x), low=low, high=high)
+    data = pd.concat([style.long_table(kind="run", loss=loss, error=error), fitted], ignore_index=True)
+    return Drawing(figure, data, "Downstream error against loss, Err = eps - k exp(-gamma L) (over-training law).")
 
 
 def inference(study: Study) -> Drawing:

@@ -27,7 +27,6 @@ RC: Any = {
     "lines.markersize": 4.5,
     "pdf.fonttype": 42,
 }
-LOSS = "loss (nats per token)"
 PARAMS, TOKENS, FLOPS = "N (parameters)", "D (tokens)", "C (FLOPs)"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe & Ito
 METHOD_COLOURS = {
@@ -86,6 +85,10 @@ def _tick_label(value: float, _=None) -> str:
     return f"$10^{{{int(exponent)}}}$" if mantissa == "1" else rf"${mantissa}\times10^{{{int(exponent)}}}$"
 
 
+def loss_label(unit: str) -> str:
+    return f"loss ({unit})"
+
+
 def flops_label(convention: str) -> str:
     return f"{FLOPS}, {convention}"
 
@@ -105,4 +108,5 @@ def band(axes: Axes, x, replicates_KX, level: float, colour) -> None:
 
 
 def long_table(**columns) -> pd.DataFrame:
-    return pd.DataFrame({name: np.asarray(value) for name, value in columns.items()})
+    """Columns side by side; a scalar fills its column."""
+    return pd.DataFrame({name: value if np.ndim(value) == 0 else np.asarray(value) for name, value in columns.items()})

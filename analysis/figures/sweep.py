@@ -27,7 +27,7 @@ def training_curves(study: Study) -> Drawing:
         axes.legend()
     figure.colorbar(mappable, ax=axes, label=style.PARAMS)
     style.log_axes(axes)
-    axes.set(xlabel=style.flops_label(study.runs.flops_convention), ylabel=style.LOSS)
+    axes.set(xlabel=style.flops_label(study.runs.flops_convention), ylabel=style.loss_label(study.runs.loss_unit))
     data = curves[curves["run"].isin(names)].assign(params=lambda c: c["run"].map(sizes))
     return Drawing(figure, data, "Training curves; black: the lower envelope that approach 1 fits.")
 
@@ -61,7 +61,7 @@ def isoflop(study: Study) -> Drawing:
                 axes.plot(vertex.optimum, vertex.loss, "*", color=colour, markeredgecolor="black", markersize=10)
         style.log_axes(axes)
     _clip_losses(panels, study.runs.column("loss"))
-    panels[0].set(xlabel=style.PARAMS, ylabel=style.LOSS)
+    panels[0].set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
     panels[1].set(xlabel=style.TOKENS)
     figure.legend(*panels[0].get_legend_handles_labels(), title="C (FLOPs)", loc="outside right upper")
     return Drawing(
@@ -98,7 +98,7 @@ def isoloss_slices(study: Study) -> Drawing:
     _clip_losses([axes], loss)
     figure.colorbar(mappable, ax=axes, label=style.FLOPS)
     style.log_axes(axes)
-    axes.set(xlabel=style.PARAMS, ylabel=style.LOSS)
+    axes.set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
     return Drawing(
         figure, pd.concat(rows, ignore_index=True), "Runs of each budget and the fitted surface (approach 3)."
     )
