@@ -36,6 +36,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
+from lmjax.chips import peak_flops
 from lmjax.config import Config, load
 from lmjax.data.batch import Batch
 from lmjax.experiment import assemble, compiled_step, initial_state, placer
@@ -218,7 +219,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 def utilization(timing: Timing, flops_per_token: float) -> str:
     flops = statistics.median(timing.wall) * flops_per_token
-    peak = runtime.peak_flops(jax.devices()[0].device_kind)
+    peak = peak_flops(jax.devices()[0].device_kind)
     mfu = f", MFU {flops / (peak * jax.device_count()):.1%} of bf16 peak" if peak else ""
     return f"{flops / 1e9:,.0f} G{mfu}"
 

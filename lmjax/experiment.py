@@ -18,7 +18,7 @@ from lmjax.data.config import DataConfig
 from lmjax.data.prepare import prepare
 from lmjax.data.shards import Dataset, TokenSplit, open_dataset
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer
-from lmjax.data.windows import evaluation_batches
+from lmjax.data.windows import as_batch, evaluation_batches
 from lmjax.errors import ConfigError, DataError
 from lmjax.evaluate.compression import primed_xz_bits_per_byte, xz_bits_per_byte
 from lmjax.evaluate.likelihood import Evaluation, evaluate, macro_average
@@ -47,15 +47,15 @@ class Experiment(NamedTuple):
     """None on a single device: then nothing is sharded and nothing needs to know."""
 
 
-def assemble(cfg: Config) -> Experiment:
-    """The parts of a run. Raises ConfigError for parts that do not fit together."""
+def assemble(cfg: Config, devices: list[Any] | None = None) -> Experiment:
+    """The parts of a run, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
     model = decoder.build(cfg.model)
     return Experiment(
         cfg=cfg,
         model=model,
         objective=language_model(model, cfg.train.loss),
         optimizer=build(cfg.optimizer, model.spec),
-        mesh=make_mesh(cfg),
+        mesh=make_mesh(cfg, devices),
     )
 
 
@@ -99,10 +99,13 @@ def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
 # Devices ----------------------------------------------------------------------------------------------------------
 
 
-def make_mesh(cfg: Config) -> jax.sharding.Mesh | None:
-    """The mesh, or None for a single device. Raises ConfigError when the batch does not divide over it."""
-    mesh = layout.make_mesh(cfg.mesh)
-    if mesh.size == 1:
+def make_mesh(cfg: Config, devices: list[Any] | None = None) -> jax.sharding.Mesh | None:
+    """The mesh, or None for the one device there is. Raises ConfigError when the batch does not divide over it.
+
+    `devices` may be of a machine that is not here: a mesh is then the only thing that names them, even if it is one.
+    """
+    mesh = layout.make_mesh(cfg.mesh, devices)
+    if mesh.size == 1 and devices is None:
         return None
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     pieces = cfg.train.batch // cfg.train.microbatches
@@ -118,13 +121,18 @@ def entered(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def compiled_step(experiment: Experiment) -> Step:
-    """The train step, its state donated, its outputs pinned to the shardings of its inputs."""
-    step = jax.jit(
+def jitted_step(experiment: Experiment) -> Any:
+    """The train step, its state donated, its outputs pinned to the shardings of its inputs; call it in the mesh."""
+    return jax.jit(
         make_step(experiment.objective, experiment.optimizer, microbatches=experiment.cfg.train.microbatches),
         donate_argnums=0,
         out_shardings=(shardings(experiment), None),
     )
+
+
+def compiled_step(experiment: Experiment) -> Step:
+    """The train step, compiled when it is first called."""
+    step = jitted_step(experiment)
 
     def in_mesh(*arguments: Any) -> Any:
         with entered(experiment.mesh):
@@ -137,6 +145,15 @@ def placer(mesh: jax.sharding.Mesh | None) -> Callable[[Batch], Batch]:
     """Puts a host batch on the devices, its rows spread over the mesh."""
     sharding = jax.devices()[0] if mesh is None else layout.batch_sharding(mesh)
     return functools.partial(jax.device_put, device=sharding)
+
+
+def abstract_batch(experiment: Experiment) -> Batch:
+    """Shapes, dtypes and shardings of a batch: what the step is compiled for."""
+    cfg, mesh = experiment.cfg, experiment.mesh
+    rows_BS = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)
+    batch = as_batch(rows_BS, rows_BS, np.arange(cfg.train.batch), cfg.data.documents)
+    sharding = None if mesh is None else layout.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
 # State ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lmjax import config as configs
 from lmjax import experiment as parts
 from lmjax import runtime, seal
 from lmjax.checkpoint import Checkpoints
+from lmjax.chips import peak_flops
 from lmjax.config import Config
 from lmjax.data.batch import Batch
 from lmjax.data.loader import Loader
@@ -188,7 +189,7 @@ class Run:
 
     def make_accounting(self, step: int, first_sample: int) -> Accounting:
         device = jax.devices()[0]
-        peak = runtime.peak_flops(device.device_kind)
+        peak = peak_flops(device.device_kind)
         mesh = self.experiment.mesh
         return Accounting(
             start=step,

@@ -11,7 +11,6 @@ import importlib.metadata
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -298,42 +297,6 @@ def _planned_faults(text: str) -> dict[str, dict[int, str]]:
 
 
 # --- Facts ------------------------------------------------------------------------------------------------------------
-
-# Dense bf16 FLOP/s (fp32 accumulation, no sparsity) of one JAX device, from the vendor's data sheet, by the words of
-# `jax.Device.device_kind` that tell it apart; the first that matches counts.
-_PEAK_FLOPS: dict[str, float] = {
-    "GB200": 2.5e15,  # NVIDIA GB200 NVL72 data sheet: 5000 with sparsity
-    "B200": 2.25e15,  # NVIDIA HGX B200 data sheet: 4500 with sparsity
-    "H200 NVL": 8.355e14,  # NVIDIA H200 data sheet: 1671 with sparsity
-    "H200": 9.895e14,  # NVIDIA H200 data sheet, SXM: 1979 with sparsity
-    "GH200": 9.895e14,  # NVIDIA GH200 data sheet: 1979 with sparsity
-    "H100 NVL": 8.355e14,  # NVIDIA H100 data sheet: 1671 with sparsity
-    "H100 PCIe": 7.565e14,  # NVIDIA H100 data sheet: 1513 with sparsity
-    "H100": 9.895e14,  # NVIDIA H100 data sheet, SXM: 1979 with sparsity
-    "A100": 3.12e14,  # NVIDIA A100 data sheet, SXM and PCIe
-    "L40S": 3.62e14,  # NVIDIA L40S data sheet: 733 with sparsity
-    "L40": 1.81e14,  # NVIDIA L40 data sheet: 362 with sparsity
-    "L4": 1.21e14,  # NVIDIA L4 data sheet: 242 with sparsity
-    "A10G": 7.0e13,  # NVIDIA A10G data sheet
-    "A10": 1.25e14,  # NVIDIA A10 data sheet: 250 with sparsity
-    "RTX 6000 Ada": 3.64e14,  # NVIDIA RTX 6000 Ada data sheet: 728 with sparsity
-    "RTX A6000": 1.548e14,  # NVIDIA GA102 whitepaper
-    "RTX 4090": 1.652e14,  # NVIDIA Ada whitepaper, appendix A, fp32 accumulation
-    "RTX 3090": 7.1e13,  # NVIDIA GA102 whitepaper, fp32 accumulation
-    "TPU v2": 2.25e13,  # Google Cloud TPU documentation, here and below: 45 per chip, a device is one of its two cores
-    "TPU v3": 6.15e13,  # 123 per chip, a device is one of its two cores
-    "TPU v4 lite": 1.38e14,
-    "TPU v4": 2.75e14,
-    "TPU v5 lite": 1.97e14,  # v5e
-    "TPU v5": 4.59e14,  # v5p
-    "TPU v6 lite": 9.18e14,  # v6e, Trillium
-    "TPU7x": 1.1535e15,  # Ironwood: 2307 per chip, a device is one of its two chiplets
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of one device, or None where we know no figure (a CPU): then there is no MFU."""
-    return next((peak for name, peak in _PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 def environment() -> dict[str, Any]:

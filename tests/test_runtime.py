@@ -283,33 +283,6 @@ def test_without_the_variable_there_are_no_faults(monkeypatch: Any) -> None:
 # Facts ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.5),
-        ("NVIDIA H100 PCIe", 756.5),
-        ("NVIDIA H200", 989.5),
-        ("NVIDIA GH200 480GB", 989.5),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("TPU v3", 61.5),
-        ("TPU v5 lite", 197),
-        ("TPU v5", 459),
-        ("TPU v6 lite", 918),
-        ("TPU7x", 1153.5),
-    ],
-)
-def test_peak_flops(kind: str, teraflops: float) -> None:
-    assert runtime.peak_flops(kind) == pytest.approx(teraflops * 1e12)
-
-
-@pytest.mark.parametrize("kind", ["cpu", "NVIDIA RTX A1000", "NVIDIA T4", "TPU v9", ""])
-def test_an_unknown_device_has_no_peak(kind: str) -> None:
-    assert runtime.peak_flops(kind) is None
-
-
 def test_environment_is_json_with_versions_and_revision() -> None:
     facts = runtime.environment()
     json.dumps(facts)

@@ -6,7 +6,6 @@ cudnn      the same through cuDNN's flash attention: NVIDIA GPUs, 16 bit
 splash     a Pallas kernel for TPUs
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +16,13 @@ import numpy as np
 from lmjax.errors import ConfigError
 from lmjax.layout import current_mesh, partition
 from lmjax.models.activations import softcap
+
+
+def platform() -> str:
+    """What the program is for: the platform of the mesh, which may be of a machine that is not here, or our own."""
+    mesh = current_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 class Mask(NamedTuple):
@@ -115,7 +121,7 @@ def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
 
 def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
     checks = {
-        "needs an NVIDIA GPU": jax.default_backend() != "gpu",
+        "needs an NVIDIA GPU": platform() != "gpu",
         f"computes in 16 bit, not {q_BTNH.dtype}: set model.dtype=bfloat16": q_BTNH.dtype.itemsize != 2,
         "has no softcap": score.softcap is not None,
         "has no ALiBi": score.slopes_N is not None,
@@ -148,21 +154,19 @@ def _splash_segments(segments_BT: jax.Array | None):
     return None if segments_BT is None else SegmentIds(q=segments_BT, kv=segments_BT)
 
 
-@functools.cache
 def _splash_kernel(T: int, heads: int, window: int | None, cap: float | None) -> Callable[..., jax.Array]:
-    """Block tables are numpy and costly to make, and the same for every layer. Off TPU the kernel is interpreted."""
+    """Off TPU the kernel is interpreted. Its block tables are costly to make; the library remembers the last few."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = (T, T)
     one = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(
-            splash.MultiHeadMask([one] * heads),
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=cap,
-            interpret=jax.default_backend() != "tpu",
-        )
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([one] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=cap,
+        interpret=platform() != "tpu",
+    )
 
 
 def _splash_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
@@ -200,7 +204,7 @@ def attention(
     if mask.key_positions_BS is not None:
         backend = "reference"
     elif backend == "auto":
-        fastest = FASTEST.get(jax.default_backend(), "reference")
+        fastest = FASTEST.get(platform(), "reference")
         backend = "reference" if BACKENDS[fastest].refuses(q_BTNH, mask, score) else fastest
     refusal = BACKENDS[backend].refuses(q_BTNH, mask, score)
     if refusal is not None:

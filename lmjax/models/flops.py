@@ -6,7 +6,7 @@ A backward pass costs two forward passes; recomputation (remat) is not counted.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,36 +54,59 @@ def visible_pairs(T: int, window: int | None, *, causal: bool) -> int:
     return width * (width + 1) // 2 + (T - width) * width
 
 
+class Product(NamedTuple):
+    """One matrix product of a traced program."""
+
+    equation: Any
+    times: int
+    """How often it runs, loops multiplied out."""
+    in_kernel: bool
+    """Inside a Pallas kernel: its operands are tiles that never leave the chip."""
+
+
+def matrix_products(jaxpr: Any, times: int = 1, in_kernel: bool = False) -> Iterator[Product]:
+    """Every matrix product of a program. A kernel's grid counts whole, tiles that it skips included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in _PRODUCT_FLOPS:
+            yield Product(equation, times, in_kernel)
+        trips, kernel = 1, equation.primitive.name == "pallas_call"
+        if equation.primitive.name == "scan":
+            trips = equation.params["length"]
+        elif kernel:
+            trips = math.prod(equation.params["grid_mapping"].grid)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from matrix_products(inner, times * trips, in_kernel or kernel)
+
+
+def product_flops(product: Product, shape_of: Callable[[Any], tuple[int, ...]] = lambda aval: aval.shape) -> int:
+    """FLOPs of all runs of a product; with `shape_of` the shape of one device's part, those of that device."""
+    equation = product.equation
+    left, right, out = (shape_of(variable.aval) for variable in (*equation.invars[:2], equation.outvars[0]))
+    return product.times * _PRODUCT_FLOPS[equation.primitive.name](equation.params, left, right, out)
+
+
+Shape = tuple[int, ...]
+
+
+def _dot_flops(params: dict[str, Any], left: Shape, right: Shape, out: Shape) -> int:
+    (contracted, _), _ = params["dimension_numbers"]
+    return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+def _ragged_dot_flops(params: dict[str, Any], left: Shape, right: Shape, out: Shape) -> int:
+    """Each row meets the matrix of one group: as many as one product of all rows. (CPUs multiply by all groups.)"""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batched) = numbers.dot_dimension_numbers
+    free = set(range(len(right))) - {*contracted, *batched, *numbers.rhs_group_dimensions}
+    return 2 * math.prod(left) * math.prod(right[axis] for axis in free)
+
+
+_PRODUCT_FLOPS = {"dot_general": _dot_flops, "ragged_dot_general": _ragged_dot_flops}
+
+
 def program_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """FLOPs of every matrix product in the program that `function` traces to, loops multiplied out.
 
     What a formula is checked against; arguments may be abstract (`jax.ShapeDtypeStruct`).
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _jaxpr_flops(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            total += _dot_flops(equation)
-        if equation.primitive.name == "ragged_dot_general":
-            total += _ragged_dot_flops(equation)
-        trips = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += trips * sum(_jaxpr_flops(inner) for inner in jax.core.jaxprs_in_params(equation.params))
-    return total
-
-
-def _dot_flops(equation: Any) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-
-
-def _ragged_dot_flops(equation: Any) -> int:
-    """Each row meets the matrix of one group: as many as one product of all rows. (CPUs multiply by all groups.)"""
-    numbers = equation.params["ragged_dot_dimension_numbers"]
-    (_, contracted), (_, batched) = numbers.dot_dimension_numbers
-    left, right = (variable.aval.shape for variable in equation.invars[:2])
-    free = set(range(len(right))) - {*contracted, *batched, *numbers.rhs_group_dimensions}
-    return 2 * math.prod(left) * math.prod(right[axis] for axis in free)
+    return sum(map(product_flops, matrix_products(jax.make_jaxpr(function)(*arguments).jaxpr)))

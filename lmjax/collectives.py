@@ -1,0 +1,164 @@
+"""What a compiled program sends between devices, read from its text.
+
+XLA's text names every collective, in the computation it belongs to. A loop's body is written once and runs as often as
+its condition says; fusions, asynchronous wrappers and branches are followed to the computations they call.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+class Collective(NamedTuple):
+    """One collective operation of one device."""
+
+    kind: str
+    bytes: int
+    """Of the whole array on one device: the result of an all-gather, the operand of the others."""
+    group: tuple[int, ...]
+    """The devices that take part, as positions in the mesh; of several groups alike, the first."""
+    times: int = 1
+    """How often it runs in one execution of the program."""
+    shape: str = ""
+    name: str = ""
+    """The operation of the source program it comes from."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in all runs, by the bandwidth-optimal ring: (n-1)/n of the array per pass.
+
+        An all-reduce passes twice; a permutation sends the array once.
+        """
+        n = len(self.group)
+        if self.kind == "collective-permute":
+            return float(self.times * self.bytes)
+        return self.times * self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+
+    def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+        """The mesh axes along which the devices of the group differ."""
+        where = np.array(np.unravel_index(np.array(self.group), tuple(mesh_shape.values())))
+        return tuple(axis for axis, places in zip(mesh_shape, where, strict=True) if len(set(places.tolist())) > 1)
+
+
+class _Computation(NamedTuple):
+    collectives: list[tuple[int, Collective]]
+    """(channel, collective)"""
+    calls: list[tuple[str, str | None]]
+    """(computation, the condition under which it is repeated)"""
+    bounds: list[int]
+    """The integer constants: of a loop's condition, how often it holds."""
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective of `compiled.as_text()` that sends anything, with how often it runs.
+
+    A TPU program may spread one collective over several fusions, to overlap it with work: they share a channel and
+    count once. An all-reduce in a fusion named for the slice that follows it is a reduce-scatter, and is called that.
+    """
+    computations, entry = _computations(text)
+    found: dict[tuple[int, int], Collective] = {}
+
+    def visit(name: str, times: int) -> None:
+        for channel, one in computations[name].collectives:
+            if len(one.group) > 1:
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else one.kind
+                found.setdefault((channel, times), one._replace(kind=kind, times=times))
+        for callee, condition in computations[name].calls:
+            if callee in computations:
+                visit(callee, times * (1 if condition is None else max(computations[condition].bounds)))
+
+    visit(entry, 1)
+    return list(found.values())
+
+
+def _computations(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    entry, current = "", _Computation([], [], [])
+    partitions = int(next(iter(re.findall(r"num_partitions=(\d+)", text)), 1))
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            current = computations[header[2]] = _Computation([], [], [])
+            entry = header[2] if header[1] else entry
+            continue
+        instruction = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*)$", line)
+        if instruction:
+            current.collectives.extend(_collective(instruction[1], partitions))
+            current.calls.extend(_calls(instruction[1]))
+            current.bounds.extend(map(int, re.findall(r"^[su]\d+\[\]\S* constant\((\d+)\)", instruction[1])))
+    assert entry, "no ENTRY computation: is it the text of a compiled program?"
+    return computations, entry
+
+
+# `bf16[16,2048]{1,0:T(8,128)(2,1)S(1)} all-gather(%x), ...`; a tuple of results is in parentheses.
+_COLLECTIVE = re.compile(rf"(?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>.*?)\),")
+
+
+def _collective(instruction: str, partitions: int) -> Iterator[tuple[int, Collective]]:
+    match = _COLLECTIVE.match(instruction)
+    if match is None:
+        return
+    kind, shapes = match["kind"], re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
+    sizes = [_array_bytes(dtype, dims) for dtype, dims in shapes]
+    if match["start"] and kind in ("all-gather", "collective-permute"):  # the result holds the operand, too
+        sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]
+    group = _group(instruction, partitions)
+    n_bytes = sum(sizes) * (len(group) if kind == "reduce-scatter" else 1)
+    name = re.search(r'op_name="([^"]*)"', instruction)
+    shape = ", ".join(f"{dtype}[{dims}]" for dtype, dims in shapes[:1])
+    channel = re.search(r"channel_id=(\d+)", instruction)
+    assert channel, f"a collective without a channel: {instruction[:200]}"
+    yield int(channel[1]), Collective(kind, n_bytes, group, 1, shape, name[1] if name else "")
+
+
+def _calls(instruction: str) -> Iterator[tuple[str, str | None]]:
+    loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", instruction)
+    if loop:
+        yield loop[2], loop[1]
+    for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction):
+        yield name, None
+    for names in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", instruction):
+        yield from ((name.strip().lstrip("%"), None) for name in names.split(","))
+
+
+def _group(instruction: str, partitions: int) -> tuple[int, ...]:
+    """The first group of devices: `{{0,1},{2,3}}`, `[2,2]<=[2,2]T(1,0)`, `mesh['a'=2,'b'=2] {'a'}`; none means all."""
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", instruction)
+    if pairs:
+        return tuple(map(int, pairs.groups()))
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", instruction)
+    if listed:
+        return tuple(map(int, listed[1].split(",")))
+    meshed = re.search(r"replica_groups=mesh\[('[^\]]*)\] \{([^}]*)\}", instruction)
+    if meshed:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])}
+        along = tuple(slice(None) if f"'{axis}'" in meshed[2] else 0 for axis in sizes)
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return tuple(devices[along].ravel().tolist())
+    tiled = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction)
+    if tiled is None:
+        assert "replica_groups={}" in instruction or "replica_groups" not in instruction, instruction[:300]
+        return tuple(range(partitions))
+    groups, dims, order = (tuple(map(int, part.split(","))) if part else None for part in tiled.groups())
+    assert groups is not None and dims is not None
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    devices = devices if order is None else devices.transpose(order)
+    return tuple(devices.reshape(groups)[0].tolist())
+
+
+_BITS = {"pred": 8, "bf16": 16}
+
+
+def _array_bytes(dtype: str, dims: str) -> int:
+    bits = _BITS.get(dtype) or int(re.sub(r"\D*(\d+).*", r"\1", dtype) or 0)
+    return math.prod(int(size) for size in dims.split(",") if size) * bits // 8
+
+
+def by_kind(found: Sequence[Collective]) -> dict[str, float]:
+    """Bytes that a device sends in each kind of collective."""
+    return {kind: sum(one.sent for one in found if one.kind == kind) for kind in KINDS}

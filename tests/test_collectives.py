@@ -1,0 +1,81 @@
+"""Collectives, read from the text of compiled programs as XLA writes it for CPU and TPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lmjax.collectives import by_kind, collectives
+
+# The forms that XLA:TPU uses, cut down: a loop bounded by its condition, a collective spread over two fusions, a
+# reduce-scatter written as an all-reduce and a slice, and groups as positions in a mesh.
+TPU = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %add.1 = f32[]{:T(128)} add(%x, %y)
+}
+
+%cond (p: (s32[], bf16[16,64])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12), metadata={op_name="lt"}
+  ROOT %lt = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.1), direction=LT
+}
+
+%async_collective_fusion.1 (p: bf16[2,64]) -> bf16[16,64] {
+  %all-gather.1 = bf16[16,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, \
+replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={0}, metadata={op_name="jit(step)/reshard"}
+}
+
+%async_collective_fusion.2 (p: bf16[2,64]) -> bf16[16,64] {
+  %all-gather.2 = bf16[16,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, \
+replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={0}
+}
+
+%all-reduce-scatter.3 (input: f32[1024,8]) -> f32[128,8] {
+  %all-reduce.5 = f32[1024,8]{1,0} all-reduce(%input), channel_id=6, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %dynamic-slice.39 = f32[128,8]{1,0} dynamic-slice(%all-reduce.5, %multiply.5), dynamic_slice_sizes={128,8}
+}
+
+%body (p: (s32[], bf16[16,64])) -> (s32[], bf16[16,64]) {
+  %fusion.1 = bf16[16,64]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %fusion.2 = bf16[16,64]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
+  %fusion.3 = f32[128,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
+}
+
+ENTRY %main (a: bf16[2,64]) -> bf16[2,64] {
+  %while.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}) while(%tuple), condition=%cond, body=%body
+  %all-reduce.7 = (f32[10]{0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=9, \
+replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %all-reduce.8 = f32[10]{0} all-reduce(%a), channel_id=10, replica_groups={{0},{1}}, to_apply=%add
+  %collective-permute.1 = f32[10]{0} collective-permute(%a), channel_id=11, source_target_pairs={{0,1},{1,0}}
+  %all-gather-start.1 = (f32[2]{0}, f32[16]{0}) all-gather-start(%a), channel_id=12, \
+replica_groups=[1,8]<=[8], dimensions={0}
+}
+"""
+
+
+def test_the_forms_of_tpu_programs() -> None:
+    found = {one.kind + str(one.bytes): one for one in collectives(TPU)}
+    gather = found["all-gather2048"]
+    assert gather.times == 12 and gather.group == (0, 4) and gather.name == "jit(step)/reshard"
+    assert gather.sent == 12 * 2048 / 2
+    assert gather.axes({"data": 2, "fsdp": 4}) == ("data",)
+    scatter = found["reduce-scatter32768"]
+    assert scatter.times == 12 and scatter.sent == 12 * 32768 * 7 / 8
+    both = found["all-reduce48"]  # a tuple of two arrays; the one among groups of one device is left out
+    assert both.group == (0, 4) and both.sent == 2 * 48 / 2
+    assert found["collective-permute40"].sent == 40
+    assert found["all-gather64"].sent == 64 * 7 / 8  # the result of a start holds its operand, too
+    assert len(found) == 5
+    assert by_kind(list(found.values()))["reduce-scatter"] == scatter.sent
+
+
+def test_a_program_of_one_device_sends_nothing() -> None:
+    def loop(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (jnp.sin(x) @ x, None), x, length=3)[0]
+
+    assert collectives(jax.jit(loop).lower(jnp.ones((4, 4))).compile().as_text()) == []
+
+
+def test_another_text_is_refused() -> None:
+    with pytest.raises(AssertionError, match="ENTRY"):
+        collectives("module @jit_step {}")
