@@ -13,12 +13,15 @@ its tokens, so that neither microbatches nor a mesh can change it. Letters besid
     X chosen experts of a token      A = T X choices of a sequence, or of all rows      C room of an expert
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lmjax.layout import current_mesh, partition
 from lmjax.metrics import Metrics
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.linear import linear
@@ -78,13 +81,27 @@ def mixture(
     """x_BTD through its experts -> (y_BTD, what the router did). Outside training nothing is dropped."""
     with jax.default_matmul_precision("float32"):  # on accelerators too: a choice hangs on small differences
         logits_BTE = linear(x_BTD.astype(jnp.float32), p["router"])
-    y_BTD, tally = _routed(p, x_BTD, logits_BTE, real_BT, cfg, training=training)
+    routed = functools.partial(_routed, cfg=cfg, training=training)
+    y_BTD, tally = _by_rows(routed)({k: p[k] for k in ("experts", "bias") if k in p}, x_BTD, logits_BTE, real_BT)
     if cfg.moe.shared_mlp is not None:
         shared_BTD = mlp(p["shared"], x_BTD, cfg)
         if cfg.moe.shared_gate:
             shared_BTD = jax.nn.sigmoid(linear(x_BTD, p["shared_gate"])) * shared_BTD
         y_BTD = y_BTD + shared_BTD
     return y_BTD, tally
+
+
+def _by_rows(routed: Callable[..., tuple[jax.Array, Tally]]) -> Callable[..., tuple[jax.Array, Tally]]:
+    """On a mesh each device routes its own rows, with whole experts: sorting all rows together would move them."""
+    if current_mesh() is None:
+        return routed
+    rows, whole = partition(("batch",)), partition(())
+
+    def local(*arguments: Any) -> tuple[jax.Array, Tally]:
+        y_BTD, tally = routed(*arguments)
+        return y_BTD, jax.tree.map(lambda x: jax.lax.psum(x, rows[0]), tally)
+
+    return jax.shard_map(local, in_specs=(whole, rows, rows, rows), out_specs=(rows, whole), check_vma=False)
 
 
 def _routed(
