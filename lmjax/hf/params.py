@@ -64,7 +64,8 @@ def write_params(
     def content() -> Iterator[np.ndarray]:
         for name, one in wanted.items():
             parts = [np.asarray(_take(leaves[place.path], place.entry)) for place in one.places]
-            x = join(one, parts).astype(target)
+            with np.errstate(over="ignore"):  # looked for in the next line
+                x = join(one, parts).astype(target)
             if target != np.float32 and not np.isfinite(x).all():
                 raise CheckpointError(f"{name} has values that {dtype} cannot hold; write float32")
             yield x
