@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lmjax.errors import ConfigError
 from lmjax.hf.tensors import Tensor
-from lmjax.models.config import AttentionKind, ModelConfig, RopeConfig
+from lmjax.models.config import ModelConfig, MoeConfig, RopeConfig
 from lmjax.schema import validated
 
 Json = dict[str, Any]
@@ -99,6 +99,7 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "use_bidirectional_attention": (False, None),
 }
+MOST_LAYERS = 10_000
 REFUSED = {
     "auto_map": "names code to run, and none is ever run; convert a checkpoint of a known model_type",
     "quantization_config": "means quantized weights, which are not read; convert an unquantized checkpoint",
@@ -129,6 +130,8 @@ def read_config(values: Json, family: Family, where: str) -> ModelConfig:
         raise fields.refuse("architectures", f"is not a {family.architecture}; only language models are read")
     settings = dict(family.fixed)
     settings |= {ours: fields.take(theirs) for theirs, ours in family.fields.items()}
+    if not isinstance(settings["layers"], int) or settings["layers"] > MOST_LAYERS:
+        raise ConfigError(f"{where}: {settings['layers']!r} layers are not a number up to {MOST_LAYERS}")
     for rule in family.rules:
         settings |= rule.read(fields)
     left = fields.left() - IRRELEVANT - family.irrelevant
@@ -178,7 +181,8 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
         qkv_bias=cfg.qkv_bias and not (cfg.bias or cfg.attention_bias),
         qk_norm_heads=cfg.qk_norm_heads if cfg.qk_norm else "each",
         attention_scale=cfg.attention_scale or dims["head_dim"] ** -0.5,
-        pattern=shortest_period(layer_kinds(cfg)),
+        pattern=shortest_period(tuple(kind.attention for kind in cfg.kinds)),
+        moe=_canonical_moe(cfg),
         rope=_canonical_rope(cfg),
         **{name: getattr(standard, name) for name in _TRAINING + _MACHINE},
     )
@@ -198,9 +202,18 @@ def _canonical_rope(cfg: ModelConfig) -> RopeConfig:
     )
 
 
-def layer_kinds(cfg: ModelConfig) -> tuple[AttentionKind, ...]:
-    """The kind of attention of every layer."""
-    return tuple(kind.attention for kind in cfg.kinds)
+def _canonical_moe(cfg: ModelConfig) -> MoeConfig:
+    if cfg.moe.experts is None:
+        return MoeConfig()
+    standard = MoeConfig()
+    training = ("dispatch", "capacity_factor", "balance_weight", "router_z_weight")
+    return dataclasses.replace(
+        cfg.moe,
+        mlp=cfg.moe.mlp or cfg.mlp,
+        pattern=shortest_period(tuple(kind.mlp for kind in cfg.kinds)),
+        dense_first=0,
+        **{name: getattr(standard, name) for name in training},
+    )
 
 
 def shortest_period(kinds: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -51,6 +51,20 @@ _MLP = _in_layers(
     tensor("mlp.up_proj.bias", "mlp", "mlp/up_bias"),
     tensor("mlp.down_proj.bias", "embed", "mlp/down_bias"),
 )
+_QWEN_EXPERTS = _in_layers(
+    "model.layers",
+    tensor("mlp.gate.weight", "routes embed", "moe/router"),
+    tensor("mlp.experts.{expert}.gate_proj.weight", "expert_mlp embed", "moe/experts/gate"),
+    tensor("mlp.experts.{expert}.up_proj.weight", "expert_mlp embed", "moe/experts/up"),
+    tensor("mlp.experts.{expert}.down_proj.weight", "embed expert_mlp", "moe/experts/down"),
+)
+_MIXTRAL_EXPERTS = _in_layers(
+    "model.layers",
+    tensor("block_sparse_moe.gate.weight", "routes embed", "moe/router"),
+    tensor("block_sparse_moe.experts.{expert}.w1.weight", "expert_mlp embed", "moe/experts/gate"),
+    tensor("block_sparse_moe.experts.{expert}.w2.weight", "embed expert_mlp", "moe/experts/down"),
+    tensor("block_sparse_moe.experts.{expert}.w3.weight", "expert_mlp embed", "moe/experts/up"),
+)
 _PRE_NORMS = _in_layers(
     "model.layers",
     tensor("input_layernorm.weight", "embed", "attention_norm/scale"),
@@ -150,6 +164,7 @@ _GEMMA_FIELDS = {
     "attention_bias": "attention_bias",
     "final_logit_softcapping": "logit_softcap",
 }
+_ROUTER_TRAINING = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
 _ROTARY_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 _LLAMA_FIXED = {"gated": True, "position": "rope", "norm": "rms", "norm_position": "pre"}
 _SIZES = (rules.KV_HEADS, rules.HEAD_DIM)
@@ -268,6 +283,45 @@ FAMILIES: dict[str, Family] = {
         fixed={**_LLAMA_FIXED, "norm_position": "output", "qk_norm": True, "qk_norm_heads": "together"},
         rules=(*_SIZES, rules.activation("hidden_act"), rules.ROPE),
         tensors=_OUTSIDE + _ATTENTION + _QK_NORM_TOGETHER + _MLP + _OUTPUT_NORMS,
+    ),
+    "mixtral": Family(
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        fields=_FIELDS,
+        defaults={
+            **_DEFAULTS,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        fixed=_LLAMA_FIXED,
+        rules=(*_SIZES, rules.activation("hidden_act"), rules.ONE_WINDOW, rules.ROPE, rules.MIXTRAL),
+        tensors=_OUTSIDE + _ATTENTION + _MIXTRAL_EXPERTS + _PRE_NORMS,
+        irrelevant=_ROUTER_TRAINING,
+    ),
+    "qwen3_moe": Family(
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        fields={**_FIELDS, "attention_bias": "attention_bias"},
+        defaults={
+            **_DEFAULTS,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+            "norm_topk_prob": False,
+        },
+        fixed={**_LLAMA_FIXED, "qk_norm": True},
+        rules=(*_SIZES, rules.activation("hidden_act"), rules.SWITCHED_WINDOW, rules.ROPE, rules.QWEN_MOE),
+        tensors=_OUTSIDE + _ATTENTION + _QK_NORM + _MLP + _QWEN_EXPERTS + _PRE_NORMS,
+        irrelevant=_ROUTER_TRAINING | {"max_window_layers"},
     ),
 }
 

@@ -33,8 +33,11 @@ def read_params(directory: Path, family: Family, cfg: ModelConfig, shardings: An
     """
     spec = weights(cfg)
     found = _full_names(list_tensors(directory), family)
-    if cfg.layers > len(found):  # before names are made up for every layer
-        raise CheckpointError(f"{directory}: {len(found)} tensors cannot be {cfg.layers} layers; check config.json")
+    experts = (cfg.moe.experts or 0) * sum(kind.mlp == "moe" for kind in cfg.kinds)
+    if cfg.layers + experts > len(found):  # before names are made up for all of them
+        raise CheckpointError(
+            f"{directory}: {len(found)} tensors cannot be {cfg.layers} layers with {experts} experts; check config.json"
+        )
     wanted = expected(family.tensors, spec, cfg.segments)
     repeats_head = cfg.tied and HEAD in found
     _compare(directory, family, found, wanted, allowed={HEAD} if repeats_head else set())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lmjax.errors import ConfigError
-from lmjax.hf.config_json import Fields, Json, Rule, layer_kinds, shortest_period
+from lmjax.hf.config_json import Fields, Json, Rule, shortest_period
 from lmjax.models.config import ModelConfig, RopeConfig
 
 # Activation -------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def _window(pattern: tuple[str, ...], window: Any) -> dict[str, Any]:
 
 
 def _types(cfg: ModelConfig) -> list[str]:
-    return ["sliding_attention" if kind == "local" else "full_attention" for kind in layer_kinds(cfg)]
+    return ["sliding_attention" if kind.attention == "local" else "full_attention" for kind in cfg.kinds]
 
 
 def _read_one_window(fields: Fields) -> dict[str, Any]:
@@ -76,6 +76,19 @@ def _read_one_window(fields: Fields) -> dict[str, Any]:
 
 # Mistral: every layer slides, or none.
 ONE_WINDOW = Rule(_read_one_window, lambda cfg: {"sliding_window": cfg.window})
+
+
+def _read_switched_window(fields: Fields) -> dict[str, Any]:
+    use, window = fields.take("use_sliding_window"), fields.take("sliding_window")
+    slides = use and window is not None
+    return _window(("local",) if slides else ("global",), window)
+
+
+# Qwen 3 MoE: the same, with a switch.
+SWITCHED_WINDOW = Rule(
+    _read_switched_window,
+    lambda cfg: {"use_sliding_window": cfg.window is not None, "sliding_window": cfg.window},
+)
 
 
 def _read_late_windows(fields: Fields) -> dict[str, Any]:
@@ -126,6 +139,48 @@ def periodic_windows(period: int) -> Rule:
         return {"sliding_window": cfg.window, "layer_types": _types(cfg)}
 
     return Rule(read, write)
+
+
+# Experts ----------------------------------------------------------------------------------------------------------
+
+
+def _read_mixtral(fields: Fields) -> dict[str, Any]:
+    return {"moe": {"experts": integer(fields, "num_local_experts"), "top_k": integer(fields, "num_experts_per_tok")}}
+
+
+MIXTRAL = Rule(_read_mixtral, lambda cfg: {"num_local_experts": cfg.moe.experts, "num_experts_per_tok": cfg.moe.top_k})
+
+
+def _read_qwen_moe(fields: Fields) -> dict[str, Any]:
+    layers, step = integer(fields, "num_hidden_layers"), integer(fields, "decoder_sparse_step")
+    dense = fields.take("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise fields.refuse("mlp_only_layers", "is not a list of layers")
+    experts = "num_local_experts" if fields.has("num_local_experts") else "num_experts"  # transformers 5, and before
+    kinds = ["dense" if i in dense or (i + 1) % step else "moe" for i in range(layers)]
+    return {
+        "moe": {
+            "experts": integer(fields, experts),
+            "top_k": integer(fields, "num_experts_per_tok"),
+            "mlp": integer(fields, "moe_intermediate_size"),
+            "normalize": fields.take("norm_topk_prob"),
+            "pattern": shortest_period(tuple(kinds)),
+        }
+    }
+
+
+def _write_qwen_moe(cfg: ModelConfig) -> Json:
+    return {
+        "num_experts": cfg.moe.experts,
+        "num_experts_per_tok": cfg.moe.top_k,
+        "moe_intermediate_size": cfg.dims["expert_mlp"],
+        "norm_topk_prob": cfg.moe.normalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, kind in enumerate(cfg.kinds) if kind.mlp == "dense"],
+    }
+
+
+QWEN_MOE = Rule(_read_qwen_moe, _write_qwen_moe)
 
 
 # Rotary positions -------------------------------------------------------------------------------------------------

@@ -87,6 +87,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("olmo2", {name: size for name, size in SIZES.items() if name != "head_dim"} | {"attention_bias": True}),
+    "mixtral": (
+        "mixtral",
+        {**SIZES, "num_local_experts": 5, "sliding_window": WINDOW, "rope_parameters": LINEAR},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **SIZES,
+            "num_hidden_layers": 4,
+            "moe_intermediate_size": 12,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,  # a dense layer before every mixture
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    ),
+    "qwen3_moe, weights as they are": (
+        "qwen3_moe",
+        {**SIZES, "moe_intermediate_size": 12, "num_experts": 5, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
+    ),
 }
 # What CI runs of each family; the others are slow tests.
 EVERY = [pytest.param(name, marks=[pytest.mark.slow] if "," in name else []) for name in CASES]

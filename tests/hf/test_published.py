@@ -129,6 +129,24 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | {"tie_word_embeddings": False},
         1_484_916_736,
     ),
+    "Mixtral-8x7B": (
+        {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "rms_norm_eps": 1e-05}
+        | sizes(32_000, 4096, 14_336, 32, 32, 8)
+        | {"max_position_embeddings": 32_768, "rope_theta": 1_000_000.0, "sliding_window": None}
+        | {"num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False}
+        | {"router_aux_loss_coef": 0.02, "tie_word_embeddings": False},
+        46_702_792_704,
+    ),
+    "Qwen3-30B-A3B": (
+        QWEN
+        | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "max_window_layers": 48}
+        | sizes(151_936, 2048, 6144, 48, 32, 4)
+        | {"head_dim": 128, "max_position_embeddings": 40_960, "rope_theta": 1_000_000.0, "rope_scaling": None}
+        | {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "output_router_logits": False, "sliding_window": None}
+        | {"router_aux_loss_coef": 0.001, "tie_word_embeddings": False, "attention_bias": False},
+        30_532_122_624,
+    ),
 }
 
 
