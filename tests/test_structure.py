@@ -23,7 +23,7 @@ PROGRAMS = [
 # A module imports only from floors above its own and from its own package.
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"schema", "weights", "metrics", "seal", "chips", "collectives"},
+    {"schema", "weights", "metrics", "seal", "chips", "collectives", "lifeline"},
     {"layout", "jsonl", "runtime"},
     {"ledger", "tracking"},
     {"models", "optim", "data"},

@@ -1,0 +1,173 @@
+"""The line that every process of a run holds to process 0: a roll call at the start, and word at once when one is gone.
+
+JAX alone says no more than "deadline exceeded" when a process does not come, and takes 30 s or more to notice one that
+died. A TCP connection breaks as soon as the kernel clears a process away, however it ended; where a whole machine
+falls silent, keepalive probes find out within half a minute.
+
+    process 1 ---+                       {"process": 1, "processes": 4}  when it comes
+    process 2 ---+--- process 0          "go"  when all are there: the port is then free for JAX's own service
+    process 3 ---+                       "bye" when a process ends as it should; "lost 2" when process 2 did not
+"""
+
+import contextlib
+import json
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from lmjax.errors import ConfigError, StallError
+
+_GO, _BYE, _LOST = "go", "bye", "lost "
+_LINE_BYTES = 1000
+
+
+class Lifeline:
+    """Raises StallError when process 0 is not reached, or not everybody came, within `timeout` seconds, and ConfigError
+    when the processes contradict each other."""
+
+    def __init__(self, address: str, process: int, processes: int, timeout: float) -> None:
+        self._process = process
+        if process == 0:
+            self._lines = _call_the_roll(address, processes, timeout)
+        else:
+            self._lines = {0: _answer(address, process, processes, timeout)}
+        for line in self._lines.values():
+            _keep_alive(line)
+
+    def watch(self, on_loss: Callable[[str], NoReturn]) -> None:
+        """From now on call `on_loss` with a message, on a thread, when a process ends without a word."""
+        threading.Thread(target=self._watch, args=(on_loss,), name="lmjax-lifeline", daemon=True).start()
+
+    def close(self) -> None:
+        """This process ends as it should: nobody needs to worry."""
+        for line in self._lines.values():
+            _send(line, _BYE)
+
+    def _watch(self, on_loss: Callable[[str], NoReturn]) -> None:
+        with selectors.DefaultSelector() as selector:
+            for process, line in self._lines.items():
+                selector.register(line, selectors.EVENT_READ, process)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    word = _receive(self._lines[key.data])
+                    selector.unregister(key.fileobj)
+                    if word != _BYE:
+                        self._lost(int(word.removeprefix(_LOST)) if word.startswith(_LOST) else key.data, on_loss)
+
+    def _lost(self, process: int, on_loss: Callable[[str], NoReturn]) -> NoReturn:
+        for line in self._lines.values():
+            _send(line, f"{_LOST}{process}")
+        on_loss(f"process {process} is gone (its own last line says why); run again to go on from the last checkpoint")
+
+
+# The roll call ----------------------------------------------------------------------------------------------------
+
+
+def _call_the_roll(address: str, processes: int, timeout: float) -> dict[int, socket.socket]:
+    """Process 0: wait for all others, then let them go at once."""
+    lines: dict[int, socket.socket] = {}
+    end = time.monotonic() + timeout
+    with _listen(int(address.rpartition(":")[2]), processes) as listener:
+        while len(lines) < processes - 1:
+            listener.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                line, _ = listener.accept()
+            except TimeoutError:
+                missing = [str(process) for process in range(1, processes) if process not in lines]
+                raise StallError(
+                    f"{len(lines) + 1} of {processes} processes came within {timeout:g} s; missing: "
+                    f"{', '.join(missing)}; see what they said, and whether they reach {address}"
+                ) from None
+            _admit(line, processes, lines)
+    for line in lines.values():
+        _send(line, _GO)
+    return lines
+
+
+def _listen(port: int, processes: int) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, backlog=processes, dualstack_ipv6=both)
+    except OSError as error:
+        raise StallError(
+            f"process 0 cannot listen on port {port} ({error.strerror}); choose another --coordinator port"
+        ) from None
+
+
+def _admit(line: socket.socket, processes: int, lines: dict[int, socket.socket]) -> None:
+    """Take in a process that said who it is; tell it what is wrong if it cannot be right, and go on waiting."""
+    line.settimeout(5)
+    try:
+        answer = json.loads(_receive(line))
+        process, said = int(answer["process"]), int(answer["processes"])
+    except (ValueError, KeyError, TypeError):
+        line.close()  # somebody else, such as a port scanner
+        return
+    if said != processes:
+        _send(line, f"it was started as one of {said} processes, process 0 as one of {processes}")
+    elif process in lines or not 0 < process < processes:
+        _send(line, f"another process was started as process {process} of {processes}")
+    else:
+        lines[process] = line
+
+
+def _answer(address: str, process: int, processes: int, timeout: float) -> socket.socket:
+    """The others: reach process 0, say who is there and wait to be let go."""
+    end = time.monotonic() + timeout
+    line = _reach(address, timeout)
+    _send(line, json.dumps({"process": process, "processes": processes}))
+    line.settimeout(max(0.01, end - time.monotonic()))
+    word = _receive(line)
+    if word == _GO:
+        return line
+    if word:
+        raise ConfigError(f"coordinator {address} refused this process: {word}; start every process once")
+    raise StallError(f"not all {processes} processes came within {timeout:g} s; process 0 ({address}) says which")
+
+
+def _reach(address: str, timeout: float) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    end, problem = time.monotonic() + timeout, "no time to try"
+    while time.monotonic() < end:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+        except OSError as error:  # the name is not known yet, or nobody listens yet
+            problem = error.strerror or str(error)
+        time.sleep(0.1)
+    raise StallError(
+        f"coordinator {address} was not reached within {timeout:g} s ({problem}); check that process 0 runs there, "
+        "that its name resolves and that the port is open"
+    )
+
+
+# Lines ------------------------------------------------------------------------------------------------------------
+
+
+def _send(line: socket.socket, word: str) -> None:
+    with contextlib.suppress(OSError):  # who has gone meanwhile needs no word
+        line.sendall(f"{word}\n".encode())
+
+
+def _receive(line: socket.socket) -> str:
+    """The next word; empty when the other end is gone or silent for too long. What is no text is a word, too."""
+    received = b""
+    try:
+        while not received.endswith(b"\n") and len(received) < _LINE_BYTES:
+            if not (byte := line.recv(1)):
+                return ""
+            received += byte
+    except OSError:
+        return ""
+    return received.decode(errors="replace").strip() or "?"
+
+
+def _keep_alive(line: socket.socket) -> None:
+    line.settimeout(None)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}.items():  # not everywhere
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,138 @@
+"""The roll call and the word that a process is gone: over real sockets, with threads and processes for machines."""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from lmjax.errors import ConfigError, LmjaxError, StallError
+from lmjax.lifeline import Lifeline
+
+
+def free_address() -> str:
+    with socket.create_server(("", 0)) as server:
+        return f"localhost:{server.getsockname()[1]}"
+
+
+def outcome(function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except LmjaxError as error:
+        return error
+
+
+def roll_call(numbers: list[int], processes: list[int], timeout: float) -> list[Any]:
+    """What each process gets: its line or its error."""
+    address = free_address()
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        started = [
+            pool.submit(outcome, Lifeline, address, number, count, timeout)
+            for number, count in zip(numbers, processes, strict=True)
+        ]
+        return [future.result() for future in started]
+
+
+def test_all_come_in_any_order_and_the_port_is_free_again() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(Lifeline, address, number, 3, 10) for number in (2, 1)]
+        time.sleep(0.3)  # nobody listens yet: they try again
+        lines = [Lifeline(address, 0, 3, 10), *(other.result() for other in others)]
+    socket.create_server(("", int(address.split(":")[1]))).close()  # JAX's own service starts there next
+    for line in lines:
+        line.close()
+
+
+def test_process_0_says_who_is_missing() -> None:
+    first, *others = roll_call([0, 1, 3], [5, 5, 5], timeout=1)
+    assert isinstance(first, StallError) and "3 of 5 processes came within 1 s; missing: 2, 4; " in str(first)
+    for other in others:
+        assert isinstance(other, StallError) and "not all 5 processes came" in str(other)
+
+
+def test_contradictions_are_named_and_nobody_else_is_held_up() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(4) as pool:
+        leader = pool.submit(Lifeline, address, 0, 3, 20)
+        good = pool.submit(Lifeline, address, 1, 3, 20)
+        time.sleep(0.3)
+        for number, count, problem in (
+            (1, 3, "as process 1 of 3"),
+            (2, 4, "one of 4 processes, process 0 as one of 3"),
+        ):
+            with pytest.raises(ConfigError, match=problem):
+                Lifeline(address, number, count, 20)
+        with socket.create_connection(("localhost", int(address.split(":")[1]))) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            Lifeline(address, 2, 3, 20)
+        leader.result(), good.result()
+
+
+@pytest.mark.parametrize("address", ["localhost", "no-such-host.invalid"])
+def test_a_coordinator_that_is_not_there(address: str) -> None:
+    clock = time.monotonic()
+    with pytest.raises(StallError, match=rf"coordinator {address}:1 was not reached within 0.5 s \(.+\)"):
+        Lifeline(f"{address}:1", 1, 2, 0.5)
+    assert time.monotonic() - clock < 8
+
+
+def test_a_port_in_use() -> None:
+    with (
+        socket.create_server(("", 0)) as server,
+        pytest.raises(StallError, match=r"cannot listen on port .*in use.*another"),
+    ):
+        Lifeline(f"localhost:{server.getsockname()[1]}", 0, 2, 1)
+
+
+MEMBER = """
+import os, sys, time
+from lmjax.lifeline import Lifeline
+address, number, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def lost(message):
+    print(message, flush=True)
+    os._exit(6)
+line = Lifeline(address, number, 3, 20)
+line.watch(lost)
+if how == "leaves":
+    line.close()
+elif how == "dies":
+    time.sleep(0.5)
+    os.kill(os.getpid(), 9)
+else:
+    time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_dies_all_know_at_once_which(victim: int) -> None:
+    """Also the one that reaches the others by way of process 0 alone; who left in good order is not missed."""
+    address = free_address()
+    command = [sys.executable, "-c", MEMBER, address]
+    fates = ["stays", "stays", "stays"]
+    fates[victim] = "dies"
+    members = [
+        subprocess.Popen([*command, str(number), fate], stdout=subprocess.PIPE, text=True)
+        for number, fate in enumerate(fates)
+    ]
+    clock = time.monotonic()
+    for number, member in enumerate(members):
+        output, _ = member.communicate(timeout=15)
+        assert member.returncode == (-9 if number == victim else 6)
+        assert number == victim or output.startswith(f"process {victim} is gone")
+    assert time.monotonic() - clock < 10
+
+
+def test_who_leaves_in_good_order_is_not_missed() -> None:
+    address, lost = free_address(), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda number: Lifeline(address, number, 2, 10), range(2))
+    first.watch(lambda message: lost.set())  # type: ignore[arg-type, return-value]
+    second.close()
+    del second
+    assert not lost.wait(0.3)
