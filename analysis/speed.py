@@ -73,7 +73,7 @@ def read_config(name: str, dtype: Literal["float32", "bfloat16"] | None) -> Conf
 
 def train_steps(cfg: Config) -> Work:
     experiment = assemble(cfg)
-    step, place = compiled_step(experiment), placer(experiment.mesh)
+    step, place = compiled_step(experiment), placer(experiment.mesh, cfg.train.batch)
     batches = [place(random_batch(cfg, seed)) for seed in range(BATCHES)]
     state = initial_state(experiment)
 

@@ -57,6 +57,11 @@ def _train_arguments(sub: Parser) -> None:
     sub.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps with the profiler")
     sub.add_argument("--allow-config-change", action="store_true", help="resume although the config differs")
     sub.add_argument("--allow-data-change", action="store_true", help="resume although the data differ")
+    several = sub.add_argument_group("several processes", "found by itself on TPUs, Slurm and SkyPilot; or all three:")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", metavar="N")
+    several.add_argument("--process-id", metavar="I", help="of this process, from 0")
+    several.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="for all to meet")
     sub.epilog = "any setting: --config.train.steps=100 (see docs/config.md)"
 
 

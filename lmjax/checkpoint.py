@@ -11,17 +11,24 @@ Orbax commits atomically but does not checksum its data: of single bit flips, mo
 weights. Hence the seal. A directory without one was never finished (the process died in the save) and counts for
 nothing; a directory whose seal or files do not verify is damaged. If steps were ever sealed (SEALED or a damaged
 directory says so) and none is good, that is an error; only if none ever was does training start from scratch.
+
+Several processes write one step together: Orbax gives each a folder for the pieces of arrays that it holds, each
+hashes what it wrote, and process 0 seals when it has all hashes. Process 0 alone renames and deletes. What a step
+holds does not depend on how many wrote it, and any number of processes may read it.
 """
 
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import time
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +36,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from lmjax import seal
-from lmjax.errors import CheckpointError
+from lmjax import distributed, seal
+from lmjax.errors import CheckpointError, StallError
 from lmjax.runtime import fault
 from lmjax.schema import NonNegativeInt, PositiveInt, config_class
 from lmjax.seal import Manifest
@@ -65,7 +72,7 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run. One process writes a directory at a time."""
+    """The checkpoints of one run. All processes of a run call every method together; one run writes a directory."""
 
     def __init__(self, directory: epath.PathLike, cfg: CheckpointConfig) -> None:
         self.directory = epath.Path(directory).resolve()
@@ -83,7 +90,6 @@ class Checkpoints:
         training went back behind; they are set aside, never kept in place of the new ones. Raises CheckpointError for
         a failure of this save or of the one before.
         """
-        assert jax.process_count() == 1, "a seal covers the files of one process"
         self.wait()
         leaves = _by_path(state)
         manifest = {
@@ -95,9 +101,13 @@ class Checkpoints:
         }
         path = self.directory / str(step)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._clear_from(step)
-            response = _orbax().save_async(path, leaves)
+            if distributed.leads():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._clear_from(step)
+            with distributed.naming_lost_peers(f"checkpoint {path} was not saved"):
+                response = _orbax().save_async(path, leaves)  # which waits for process 0
+        except StallError:
+            raise
         except Exception as error:
             raise _failure(path, manifest, error) from error
         self.last_step = step
@@ -126,23 +136,32 @@ class Checkpoints:
             path = find_step(self.directory, step)
             manifest = _read_verified(path, self._cfg.verify)
             return self._load(path, manifest, abstract_state)
-        damaged = False
-        for path in reversed(_step_directories(self.directory)):
-            if not seal.is_sealed(path):
-                logger.warning("checkpoint %s was never sealed; it is skipped", path)
-                continue
-            manifest, problems = seal.check(path, hash_files=self._cfg.verify)
+        self._warn_of_unsealed()
+        while (newest := self._newest_sealed()) is not None:
+            manifest, problems = _check(newest, self._cfg.verify)
             if not problems:
-                return self._load(path, manifest, abstract_state)
-            damaged = True
-            aside = _set_aside(path, "corrupt")
-            logger.warning("checkpoint %s is damaged (%s); moved to %s", path, problems[0], aside.name)
-        if damaged or _ever_sealed(self.directory):
+                return self._load(newest, manifest, abstract_state)
+            if distributed.leads():
+                aside = _set_aside(newest, "corrupt")
+                logger.warning("checkpoint %s is damaged (%s); moved to %s", newest, problems[0], aside.name)
+        if distributed.share("whether steps were ever sealed", _ever_sealed(self.directory)):
             raise CheckpointError(
                 f"{self.directory}: checkpoints were sealed here, but none verifies now; restore one from a backup, "
                 "or remove the directory to start again from step 0"
             )
         return None
+
+    def _warn_of_unsealed(self) -> None:
+        newest_first = reversed(_step_directories(self.directory))
+        for path in itertools.takewhile(lambda path: not seal.is_sealed(path), newest_first):
+            if distributed.leads():
+                logger.warning("checkpoint %s was never sealed; it is skipped", path)
+
+    def _newest_sealed(self) -> epath.Path | None:
+        """As process 0 finds it."""
+        sealed = [path.name for path in _step_directories(self.directory) if seal.is_sealed(path)]
+        name = distributed.share("the newest sealed step", sealed[-1] if sealed else None)
+        return None if name is None else self.directory / name
 
     def _load(self, path: epath.Path, manifest: Manifest, abstract: Any) -> tuple[Any, dict[str, Any], int]:
         state = _load_tree(path, manifest, abstract, saved=manifest["leaves"])
@@ -152,30 +171,39 @@ class Checkpoints:
     def _finish(self, path: epath.Path, response: Any, manifest: Manifest) -> None:
         """Seal, verify, then delete what is no longer kept. Runs in the background."""
         try:
-            fault("checkpoint.write")
-            response.result()
-            fault("checkpoint.before_seal")
-            seal.write(path, manifest)
-            self._mark_sealed(manifest["step"])
-            fault("checkpoint.after_seal")
-            _read_verified(path, self._cfg.verify)
+            with distributed.naming_lost_peers(f"checkpoint {path} was not sealed"):
+                fault("checkpoint.write")
+                response.result()
+                fault("checkpoint.before_seal")
+                self._seal(path, manifest)
+                fault("checkpoint.after_seal")
+                distributed.barrier("the seal")
+                _read_verified(path, self._cfg.verify)
+        except StallError:
+            raise
         except Exception as error:
             with contextlib.suppress(Exception):
                 response.result()  # Orbax must have stopped writing before its files are cleared away
             failure = _failure(path, manifest, error)
-            _delete(path)
-            self._delete_unfinished()
+            if distributed.processes() == 1:  # others may be writing still: then the next save clears up
+                _delete(path)
+                self._delete_unfinished()
             raise failure from error
         try:
-            self._retain()
+            if distributed.leads():
+                self._retain()
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {path} is sealed, but an older one could not be deleted: {_one_line(error)}"
             ) from error
 
-    def _mark_sealed(self, step: int) -> None:
-        if not (self.directory / SEALED).exists():
-            seal.write_atomically(self.directory / SEALED, f"first sealed step: {step}\n")
+    def _seal(self, path: epath.Path, manifest: Manifest) -> None:
+        """Each process hashes the files that it wrote; process 0 writes the seal."""
+        hashes = distributed.gather("hashes of a checkpoint", seal.hash_files(path, _is_mine))
+        if distributed.leads():
+            seal.write(path, manifest, {name: entry for part in hashes for name, entry in part.items()})
+            if not (self.directory / SEALED).exists():
+                seal.write_atomically(self.directory / SEALED, f"first sealed step: {manifest['step']}\n")
 
     def _clear_from(self, step: int) -> None:
         self._delete_unfinished()
@@ -369,7 +397,10 @@ def _load_tree(path: epath.Path, manifest: Manifest, abstract: Any, saved: Mappi
         k: _with_sharding(v) for k, v in wanted.items()
     }
     try:
-        loaded = _orbax().load(path, request)
+        with distributed.naming_lost_peers(f"checkpoint {path} was not loaded"):
+            loaded = _orbax().load(path, request)
+    except StallError:
+        raise
     except Exception as error:
         raise CheckpointError(f"checkpoint {path} verifies but cannot be loaded: {_one_line(error)}") from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
@@ -422,8 +453,25 @@ def _ever_sealed(directory: epath.Path) -> bool:
     return (directory / SEALED).exists() or any(directory.glob("*.corrupt-*"))
 
 
+def _is_mine(name: str) -> bool:
+    """Whether this process wrote a file of a step: Orbax puts `process_2` into the paths of what process 2 wrote."""
+    writer = re.search(r"process_(\d+)", name)
+    return distributed.process() == (int(writer[1]) if writer else 0)
+
+
+def _check(path: epath.Path, hash_files: bool) -> tuple[Manifest, list[str]]:
+    """`seal.check`, its hashing shared out among the processes; all of them get the same answer."""
+
+    def share(name: str) -> bool:
+        return zlib.crc32(name.encode()) % distributed.processes() == distributed.process()
+
+    manifest, problems = seal.check(path, hash_files=hash_files, mine=share)
+    found = distributed.gather("problems of a checkpoint", problems)
+    return manifest, distributed.share("problems of a checkpoint", list(dict.fromkeys(itertools.chain(*found))))
+
+
 def _read_verified(path: epath.Path, hash_files: bool) -> Manifest:
-    manifest, problems = seal.check(path, hash_files=hash_files)
+    manifest, problems = _check(path, hash_files)
     if problems:
         raise CheckpointError(
             f"checkpoint {path} is damaged: {'; '.join(problems[:3])}; use another step or restore it from a backup"

@@ -5,11 +5,13 @@ Heavy imports wait until a command needs them, so that `--help` and a mistyped a
 
 import argparse
 import dataclasses
+import functools
 import json
+import os
 import shlex
 import sys
 
-from lmjax.errors import CheckpointError, ConfigError
+from lmjax.errors import CheckpointError, ConfigError, StallError
 from lmjax.schema import validated
 
 Arguments = argparse.Namespace
@@ -26,15 +28,26 @@ def train(arguments: Arguments) -> int:
         for line in dry_run.describe(cfg):
             print(line)
         return 0
-    from lmjax import run
+    from lmjax import distributed, run, runtime
 
+    flags = {
+        "LMJAX_COORDINATOR": arguments.coordinator,
+        "LMJAX_PROCESSES": arguments.processes,
+        "LMJAX_PROCESS_ID": arguments.process_id,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    on_loss = functools.partial(runtime.exit_now, code=StallError.exit_code)
+    distributed.start(os.environ | given, timeout=arguments.start_timeout, on_loss=on_loss)
     options = run.Options(
         profile=arguments.profile,
         allow_config_change=arguments.allow_config_change,
         allow_data_change=arguments.allow_data_change,
         command=shlex.join(["lmjax", *sys.argv[1:]]),
     )
-    return run.run(cfg, arguments.workdir, options)
+    with distributed.naming_lost_peers("training"):
+        code = run.run(cfg, arguments.workdir, options)
+    distributed.finish()
+    return code
 
 
 def prepare(arguments: Arguments) -> int:

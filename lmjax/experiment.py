@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lmjax import checkpoint, layout
+from lmjax import checkpoint, distributed, layout
 from lmjax.config import Config, from_json
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig
@@ -74,9 +74,10 @@ def open_data(cfg: Config) -> Data:
     """
     if not cfg.data.sources:
         raise ConfigError("data.sources is empty; name a prepared data set, e.g. --config=configs/quickstart.py")
-    for source in cfg.data.sources.values():
-        if source.prepare is not None:
-            prepare(source.prepare, source.path)
+    with distributed.leader_first("preparing the data", distributed.PATIENCE_SECONDS):
+        for source in cfg.data.sources.values():
+            if source.prepare is not None:
+                prepare(source.prepare, source.path)
     datasets = {name: open_dataset(source.path, cache=cfg.data.cache) for name, source in cfg.data.sources.items()}
     (first, dataset), *others = datasets.items()
     tokenizer = dataset.tokenizer()
@@ -107,6 +108,11 @@ def make_mesh(cfg: Config, devices: list[Any] | None = None) -> jax.sharding.Mes
     mesh = layout.make_mesh(cfg.mesh, devices)
     if mesh.size == 1 and devices is None:
         return None
+    if distributed.processes() > 1 and mesh.size != jax.device_count():
+        raise ConfigError(
+            f"the mesh takes {mesh.size} of {jax.device_count()} devices in {distributed.processes()} processes: none "
+            "may be left out; leave one mesh axis unset, or start fewer processes"
+        )
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     pieces = cfg.train.batch // cfg.train.microbatches
     if pieces % rows:
@@ -136,15 +142,45 @@ def compiled_step(experiment: Experiment) -> Step:
 
     def in_mesh(*arguments: Any) -> Any:
         with entered(experiment.mesh):
-            return step(*arguments)
+            return distributed.in_turn(step(*arguments))
 
     return in_mesh
 
 
-def placer(mesh: jax.sharding.Mesh | None) -> Callable[[Batch], Batch]:
-    """Puts a host batch on the devices, its rows spread over the mesh."""
-    sharding = jax.devices()[0] if mesh is None else layout.batch_sharding(mesh)
-    return functools.partial(jax.device_put, device=sharding)
+def local_rows(mesh: jax.sharding.Mesh | None, batch_size: int) -> np.ndarray:
+    """The numbers of those rows of a batch that the devices of this process need."""
+    rows = np.arange(batch_size)
+    if mesh is None:
+        return rows
+    indices = layout.batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([rows[index] for index in indices]))
+
+
+def placer(mesh: jax.sharding.Mesh | None, batch_size: int) -> Callable[[Any], Any]:
+    """Makes of host arrays, which hold this process's `local_rows` of a batch, global ones spread over the mesh."""
+    if mesh is None:
+        return functools.partial(jax.device_put, device=jax.devices()[0])
+    sharding, rows = layout.batch_sharding(mesh), local_rows(mesh, batch_size)
+
+    def put(x: np.ndarray) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            wanted, *rest = index
+            low = np.searchsorted(rows, wanted.start or 0)
+            return x[(slice(low, low + len(range(*wanted.indices(batch_size)))), *rest)]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
+
+    return functools.partial(jax.tree.map, put)
+
+
+def everywhere(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
+    """The arrays of a tree whole, on every device."""
+    return tree if mesh is None else distributed.in_turn(_gather_program(mesh)(tree))
+
+
+@functools.cache
+def _gather_program(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=layout.replicated(mesh))
 
 
 def abstract_batch(experiment: Experiment) -> Batch:
@@ -210,11 +246,20 @@ def float32(cfg: ModelConfig) -> Model:
 
 
 def evaluate_split(
-    model: Model, params: Params, split: TokenSplit, data: DataConfig, *, batch: int, limit: int | None = None
+    model: Model,
+    params: Params,
+    split: TokenSplit,
+    data: DataConfig,
+    *,
+    batch: int,
+    limit: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Evaluation:
-    """Score a split, or its first `limit` batches, in windows of `data.seq_len` tokens."""
-    batches = evaluation_batches(split, data.seq_len, batch, data.documents)
-    return evaluate(model, params, itertools.islice(batches, limit), n_tokens=split.n_tokens, n_bytes=split.n_bytes)
+    """Score a split, or its first `limit` batches, in windows of `data.seq_len` tokens, their rows over the mesh."""
+    batches = evaluation_batches(split, data.seq_len, batch, data.documents, local_rows(mesh, batch))
+    placed = map(placer(mesh, batch), itertools.islice(batches, limit))
+    with entered(mesh):
+        return evaluate(model, params, placed, n_tokens=split.n_tokens, n_bytes=split.n_bytes)
 
 
 def evaluation_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
@@ -232,9 +277,13 @@ def evaluation_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
     }
 
 
+def on_one_device(mesh: jax.sharding.Mesh | None, params: Params) -> Params:
+    """The weights whole on this process's first device. All processes call it together."""
+    return jax.tree.map(lambda x: x.addressable_data(0), everywhere(mesh, params))
+
+
 def sample_text(model: Model, params: Params, tokenizer: Tokenizer, cfg: SampleConfig) -> str:
-    """A text for every prompt, generated on one device."""
-    params = jax.device_put(params, jax.devices()[0])
+    """A text for every prompt, generated on the one device that the weights are on."""
     settings = GenerateConfig(tokens=cfg.tokens, temperature=cfg.temperature)
     generations = generate(model, params, tokenizer, cfg.prompts, settings)
     return "\n\n".join(prompt + one.text for prompt, one in zip(cfg.prompts, generations, strict=True))

@@ -5,7 +5,9 @@ From it follows, or not, that every sample was trained on once and in order, wha
 
 import dataclasses
 import itertools
+import zlib
 
+import numpy as np
 from etils import epath
 
 from lmjax.jsonl import JsonLines, read_lines
@@ -46,6 +48,24 @@ class Ledger:
 
     def close(self) -> None:
         self._lines.close()
+
+
+def row_crcs(tokens_BT: np.ndarray) -> np.ndarray:
+    """The CRC-32 of every row, uint32 [B]: what a process says of the rows that it feeds."""
+    return np.array([zlib.crc32(row.tobytes()) for row in tokens_BT], np.uint32)
+
+
+def joined_crc(crcs_B: np.ndarray, row_bytes: int) -> int:
+    """The CRC-32 of all rows end to end, each of `row_bytes` bytes, from those of the rows.
+
+    A CRC is affine in what it starts from and what it reads, so crc(ab) = crc(zeros, from crc(a)) ^ crc(zeros) ^ crc(b)
+    with as many zeros as b has bytes.
+    """
+    zeros, joined = bytes(row_bytes), 0
+    blank = zlib.crc32(zeros)
+    for crc in crcs_B.tolist():
+        joined = zlib.crc32(zeros, joined) ^ blank ^ crc
+    return joined
 
 
 def read_ledger(path: epath.PathLike) -> list[Entry]:

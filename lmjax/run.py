@@ -2,25 +2,24 @@
 
 import dataclasses
 import json
-import zlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 
 from lmjax import config as configs
+from lmjax import distributed, runtime, seal
 from lmjax import experiment as parts
-from lmjax import runtime, seal
 from lmjax.checkpoint import Checkpoints
 from lmjax.chips import peak_flops
 from lmjax.config import Config
 from lmjax.data.batch import Batch
 from lmjax.data.loader import Loader
-from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, NumericalError
+from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, DataError, NumericalError
 from lmjax.experiment import Data, Experiment
-from lmjax.ledger import Ledger
+from lmjax.ledger import Ledger, joined_crc, row_crcs
 from lmjax.models.flops import sequence_flops
 from lmjax.optim.config import hyper
 from lmjax.runtime import Preemption, Watchdog
@@ -29,6 +28,8 @@ from lmjax.train.loop import Accounting, Periodic, Reader, train
 from lmjax.train.report import write_report
 from lmjax.train.state import TrainState
 from lmjax.weights import count
+
+T = TypeVar("T")
 
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
 _FIXED = ("model.", "data.", "optimizer.", "train.steps", "train.batch", "train.seed", "train.loss.")
@@ -56,7 +57,8 @@ class Options(NamedTuple):
 def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
     """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is."""
     workdir = epath.Path(workdir)
-    if is_finished(workdir, cfg):
+    check_agreed(cfg)
+    if distributed.share("whether the run is finished", is_finished(workdir, cfg)):
         print(f"{workdir} is finished after {cfg.train.steps} steps; see {workdir / 'report.md'}")
         return DONE
     check_unchanged(workdir, cfg, allow=options.allow_config_change)
@@ -65,6 +67,14 @@ def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
     experiment = parts.assemble(parts.with_vocab(cfg, data.tokenizer))
     with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
         return Run(experiment, data, workdir, options, preemption, watchdog).train()
+
+
+def check_agreed(cfg: Config) -> None:
+    """Raise ConfigError unless this process was started with the config of process 0."""
+    theirs = configs.parse(json.loads(distributed.share("the config", configs.to_json(cfg))))
+    if differing := configs.differences(theirs, cfg):
+        key, (there, here) = next(iter(differing.items()))
+        raise ConfigError(f"{key} is {here!r} here, but {there!r} at process 0; start all with the same command")
 
 
 # The work directory -----------------------------------------------------------------------------------------------
@@ -92,12 +102,21 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
 
 
 def make_workdir(workdir: epath.Path) -> None:
-    """Raises CheckpointError when nothing can be written there: now, not at the first checkpoint."""
+    """Raises CheckpointError when nothing can be written there, or not all processes see what one wrote: now, not at
+    the first checkpoint."""
     probe = workdir / ".writable"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        if distributed.leads():
+            workdir.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+        distributed.barrier("the work directory")
+        if not probe.exists():
+            raise CheckpointError(
+                f"--workdir={workdir} is not the one of process 0; choose one that all processes share"
+            )
+        distributed.barrier("the work directory")
+        if distributed.leads():
+            probe.unlink()
     except OSError as error:
         raise CheckpointError(f"--workdir={workdir} is not writable ({error.strerror}); choose another") from None
 
@@ -106,6 +125,15 @@ def attempts(workdir: epath.Path) -> int:
     """How many attempts have started here before."""
     metrics = workdir / "metrics.jsonl"
     return sum(event["event"] == "start" for event in read_events(metrics)) if metrics.exists() else 0
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each asked for while the one before is being used."""
+    item = next(items)
+    for following in items:
+        yield item
+        item = following
+    yield item
 
 
 # The run ----------------------------------------------------------------------------------------------------------
@@ -141,10 +169,12 @@ class Run:
         """Returns the exit code; the trackers learn how it ended even when it raises."""
         self.watchdog.beat("restoring")
         state = self.start_or_resume()
-        seal.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
-        self.data.tokenizer.save(self.workdir / "tokenizer")
         self.attempt = attempts(self.workdir)
-        self.ledger = Ledger(self.workdir / "ledger.jsonl")
+        self.ledger: Ledger | None = None
+        if distributed.leads():
+            seal.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
+            self.data.tokenizer.save(self.workdir / "tokenizer")
+            self.ledger = Ledger(self.workdir / "ledger.jsonl")
         self.trackers = self.make_trackers()
         self.trackers.start(self.information())
         status: Status = "failed"
@@ -156,9 +186,11 @@ class Run:
             status = "diverged"
             raise
         finally:
-            self.ledger.close()
+            if self.ledger is not None:
+                self.ledger.close()
             self.trackers.close(status)
-        write_report(self.workdir, defaults=dataclasses.asdict(Config()))
+        if distributed.leads():
+            write_report(self.workdir, defaults=dataclasses.asdict(Config()))
         if status == "preempted":
             print(f"preempted: step {reached} is saved; run the same command again to go on")
             return PREEMPTED
@@ -181,9 +213,12 @@ class Run:
         self.loader = Loader(
             self.cfg.data,
             batch_size=self.cfg.train.batch,
+            rows=parts.local_rows(self.experiment.mesh, self.cfg.train.batch),
             start=data,
             allow_data_change=self.options.allow_data_change,
         )
+        if distributed.share("the data", self.loader.fingerprint) != self.loader.fingerprint:
+            raise DataError("the data here are not those of process 0; give all processes the same files")
         self.accounting = self.make_accounting(step, self.loader.next_sample)
         return state
 
@@ -218,18 +253,42 @@ class Run:
             steps=train_cfg.steps,
             reader=reader,
             periodic=self.periodic(),
-            preemption=self.preemption,
+            stop=self.stop(),
             watchdog=self.watchdog,
         )
 
+    def stop(self) -> Callable[[], bool]:
+        """Whether to stop after this step: on a signal, to any of the processes."""
+        if distributed.processes() == 1:
+            return lambda: self.preemption.requested
+        vote = distributed.Vote()
+        return lambda: vote(self.preemption.requested)
+
     def batches(self) -> Iterator[Batch]:
         """Batches on the devices, each written to the ledger before it is used."""
-        place = parts.placer(self.experiment.mesh)
-        for step, batch in enumerate(self.loader, self.accounting.start + 1):
-            crc = zlib.crc32(batch.tokens_BT.tobytes())
-            first, rows = self.accounting.samples(step - 1), self.cfg.train.batch
-            self.ledger.record(self.attempt, step, first, rows, crc)
-            yield place(batch)
+        size = self.cfg.train.batch
+        placed = self.placed_batches()
+        for step, (batch, crcs_B) in enumerate(placed, self.accounting.start + 1):
+            if self.ledger is not None:
+                crc = joined_crc(np.asarray(crcs_B), 4 * self.cfg.data.seq_len)
+                self.ledger.record(self.attempt, step, self.accounting.samples(step - 1), size, crc)
+            yield batch
+
+    def placed_batches(self) -> Iterator[tuple[Batch, Any]]:
+        """Batches on the devices, with the CRC of each of their rows from the process that feeds it.
+
+        Several processes need a collective to learn the others' CRCs. It is sent off one batch ahead: then it is done
+        by the time that it is read, and the devices never wait for the ledger.
+        """
+        mesh = self.experiment.mesh
+        place = parts.placer(mesh, self.cfg.train.batch)
+
+        def with_crcs(batch: Batch) -> tuple[Batch, Any]:
+            crcs_B = row_crcs(batch.tokens_BT)
+            return place(batch), crcs_B if distributed.processes() == 1 else parts.everywhere(mesh, place(crcs_B))
+
+        placed = map(with_crcs, self.loader)
+        return placed if distributed.processes() == 1 else one_ahead(placed)
 
     # What is done now and then
 
@@ -246,23 +305,32 @@ class Run:
     def evaluate(self, step: int, state: TrainState) -> None:
         train_cfg = self.cfg.train
         limit = None if step == train_cfg.steps else train_cfg.evaluate_batches
-        with parts.entered(self.experiment.mesh):
-            results = {
-                name: parts.evaluate_split(
-                    self.scorer, state.params, split, self.cfg.data, batch=self.evaluate_batch, limit=limit
-                )
-                for name, split in self.validation.items()
-            }
+        results = {
+            name: parts.evaluate_split(
+                self.scorer,
+                state.params,
+                split,
+                self.cfg.data,
+                batch=self.evaluate_batch,
+                limit=limit,
+                mesh=self.experiment.mesh,
+            )
+            for name, split in self.validation.items()
+        }
         self.evaluations[step] = parts.evaluation_metrics(results)
         self.trackers.log(step, {**self.accounting.totals(step), **self.evaluations[step]})
 
     def sample(self, step: int, state: TrainState) -> None:
-        text = parts.sample_text(self.experiment.model, state.params, self.data.tokenizer, self.cfg.train.sample)
+        params = parts.on_one_device(self.experiment.mesh, state.params)
+        if not distributed.leads():
+            return
+        text = parts.sample_text(self.experiment.model, params, self.data.tokenizer, self.cfg.train.sample)
         (self.workdir / "samples").mkdir(exist_ok=True)
         (self.workdir / "samples" / f"{step}.txt").write_text(text)
 
     def save(self, step: int, state: TrainState) -> None:
-        self.ledger.sync()
+        if self.ledger is not None:
+            self.ledger.sync()
         meta = {
             "data": self.loader.state(self.accounting.samples(step)),
             "config": configs.digest(self.cfg),
@@ -299,6 +367,11 @@ class Run:
         if reached not in self.evaluations:  # an earlier attempt died between its last checkpoint and its summary
             self.evaluate(reached, state)
             self.sample(reached, state)
+        if distributed.leads():
+            self.finish(reached)
+
+    def finish(self, reached: int) -> None:
+        """Write the summary: then the run is finished."""
         summary = self.summary(reached)
         if self.cfg.train.compression_baseline:
             self.watchdog.beat("compressing the validation text")
@@ -337,6 +410,9 @@ class Run:
     # Tracking
 
     def make_trackers(self) -> Trackers:
+        """None but at process 0."""
+        if not distributed.leads():
+            return Trackers([])
         trackers: list[Tracker] = [JsonlTracker(self.workdir / "metrics.jsonl"), ConsoleTracker()]
         if self.cfg.tracking.wandb != "off":
             name = self.cfg.tracking.name or self.workdir.name

@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from lmjax import distributed
 from lmjax.errors import BUG, DONE, CheckpointError, ConfigError, LmjaxError, StallError
 
 logger = logging.getLogger(__name__)
@@ -127,15 +129,15 @@ def _fail_bug(error: Exception, debug: bool) -> NoReturn:
 def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    exit_now(f"lmjax: error: {message}", code)
+    exit_now(message, code)
 
 
-def exit_now(line: str, code: int) -> NoReturn:
+def exit_now(message: str, code: int) -> NoReturn:
     """Print the last line and leave without waiting for any thread: one that hangs must not hold up the exit code."""
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    print(f"lmjax: error: {distributed.name()}{message}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
@@ -193,11 +195,10 @@ class Preemption:
                     continue
                 name = signal.Signals(number).name
                 if seen:
-                    exit_now(f"lmjax: error: second {name}: exit without saving", 128 + number)
+                    exit_now(f"second {name}: exit without saving", 128 + number)
                 seen = True
                 self._requested.set()
-                line = f"lmjax: {name}: saving at the next step boundary (again to exit at once)"
-                print(line, file=sys.stderr, flush=True)
+                distributed.say(f"{name}: saving at the next step boundary (again to exit at once)")
 
 
 class Watchdog:
@@ -229,7 +230,7 @@ class Watchdog:
             if time.monotonic() - self._since > timeout:
                 faulthandler.dump_traceback(all_threads=True)
                 exit_now(
-                    f"lmjax: error: no progress for {timeout:g} s during {self._doing}; the stacks above show where; "
+                    f"no progress for {timeout:g} s during {self._doing}; the stacks above show where; "
                     "run again to resume from the last checkpoint",
                     StallError.exit_code,
                 )
@@ -261,10 +262,11 @@ def fault(site: str, index: int | None = None) -> str | None:
     """A named place where a test can make things go wrong; without LMJAX_FAULTS it does nothing.
 
     LMJAX_FAULTS is a comma-separated list of `what@site:n`: `kill@step:20` kills the process at `fault("step", 20)`;
-    at a site without `index`, n counts the calls from 1 (`disk_full@checkpoint.write:2`). Returns the fault's name
-    when the caller is to act on it (`nan_grad`), else None. Raises ConfigError for a malformed list.
+    at a site without `index`, n counts the calls from 1 (`disk_full@checkpoint.write:2`). `kill@step:20:1` does so at
+    process 1 alone. Returns the fault's name when the caller is to act on it (`nan_grad`), else None. Raises
+    ConfigError for a malformed list.
     """
-    planned = _planned_faults(os.environ.get("LMJAX_FAULTS", ""))
+    planned = _planned_faults(os.environ.get("LMJAX_FAULTS", ""), distributed.process())
     if site not in planned:
         return None
     if index is None:
@@ -272,7 +274,7 @@ def fault(site: str, index: int | None = None) -> str | None:
     name = planned[site].get(index)
     if name is None:
         return None
-    print(f"lmjax: LMJAX_FAULTS: {name} at {site}:{index}", file=sys.stderr, flush=True)
+    distributed.say(f"LMJAX_FAULTS: {name} at {site}:{index}")
     act = FAULTS[name]
     if act is None:
         return name
@@ -284,15 +286,16 @@ _calls: dict[str, int] = {}
 
 
 @functools.cache
-def _planned_faults(text: str) -> dict[str, dict[int, str]]:
-    """`{site: {n: fault}}`."""
+def _planned_faults(text: str, process: int) -> dict[str, dict[int, str]]:
+    """`{site: {n: fault}}` of this process."""
     planned: dict[str, dict[int, str]] = {}
     for entry in filter(None, text.split(",")):
-        name, _, place = entry.partition("@")
-        site, _, index = place.rpartition(":")
-        if name not in FAULTS or not site or not index.isdigit():
+        match = re.fullmatch(rf"({'|'.join(FAULTS)})@([^:]+):(\d+)(?::(\d+))?", entry)
+        if match is None:
             raise ConfigError(f"LMJAX_FAULTS: '{entry}' is not what@site:n with what one of {', '.join(FAULTS)}")
-        planned.setdefault(site, {})[int(index)] = name
+        name, site, index, at_process = match.groups()
+        if at_process is None or int(at_process) == process:
+            planned.setdefault(site, {})[int(index)] = name
     return planned
 
 

@@ -9,7 +9,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -17,6 +17,8 @@ from etils import epath
 MANIFEST = "LMJAX_MANIFEST.json"
 
 Manifest = dict[str, Any]
+Hashes = dict[str, list[Any]]
+"""`{name: [hash, bytes]}`."""
 
 
 def is_sealed(directory: epath.Path) -> bool:
@@ -24,14 +26,21 @@ def is_sealed(directory: epath.Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
-def write(directory: epath.Path, document: Manifest) -> None:
-    """Hash every file, then write the manifest. Raises OSError when the storage fails.
+def every(name: str) -> bool:
+    """All files are meant: where several processes share the work, each passes a predicate of its own instead."""
+    return True
 
-    With several processes each would hash the files that it wrote, and process 0 write the manifest.
-    """
-    present = files(directory)
+
+def hash_files(directory: epath.Path, mine: Callable[[str], bool] = every) -> Hashes:
+    """Hash the files whose names are `mine`, as the disk holds them. Raises OSError when the storage fails."""
+    present = {name: path for name, path in files(directory).items() if mine(name)}
     _drop_from_page_cache(present.values())
-    text = _canonical({"version": 1} | document | {"files": _hash_files(present)})
+    return _hash_files(present)
+
+
+def write(directory: epath.Path, document: Manifest, hashes: Hashes) -> None:
+    """Write the manifest, with `hashes` of all files. Raises OSError when the storage fails."""
+    text = _canonical({"version": 1} | document | {"files": hashes})
     write_atomically(directory / MANIFEST, _canonical(json.loads(text) | {"self": _digest(text)}))
 
 
@@ -48,18 +57,23 @@ def read(directory: epath.Path) -> tuple[Manifest, list[str]]:
     return (document, []) if intact else ({}, [f"{MANIFEST} was altered"])
 
 
-def check(directory: epath.Path, *, hash_files: bool) -> tuple[Manifest, list[str]]:
-    """The manifest and what is wrong with the directory; without `hash_files` only names and sizes are compared."""
+def check(
+    directory: epath.Path, *, hash_files: bool, mine: Callable[[str], bool] = every
+) -> tuple[Manifest, list[str]]:
+    """The manifest and what is wrong with the directory: names, sizes and, with `hash_files`, contents of `mine`."""
     manifest, problems = read(directory)
     if problems:
         return manifest, problems
     try:
-        return manifest, list(_differences(files(directory), manifest["files"], hash_files))
+        hashed = mine if hash_files else None
+        return manifest, list(_differences(files(directory), manifest["files"], hashed))
     except OSError as error:
         return manifest, [f"a file is unreadable ({error})"]
 
 
-def _differences(present: Mapping[str, epath.Path], listed: Mapping[str, Any], hash_files: bool) -> Iterator[str]:
+def _differences(
+    present: Mapping[str, epath.Path], listed: Mapping[str, Any], hashed: Callable[[str], bool] | None
+) -> Iterator[str]:
     yield from (f"{name} is missing" for name in listed if name not in present)
     yield from (f"{name} is not in the manifest" for name in present if name not in listed)
     both = {name: path for name, path in present.items() if name in listed}
@@ -67,9 +81,9 @@ def _differences(present: Mapping[str, epath.Path], listed: Mapping[str, Any], h
     yield from (
         f"{name} has {sizes[name]} bytes, not {listed[name][1]}" for name in both if sizes[name] != listed[name][1]
     )
-    if hash_files:
-        hashed = _hash_files(both)
-        yield from (f"{name} has other contents" for name in both if hashed[name] != listed[name])
+    if hashed is not None:
+        found = _hash_files({name: path for name, path in both.items() if hashed(name)})
+        yield from (f"{name} has other contents" for name in found if found[name] != listed[name])
 
 
 def files(directory: epath.Path) -> dict[str, epath.Path]:
@@ -85,8 +99,8 @@ def files(directory: epath.Path) -> dict[str, epath.Path]:
     return dict(sorted(walk("", directory)))
 
 
-def _hash_files(paths: Mapping[str, epath.Path]) -> dict[str, list[Any]]:
-    """`{name: [hash, bytes]}`; hashing releases the interpreter lock, so threads help."""
+def _hash_files(paths: Mapping[str, epath.Path]) -> Hashes:
+    """Hashing releases the interpreter lock, so threads help."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         return dict(zip(paths, pool.map(_hash_file, paths.values()), strict=True))
 

@@ -24,7 +24,8 @@ PROGRAMS = [
 FLOORS: list[set[str]] = [
     {"errors"},
     {"schema", "weights", "metrics", "seal", "chips", "collectives", "lifeline"},
-    {"layout", "jsonl", "runtime"},
+    {"layout", "jsonl", "distributed"},
+    {"runtime"},
     {"ledger", "tracking"},
     {"models", "optim", "data"},
     {"losses", "checkpoint", "generate", "hf"},

@@ -63,7 +63,7 @@ class Loader:
     Args:
         cfg: what to read.
         batch_size: rows of the global batch.
-        rows: the rows of it that this process makes; all by default.
+        rows: the numbers of those rows of it that this process makes; all by default.
         start: a sample index, or the `state` of a loader to go on from.
         allow_data_change: take a state of other data or another mixture: a source whose own order is unchanged goes on
             where it was, any other starts from its beginning, and the fingerprint is a new one.
@@ -77,7 +77,7 @@ class Loader:
         cfg: DataConfig,
         *,
         batch_size: int,
-        rows: slice | None = None,
+        rows: np.ndarray | None = None,
         start: LoaderState | int = 0,
         allow_data_change: bool = False,
     ):
@@ -85,7 +85,7 @@ class Loader:
             raise ConfigError("data.sources is empty: name at least one prepared directory, data.sources.NAME.path=DIR")
         self._cfg = cfg
         self.batch_size = batch_size
-        self._rows = np.arange(batch_size)[rows or slice(None)]
+        self._rows = np.arange(batch_size) if rows is None else rows
         self._sources = _open_sources(cfg)
         self.next_sample, self._origin = self._resume(start, allow_data_change)
         self.fingerprint = self._fingerprint(self._origin)

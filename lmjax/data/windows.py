@@ -149,18 +149,22 @@ def _positions(segments_BT: np.ndarray) -> np.ndarray:
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
-def evaluation_batches(split: TokenSplit, seq_len: int, batch_size: int, documents: Documents) -> Iterator[Batch]:
+def evaluation_batches(
+    split: TokenSplit, seq_len: int, batch_size: int, documents: Documents, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
     """The whole split once: documents in stored order, in windows that share no context, padded at the end.
 
     Every token of the split is a target with weight 1 exactly once, but for the very first, which nothing precedes,
     and, if documents are separate, the first of each document. So n_tokens - 1 targets are scored (n_tokens -
     n_documents if separate), whatever `seq_len` and `batch_size` are. Every batch has shape [batch_size, seq_len]; what
-    pads the last has weight 0 and the token endoftext.
+    pads the last has weight 0 and the token endoftext. `rows` are the numbers of those rows that this process makes,
+    in ascending order; all by default.
     """
+    rows = np.arange(batch_size) if rows is None else rows
     stream = _stream(split, np.arange(split.n_documents))
     n_targets = split.n_tokens - 1
     for low in range(0, -(-n_targets // seq_len), batch_size):
-        numbers = np.arange(low, low + batch_size)
+        numbers = low + rows
         tokens_BS, segments_BS = _padded_rows(split, stream, numbers, seq_len, documents)
         batch = as_batch(tokens_BS, segments_BS, numbers, documents)
         scored_BT = numbers[:, None] * seq_len + np.arange(seq_len) < n_targets

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.batch import Batch
+from lmjax.distributed import in_turn
 from lmjax.errors import DataError
 from lmjax.layout import constrain
 from lmjax.losses import token_logprobs
@@ -56,7 +57,7 @@ def evaluate(
     score = functools.partial(_score, params, hidden=model.hidden, unembed=model.unembed, head=model.head, chunk=chunk)
     rows, pending = [], None
     for batch in batches:
-        dispatched = score(batch)
+        dispatched = in_turn(score(batch))
         if pending is not None:  # read the batch before while the device works on this one
             rows.append(jax.device_get(pending))
         pending = dispatched

@@ -14,7 +14,7 @@ import numpy as np
 from lmjax.data.batch import Batch
 from lmjax.errors import NumericalError
 from lmjax.metrics import Metrics, finish
-from lmjax.runtime import Preemption, Watchdog, fault
+from lmjax.runtime import Watchdog, fault
 from lmjax.train.state import TrainState
 from lmjax.train.step import Step
 from lmjax.weights import Params
@@ -114,10 +114,13 @@ def train(
     steps: int,
     reader: Reader,
     periodic: Iterable[Periodic],
-    preemption: Preemption,
+    stop: Callable[[], bool],
     watchdog: Watchdog,
 ) -> tuple[TrainState, int]:
-    """Run steps `start` to `steps`; returns the state and the last step done, less than `steps` when preempted."""
+    """Run steps `start` to `steps`; returns the state and the last step done, less than `steps` when preempted.
+
+    `stop` is asked once after every step and what is due then. Processes that train together must get the same answer.
+    """
     periodic = list(periodic)
     pending: Metrics | None = None
     for n in range(start, steps):
@@ -134,15 +137,16 @@ def train(
         pending = metrics
 
         due = [action for action in periodic if action.due(n + 1, steps)]
-        if due or preemption.requested:
+        if due:
             reader.read(n + 1, pending)
             pending = None
             for action in due:
                 watchdog.beat(f"{action.name} at step {n + 1}")
                 action.action(n + 1, state)
             reader.resume_clock(n + 1)
-        if preemption.requested:
-            return state, n + 1
+        if stop():
+            steps = n + 1
+            break
     if pending is not None:
         reader.read(steps, pending)
     return state, steps

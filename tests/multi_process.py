@@ -1,0 +1,66 @@
+"""What several processes do together: tests/test_distributed.py starts it with the launcher and reads the JSON it says.
+
+Needs 2 processes x 2 devices, and in DIR a checkpoint `alone` that one process saved.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmjax import distributed, experiment, layout, runtime
+from lmjax.checkpoint import CheckpointConfig, Checkpoints
+from lmjax.layout import MeshConfig
+
+B, T = 8, 6
+
+
+def main(directory: Path) -> None:
+    distributed.start(os.environ, timeout=60, on_loss=lambda message: runtime.exit_now(message, 6))
+    process = distributed.process()
+    report: dict[str, Any] = {"process": process}
+    report["shared"] = distributed.share("x", {"from": process})
+    report["gathered"] = distributed.gather("x", [process, ["zero", "one"][process]])
+    vote = distributed.Vote()
+    report["votes"] = [vote(process == 1 and call == 2) for call in range(5)]
+    meshes = {
+        "data=4": layout.make_mesh(MeshConfig(data=4)),
+        "tensor=4": layout.make_mesh(MeshConfig(data=1, tensor=4)),
+    }
+    report["rows"] = {name: experiment.local_rows(mesh, B).tolist() for name, mesh in meshes.items()}
+    report["batches"] = "whole"
+    for mesh in meshes.values():
+        whole_BT, whole_B = np.arange(B * T, dtype=np.int32).reshape(B, T), np.arange(B, dtype=np.uint32)
+        rows = experiment.local_rows(mesh, B)
+        placed = experiment.placer(mesh, B)((whole_BT[rows], whole_B[rows]))
+        for found, expected in zip(experiment.everywhere(mesh, placed), (whole_BT, whole_B), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    report["restored"] = share_checkpoints(directory, meshes["data=4"])
+    print(json.dumps(report), file=sys.stderr, flush=True)
+    distributed.finish()
+
+
+def share_checkpoints(directory: Path, mesh: jax.sharding.Mesh) -> list[Any]:
+    """Restore what one process saved, spread over both, and save it from there."""
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    abstract = {
+        "w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=rows),
+        "step": jax.ShapeDtypeStruct((), np.int32, sharding=layout.replicated(mesh)),
+    }
+    restored = Checkpoints(directory / "alone", CheckpointConfig()).restore(abstract)
+    assert restored is not None
+    state, meta, step = restored
+    assert state["w"].sharding == rows and not state["w"].is_fully_addressable
+    together = Checkpoints(directory / "together", CheckpointConfig(keep_last=1))
+    for number in (3, 4):
+        together.save(number, state, meta)
+    together.wait()
+    return [step, meta]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
