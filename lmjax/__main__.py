@@ -1,4 +1,4 @@
-"""The command line: lmjax prepare, train, evaluate, generate, convert, inspect, verify; see commands.py."""
+"""The command line: lmjax prepare, plan, train, evaluate, generate, convert, inspect, verify; see commands.py."""
 
 import argparse
 import difflib
@@ -38,6 +38,7 @@ def parser() -> Parser:
         return sub
 
     _train_arguments(command(commands.train))
+    _plan_arguments(command(commands.plan))
     _prepare_arguments(command(commands.prepare))
     _evaluate_arguments(command(commands.evaluate))
     _generate_arguments(command(commands.generate))
@@ -63,6 +64,15 @@ def _train_arguments(sub: Parser) -> None:
     several.add_argument("--process-id", metavar="I", help="of this process, from 0")
     several.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="for all to meet")
     sub.epilog = "any setting: --config.train.steps=100 (see docs/config.md)"
+
+
+def _plan_arguments(sub: Parser) -> None:
+    sub.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a config file (Python code)")
+    sub.add_argument("--topology", required=True, help="e.g. v5e-256, v5p:4x4x8, 2xv6e-256, cpu-8")
+    sub.add_argument("--search", action="store_true", help="try layouts, remat policies and microbatches")
+    sub.add_argument("--minutes", type=float, default=10.0, help="how long --search may compile")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.epilog = "exit code 2: it does not fit. Any setting: --config.mesh.fsdp=64 (see docs/config.md)"
 
 
 def _prepare_arguments(sub: Parser) -> None:
@@ -140,7 +150,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = main.parse_known_args(rest)
     if unknown:
         raise ConfigError(f"unexpected argument '{unknown[0]}'{_hint(unknown[0], main, arguments.command)}")
-    if overrides and arguments.command != "train":
+    if overrides and arguments.command not in ("train", "plan"):
         raise ConfigError(f"lmjax {arguments.command} takes no --config.{overrides[0]}")
     arguments.overrides = overrides
     return arguments

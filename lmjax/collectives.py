@@ -30,14 +30,16 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in all runs, by the bandwidth-optimal ring: (n-1)/n of the array per pass.
+        """Bytes that a device sends in all runs."""
+        return self.sent_by(len(self.group))
+
+    def sent_by(self, devices: int) -> float:
+        """`sent`, were the group of so many devices: by the bandwidth-optimal ring, (n-1)/n of the array per pass.
 
         An all-reduce passes twice; a permutation sends the array once.
         """
-        n = len(self.group)
-        if self.kind == "collective-permute":
-            return float(self.times * self.bytes)
-        return self.times * self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+        passes = {"all-reduce": 2, "collective-permute": devices / max(devices - 1, 1)}.get(self.kind, 1)
+        return self.times * self.bytes * passes * (devices - 1) / devices
 
     def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
         """The mesh axes along which the devices of the group differ."""
@@ -134,21 +136,32 @@ def _group(instruction: str, partitions: int) -> tuple[int, ...]:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", instruction)
     if listed:
         return tuple(map(int, listed[1].split(",")))
-    meshed = re.search(r"replica_groups=mesh\[('[^\]]*)\] \{([^}]*)\}", instruction)
+    meshed = _MESH.search(instruction)
     if meshed:
-        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])}
-        along = tuple(slice(None) if f"'{axis}'" in meshed[2] else 0 for axis in sizes)
-        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        return tuple(devices[along].ravel().tolist())
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", meshed["axes"])}
+        along = tuple(slice(None) if f"'{axis}'" in meshed["along"] else 0 for axis in sizes)
+        devices = _tiled(meshed["dims"] or str(math.prod(sizes.values())), meshed["order"])
+        return tuple(devices.reshape(tuple(sizes.values()))[along].ravel().tolist())
     tiled = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction)
     if tiled is None:
         assert "replica_groups={}" in instruction or "replica_groups" not in instruction, instruction[:300]
         return tuple(range(partitions))
-    groups, dims, order = (tuple(map(int, part.split(","))) if part else None for part in tiled.groups())
-    assert groups is not None and dims is not None
-    devices = np.arange(math.prod(dims)).reshape(dims)
-    devices = devices if order is None else devices.transpose(order)
-    return tuple(devices.reshape(groups)[0].tolist())
+    first, *_ = _tiled(tiled[2], tiled[3]).reshape(tuple(map(int, tiled[1].split(","))))
+    return tuple(first.tolist())
+
+
+# `mesh['a'=2,'b'=4] {'a'}`: the devices in order; with `device_ids=([2,4]T(1,0))`, in that order.
+_MESH = re.compile(
+    r"replica_groups=mesh\[(?P<axes>'[^\]]*)\](?:, device_ids=\(\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))? "
+    r"\{(?P<along>[^}]*)\}"
+)
+
+
+def _tiled(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in the shape `2,4`, its axes transposed to the order `1,0`."""
+    shape = tuple(map(int, dims.split(",")))
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose(tuple(map(int, order.split(",")))) if order else devices
 
 
 _BITS = {"pred": 8, "bf16": 16}

@@ -50,6 +50,34 @@ def train(arguments: Arguments) -> int:
     return code
 
 
+def plan(arguments: Arguments) -> int:
+    """Compile the train step for hardware that is not here: memory, FLOPs, network, time, price."""
+    from lmjax.plan import topology
+
+    target = topology.parse(arguments.topology)
+    topology.prepare_process(target)
+
+    from lmjax import config, dry_run
+    from lmjax.plan import search, step, table
+
+    devices = topology.devices(target)
+    cfg = dry_run.with_known_vocab(config.load(arguments.config, arguments.overrides))
+    if arguments.search:
+        found = search.search(cfg, target, devices, seconds=60 * arguments.minutes)
+        print(json.dumps(table.search_as_json(found), indent=1) if arguments.json else table.search_text(found))
+        if not found.plans:
+            raise ConfigError(f"--topology={target.name}: nothing that was tried fits; use more chips")
+        return 0
+    planned = step.make_plan(cfg, target, devices)
+    print(json.dumps(table.as_json(planned), indent=1) if arguments.json else "\n".join(table.lines(planned)))
+    if not planned.fits:
+        raise ConfigError(
+            f"--topology={target.name}: {table.verdict(planned)}; use more chips, split weights over more devices "
+            "(mesh.fsdp), model.remat=full, or more train.microbatches; --search tries them"
+        )
+    return 0
+
+
 def prepare(arguments: Arguments) -> int:
     """Turn text into a directory of token shards."""
     from lmjax.data.config import PrepareConfig

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -217,6 +218,11 @@ def abstract_state(experiment: Experiment) -> TrainState:
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings(experiment)
     )
+
+
+def device_bytes(tree: Any) -> int:
+    """What the arrays of a tree, abstract ones too, take up on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def shardings(experiment: Experiment) -> Any:

@@ -46,6 +46,8 @@ ENTRY %main (a: bf16[2,64]) -> bf16[2,64] {
   %all-reduce.7 = (f32[10]{0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=9, \
 replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   %all-reduce.8 = f32[10]{0} all-reduce(%a), channel_id=10, replica_groups={{0},{1}}, to_apply=%add
+  %all-reduce.9 = f32[100]{0} all-reduce(%a), channel_id=13, \
+replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, to_apply=%add
   %collective-permute.1 = f32[10]{0} collective-permute(%a), channel_id=11, source_target_pairs={{0,1},{1,0}}
   %all-gather-start.1 = (f32[2]{0}, f32[16]{0}) all-gather-start(%a), channel_id=12, \
 replica_groups=[1,8]<=[8], dimensions={0}
@@ -65,7 +67,8 @@ def test_the_forms_of_tpu_programs() -> None:
     assert both.group == (0, 4) and both.sent == 2 * 48 / 2
     assert found["collective-permute40"].sent == 40
     assert found["all-gather64"].sent == 64 * 7 / 8  # the result of a start holds its operand, too
-    assert len(found) == 5
+    assert found["all-reduce400"].group == (0, 4)  # the devices in another order
+    assert len(found) == 6
     assert by_kind(list(found.values()))["reduce-scatter"] == scatter.sent
 
 

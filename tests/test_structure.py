@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"experiment"},
     {"run", "dry_run"},
+    {"plan"},
     {"convert"},
     {"commands"},
     {"__main__"},

@@ -1,0 +1,134 @@
+"""The train step, compiled for a topology that is not here, and what it needs there."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax import chips
+from lmjax import experiment as parts
+from lmjax.chips import Chip
+from lmjax.collectives import Collective, collectives
+from lmjax.config import Config
+from lmjax.experiment import Experiment
+from lmjax.models.flops import Flops, sequence_flops
+from lmjax.models.model import Model
+from lmjax.plan import memory, roofline
+from lmjax.plan.memory import Buffer, Memory
+from lmjax.plan.roofline import Estimate, Work
+from lmjax.plan.topology import Topology
+from lmjax.train.state import TrainState
+from lmjax.weights import Counts, count
+
+
+class Compiled(NamedTuple):
+    """What only the compiled program tells."""
+
+    memory: Memory
+    collectives: list[Collective]
+    network_seconds: float | None
+    """Of all collectives, one after another; None where the chip's bandwidth is not known."""
+    xla_flops: float
+    """Of one device, as XLA counts them: a loop's body once, nothing inside kernels."""
+
+
+class Plan(NamedTuple):
+    cfg: Config
+    topology: Topology
+    chip: Chip | None
+    """None for CPUs, of which we know no limits."""
+    mesh: dict[str, int]
+    counts: Counts
+    step_flops: Flops
+    """Of one step on all devices, counted from the declaration."""
+    needed: float
+    """Bytes on one device; a lower bound when the step was not, or could not be, compiled."""
+    largest: list[Buffer]
+    work: Work | None
+    compiled: Compiled | None
+    """None when the step does not fit."""
+    seconds: dict[str, float]
+    """Wall time of tracing and compiling."""
+
+    @property
+    def limit(self) -> float | None:
+        return None if self.chip is None else self.chip.hbm
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled is not None and (self.limit is None or self.needed <= self.limit)
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """Seconds of a step; None where the chip's figures, or the program, are missing."""
+        if self.chip is None or self.work is None or self.compiled is None:
+            return None
+        network = self.compiled.network_seconds
+        return None if network is None else roofline.estimate(self.chip, self.work, network)
+
+
+def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
+    """Compile the step of a config, its vocabulary known, for `devices`.
+
+    A step whose state and gradients alone are too much is not compiled. Raises ConfigError for a config whose mesh does
+    not fit the devices.
+    """
+    experiment = parts.assemble(cfg, devices)
+    assert experiment.mesh is not None
+    state = parts.abstract_state(experiment)
+    flops = sequence_flops(experiment.model, cfg.data.seq_len)
+    plan = Plan(
+        cfg=cfg,
+        topology=topology,
+        chip=chips.chip(devices[0].device_kind),
+        mesh=dict(experiment.mesh.shape),
+        counts=count(experiment.model.spec),
+        step_flops=Flops(*(cfg.train.batch * n for n in flops)),
+        needed=parts.device_bytes((state, state.params)),
+        largest=memory.largest_arrays({"state": state, "gradients": state.params}),
+        work=None,
+        compiled=None,
+        seconds={},
+    )
+    hopeless = plan.limit is not None and plan.needed > plan.limit
+    return plan if hopeless else _compiled(plan, experiment, state)
+
+
+def _compiled(plan: Plan, experiment: Experiment, state: TrainState) -> Plan:
+    """The plan with what tracing and compiling the step tell."""
+    assert experiment.mesh is not None
+    batch, start = parts.abstract_batch(experiment), time.perf_counter()
+    step = parts.jitted_step(experiment)  # outside the mesh: nothing can run on devices that are not here
+    with parts.entered(experiment.mesh):
+        traced = step.trace(state, {}, batch)
+        lowered = traced.lower()
+    traced_at, program = time.perf_counter(), traced.jaxpr.jaxpr
+    visible = _visible(experiment.model, plan.cfg.data.seq_len)
+    plan = plan._replace(
+        work=roofline.work(program, visible=visible, state_bytes=parts.device_bytes(state)),
+        seconds={"tracing": traced_at - start},
+    )
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:  # of many causes; the message alone tells which
+        exhausted = memory.parse_out_of_memory(str(error), arguments=parts.device_bytes(state))
+        if exhausted is None:
+            raise
+        return plan._replace(needed=exhausted.used, largest=exhausted.largest or memory.largest_values(program))
+    took = plan.seconds | {"compiling": time.perf_counter() - traced_at}
+    found = memory.of_compiled(compiled, state, batch, activations=memory.saved_for_backward(program))
+    sent, places = collectives(compiled.as_text()), [roofline.place(device) for device in experiment.mesh.devices.flat]
+    facts = Compiled(
+        memory=found,
+        collectives=sent,
+        network_seconds=plan.chip and roofline.network_seconds(plan.chip, plan.topology, places, sent),
+        xla_flops=(compiled.cost_analysis() or {}).get("flops", 0.0),
+    )
+    return plan._replace(needed=found.peak, compiled=facts, seconds=took)
+
+
+def _visible(model: Model, T: int) -> float:
+    """The part of all (query, key) pairs that the mask shows."""
+    if model.attention_flops is None:
+        return 1.0
+    return model.attention_flops(T, causal=True) / model.attention_flops(T, causal=False)

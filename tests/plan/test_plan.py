@@ -1,0 +1,290 @@
+"""Planning for hardware that is not here: on fake CPUs always, for TPUs where libtpu is installed."""
+
+import functools
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lmjax import chips
+from lmjax.chips import GIB, Chip
+from lmjax.collectives import Collective
+from lmjax.config import Config, parse
+from lmjax.errors import ConfigError
+from lmjax.plan import memory, roofline, search, step, table, topology
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "model": {"vocab": 64, "layers": 3, "embed": 32, "heads": 4, "kv_heads": 4, "mlp": 64, "context": 16},
+    "data": {"seq_len": 16},
+    "train": {"batch": 8, "steps": 1000},
+    "optimizer": {"schedule": {"warmup": 5}},
+}
+FLAGS = [f"--config.{part}.{name}={value}" for part in ("model", "data") for name, value in TINY[part].items()]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs lmjax[tpu]")
+
+
+def lmjax_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: it decides how many devices JAX has."""
+    command = [sys.executable, "-m", "lmjax", "plan", f"--config={ROOT / 'configs/llama.py'}:60m", *FLAGS, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def plan_on_one_cpu(cfg: Config) -> step.Plan:
+    target = topology.parse("cpu-1")
+    return step.make_plan(cfg, target, topology.devices(target))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> step.Plan:
+    return plan_on_one_cpu(parse(TINY))
+
+
+# Names of topologies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "chips_", "shape", "slices", "wraps"),
+    [
+        ("v5e-256", 256, (16, 16), 1, True),
+        ("v5e-8", 8, (2, 4), 1, False),
+        ("v5litepod-16", 16, (4, 4), 1, False),
+        ("v6e-1", 1, (1, 1), 1, False),
+        ("v4-8", 4, (2, 2, 1), 1, False),
+        ("v5p-256", 128, (4, 4, 8), 1, True),
+        ("v5p:4x8x8", 256, (4, 8, 8), 1, True),
+        ("v5p-2048", 1024, (8, 8, 16), 1, True),
+        ("tpu7x-128", 64, (4, 4, 4), 1, True),
+        ("2xv5e-256", 512, (16, 16), 2, True),
+        ("cpu-8", 8, (8,), 1, False),
+    ],
+)
+def test_names(name: str, chips_: int, shape: tuple[int, ...], slices: int, wraps: bool) -> None:
+    found = topology.parse(name)
+    assert (found.chips, found.shape, found.slices) == (chips_, shape, slices)
+    assert found.family == "cpu" or set(found.wraps) == {wraps}
+    assert found.devices == chips_ * (2 if found.family == "tpu7x" else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e-100", r"v5e-64 \(8x8\) and v5e-128 \(8x16\)"),
+        ("v5e-512", r"the nearest is v5e-256 \(16x16\)"),
+        ("v5p-7", r"the nearest is v5p-8 \(2x2x1\)"),
+        ("v5p-100", r"v5p-64 \(2x4x4\) and v5p-128 \(4x4x4\)"),
+        ("v5p:3x3x3", r"v5p-32 \(2x2x4\) and v5p-64 \(2x4x4\)"),
+        ("h100-8", "the families are v4, v5e"),
+        ("v5e", "FAMILY-SIZE"),
+        ("0xv5e-4", "no slice"),
+        ("cpu-0", "no device"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        topology.parse(name)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_on_eight_devices_is_what_the_state_takes() -> None:
+    result = lmjax_plan("--topology=cpu-8", "--config.mesh.fsdp=4", "--config.train.batch=16", "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    # 4 of 8 devices share the weights: all axes named embed are split by 4, and the norms' scales are nothing else.
+    assert plan["memory"]["params"] == plan["parameters"]  # float32: 4 bytes, a fourth of them
+    assert plan["memory"]["optimizer"] == pytest.approx(2 * plan["parameters"], abs=64)  # two moments, a count
+    assert abs(plan["memory"]["padding"]) < 1024  # the compiled program's arguments are these, to the byte of a scalar
+    assert plan["collective_bytes"]["all-gather"] > 0
+    assert plan["needed_bytes"] >= 3 * plan["parameters"] + plan["memory"]["temporaries"]
+
+
+def test_what_cannot_fit_is_said_with_its_largest_arrays(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiny.fits and "no limit is known" in table.verdict(tiny)
+    compiled = tiny._replace(chip=Chip(1e12, hbm=tiny.needed - 1, hbm_bandwidth=1e11, link=1e9))
+    assert not compiled.fits and "too much" in table.verdict(compiled)
+    assert compiled._replace(chip=Chip(1e12, hbm=tiny.needed)).fits
+    monkeypatch.setattr(chips, "CHIPS", {"cpu": Chip(1e12, hbm=1000.0)})
+    hopeless = plan_on_one_cpu(tiny.cfg)
+    assert hopeless.compiled is None and not hopeless.fits
+    text = "\n".join(table.lines(hopeless))
+    assert "does not fit: at least" in text and "state/params/segments/0/0/mlp/up" in text
+    assert not table.as_json(hopeless)["fits"]
+
+
+OUT_OF_MEMORY = """\
+RESOURCE_EXHAUSTED: Allocation type: HLO temp; XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 17.60G of 15.75G hbm. Exceeded hbm capacity by 1.85G.
+
+Total hbm usage >= 17.85G:
+    reserved        258.00M
+
+  Largest program allocations in hbm:
+
+  1. Size: 4.00G
+     Operator: op_name="jit(step)/jvp()/while/body/dot_general" stack_frame_id=3
+     Shape: bf16[16,8,8192,2048]{3,2,1,0:T(8,128)(2,1)}
+     Unpadded size: 4.00G
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 512.00M
+     Shape: f32[128256,1024]{1,0:T(8,128)}
+     Allocation type: HLO temp
+     ==========================
+"""
+
+
+def test_the_error_of_a_program_too_large_names_its_buffers() -> None:
+    found = memory.parse_out_of_memory(OUT_OF_MEMORY, arguments=GIB)
+    assert found is not None
+    assert (found.used, found.limit) == (17.6 * GIB, 15.75 * GIB)
+    assert found.largest[0] == ("bf16[16,8,8192,2048] jit(step)/jvp()/while/body/dot_general", 4.0 * GIB)
+    assert found.largest[1] == ("f32[128256,1024] HLO temp", 0.5 * GIB)
+    assert memory.parse_out_of_memory("INTERNAL: something else", arguments=GIB) is None
+    early = "Ran out of memory on HBM, the total memory required for HLO temporaries ({}) exceeds available HBM ({})."
+    early = early.format("97.41G", "15.75G")
+    assert memory.parse_out_of_memory(early, arguments=GIB) == (98.41 * GIB, 15.75 * GIB, [])
+
+
+def test_the_largest_values_of_a_program_are_one_device_s_and_of_all_rounds() -> None:
+    def step(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (jnp.sin(x), jnp.cos(x)), x, length=5)[1].sum()
+
+    first, *_ = memory.largest_values(jax.make_jaxpr(step)(jnp.ones((3, 4))).jaxpr)
+    assert first.bytes == 5 * 3 * 4 * 4 and first.name.startswith("float32[5,3,4] scan")
+
+
+# Time and price -------------------------------------------------------------------------------------------------------
+
+
+def test_prices(tiny: step.Plan) -> None:
+    found = {name: chips.CHIPS[kind].dollars for name, kind in (("v5e", "TPU v5 lite"), ("v5p", "TPU v5"))}
+    assert found == {"v5e": 1.20, "v5p": 4.20}
+    plan = tiny._replace(chip=Chip(1e12, dollars=3.0))
+    assert table.hours_and_dollars(plan, 3.6) == (1.0, 3.0)  # 1000 steps of 3.6 s
+    assert table.hours_and_dollars(plan._replace(chip=None), 3.6) == (1.0, None)
+
+
+def test_one_device_executes_what_the_declaration_counts(tiny: step.Plan) -> None:
+    """And, with the plain attention of a CPU, every query and key."""
+    assert tiny.work is not None
+    assert tiny.work.flops == tiny.step_flops.full
+    again = plan_on_one_cpu(parse(TINY | {"model": {**TINY["model"], "remat": "full"}}))
+    assert again.work is not None and tiny.work.flops < again.work.flops < 4 / 3 * tiny.work.flops
+    found = roofline.Estimate(compute=2.0, memory=1.0, network=0.5)
+    assert (found.fastest, found.slowest) == (2.0, 3.5)
+
+
+ROW, COLUMNS, ALL = slice(0, 16), slice(0, 128), slice(0, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "seconds"),
+    [
+        ("v5e-256", ROW, 1 / (2 * 50)),  # a ring of 16 chips: two links
+        ("v5e-256", slice(0, 8), 1 / 50),  # half of it is a line: one link
+        ("v5e-256", slice(0, 2), 1 / 50),
+        ("v5e-256", COLUMNS, 1 / (3 * 50)),  # 8 rows of 16: a line and a ring
+        ("v5e-256", ALL, 1 / (4 * 50)),
+        ("v5e-16", slice(0, 4), 1 / 50),  # nothing closes
+        ("v5p-128", slice(0, 64), 1 / (6 * 100)),
+    ],
+)
+def test_links_of_a_group(name: str, group: slice, seconds: float) -> None:
+    """Seconds that a gigabyte, sent by the bandwidth-optimal ring, takes."""
+    target = topology.parse(name)
+    chip = chips.CHIPS["TPU v5" if target.family == "v5p" else "TPU v5 lite"]
+    members = tuple(range(target.chips)[group])
+    one = Collective("all-gather", 10**9 * len(members) // (len(members) - 1), members)
+    assert roofline.network_seconds(chip, target, places(target), [one]) == pytest.approx(seconds, rel=1e-3)
+    assert roofline.network_seconds(chip._replace(link=None), target, places(target), [one]) is None
+
+
+def places(target: topology.Topology) -> list[roofline.Place]:
+    """Row by row, slice by slice."""
+    everywhere = itertools.product(range(target.slices), itertools.product(*map(range, target.shape)))
+    return [roofline.Place(slice_, coords) for slice_, coords in everywhere]
+
+
+def test_an_all_to_all_crowds_the_links() -> None:
+    """Each of 16 chips sends a 16th of its array to each other: over 4 hops of a ring on average, of 32 links."""
+    target, chip = topology.parse("v5e-256"), chips.CHIPS["TPU v5 lite"]
+    one = Collective("all-to-all", 10**9, tuple(range(16)))
+    hops = sum(min(away, 16 - away) for away in range(16))
+    expected = 16 * hops * 10**9 / 16 / 32 / 50e9
+    assert roofline.network_seconds(chip, target, places(target), [one]) == pytest.approx(expected)
+
+
+def test_between_slices_each_device_sends_its_share() -> None:
+    target, chip = topology.parse("2xv5e-16"), chips.CHIPS["TPU v5 lite"]
+    seconds = functools.partial(roofline.network_seconds, chip, target, places(target))
+    pair, everyone = (0, 16), tuple(range(32))
+    assert seconds([Collective("all-reduce", 10**9, pair)]) == pytest.approx(1 / 3.125)
+    inside = 2 * 15 / 16 / (2 * 50)  # two open dimensions
+    assert seconds([Collective("all-reduce", 10**9, everyone)]) == pytest.approx(inside + 1 / 16 / 3.125)
+    assert seconds([Collective("collective-permute", 10**9, pair)]) == pytest.approx(1 / 3.125)
+    assert seconds([Collective("collective-permute", 10**9, (0, 1))]) == pytest.approx(1 / 50)
+
+
+# Search ---------------------------------------------------------------------------------------------------------------
+
+
+def test_search_picks_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for the smallest step alone, that one is found, and the others are told apart."""
+    target, cfg = topology.parse("cpu-1"), parse(TINY)
+    monkeypatch.setattr(search, "MICROBATCHES", (1, 4))
+    monkeypatch.setattr(search, "REMAT", ("none", "full"))
+    everything = search.search(cfg, target, topology.devices(target), seconds=600)
+    assert (everything.candidates, len(everything.plans), everything.rejected) == (4, 4, 0)
+    needed = sorted(plan.needed for _, plan in everything.plans)
+    assert needed[0] < needed[1]
+    least = min(candidate.least_bytes for candidate, _ in everything.plans)
+    assert all(candidate.least_bytes <= plan.needed for candidate, plan in everything.plans), "a bound from below"
+    monkeypatch.setattr(chips, "CHIPS", {"cpu": Chip(1e12, needed[0], 1e11, 1e9, None, 1.0)})
+    found = search.search(cfg, target, topology.devices(target), seconds=600)
+    assert [plan.needed for _, plan in found.plans] == [needed[0]] and found.rejected + found.too_large == 3
+    assert f"best: {table.flags(found.plans[0][0])}" in table.search_text(found)
+    assert "--config.train.microbatches=4" in table.search_text(found)
+    monkeypatch.setattr(chips, "CHIPS", {"cpu": Chip(1e12, least - 1, 1e11, 1e9)})
+    nothing = search.search(cfg, target, topology.devices(target), seconds=600)
+    assert (nothing.plans, nothing.too_large) == ([], 4)
+
+
+def test_candidates_cover_the_layouts() -> None:
+    """Rows of tiny shapes, on eight devices that need not exist: the config's own checks say what is possible."""
+    result = lmjax_plan("--topology=cpu-8", "--config.train.batch=16", "--search", "--minutes=0", "--json")
+    assert result.returncode == 2 and "nothing that was tried fits" in result.stderr  # no time to compile anything
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["candidates"] > 20 and found["plans"] == []
+
+
+# TPUs -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_it_says_what_to_install() -> None:
+    result = lmjax_plan("--topology=v5e-8")
+    assert result.returncode == 2 and "lmjax[tpu]" in result.stderr and result.stderr.count("\n") == 1
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tpu_program_scatters_what_it_reduces() -> None:
+    """fsdp: weights are gathered, their gradients reduced and scattered, and no activation is gathered."""
+    wide = ["--config.model.embed=512", "--config.model.mlp=2048", "--config.data.seq_len=256", "--config.mesh.fsdp=8"]
+    result = lmjax_plan("--topology=v5e-8", *wide, "--config.model.context=256", "--json")
+    assert result.returncode == 0, result.stderr
+    sent = json.loads(result.stdout)["collective_bytes"]
+    assert sent["reduce-scatter"] > 0
+    assert sent["all-to-all"] == sent["collective-permute"] == 0
+    assert sent["all-gather"] < 2 * 2 * json.loads(result.stdout)["parameters"] * 1.1  # bfloat16, forward and backward
