@@ -3,6 +3,7 @@
     python -m analysis report  --runs=SOURCE --target=1e23 --out=DIR     fit everything, write figures and a page
     python -m analysis verify  DIR                                       derive every number of a report again
     python -m analysis design  --budget=1e20 --target=1e23 --out=FILE    which cells to train
+    python -m analysis next    --runs=SOURCE --target=1e23 --tolerance=0.2 --largest=1e20 --out=FILE
     python -m analysis predict --runs=SOURCE --size=1e9 --tokens=2e10 --out=FILE
     python -m analysis score   FORECAST... (--runs=SOURCE | --loss-value=2.31)
     python -m analysis compare DIR...|wandb:entity/project [--out=DIR]
@@ -20,9 +21,12 @@ import numpy as np
 from analysis import cells, compare, design, forecast, report
 from analysis.estimates import Options
 from analysis.parametric import fit_parametric
-from analysis.runs import load_runs
+from analysis.runs import load_runs, naming
 from analysis.simulate import EPOCH
 from analysis.sources import read_records
+from analysis.study import check_law
+from analysis.surface import Surface
+from analysis.variable_projection import fit_by_projection
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -50,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("report", type=Path)
     verify.set_defaults(command=_verify)
     _add_design(commands)
+    _add_next(commands)
     _add_predict(commands)
     _add_score(commands)
     comparing = commands.add_parser("compare", help="a table of runs by rising loss")
@@ -156,21 +161,19 @@ def _add_design(commands) -> None:
 
 
 def _design(parsed) -> None:
-    if len(parsed.ratios) != 2 or parsed.ratios[0] >= parsed.ratios[1]:
-        raise ValueError("--ratios takes the smallest and the largest D/N, such as --ratios=2,200")
+    ratios = _ratios(parsed)
     if parsed.most < 6 or parsed.devices < 1:
         raise ValueError("--most must be at least 6 and --devices at least 1")
-    surface = fit_parametric(*load_runs(parsed.runs, **_selection(parsed)).points).surface if parsed.runs else EPOCH
-    sizes = cells.shapes(parsed.smallest, np.sqrt(parsed.budget / (6.0 * parsed.ratios[0])))
-    candidates = design.Candidates.of([shape.params for shape in sizes], parsed.ratios, parsed.budget)
+    surface = EPOCH if parsed.runs is None else _fitted_surface(parsed)
+    sizes = cells.shapes(parsed.smallest, np.sqrt(parsed.budget / (6.0 * ratios[0])))
+    candidates = design.Candidates.of([shape.params for shape in sizes], ratios, parsed.budget)
     chosen = design.choose_cells(
         surface, candidates, budget=parsed.budget, target=parsed.target, noise_sd=parsed.noise, most=parsed.most
     )
     pairs = [*zip(chosen.params, chosen.tokens, strict=True), chosen.hold_out]
     by_size = {shape.params: shape for shape in sizes}
     rows = [cells.overrides(by_size[n], d, devices=parsed.devices) for n, d in pairs]
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    parsed.out.write_text(json.dumps(rows, indent=1) + "\n")
+    _write_json(parsed.out, rows)
     for n, d in pairs:
         held = "  hold-out: predict it, do not fit it" if (n, d) == chosen.hold_out else ""
         print(f"N {n:9.3g}  D {d:9.3g}  D/N {d / n:7.3g}  C {6 * n * d:9.3g}{held}")
@@ -179,6 +182,69 @@ def _design(parsed) -> None:
         f"the standard error of a is {chosen.exponent_se:.4f}, of ln N*({parsed.target:.3g}) {chosen.log_params_se:.3f}"
     )
     print(f"wrote {parsed.out} (the last cell is the hold-out)")
+
+
+def _fitted_surface(parsed) -> Surface:
+    runs = load_runs(parsed.runs, **_selection(parsed)).tuned()
+    with naming(runs.source):
+        surface = fit_parametric(*runs.points).surface
+        check_law(surface)
+        return surface
+
+
+def _add_next(commands) -> None:
+    parser = commands.add_parser("next", help="stop the sweep, or the cell to train next")
+    _add_source(parser)
+    parser.add_argument("--target", type=_positive, required=True, help="FLOPs at which N* is wanted")
+    parser.add_argument(
+        "--tolerance", type=_positive, required=True, help="half the interval of ln N* (0.2: about 20%%)"
+    )
+    parser.add_argument("--largest", type=_positive, required=True, help="FLOPs that the next cell may cost")
+    parser.add_argument("--ratios", type=_numbers, default=(2.0, 200.0), help="smallest and largest D/N")
+    parser.add_argument("--smallest", type=_positive, default=1e7, help="parameters of the smallest model")
+    parser.add_argument("--level", type=_share, default=0.95, help="of the interval")
+    parser.add_argument("--devices", type=int, default=8, help="batches divide by this")
+    parser.add_argument("--out", type=Path, required=True, help="JSON: the config overrides of the cell")
+    parser.set_defaults(command=_next)
+
+
+def _next(parsed) -> None:
+    """By variable projection, whose intervals are right for few runs, too."""
+    runs = load_runs(parsed.runs, **_selection(parsed)).tuned()
+    with naming(runs.source):
+        fit = fit_by_projection(*runs.points)
+        check_law(fit.surface)
+    interval = fit.interval(lambda surface: np.log(surface.optimum(parsed.target)[0]), parsed.level)
+    half = 0.5 * (interval.high - interval.low)
+    print(f"N*({parsed.target:.3g}) = {fit.surface.optimum(parsed.target)[0]:.3g}, {parsed.level:.0%} interval "
+          f"{np.exp(interval.low):.3g} to {np.exp(interval.high):.3g} from {len(runs.table)} runs")  # fmt: skip
+    if half <= parsed.tolerance:
+        print(f"stop: half the interval of ln N* is {half:.3f}, within {parsed.tolerance:g}")
+        return
+    sizes = cells.shapes(parsed.smallest, np.sqrt(parsed.largest / (6.0 * _ratios(parsed)[0])))
+    candidates = design.Candidates.of([shape.params for shape in sizes], parsed.ratios, parsed.largest)
+    if not len(candidates.params):
+        raise ValueError(f"no cell costs at most {parsed.largest:.3g} FLOPs: raise --largest or lower --smallest")
+    params, tokens, _ = runs.points
+    chosen = design.next_cell(fit.surface, params, tokens, candidates, target=parsed.target, noise_sd=fit.residual_sd)
+    _, before = design.standard_errors(fit.surface, params, tokens, parsed.target, fit.residual_sd)
+    both = np.append(params, chosen[0]), np.append(tokens, chosen[1])
+    _, after = design.standard_errors(fit.surface, *both, parsed.target, fit.residual_sd)
+    _write_json(parsed.out, [cells.overrides(cells.nearest_shape(chosen[0]), chosen[1], devices=parsed.devices)])
+    print(f"go on: half the interval of ln N* is {half:.3f}, above {parsed.tolerance:g}")
+    print(f"next: N {chosen[0]:.3g}  D {chosen[1]:.3g}  C {6 * chosen[0] * chosen[1]:.3g}; the standard error should "
+          f"fall from {before:.3f} to {after:.3f}; wrote {parsed.out}")  # fmt: skip
+
+
+def _ratios(parsed) -> tuple[float, float]:
+    if len(parsed.ratios) != 2 or parsed.ratios[0] >= parsed.ratios[1]:
+        raise ValueError("--ratios takes the smallest and the largest D/N, such as --ratios=2,200")
+    return parsed.ratios
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _add_predict(commands) -> None:
@@ -196,8 +262,7 @@ def _predict(parsed) -> None:
         raise ValueError(f"{parsed.out} exists: a forecast is never overwritten; choose another name")
     runs = load_runs(parsed.runs, **_selection(parsed))
     made = forecast.make_forecast(runs, parsed.size, parsed.tokens, level=parsed.level)
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    parsed.out.write_text(json.dumps(made, indent=1) + "\n")
+    _write_json(parsed.out, made)
     print(f"loss {made['loss']:.4f} nats, {parsed.level:.0%} interval {made['low']:.4f} to {made['high']:.4f}; "
           f"wrote {parsed.out} ({made['sha256'][:12]})")  # fmt: skip
 

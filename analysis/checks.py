@@ -10,7 +10,7 @@ ENDED = ("finished", "done", "complete", "completed", "success", "succeeded", "o
 # Below these no run is worth a law: the column counts in thousands, millions or billions.
 FEWEST_PARAMS, FEWEST_TOKENS = 1e4, 1e6
 # Conventions of counting FLOPs differ by less than this factor; units of N, D or C by more.
-LARGEST_FACTOR = 30.0
+LARGEST_FACTOR, LARGEST_RATIO = 30.0, 1e5
 
 
 def check_one_convention(table: pd.DataFrame, source: str) -> None:
@@ -60,12 +60,25 @@ def check_units(table: pd.DataFrame, source: str) -> None:
                 f"{source}: {name} is {table[name].max():.4g} at most: give it in ones, or put its unit into the name "
                 f"of the column ({name}_m for millions, {name}_b for billions)"
             )
+    ratio = float((table["tokens"] / table["params"]).median())
+    if not 1.0 / LARGEST_RATIO < ratio < LARGEST_RATIO:
+        raise ValueError(
+            f"{source}: tokens / params is {ratio:.3g}, no usual ratio: check the units of both (params_m and tokens_b "
+            "are understood)"
+        )
     factor = float((FLOPS_PER_PARAM_TOKEN * table["params"] * table["tokens"] / table["flops"]).median())
     if not 1.0 / LARGEST_FACTOR < factor < LARGEST_FACTOR:
         raise ValueError(
             f"{source}: 6 x params x tokens / flops is {factor:.3g}, no way of counting FLOPs: check the units of the "
             "three columns (params_m, tokens_b and flops_pf_days are understood)"
         )
+
+
+def note_copies(table: pd.DataFrame, notes: list[str]) -> None:
+    """Rows that repeat another's N, D and loss to the last digit are no runs of their own."""
+    copies = int(table.duplicated(["params", "tokens", "loss"]).sum())
+    if copies:
+        notes.append(f"{copies} rows repeat another's N, D and loss exactly: intervals take them for runs of their own")
 
 
 def check_labels(table: pd.DataFrame, notes: list[str], source: str) -> None:

@@ -19,6 +19,8 @@ PRIOR_SD = np.array([1.0, 5.0, 5.0, 0.5, 0.5])
 LARGEST_SHARES = (1.0, 0.5, 0.25, 0.12, 0.06)
 HOLD_OUT_SHARE = 0.1
 MOST_EXCHANGES = 400
+# A further run is worth its FLOPs when it lowers the variance by this share.
+LEAST_GAIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,19 @@ def log_params_gradient(surface: Surface, flops: float) -> np.ndarray:
 
 
 def standard_errors(surface: Surface, params, tokens, target: float, noise_sd: float) -> tuple[float, float]:
-    """Delta-method standard errors of the exponent a and of ln N*(`target`) from a fit to these cells."""
+    """Delta-method standard errors of the exponent a and of ln N*(`target`) from a fit to these cells.
+
+    Infinite where the cells cannot tell the surface's parameters apart.
+    """
     information = _information(loss_gradient(surface, params, tokens), noise_sd)
-    inverse = np.linalg.inv(information)
-    gradients = exponent_gradient(surface), log_params_gradient(surface, target)
-    return tuple(float(np.sqrt(c @ inverse @ c)) for c in gradients)  # type: ignore[return-value]
+    # In units of its own diagonal the matrix can be inverted even when the cells hardly tell parameters apart.
+    scale = np.sqrt(np.diag(information))
+    inverse = np.linalg.inv(information / np.outer(scale, scale))
+    gradients = exponent_gradient(surface) / scale, log_params_gradient(surface, target) / scale
+    variances = [float(c @ inverse @ c) for c in gradients]
+    # Rounding can leave nothing, or less, of what such cells know.
+    exponent_se, log_params_se = (np.sqrt(variance) if variance > 0 else np.inf for variance in variances)
+    return exponent_se, log_params_se
 
 
 def choose_cells(
@@ -129,6 +139,23 @@ def choose_cells(
     spent = float(candidates.flops[chosen].sum() + candidates.flops[held])
     hold_out = (float(candidates.params[held]), float(candidates.tokens[held]))
     return Design(params, tokens, hold_out, budget, spent, exponent_se, log_params_se)
+
+
+def next_cell(
+    surface: Surface, params, tokens, candidates: Candidates, *, target: float, noise_sd: float
+) -> tuple[float, float]:
+    """(N, D) of the candidate that lowers the variance of ln N*(`target`) most per FLOP, after runs at (N, D) (cells,).
+
+    Only candidates that lower it by a twentieth count, for a pittance at no cost is no progress; without any, the one
+    that lowers it most. `surface` and `noise_sd` (in the loss) are those of a fit to the runs so far.
+    """
+    gradients = loss_gradient(surface, candidates.params, candidates.tokens) / noise_sd
+    known = _information(loss_gradient(surface, params, tokens), noise_sd)
+    wanted = log_params_gradient(surface, target)
+    gains = _gains(gradients, np.linalg.inv(known), wanted)
+    worth = gains >= LEAST_GAIN * (wanted @ np.linalg.solve(known, wanted))
+    best = int(np.argmax(np.where(worth, gains / candidates.flops, 0.0) if worth.any() else gains))
+    return float(candidates.params[best]), float(candidates.tokens[best])
 
 
 def _information(gradients, noise_sd: float = 1.0) -> np.ndarray:

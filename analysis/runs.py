@@ -16,7 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.checks import check_labels, check_one_convention, check_units, exclude_unfinished, invalid_rows
+from analysis.checks import (
+    check_labels,
+    check_one_convention,
+    check_units,
+    exclude_unfinished,
+    invalid_rows,
+    note_copies,
+)
 from analysis.columns import canonical, find_column, listed, loss_unit
 from analysis.hyperparameters import cells_of
 from analysis.records import RunRecord, choose_loss, table_of
@@ -156,6 +163,7 @@ def _checked(table, records, params, flops, exclude_invalid, source: str, loss_n
     if not records:
         check_units(table, source)
     check_labels(table, notes, source)
+    note_copies(table, notes)
     if table.empty:
         raise ValueError(f"{source}: no usable run is left: {'; '.join(r for r, _ in exclusions) or 'it is empty'}")
     names = history["run"] if "run" in history else pd.Series(history.index.astype(str), history.index)
@@ -182,13 +190,20 @@ def _read(source: str, loss: str | None, api) -> tuple[pd.DataFrame, list[RunRec
 
 def _read_file(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_text(path)
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a readable CSV or parquet table ({reason}): check the file") from None
     if table.empty:
         raise ValueError(f"{path}: the table has no rows: check the file")
     return table
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    """Comma-separated, or else by semicolons or tabs."""
+    table = pd.read_csv(path)
+    other = next((sign for sign in (";", "\t") if len(table.columns) == 1 and sign in table.columns[0]), None)
+    return table if other is None else pd.read_csv(path, sep=other)
 
 
 def _select(raw: pd.DataFrame, where: dict[str, str], source: str) -> pd.DataFrame:

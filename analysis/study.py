@@ -78,11 +78,11 @@ def _study(trials: Runs, runs: Runs, options: Options) -> Study:
     params, tokens, loss = runs.points
     _check_variation(runs)
     huber = fit_parametric(params, tokens, loss)
-    _check_law(huber.surface)
+    check_law(huber.surface)
     absolute = fit_least_absolute_deviations(params, tokens, loss, starts=_published(huber.surface)[None])
     projection = fit_by_projection(params, tokens, loss)
-    _check_law(absolute.surface)
-    _check_law(projection.surface)
+    check_law(absolute.surface)
+    check_law(projection.surface)
     clusters = _shared_trunks(runs)
     replicates = resample_pairs(
         params, tokens, loss, huber, replicates=options.replicates, seed=options.seed, clusters=clusters
@@ -128,7 +128,7 @@ def _stage_estimates(runs: Runs, options: Options) -> list[Estimate]:
     clusters = _shared_trunks(runs)
     try:
         fit = fit_parametric(*runs.points, starts=standard_starts()[::START_STRIDE])
-        _check_law(fit.surface)
+        check_law(fit.surface)
         copies = resample_pairs(*runs.points, fit, replicates=options.replicates, seed=options.seed, clusters=clusters)
         estimates.append(bootstrap_estimate(runs, options, fit, copies, clusters))
     except ValueError:
@@ -148,7 +148,8 @@ def _check_variation(runs: Runs) -> None:
         raise ValueError(f"one budget only ({flops.mean():.3g} FLOPs): no law in C can be fitted; add runs at another")
 
 
-def _check_law(surface: Surface) -> None:
+def check_law(surface: Surface) -> None:
+    """Raises ValueError when one of the surface's two terms has vanished or rises."""
     terms = np.array([surface.A, surface.B, surface.alpha, surface.beta], dtype=np.float64)
     if not (np.isfinite(terms).all() and terms.min() > 0):
         raise ValueError(
@@ -172,7 +173,8 @@ def _shared_trunks(runs: Runs) -> np.ndarray | None:
 
 def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> list[str]:
     flops = runs.column("flops")
-    ratios = runs.column("tokens") / runs.column("params")
+    params, tokens, _ = runs.points
+    ratios = tokens / params
     optimum = huber.surface.optimum(options.target)
     found = list(runs.notes)
     reach = options.target / flops.max()
@@ -181,6 +183,11 @@ def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> l
     if not ratios.min() <= optimum[1] / optimum[0] <= ratios.max():
         found.append(f"D/N = {optimum[1] / optimum[0]:.3g} at the target lies outside the runs' {ratios.min():.3g} to "
                      f"{ratios.max():.3g}")  # fmt: skip
+    if np.ptp(np.log(ratios)) < np.log(1.5):
+        found.append(f"D/N is about {np.median(ratios):.3g} in all runs: N and D cannot be told apart")
+    for name, values in (("N", params), ("D", tokens)):
+        if len(np.unique(values)) < 3:
+            found.append(f"only two values of {name}: its exponent and E cannot be told apart")
     if huber.agreeing < 0.05:
         found.append(f"only {huber.agreeing:.1%} of the starts agree with the best fit: it may not be the optimum")
     if min(huber.surface.alpha, huber.surface.beta) < 0.02:

@@ -116,6 +116,10 @@ def cost_of_certainty(study: Study) -> Drawing:
     surface, target = study.huber.surface, study.options.target
     errors = [standard_errors(surface, params[order[:n]], tokens[order[:n]], target, noise) for n in counts]
     widths = 2 * 1.96 * np.array(errors)
+    known = np.isfinite(widths).all(axis=1)
+    if not known.any():
+        raise NotApplicableError("these runs cannot tell the parameters of the law apart")
+    counts, widths = counts[known], widths[known]
     figure, panels = style.new_figure(columns=2)
     for axes, width, label in zip(panels, widths.T, ("exponent a", "ln N*(target)"), strict=True):
         axes.plot(spent[counts - 1], width, "o-", color=style.COLOURS[0], markersize=3)

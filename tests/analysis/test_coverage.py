@@ -47,12 +47,16 @@ def projection(surface, sweep, index):
     return tuple(fit.interval(statistic, LEVEL) for statistic in (exponent, log_size, frontier))
 
 
-def approach_2(surface, sweep, index):
-    """Noise replicates of parabolas on a symmetric grid."""
+def approach_2(surface, sweep, index, method="parabola"):
+    """Noise replicates of each budget's optimum on a symmetric grid."""
     columns = (sweep.params, sweep.tokens, sweep.loss[index], sweep.budget)
-    fit = fit_isoflop(*columns)
+    fit = fit_isoflop(*columns, method=method)
     law = noise_replicates(*columns, fit, replicates=REPLICATES, seed=index).params_law
     return percentile_interval(law.exponent, LEVEL), percentile_interval(np.log(law(TARGET)), LEVEL)
+
+
+def approach_2_akima(surface, sweep, index):
+    return approach_2(surface, sweep, index, "akima")
 
 
 def exponent(surface):
@@ -89,7 +93,7 @@ def envelope_coverage(surface, sweeps):
     return np.mean(hits)
 
 
-METHODS = (approach_3, projection, approach_2)
+METHODS = (approach_3, projection, approach_2, approach_2_akima)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,13 +4,15 @@ import itertools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis.__main__ import main
 from analysis.cells import nearest_shape, overrides, shapes
-from analysis.design import Candidates, choose_cells, loss_gradient, standard_errors
+from analysis.design import Candidates, choose_cells, loss_gradient, next_cell, standard_errors
 from analysis.parametric import fit_replicates
-from analysis.simulate import EPOCH, isoflop_grid
+from analysis.simulate import EPOCH, Faults, isoflop_grid, simulate
+from analysis.variable_projection import fit_by_projection
 
 TARGET, NOISE = 1e24, 0.005
 GRID = isoflop_grid(EPOCH)[1:]
@@ -92,6 +94,60 @@ def test_the_hold_out_is_extreme_and_not_fitted():
 def test_a_budget_too_small_is_refused():
     with pytest.raises(ValueError, match="raise --budget"):
         choose_cells(EPOCH, Candidates.of([1e8, 1e9], (2, 200), 1e18), budget=1e18, target=TARGET)
+
+
+def grown_sweep(seed, tolerance):
+    """Runs of a sweep that starts with six small cells and stops when the interval of ln N* is narrow enough."""
+    rng = np.random.default_rng(seed)
+    candidates = Candidates.of([shape.params for shape in shapes(1e7, 1e10)], (2.0, 200.0), 1e21)
+    cells = [(n, n * ratio) for n in (2e7, 1e8, 4e8) for ratio in (5.0, 80.0)]
+    losses = [EPOCH.loss(*cell) + rng.normal(0, NOISE) for cell in cells]
+    while len(cells) < 60:
+        params, tokens = np.array(cells).T
+        fit = fit_by_projection(params, tokens, losses)
+        interval = fit.interval(lambda surface: np.log(surface.optimum(TARGET)[0]), 0.9)
+        if interval.high - interval.low <= 2 * tolerance:
+            return cells, interval
+        # Six runs and five parameters may leave no noise at all.
+        noise = max(fit.residual_sd, 0.2 * NOISE)
+        cells.append(next_cell(fit.surface, params, tokens, candidates, target=TARGET, noise_sd=noise))
+        losses.append(EPOCH.loss(*cells[-1]) + rng.normal(0, NOISE))
+    raise AssertionError("the sweep never stopped")
+
+
+def test_a_sweep_that_stops_by_its_interval_holds_the_truth():
+    truth = float(np.log(EPOCH.optimum(TARGET)[0]))
+    loose, tight = ([grown_sweep(seed, tolerance) for seed in range(10)] for tolerance in (0.6, 0.25))
+    assert sum(truth in interval for _, interval in loose + tight) >= 15
+    assert np.mean([len(cells) for cells, _ in loose]) < np.mean([len(cells) for cells, _ in tight]) < 45
+
+
+def test_the_next_cell_lowers_the_variance_most_for_its_price():
+    params, tokens = np.array([(n, n * ratio) for n in (2e7, 1e8, 4e8) for ratio in (5.0, 80.0)]).T
+    candidates = Candidates.of(np.geomspace(1e7, 1e10, 12), (2.0, 200.0), 1e21, steps=7)
+    chosen = next_cell(EPOCH, params, tokens, candidates, target=TARGET, noise_sd=NOISE)
+
+    def gain_per_flop(cell):
+        after = standard_errors(EPOCH, np.append(params, cell[0]), np.append(tokens, cell[1]), TARGET, NOISE)[1]
+        before = standard_errors(EPOCH, params, tokens, TARGET, NOISE)[1]
+        gain = before**2 - after**2
+        return gain / (6 * cell[0] * cell[1]) if gain >= 0.05 * before**2 else 0.0
+
+    best = max(zip(candidates.params, candidates.tokens, strict=True), key=gain_per_flop)
+    assert gain_per_flop(chosen) == pytest.approx(gain_per_flop(best), rel=1e-3)
+
+
+def test_the_next_command_stops_or_names_a_cell(tmp_path, capsys):
+    sweep = simulate(EPOCH, Faults(noise_sd=0.003), seed=2)
+    columns = {"params": sweep.params, "tokens": sweep.tokens, "loss": sweep.loss[0]}
+    pd.DataFrame(columns).to_csv(tmp_path / "runs.csv", index=False)
+    flags = [f"--runs={tmp_path / 'runs.csv'}", "--target=1e24", "--largest=1e20", f"--out={tmp_path / 'next.json'}"]
+    assert main(["next", *flags, "--tolerance=0.5"]) == 0
+    assert "stop: " in capsys.readouterr().out and not (tmp_path / "next.json").exists()
+    assert main(["next", *flags, "--tolerance=0.001"]) == 0
+    (cell,) = json.loads((tmp_path / "next.json").read_text())
+    assert set(cell) == set(overrides(nearest_shape(1e8), 2e9))
+    assert "go on: " in capsys.readouterr().out
 
 
 def test_shapes_fill_tpu_tiles_and_batches_divide():

@@ -135,6 +135,86 @@ def test_selecting_rows(tmp_path):
         load_runs(source, where={"stage": "c"})
 
 
+OTHERS = {
+    "chinchilla": lambda t: t.drop(columns="tokens").rename(columns={"params": "Model Size", "flops": "Training FLOP"}),
+    "kaplan": lambda t: t.assign(flops=t["flops"] / 8.64e19).rename(
+        columns={"flops": "compute (PF-days)", "params": "N"}
+    ),
+    "millions": lambda t: t.assign(params=t["params"] / 1e6, tokens=t["tokens"] / 1e9).rename(
+        columns={"params": "modelSize (M)", "tokens": "tokens_B"}
+    ),
+    "letters": lambda t: t.assign(
+        params=[f"{n / 1e6:.6f}M" for n in t["params"]], flops=[f"{c:,.0f}" for c in t["flops"]]
+    ),
+    "wandb": lambda t: pd.concat([t.assign(State="finished"), t.head(3).assign(State="crashed", loss=np.nan)]).rename(
+        columns={"params": "params/total", "loss": "val/loss", "flops": "flops_6nd"}
+    ),
+    "unsorted": lambda t: t.sample(frac=1.0, random_state=1).assign(gpu=8, note=np.nan, train_loss=1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", OTHERS)
+def test_tables_shaped_like_others_read_the_same(tmp_path, shape):
+    runs = load_runs(written(tmp_path, OTHERS[shape](table())))
+    order = np.argsort(runs.column("params"))
+    for name in ("params", "tokens", "flops", "loss"):
+        want = table().sort_values("params")[name].to_numpy()
+        assert runs.column(name)[order] == pytest.approx(want, rel=1e-6), name
+
+
+def test_semicolons_and_tabs_are_read(tmp_path):
+    for sign in (";", "\t"):
+        table().to_csv(tmp_path / "runs.csv", index=False, sep=sign)
+        assert len(load_runs(tmp_path / "runs.csv").table) == 63
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.assign(flops=t["flops"] / 1e15), "6 x params x tokens / flops is 1e+15"),
+        (lambda t: t.assign(params=t["params"] / 1e6), "tokens / params is"),
+        (lambda t: t.drop(columns="flops").assign(params=t["params"] / 1e6), "tokens / params is"),
+        (lambda t: t.drop(columns="flops").assign(tokens=t["tokens"] / 1e9), "tokens is 409.9 at most"),
+        (lambda t: t.assign(ppl=np.exp(t["loss"])).drop(columns="loss"), "no column for loss"),
+    ],
+)
+def test_sizes_in_unnamed_units_are_refused(tmp_path, capsys, change, says):
+    assert says in refusal(tmp_path, capsys, change(table()))
+
+
+def test_losses_in_other_units_are_named_or_refused(tmp_path):
+    source = written(tmp_path, table(ppl=lambda t: np.exp(t["loss"]), val_bpb=lambda t: t["loss"] / 3))
+    assert load_runs(source).loss_unit == "nats per token"
+    assert load_runs(source, loss="val_bpb").loss_unit == "bits per byte"
+    with pytest.raises(ValueError, match="'ppl' is a perplexity"):
+        load_runs(source, loss="ppl")
+
+
+def test_a_table_of_steps_is_its_last_steps_and_their_curves(tmp_path):
+    steps = [
+        {"run": f"run{i}", "step": s, "params": row.params, "tokens": row.tokens * s / 5, "loss": row.loss + 5 - s}
+        for i, row in enumerate(table().itertuples())
+        for s in range(1, 6)
+    ]
+    frame = pd.DataFrame(steps)
+    frame.loc[frame["step"] == 4, "loss"] = np.nan  # not evaluated there
+    runs = load_runs(written(tmp_path, frame))
+    assert sorted(runs.column("loss")) == pytest.approx(sorted(table()["loss"])) and len(runs.curves) == 63 * 4
+    assert runs.curves["flops"].max() == pytest.approx(table()["flops"].max())
+
+
+def test_copies_of_rows_are_noted(tmp_path):
+    runs = load_runs(written(tmp_path, pd.concat([table(), table().head(5)])))
+    assert any(note.startswith("5 rows repeat another's N, D and loss exactly") for note in runs.notes)
+
+
+def test_runs_of_one_name_in_two_folders_stay_apart(tmp_path):
+    for folder, loss in (("a", 2.9), ("b", 2.5)):
+        workdir(tmp_path / folder, "run", losses=(3.5, 3.1, loss))
+    runs = load_runs(tmp_path)
+    assert runs.table["run"].nunique() == 2 and runs.curves.groupby("run")["loss"].min().tolist() == [2.9, 2.5]
+
+
 # Work directories -------------------------------------------------------------------------------------------------
 
 

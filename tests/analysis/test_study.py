@@ -1,0 +1,70 @@
+"""Tables on which a law cannot be fitted, or not trusted: said in words, and never by a warning of numpy."""
+
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.__main__ import main
+from analysis.estimates import Options, seed_means
+from analysis.report import draw
+from analysis.runs import load_runs
+from analysis.simulate import EPOCH, Faults, simulate
+from analysis.study import make_study
+
+
+def table() -> pd.DataFrame:
+    sweep = simulate(EPOCH, Faults(noise_sd=0.003), seed=4)
+    columns = {"params": sweep.params, "tokens": sweep.tokens, "flops": sweep.budget, "loss": sweep.loss[0]}
+    return pd.DataFrame(columns)
+
+
+def loaded(tmp_path, frame: pd.DataFrame):
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    return load_runs(tmp_path / "runs.csv")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda t: 1.8 + 2085 * t["tokens"] ** -0.3658,
+        lambda t: 1.8 + 482 * t["params"] ** -0.3478,
+        lambda t: 2.5 + np.random.default_rng(0).normal(0, 0.05, 63),
+    ],
+    ids=["of tokens alone", "of size alone", "noise"],
+)
+def test_a_loss_without_a_law_is_refused_by_name(tmp_path, loss):
+    runs = loaded(tmp_path, table().assign(loss=loss))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(ValueError, match=r"runs\.csv: loss does not fall with both N and D"):
+            make_study(runs, Options(1e23, replicates=100))
+
+
+def test_two_sizes_are_fitted_with_a_warning(tmp_path):
+    cells = [(n, d, EPOCH.loss(n, d)) for n in (1e8, 1e9) for d in np.geomspace(1e9, 1e11, 5)]
+    runs = loaded(tmp_path, pd.DataFrame(cells, columns=["params", "tokens", "loss"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        study = make_study(runs, Options(1e23, replicates=100))
+        draw(study)
+    assert any("only two values of N" in warning for warning in study.warnings)
+
+
+def test_one_work_directory_alone_is_refused_by_name(tmp_path, capsys):
+    path = tmp_path / "only"
+    path.mkdir()
+    rows = [{"step": s, "tokens": 1e7 * s, "flops": 6e15 * s, "val/text/loss": 4 - s / 10} for s in range(1, 9)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "summary.json").write_text(json.dumps({"status": "finished", "params/total": 1e8, "tokens": 8e7}))
+    assert main(["report", f"--runs={path}", "--target=1e23", f"--out={tmp_path / 'out'}"]) == 2
+    assert f"{path}: a scaling law needs at least 6 runs, got 1: add runs" in capsys.readouterr().err
+
+
+def test_seeds_of_one_cell_are_averaged_for_isoflops(tmp_path):
+    frame = pd.concat([table().assign(seed=seed, loss=lambda t, s=seed: t["loss"] + 0.01 * s) for seed in (0, 1, 2)])
+    runs = loaded(tmp_path, frame)
+    params, _, loss, _ = seed_means(runs, runs.column("flops"))
+    assert len(params) == 63 and sorted(loss) == pytest.approx(sorted(table()["loss"] + 0.01))
