@@ -211,33 +211,47 @@ class IsoFlopReplicates:
 def noise_replicates(
     params, tokens, loss, budgets, fit: IsoFlopFit, *, noise_sd: float | None = None, replicates: int, seed: int
 ) -> IsoFlopReplicates:
-    """Refit with N(0, noise_sd) nats added to every loss (Porian et al. 2024, appendix); default: the pooled residual.
+    """Refit with N(0, noise_sd) nats added to every loss; default: the pooled residual.
 
-    Raises ValueError when the noise cannot be estimated because no budget has more than three sizes.
+    The noise is added to each budget's fitted parabola and the optima are shifted back to those of the data. Added to
+    the data themselves (Porian et al. 2024, appendix), an interpolation would see noise twice, with minima sharper than
+    the curve's. Raises ValueError when the noise cannot be estimated because no budget has more than three sizes.
     """
     noise_sd = fit.residual_sd if noise_sd is None else noise_sd
     if not np.isfinite(noise_sd):
         raise ValueError("noise cannot be estimated from budgets of three sizes or fewer: pass noise_sd in nats")
     params, tokens, loss = checked_runs(params, tokens, loss)
     budgets, rng = np.asarray(budgets, dtype=np.float64), np.random.default_rng(seed)
-    # A diverged run can make the noise estimate larger than a loss, and no loss is negative.
-    noisy_KR = np.maximum(loss + rng.normal(0.0, noise_sd, (replicates, len(loss))), 0.1 * loss)
+    noise_KR = rng.normal(0.0, noise_sd, (replicates, len(loss)))
     laws, all_optima = [], []
     used = [v.budget for v in fit.params_vertices if v.used]
     for sizes, vertices in ((params, fit.params_vertices), (tokens, fit.tokens_vertices)):
-        used_here = [v.budget for v in vertices if v.used]
-        log_optima = np.stack(
-            [_replicate_optima(sizes[budgets == b], noisy_KR[:, budgets == b], fit.method) for b in used_here], axis=1
-        )
-        laws.append(fit_power_law(used_here, np.exp(log_optima)))
+        found = []
+        trusted = [vertex for vertex in vertices if vertex.used]
+        for vertex in trusted:
+            here, log_optimum = budgets == vertex.budget, np.log(vertex.optimum)
+            found.append(_replicate_optima(sizes[here], loss[here], noise_KR[:, here], log_optimum, fit.method))
+        log_optima = np.stack(found, axis=1)
+        laws.append(fit_power_law([vertex.budget for vertex in trusted], np.exp(log_optima)))
         all_optima.append(np.exp(log_optima))
     return IsoFlopReplicates(laws[0], laws[1], all_optima[0], all_optima[1], np.array(used))
 
 
-def _replicate_optima(sizes, noisy_KM, method: str) -> np.ndarray:
+def _replicate_optima(sizes, loss, noise_KM, log_optimum: float, method: str) -> np.ndarray:
+    """ln of the optima of noisy copies (K,), about `log_optimum`; NaN where a copy has none."""
+    smooth = np.polynomial.Polynomial.fit(np.log(sizes), loss, 2)(np.log(sizes))
+    if np.isnan(_optima_of_runs(sizes, smooth[None], method)[0]):
+        smooth = loss
+    # A diverged run can make the noise estimate larger than a loss, and no loss is negative.
+    copies = _optima_of_runs(sizes, np.maximum(smooth + noise_KM, 0.1 * loss), method)
+    return log_optimum + copies - _optima_of_runs(sizes, smooth[None], method)
+
+
+def _optima_of_runs(sizes, losses_KM, method: str) -> np.ndarray:
+    """ln of the optimum (K,) of each curve, whose sizes may repeat."""
     distinct, which = np.unique(sizes, return_inverse=True)
-    lowest_KM = np.full((len(noisy_KM), len(distinct)), np.inf)
-    np.minimum.at(lowest_KM.T, which, noisy_KM.T)
+    lowest_KM = np.full((len(losses_KM), len(distinct)), np.inf)
+    np.minimum.at(lowest_KM.T, which, losses_KM.T)
     return optima(np.log(distinct), lowest_KM, method)[0]
 
 
