@@ -1,6 +1,7 @@
 """What must hold on a mesh. tests/test_layout.py runs this file in a process of its own, with eight fake devices."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,9 @@ import pytest
 
 from lmjax.data.batch import Batch
 from lmjax.errors import ConfigError
+from lmjax.hf.families import FAMILIES
+from lmjax.hf.imported import Imported, write_checkpoint
+from lmjax.hf.params import read_params
 from lmjax.layout import MeshConfig, batch_sharding, make_mesh, replicated, shardings
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
@@ -134,6 +138,21 @@ def test_every_family_fits_every_mesh(cfg: ModelConfig, mesh_name: str) -> None:
     assert [tuple(spec) for spec in seen] == [(("data", "fsdp"), None, None)]  # activations: by rows alone
     for gradient, sharding in zip(jax.tree.leaves(gradients), jax.tree.leaves(declared), strict=True):
         assert gradient.sharding.spec == sharding.spec
+
+
+@pytest.mark.parametrize("mesh_name", ["fsdp", "tensor"])
+def test_a_checkpoint_is_read_straight_onto_a_mesh(cfgs: Cfgs, tmp_path: Path, mesh_name: str) -> None:
+    """Every device is given its own part of each tensor, as the weight's axes say."""
+    pytest.importorskip("safetensors")
+    cfg = dataclasses.replace(cfgs["llama3"], heads=4, kv_heads=2)
+    spec = decoder.weights(cfg)
+    params = initialize(spec, jax.random.key(0))
+    write_checkpoint(tmp_path, Imported(cfg, params, None, {}), shard_bytes=10_000)
+    declared = shardings(spec, make_mesh(MESHES[mesh_name]))
+    read = read_params(tmp_path, FAMILIES["llama"], cfg, declared)
+    assert jax.tree.map(lambda x: x.sharding, read) == declared
+    for path, x in by_path(read).items():
+        np.testing.assert_array_equal(x, by_path(params)[path], err_msg=path)
 
 
 def test_splash_and_xla_on_a_mesh(cfgs: Cfgs) -> None:

@@ -88,7 +88,7 @@ def _parse(content: bytes, name: str) -> tuple[Any, dict[str, Any]]:
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the rest follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -96,7 +96,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _spell_byte_level(token: str) -> bytes:
-    return bytes(_byte_of_character()[character] for character in token)
+    return bytes(byte_of_character()[character] for character in token)
 
 
 def _spell_pieces(token: str) -> bytes:

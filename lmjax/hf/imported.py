@@ -10,7 +10,7 @@ from lmjax.errors import CheckpointError
 from lmjax.hf.config_json import read_config, read_json, write_config
 from lmjax.hf.families import family_for, family_of
 from lmjax.hf.params import read_params, write_params
-from lmjax.hf.tokenizer_files import read_tokenizer, write_tokenizer
+from lmjax.hf.tokenizer_files import read_tokenizer, tokenizer_files
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params
 
@@ -53,10 +53,13 @@ def write_checkpoint(
     values = write_config(imported.model, family, dtype)
     if (directory / CONFIG).exists():
         raise CheckpointError(f"{directory} holds a checkpoint already; choose another --out")
+    beside: dict[str, bytes] = {}
+    if imported.tokenizer is not None:
+        beside = tokenizer_files(imported.tokenizer, imported.files, imported.model.context)
+        values["eos_token_id"] = imported.tokenizer.endoftext_id
     directory.mkdir(parents=True, exist_ok=True)
     files = write_params(directory, imported.params, family, imported.model, dtype=dtype, shard_bytes=shard_bytes)
-    if imported.tokenizer is not None:
-        files += write_tokenizer(directory, imported.tokenizer, imported.files, imported.model.context)
-        values["eos_token_id"] = imported.tokenizer.endoftext_id
+    for name, content in beside.items():
+        (directory / name).write_bytes(content)
     (directory / CONFIG).write_text(json.dumps(values, indent=2))
-    return [*files, CONFIG]
+    return [*files, *beside, CONFIG]

@@ -9,6 +9,7 @@ from lmjax.data import storage
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.hf.config_json import read_json
+from lmjax.hf.tokenizer_json import as_json
 from lmjax.models.config import ModelConfig
 
 # Read for the tokenizer itself, in this order: tokenizer.json is what a slow tokenizer was converted to.
@@ -62,17 +63,14 @@ def _symbol(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, files: Mapping[str, bytes], context: int) -> list[str]:
-    """Write a tokenizer for transformers; the names of the files. Raises DataError for a kind that it cannot read."""
-    if tokenizer.kind != "huggingface":
-        raise DataError(f"a tokenizer of kind {tokenizer.kind!r} has no tokenizer.json")
+def tokenizer_files(tokenizer: Tokenizer, beside: Mapping[str, bytes], context: int) -> dict[str, bytes]:
+    """What transformers reads for a tokenizer, by name; files `beside` it stay as they are."""
+    content = as_json(tokenizer)
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast" if content is not None else "LlamaTokenizer",
         "eos_token": tokenizer.endoftext,
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    written = {"tokenizer.json": tokenizer.content(), SETTINGS: json.dumps(settings, indent=2).encode(), **files}
-    for name, content in written.items():
-        (directory / name).write_bytes(content)
-    return list(written)
+    file = {"tokenizer.json": content} if content is not None else {"tokenizer.model": tokenizer.content()}
+    return {**file, SETTINGS: json.dumps(settings, indent=2).encode(), **beside}
