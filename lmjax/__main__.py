@@ -99,6 +99,12 @@ def _evaluate_arguments(sub: Parser) -> None:
     sub.add_argument("--split", default="valid", choices=["train", "valid"])
     sub.add_argument("--batch", type=int, default=16, help="rows at a time; changes speed, not results")
     sub.add_argument("--seq-len", type=int, help="default: as in training")
+    sub.add_argument(
+        "--documents",
+        choices=["joined", "separate", "alone", "cut"],
+        help="do they share rows: as data.documents, or each in rows of its own, or in one row, cut at its end; "
+        "default: as in training, alone for a model that reads a begin symbol",
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -106,6 +112,8 @@ def _generate_arguments(sub: Parser) -> None:
     sub.add_argument("--workdir", required=True, help="a trained run")
     sub.add_argument("--step", type=int, help="default: the newest checkpoint")
     sub.add_argument("--prompt", action="append", help="may be repeated; default: the start of a document")
+    sub.add_argument("--chat", action="store_true", help="answer the prompt, by the model's chat template")
+    sub.add_argument("--system", metavar="TEXT", help="with --chat: the message that stands before the prompt")
     sub.add_argument("--tokens", type=int, default=128, help="how many to generate at most")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     sub.add_argument("--top-k", type=int)
@@ -120,8 +128,10 @@ def _generate_arguments(sub: Parser) -> None:
 def _convert_arguments(sub: Parser) -> None:
     direction = sub.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-hf", metavar="DIR", help="read a Hugging Face checkpoint into --workdir")
+    direction.add_argument("--from-llama2c", metavar="FILE.bin", help="read a llama2.c model into --workdir")
     direction.add_argument("--to-hf", action="store_true", help="write the model of --workdir to --out")
     sub.add_argument("--workdir", required=True, help="the work directory to make, or a trained run")
+    sub.add_argument("--tokenizer", metavar="FILE", help="of --from-llama2c: its vocabulary, .bin or .model")
     sub.add_argument("--out", metavar="DIR", help="where --to-hf writes")
     sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")
     sub.add_argument(

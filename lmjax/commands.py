@@ -10,9 +10,13 @@ import json
 import os
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from lmjax.errors import CheckpointError, ConfigError, StallError
 from lmjax.schema import validated
+
+if TYPE_CHECKING:
+    from lmjax.data.tokenizer import Tokenizer
 
 Arguments = argparse.Namespace
 
@@ -102,12 +106,19 @@ def evaluate(arguments: Arguments) -> int:
     from lmjax import experiment
 
     trained = experiment.load_trained(arguments.workdir, arguments.step)
+    paths = arguments.data or [source.path for source in trained.cfg.data.sources.values()]
+    if not paths:
+        raise ConfigError(
+            f"{arguments.workdir} names no data set: give --data=DIR, made by lmjax prepare TEXT --out=DIR "
+            f"--tokenizer-file={arguments.workdir}/tokenizer"
+        )
     results = experiment.evaluate_trained(
         trained,
-        arguments.data or [source.path for source in trained.cfg.data.sources.values()],
+        paths,
         split=arguments.split,
         batch=arguments.batch,
         seq_len=arguments.seq_len or trained.cfg.data.seq_len,
+        documents=arguments.documents,
     )
     if arguments.json:
         print(json.dumps({path: dataclasses.asdict(result) for path, result in results.items()}, indent=1))
@@ -118,6 +129,8 @@ def evaluate(arguments: Arguments) -> int:
         print(f"  perplexity     {result.perplexity:.4f}")
         print(f"  bits per byte  {result.bits_per_byte:.6f}")
         print(f"  accuracy       {result.accuracy:.6f} +- {result.accuracy_stderr:.6f}")
+        if arguments.documents == "cut":
+            print(f"  coverage       {result.coverage:.6f} of the split's tokens")
     return 0
 
 
@@ -134,20 +147,35 @@ def generate(arguments: Arguments) -> int:
         given["temperature"] = 0.0
     cfg = validated(GenerateConfig, given | {"stop_at_endoftext": not arguments.ignore_endoftext})
     prompts = arguments.prompt or [""]
+    asked = _conversations(arguments, trained.tokenizer) if arguments.chat else prompts
+    shown = [""] * len(prompts) if arguments.chat else prompts
     if len(prompts) == 1 and cfg.beams == 1:
-        print(prompts[0], end="", flush=True)
-        for piece in decode.stream(trained.model, trained.params, trained.tokenizer, prompts[0], cfg):
+        print(shown[0], end="", flush=True)
+        for piece in decode.stream(trained.model, trained.params, trained.tokenizer, asked[0], cfg):
             print(piece, end="", flush=True)
         print()
         return 0
-    generations = decode.generate(trained.model, trained.params, trained.tokenizer, prompts, cfg)
-    for prompt, generation in zip(prompts, generations, strict=True):
-        print(f"--- {prompt!r}\n{prompt}{generation.text}")
+    generations = decode.generate(trained.model, trained.params, trained.tokenizer, asked, cfg)
+    for prompt, opening, generation in zip(prompts, shown, generations, strict=True):
+        print(f"--- {prompt!r}\n{opening}{generation.text}")
     return 0
 
 
+def _conversations(arguments: Arguments, tokenizer: "Tokenizer") -> list[list[int]]:
+    """Each prompt as the first turn of a conversation, by the model's own template."""
+    from lmjax.hf import chat
+
+    if not arguments.prompt:
+        raise ConfigError("--chat needs something to answer: give --prompt=TEXT")
+    template = chat.load_template(f"{arguments.workdir}/tokenizer")
+    turns = [[{"role": "user", "content": prompt}] for prompt in arguments.prompt]
+    if arguments.system is not None:
+        turns = [[{"role": "system", "content": arguments.system}, *turn] for turn in turns]
+    return [tokenizer.encode_symbols(chat.render(template, turn, add_generation_prompt=True)) for turn in turns]
+
+
 def convert(arguments: Arguments) -> int:
-    """A Hugging Face checkpoint into a work directory (--from-hf), or a work directory into one (--to-hf)."""
+    """A foreign checkpoint into a work directory (--from-hf, --from-llama2c), or back (--to-hf)."""
     from lmjax import convert
     from lmjax.models import decoder
     from lmjax.weights import count
@@ -161,7 +189,12 @@ def convert(arguments: Arguments) -> int:
         )
         print(f"{arguments.out}: {', '.join(files)}")
         return 0
-    imported = convert.from_hf(arguments.from_hf, arguments.workdir)
+    if arguments.from_llama2c:
+        if arguments.tokenizer is None:
+            raise ConfigError("--from-llama2c needs --tokenizer=FILE: the vocabulary, a .bin or a SentencePiece .model")
+        imported = convert.from_llama2c(arguments.from_llama2c, arguments.tokenizer, arguments.workdir)
+    else:
+        imported = convert.from_hf(arguments.from_hf, arguments.workdir)
     print(f"{arguments.workdir}: {count(decoder.weights(imported.model)).total:,} parameters")
     if imported.tokenizer is None:
         print("the checkpoint brings no tokenizer; put one into the work directory's tokenizer/")

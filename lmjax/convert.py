@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from etils import epath
 
 from lmjax import config as configs
@@ -10,7 +12,7 @@ from lmjax.checkpoint import Checkpoints
 from lmjax.config import Config
 from lmjax.data.config import DataConfig
 from lmjax.errors import CheckpointError
-from lmjax.hf import tokenizer_files
+from lmjax.hf import llama2c, tokenizer_files
 from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
 from lmjax.run import make_workdir
 
@@ -25,6 +27,19 @@ def from_hf(directory: str, workdir: str) -> Imported:
     target = new_workdir(workdir)
     imported = read_checkpoint(Path(directory))
     write_workdir(imported, target, source=directory)
+    return imported
+
+
+def from_llama2c(path: str, tokenizer: str, workdir: str) -> Imported:
+    """Make a work directory of a llama2.c .bin file and its vocabulary, a .bin or a SentencePiece .model.
+
+    Raises what `llama2c.read`, `llama2c.read_tokenizer` and `write_workdir` do.
+    """
+    target = new_workdir(workdir)
+    cfg, params = llama2c.read(path)
+    found = llama2c.read_tokenizer(tokenizer, cfg.dims["vocab"])
+    imported = Imported(cfg, jax.tree.map(jnp.asarray, params), found, {})
+    write_workdir(imported, target, source=path)
     return imported
 
 

@@ -19,7 +19,7 @@ from lmjax.data.config import DataConfig
 from lmjax.data.prepare import prepare
 from lmjax.data.shards import Dataset, TokenSplit, open_dataset
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer
-from lmjax.data.windows import as_batch, evaluation_batches
+from lmjax.data.windows import as_batch, document_batches, evaluation_batches
 from lmjax.errors import ConfigError, DataError
 from lmjax.evaluate.compression import primed_xz_bits_per_byte, xz_bits_per_byte
 from lmjax.evaluate.likelihood import Evaluation, evaluate, macro_average
@@ -268,6 +268,22 @@ def evaluate_split(
         return evaluate(model, params, placed, n_tokens=split.n_tokens, n_bytes=split.n_bytes)
 
 
+Documents = Literal["joined", "separate", "alone", "cut"]
+"""How documents share the rows that are scored: `data.documents`, or each in rows of its own, or in one, cut there."""
+
+
+def evaluate_documents(
+    model: Model, params: Params, split: TokenSplit, tokenizer: Tokenizer, *, seq_len: int, batch: int, whole: bool
+) -> Evaluation:
+    """Score every document by itself, read after the tokenizer's begin symbol, or endoftext where it has none.
+
+    In rows of `seq_len` tokens, or its first row alone if not `whole`. The endoftext that closes it is not scored.
+    """
+    begin_id = tokenizer.endoftext_id if tokenizer.begin_id is None else tokenizer.begin_id
+    batches = document_batches(split, seq_len, batch, begin_id, whole=whole)
+    return evaluate(model, params, batches, n_tokens=split.n_tokens - split.n_documents, n_bytes=split.n_bytes)
+
+
 def evaluation_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
     """`val/<set>/loss` and so on; of several sets also their macro average."""
     named = dict(results) | ({"macro": macro_average(results)} if len(results) > 1 else {})
@@ -336,14 +352,39 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
 
 
 def evaluate_trained(
-    trained: Trained, paths: Iterable[str], *, split: Literal["train", "valid"], batch: int, seq_len: int
+    trained: Trained,
+    paths: Iterable[str],
+    *,
+    split: Literal["train", "valid"],
+    batch: int,
+    seq_len: int,
+    documents: Documents | None = None,
 ) -> dict[str, Evaluation]:
-    """Score a trained model on prepared data sets. Raises DataError for one of another tokenizer."""
-    data = dataclasses.replace(trained.cfg.data, seq_len=seq_len)
+    """Score a trained model on prepared data sets. Raises DataError for one of another tokenizer.
+
+    By default documents share rows as in training; those of a model that reads a begin symbol have rows of their own.
+    """
+    if documents is None:
+        documents = trained.cfg.data.documents if trained.tokenizer.begin_id is None else "alone"
     model, results = float32(trained.cfg.model), {}
     for path in paths:
-        dataset = open_dataset(path, cache=data.cache)
+        dataset = open_dataset(path, cache=trained.cfg.data.cache)
         if dataset.manifest.tokenizer_hash != trained.tokenizer.hash:
-            raise DataError(f"{path} was prepared with another tokenizer than this model's; prepare it with the run's")
-        results[path] = evaluate_split(model, trained.params, dataset.split(split), data, batch=batch)
+            raise DataError(
+                f"{path} was prepared with another tokenizer than this model's; prepare it with --tokenizer-file="
+                "WORKDIR/tokenizer"
+            )
+        if documents == "alone" or documents == "cut":
+            results[path] = evaluate_documents(
+                model,
+                trained.params,
+                dataset.split(split),
+                trained.tokenizer,
+                seq_len=seq_len,
+                batch=batch,
+                whole=documents == "alone",
+            )
+        else:
+            data = dataclasses.replace(trained.cfg.data, seq_len=seq_len, documents=documents)
+            results[path] = evaluate_split(model, trained.params, dataset.split(split), data, batch=batch)
     return results

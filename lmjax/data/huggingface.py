@@ -37,6 +37,15 @@ class HuggingFaceTokenizer(Tokenizer):
         if unknown is None and isinstance(model.get("unk_id"), int):  # a Unigram model names the id
             unknown = model["vocab"][model["unk_id"]][0]
         self._unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
+        probe = self._tokenizer.encode("a", add_special_tokens=False).ids
+        spelled = b"".join(self._spell(self._tokenizer.id_to_token(index)) for index in probe)
+        self.prefix = b" " if spelled == b" " + self._tokenizer.decode(probe).encode("utf-8") else b""
+
+    @property
+    def opening_id(self) -> int | None:
+        """What the file's own template puts in front of a text, if it puts anything there."""
+        plain, opened = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        return None if opened[0] == plain[0] else opened[0]
 
     def _end_symbol(self, wanted: str | None, name: str) -> str:
         candidates = _CUSTOMARY_ENDS if wanted is None else (wanted,)
@@ -58,6 +67,13 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{text[start:end][:20]!r} is unknown to the tokenizer; use one with byte fallback")
         return encoding.ids
 
+    def encode_symbols(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def decode(self, ids: Sequence[int]) -> str:
         known = [int(index) for index in ids if index != self.endoftext_id]
         return self._tokenizer.decode(known, skip_special_tokens=False)
@@ -65,13 +81,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return bytes_of(ids, self._bytes)
 
+    def _spell(self, token: str) -> bytes:
+        return _spell_byte_level(token) if self._is_byte_level else _spell_pieces(token)
+
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
-        spell = _spell_byte_level if self._is_byte_level else _spell_pieces
         added = {token["id"]: token["content"].encode("utf-8") for token in self._json.get("added_tokens", [])}
         table = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            table[index] = added[index] if index in added else spell(token)
+            table[index] = added[index] if index in added else self._spell(token)
         table[self.endoftext_id] = b""
         return table
 

@@ -21,8 +21,8 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
     A model that keeps white space as it is (all that are trained here do) is made lossless: its marker for a space is
-    spelled in bytes where a text holds it, and long texts are encoded in sections. Any other model encodes and decodes
-    just as the sentencepiece library does with it.
+    spelled in bytes where a text holds it, and long texts are encoded in sections. Any other model, such as Llama's,
+    which puts a space in front of every text, encodes and decodes just as the sentencepiece library does with it.
     """
 
     kind = "sentencepiece"
@@ -35,7 +35,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.endoftext_id = self._processor.piece_to_id(self.endoftext)
         self._unknown_id = self._processor.unk_id()
         self._marker_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARKER.encode()]
-        self._keeps_space = self._processor.decode(self._processor.encode(_PROBE)) == _PROBE
+        probe = self._processor.encode(_PROBE)
+        spelled = self.decode_bytes(probe)
+        self.prefix = b" " if spelled == b" " + self._processor.decode(probe).encode("utf-8") else b""
+        self._keeps_space = spelled == _PROBE.encode("utf-8")
+        self._reads_endoftext = not self._processor.is_control(self.endoftext_id)
         # Cut so that no part can be taken for endoftext, and the marker stands alone.
         end = re.escape(self.endoftext[:-1]), re.escape(self.endoftext[-1])
         self._cuts = re.compile(f"({_MARKER})|(?<={end[0]})(?={end[1]})")
@@ -56,12 +60,41 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _encode_between_cuts(self, text: str) -> list[int]:
-        if self.endoftext not in text and not (self._keeps_space and _MARKER in text):
+        ends = self._reads_endoftext and self.endoftext in text
+        if not ends and not (self._keeps_space and _MARKER in text):
             return self._processor.encode(text)
         ids: list[int] = []
         for part in filter(None, self._cuts.split(text)):
             ids += self._marker_ids if part == _MARKER and self._keeps_space else self._processor.encode(part)
         return ids
+
+    def encode_symbols(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in filter(None, self._symbols.split(text)):
+            if part in self._symbol_ids:
+                ids.append(self._symbol_ids[part])
+            else:
+                ids += (self._inner if ids else self._processor).encode(part)
+        return ids
+
+    def symbol_id(self, symbol: str) -> int | None:
+        """The id of a control symbol such as <s>, if the model has it."""
+        return self._symbol_ids.get(symbol)
+
+    @functools.cached_property
+    def _symbol_ids(self) -> dict[str, int]:
+        control = [index for index in range(self.vocab_size) if self._processor.is_control(index)]
+        return {self._processor.id_to_piece(index): index for index in control}
+
+    @functools.cached_property
+    def _symbols(self) -> re.Pattern[str]:
+        return re.compile("(" + "|".join(map(re.escape, self._symbol_ids)) + ")")
+
+    @functools.cached_property
+    def _inner(self) -> "sentencepiece.SentencePieceProcessor":  # type: ignore[name-defined]  # noqa: F821
+        """Encodes what follows a symbol: no space in front."""
+        # A protocol buffer appended to another overrides it: normalizer_spec (3) { add_dummy_prefix (3): false }
+        return _processor(self._model + bytes([3 << 3 | 2, 2, 3 << 3, 0]), "")
 
     def _first_unknown(self, text: str) -> str:
         pieces = self._processor.encode(text, return_type="proto").pieces

@@ -25,6 +25,7 @@ from lmjax.errors import DataError
 ENDOFTEXT = "<|endoftext|>"
 NO_TEXT = "no text to train the tokenizer on: the documents are empty"
 _DESCRIPTION = "tokenizer.description.json"
+_USE = "use"  # how a model uses the tokenizer: part of the description's file, not of the hash
 _FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "chars": "alphabet.json", "bytes": None}
 
 
@@ -39,6 +40,13 @@ class Tokenizer(Protocol):
     """The id that follows every document."""
     endoftext: str
     """The symbol of that id."""
+    prefix: bytes = b""
+    """What encoding puts in front of every text and decoding takes away again: the space of many SentencePiece models.
+    `decode_bytes`, which may start anywhere in a text, leaves it."""
+    begin_id: int | None = None
+    """What a model trained elsewhere reads before every text. Ours read endoftext, and only where a text is empty."""
+    stop_ids: tuple[int, ...] = ()
+    """What ends a text that such a model writes; where there is none, endoftext does."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without endoftext. Raises DataError for a character that it cannot represent."""
@@ -69,6 +77,13 @@ class Tokenizer(Protocol):
     def content(self) -> bytes:
         """The tokenizer's file."""
 
+    def encode_symbols(self, text: str) -> list[int]:
+        """`encode`, but where the text spells a symbol of the tokenizer, such as <|im_end|>, it is that symbol.
+
+        For text that a template wrote: whoever may put text into one can write symbols, too.
+        """
+        return self.encode(text)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
@@ -97,7 +112,9 @@ class Tokenizer(Protocol):
             target.mkdir(parents=True, exist_ok=True)
         if name := _FILES[self.kind]:
             storage.write_atomically(target / name, self.content())
-        storage.write_atomically(target / _DESCRIPTION, json.dumps(self._description(), indent=2).encode())
+        use = {"begin_id": self.begin_id, "stop_ids": self.stop_ids}
+        foreign = {_USE: use} if any(value not in (None, ()) for value in use.values()) else {}
+        storage.write_atomically(target / _DESCRIPTION, json.dumps(self._description() | foreign, indent=2).encode())
 
 
 def load_tokenizer(path: str | os.PathLike[str], endoftext: str | None = None) -> Tokenizer:
@@ -117,16 +134,18 @@ def load_tokenizer(path: str | os.PathLike[str], endoftext: str | None = None) -
             raise DataError(f"tokenizer {located} does not exist; check tokenizer.path")
         kind = "huggingface" if located.suffix == ".json" else "sentencepiece"
         return _build(kind, storage.read_bytes(located), endoftext, str(located))
-    description, content = _read_saved(located)
+    description, content, use = _read_saved(located)
     tokenizer = _build(description["kind"], content, description["endoftext"], str(located))
     if tokenizer._description() != description:
         raise DataError(f"tokenizer in {located} is not what its {_DESCRIPTION} says; restore it or prepare again")
+    tokenizer.begin_id, tokenizer.stop_ids = use
     return tokenizer
 
 
 def saved_hash(directory: str | os.PathLike[str]) -> str:
     """`Tokenizer.hash` of a saved tokenizer without building it. Raises DataError if its files are damaged."""
-    return _hash(*_read_saved(storage.locate(directory)))
+    description, content, _ = _read_saved(storage.locate(directory))
+    return _hash(description, content)
 
 
 def train_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -184,16 +203,21 @@ def _build(kind: str, content: bytes, endoftext: str | None, name: str) -> Token
     return HuggingFaceTokenizer(content, endoftext, name)
 
 
-def _read_saved(directory: epath.Path) -> tuple[dict[str, Any], bytes]:
+def _read_saved(directory: epath.Path) -> tuple[dict[str, Any], bytes, tuple[int | None, tuple[int, ...]]]:
+    """The description, the content, and (begin_id, stop_ids), on which no token depends and hence not the hash."""
     path = directory / _DESCRIPTION
     try:
         description = json.loads(storage.read_bytes(path))
         file, _ = _FILES[description["kind"]], str(description["endoftext"])
+        stored = description.pop(_USE, {"begin_id": None, "stop_ids": []})
+        begin, stops = stored["begin_id"], tuple(stored["stop_ids"])
+        if not all(isinstance(index, int) for index in (*stops, *([] if begin is None else [begin]))):
+            raise TypeError("ids are integers")
     except DataError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error!r}; restore it or prepare the data set again") from error
-    return description, storage.read_bytes(directory / file) if file else b""
+    return description, storage.read_bytes(directory / file) if file else b"", (begin, stops)
 
 
 def _hash(description: dict[str, Any], content: bytes) -> str:

@@ -171,6 +171,31 @@ def evaluation_batches(
         yield dataclasses.replace(batch, weights_BT=batch.weights_BT * scored_BT)
 
 
+def document_batches(
+    split: TokenSplit, seq_len: int, batch_size: int, begin_id: int, *, whole: bool = True
+) -> Iterator[Batch]:
+    """Every document by itself, from its start: a row reads `begin_id`, then tokens, and predicts at most `seq_len`.
+
+    A longer document goes on in further rows, each of which reads `begin_id` first, or ends there if not `whole`. No
+    endoftext is read or scored: n_tokens - n_documents targets, all with weight 1. Every batch has shape
+    [batch_size, seq_len]; what pads it has weight 0.
+    """
+    sizes = np.diff(split.document_starts) - 1
+    rows_per_document = -(-sizes // seq_len) if whole else np.minimum(sizes, 1)
+    first_row = np.cumsum(rows_per_document) - rows_per_document
+    document = np.repeat(np.arange(len(sizes)), rows_per_document)
+    offset = (np.arange(len(document)) - first_row[document]) * seq_len
+    for low in range(0, len(document), batch_size):
+        rows = slice(low, low + batch_size)
+        lengths = np.minimum(sizes[document[rows]] - offset[rows], seq_len)
+        targets_BT = np.full((batch_size, seq_len), begin_id, np.int32)
+        scored_BT = np.arange(seq_len) < np.pad(lengths, (0, batch_size - len(lengths)))[:, None]
+        targets_BT[scored_BT] = split.take(split.document_starts[document[rows]] + offset[rows], lengths)
+        tokens_BT = np.concatenate([np.full((batch_size, 1), begin_id, np.int32), targets_BT[:, :-1]], axis=1)
+        ids_B = np.arange(low, low + batch_size, dtype=np.int32)
+        yield Batch(tokens_BT, targets_BT, scored_BT.astype(np.float32), ids_B)
+
+
 def _padded_rows(
     split: TokenSplit, stream: _Stream, numbers: np.ndarray, seq_len: int, documents: Documents
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Beam search: the texts of (nearly) highest probability, in one compiled program.
 
-Axes: K hypotheses per prompt, O new tokens. Alive hypotheses grow; those that chose the stop token move to the finished
-ones, of which the K best are kept. They compete by the score of Wu et al. 2016 (arXiv:1609.08144, eq. 14, without
-coverage): log p / ((5 + length) / 6)^length_penalty, the stop token counted in both.
+Axes: K hypotheses per prompt, O new tokens, S stop tokens. Alive hypotheses grow; those that chose a stop token move to
+the finished ones, of which the K best are kept. They compete by the score of Wu et al. 2016 (arXiv:1609.08144, eq. 14,
+without coverage): log p / ((5 + length) / 6)^length_penalty, the stop token counted in both.
 """
 
 import dataclasses
@@ -35,14 +35,15 @@ def beam_search(
     params: Params,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
-    stop: jax.Array,
+    stops_S: jax.Array,
     *,
     cfg: GenerateConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Continue prompts, padded at their ends -> (best texts, int32 [B, tokens] ending in `stop`; their scores, [B]).
+    """Continue prompts, padded at their ends -> (best texts, int32 [B, tokens] ending in a stop token; scores, [B]).
 
-    A hypothesis finishes if `stop` is among its prompt's K best candidates, as in Hugging Face. The search ends when no
-    alive hypothesis can beat a finished one whatever follows. Whoever is alive after the last token counts as finished.
+    A hypothesis finishes if a stop token is among its prompt's K best candidates, as in Hugging Face. The search ends
+    when no alive hypothesis can beat a finished one whatever follows. Whoever is alive after the last token counts as
+    finished.
     """
     B, K, O = len(tokens_BT), cfg.beams, cfg.tokens  # noqa: E741
 
@@ -55,10 +56,10 @@ def beam_search(
         token_BK = jax.lax.dynamic_index_in_dim(beams.alive_ids_BKO, beams.length - 1, axis=2, keepdims=False)
         positions = jnp.repeat(lengths_B + beams.length - 1, K)
         logits, memory = step(model, params, beams.memory, token_BK.reshape(B * K), positions)
-        return _grow(dataclasses.replace(beams, memory=memory), logits.reshape(B, K, -1), stop, cfg)
+        return _grow(dataclasses.replace(beams, memory=memory), logits.reshape(B, K, -1), stops_S, cfg)
 
     logits_BV, memory = prefill(model, params, tokens_BT, lengths_B, O)
-    nothing_BKO = jnp.full((B, K, O), stop, jnp.int32)
+    nothing_BKO = jnp.full((B, K, O), stops_S[0], jnp.int32)
     none_BK = jnp.full((B, K), -jnp.inf)
     start = Beams(
         memory=take_rows(memory, jnp.repeat(jnp.arange(B), K)),
@@ -69,22 +70,23 @@ def beam_search(
         length=jnp.zeros((), jnp.int32),
     )
     logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
-    beams = jax.lax.while_loop(unfinished, body, _grow(start, logits_BKV, stop, cfg))
+    beams = jax.lax.while_loop(unfinished, body, _grow(start, logits_BKV, stops_S, cfg))
     return _best(beams, cfg)
 
 
-def _grow(beams: Beams, logits_BKV: jax.Array, stop: jax.Array, cfg: GenerateConfig) -> Beams:
+def _grow(beams: Beams, logits_BKV: jax.Array, stops_S: jax.Array, cfg: GenerateConfig) -> Beams:
     """Every hypothesis with every next token; the best go on, and those that stop are finished."""
     B, K, V = logits_BKV.shape
     length = beams.length + 1
     logp_BKV = beams.alive_logp_BK[:, :, None] + jax.nn.log_softmax(logits_BKV.astype(jnp.float32), axis=-1)
-    # Each hypothesis has one way to stop, so K of the 2 K best are sure to go on.
-    logp_BC, candidates_BC = jax.lax.top_k(logp_BKV.reshape(B, K * V), min(2 * K, K * V))
+    # Each hypothesis has S ways to stop, so K of the (S + 1) K best are sure to go on.
+    candidates = min((len(stops_S) + 1) * K, K * V)
+    logp_BC, candidates_BC = jax.lax.top_k(logp_BKV.reshape(B, K * V), candidates)
     parents_BC, tokens_BC = candidates_BC // V, candidates_BC % V
     ids_BCO = jnp.take_along_axis(beams.alive_ids_BKO, parents_BC[:, :, None], axis=1)
     ids_BCO = jax.lax.dynamic_update_slice(ids_BCO, tokens_BC[:, :, None].astype(jnp.int32), (0, 0, beams.length))
 
-    stops_BC = tokens_BC == stop
+    stops_BC = jnp.isin(tokens_BC, stops_S)
     ends_BC = stops_BC & (jnp.arange(stops_BC.shape[1]) < K)
     finished_ids_BKO, finished_score_BK, _ = _keep_best(
         jnp.concatenate([beams.finished_ids_BKO, ids_BCO], axis=1),

@@ -1,13 +1,14 @@
 """Text from prompts: prefill and decoding in one compiled program, or in pieces for a terminal.
 
 Prompts are padded to a few lengths, so programs are few, and each is compiled once per model, number of rows and
-setting. Rows are independent: a row's text is the same alone and beside any others.
+setting. Rows are independent: a row's text is the same alone and beside any others. S counts stop tokens.
 """
 
 import codecs
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import flax.struct
 import jax
@@ -31,51 +32,79 @@ class Generation:
 
     text: str
     ids: list[int]
-    """New tokens, without endoftext."""
+    """New tokens, without the one that ended the text."""
     finished: bool
-    """The model ended the document; otherwise `tokens` ran out."""
+    """The model ended the text; otherwise `tokens` ran out."""
 
 
 def generate(
-    model: Model, params: Params, tokenizer: Tokenizer, prompts: Sequence[str], cfg: GenerateConfig
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    cfg: GenerateConfig,
 ) -> list[Generation]:
-    """Continue every prompt. An empty prompt starts a document: the model first reads endoftext.
+    """Continue every prompt: a text, or ids that are read as they are (a conversation, from hf/chat.py).
 
-    Runs on one device. Raises ConfigError under `jax.set_mesh`, and when a prompt and its new tokens are longer than
-    the model's table of positions.
+    A text is read after the tokenizer's `begin_id`, if it has one; an empty text starts a document. A row ends with one
+    of the tokenizer's `stop_ids`, or endoftext where it has none. Runs on one device. Raises ConfigError under
+    `jax.set_mesh`, and when a prompt and its new tokens are longer than the model's table of positions.
     """
-    encoded = tokenizer.encode_batch(prompts)
-    rows = generate_ids(model, params, encoded, cfg, endoftext=tokenizer.endoftext_id, vocab=tokenizer.vocab_size)
+    stops = _stops(tokenizer)
+    rows = generate_ids(
+        model,
+        params,
+        [_read(prompt, tokenizer) for prompt in prompts],
+        cfg,
+        endoftext=tokenizer.endoftext_id,
+        vocab=tokenizer.vocab_size,
+        stops=stops,
+    )
 
-    def generation(ids: list[int]) -> Generation:
-        finished = cfg.stop_at_endoftext and tokenizer.endoftext_id in ids
-        ids = ids[: ids.index(tokenizer.endoftext_id)] if finished else ids
-        text = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
-        return Generation(text, ids, finished)
+    def generation(prompt: str | Sequence[int], ids: list[int]) -> Generation:
+        kept = _until(ids, stops if cfg.stop_at_endoftext else ())
+        spelled = tokenizer.decode_bytes(kept)
+        if _opens(prompt):
+            spelled = spelled.removeprefix(tokenizer.prefix)
+        return Generation(spelled.decode("utf-8", errors="replace"), kept, finished=len(kept) < len(ids))
 
-    return [generation(ids) for ids in rows]
+    return [generation(prompt, ids) for prompt, ids in zip(prompts, rows, strict=True)]
 
 
 def generate_ids(
-    model: Model, params: Params, prompts: Sequence[Sequence[int]], cfg: GenerateConfig, *, endoftext: int, vocab: int
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    cfg: GenerateConfig,
+    *,
+    endoftext: int,
+    vocab: int,
+    stops: Sequence[int] = (),
 ) -> list[list[int]]:
-    """`cfg.tokens` new ids for every prompt; those after the first endoftext mean nothing if the config stops there."""
+    """`cfg.tokens` new ids for every prompt; those after the first of `stops` (default: endoftext) mean nothing if the
+    config stops there."""
     if not prompts:
         return []
     tokens_BT, lengths_B = _pad(prompts, endoftext)
     _check(model.spec, int(lengths_B.max()), cfg.tokens)
-    stop = endoftext if cfg.stop_at_endoftext else -1
+    stops_S = _stop_array(stops or (endoftext,), cfg)
     params = model.unstack(params)
     if cfg.beams > 1:
-        ids_BO, _ = beam_search(functions(model, vocab), params, tokens_BT, lengths_B, stop, cfg=_program(cfg))
+        ids_BO, _ = beam_search(functions(model, vocab), params, tokens_BT, lengths_B, stops_S, cfg=_program(cfg))
     else:
         keys_B = row_keys(cfg.seed, len(prompts))
-        ids_BO = _decode(functions(model, vocab), params, tokens_BT, lengths_B, keys_B, stop, cfg=_program(cfg))
+        ids_BO = _decode(functions(model, vocab), params, tokens_BT, lengths_B, keys_B, stops_S, cfg=_program(cfg))
     return np.asarray(ids_BO).tolist()
 
 
 def stream(
-    model: Model, params: Params, tokenizer: Tokenizer, prompt: str, cfg: GenerateConfig, *, chunk: int = 8
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    cfg: GenerateConfig,
+    *,
+    chunk: int = 8,
 ) -> Iterator[str]:
     """The text of `generate(..., [prompt], cfg)` in pieces: after the first token, then every `chunk` tokens.
 
@@ -83,12 +112,13 @@ def stream(
     """
     if cfg.beams > 1:
         raise ConfigError(f"beam search (beams={cfg.beams}) cannot stream; set beams=1")
-    tokens_BT, lengths_B = _pad([tokenizer.encode(prompt)], tokenizer.endoftext_id)
+    tokens_BT, lengths_B = _pad([_read(prompt, tokenizer)], tokenizer.endoftext_id)
     _check(model.spec, int(lengths_B.max()), cfg.tokens)
-    return _stream(model, model.unstack(params), tokenizer, tokens_BT, lengths_B, cfg, chunk)
+    chunks = _stream_ids(model, model.unstack(params), tokenizer, tokens_BT, lengths_B, cfg, chunk)
+    return _spell(chunks, tokenizer, tokenizer.prefix if _opens(prompt) else b"")
 
 
-def _stream(
+def _stream_ids(
     model: Model,
     params: Params,
     tokenizer: Tokenizer,
@@ -96,21 +126,30 @@ def _stream(
     lengths_B: np.ndarray,
     cfg: GenerateConfig,
     chunk: int,
-) -> Iterator[str]:
+) -> Iterator[list[int]]:
     parts, program = functions(model, tokenizer.vocab_size), _program(cfg)
-    stop = tokenizer.endoftext_id if cfg.stop_at_endoftext else -1
-    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    state = _start(parts, params, tokens_BT, lengths_B, row_keys(cfg.seed, 1), stop, cfg=program)
+    stops = _stops(tokenizer) if cfg.stop_at_endoftext else ()
+    stops_S = _stop_array(stops, cfg)
+    state = _start(parts, params, tokens_BT, lengths_B, row_keys(cfg.seed, 1), stops_S, cfg=program)
     ids, count = [int(state.token_B[0])], 1
     while True:
-        kept = ids[: ids.index(stop)] if stop in ids else ids
-        if piece := utf8.decode(tokenizer.decode_bytes(kept)):
-            yield piece
-        if stop in ids or count == cfg.tokens:
-            break
-        state, ids_BO = _advance(parts, params, state, stop, cfg=program, tokens=chunk)
+        kept = _until(ids, stops)
+        yield kept
+        if len(kept) < len(ids) or count == cfg.tokens:
+            return
+        state, ids_BO = _advance(parts, params, state, stops_S, cfg=program, tokens=chunk)
         ids = ids_BO[0, : cfg.tokens - count].tolist()
         count += len(ids)
+
+
+def _spell(chunks: Iterable[list[int]], tokenizer: Tokenizer, prefix: bytes) -> Iterator[str]:
+    """The text of the ids, piece by piece, without `prefix` in front."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    for ids in chunks:
+        if spelled := tokenizer.decode_bytes(ids):
+            spelled, prefix = spelled.removeprefix(prefix), b""
+        if piece := utf8.decode(spelled):
+            yield piece
     if rest := utf8.decode(b"", final=True):
         yield rest
 
@@ -140,7 +179,7 @@ def start(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     keys_B: jax.Array,
-    stop: jax.Array,
+    stops_S: jax.Array,
     cfg: GenerateConfig,
 ) -> State:
     """Read the prompts and choose each row's first token."""
@@ -148,11 +187,11 @@ def start(
     seen_BV = _seen(tokens_BT, lengths_B, logits_BV.shape[1]) if cfg.repetition_penalty != 1 else None
     zero, none_B = jnp.zeros((), jnp.int32), jnp.zeros(lengths_B.shape, bool)
     state = State(memory, lengths_B, lengths_B - 1, zero, none_B, keys_B, seen_BV)
-    return _choose(state, logits_BV, stop, cfg)
+    return _choose(state, logits_BV, stops_S, cfg)
 
 
 def advance(
-    model: Functions, params: Params, state: State, stop: jax.Array, cfg: GenerateConfig, tokens: int
+    model: Functions, params: Params, state: State, stops_S: jax.Array, cfg: GenerateConfig, tokens: int
 ) -> tuple[State, jax.Array]:
     """Up to `tokens` more tokens for every row, fewer once all are done -> (state, int32 [B, tokens])."""
 
@@ -163,19 +202,19 @@ def advance(
     def body(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
         state, ids_BO, i = carry
         logits_BV, memory = step(model, params, state.memory, state.token_B, state.position_B)
-        state = _choose(dataclasses.replace(state, memory=memory), logits_BV, stop, cfg)
+        state = _choose(dataclasses.replace(state, memory=memory), logits_BV, stops_S, cfg)
         return state, jax.lax.dynamic_update_slice(ids_BO, state.token_B[:, None], (0, i)), i + 1
 
-    ids_BO = jnp.full((state.token_B.shape[0], tokens), stop, jnp.int32)
+    ids_BO = jnp.full((state.token_B.shape[0], tokens), stops_S[0], jnp.int32)
     state, ids_BO, _ = jax.lax.while_loop(unfinished, body, (state, ids_BO, jnp.zeros((), jnp.int32)))
     return state, ids_BO
 
 
-def _choose(state: State, logits_BV: jax.Array, stop: jax.Array, cfg: GenerateConfig) -> State:
-    """Choose the token that follows each row's newest one; done rows only repeat the stop token."""
+def _choose(state: State, logits_BV: jax.Array, stops_S: jax.Array, cfg: GenerateConfig) -> State:
+    """Choose the token that follows each row's newest one; done rows only repeat a stop token."""
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.count)
     token_B = sample(logits_BV, keys_B, cfg, state.seen_BV).astype(jnp.int32)
-    token_B = jnp.where(state.done_B, stop, token_B)
+    token_B = jnp.where(state.done_B, stops_S[0], token_B)
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
@@ -184,7 +223,7 @@ def _choose(state: State, logits_BV: jax.Array, stop: jax.Array, cfg: GenerateCo
         token_B=token_B,
         position_B=state.position_B + 1,
         count=state.count + 1,
-        done_B=state.done_B | (token_B == stop),
+        done_B=state.done_B | jnp.isin(token_B, stops_S),
         seen_BV=seen_BV,
     )
 
@@ -206,14 +245,14 @@ def _decode(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     keys_B: jax.Array,
-    stop: jax.Array,
+    stops_S: jax.Array,
     *,
     cfg: GenerateConfig,
 ) -> jax.Array:
     """Prefill and all steps in one program -> int32 [B, cfg.tokens]."""
-    state = start(model, params, tokens_BT, lengths_B, keys_B, stop, cfg)
+    state = start(model, params, tokens_BT, lengths_B, keys_B, stops_S, cfg)
     first_B1 = state.token_B[:, None]
-    _, rest = advance(model, params, state, stop, cfg, cfg.tokens - 1)
+    _, rest = advance(model, params, state, stops_S, cfg, cfg.tokens - 1)
     return jnp.concatenate([first_B1, rest], axis=1)
 
 
@@ -226,8 +265,34 @@ def row_keys(seed: int, rows: int) -> jax.Array:
 
 
 def _program(cfg: GenerateConfig) -> GenerateConfig:
-    """The config as far as it shapes the compiled program: keys and the stop token are data."""
+    """The config as far as it shapes the compiled program: keys and stop tokens are data."""
     return dataclasses.replace(cfg, seed=0, stop_at_endoftext=True)
+
+
+def _read(prompt: str | Sequence[int], tokenizer: Tokenizer) -> Sequence[int]:
+    """The ids that the model reads before it writes."""
+    if not isinstance(prompt, str):
+        return prompt
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+    return begin + tokenizer.encode(prompt)
+
+
+def _opens(prompt: str | Sequence[int]) -> bool:
+    """What follows is a text of its own, not the rest of one: decoding takes away what encoding puts in front."""
+    return not isinstance(prompt, str) or not prompt
+
+
+def _stops(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tokenizer.stop_ids or (tokenizer.endoftext_id,)
+
+
+def _stop_array(stops: Sequence[int], cfg: GenerateConfig) -> np.ndarray:
+    return np.array(stops if cfg.stop_at_endoftext else [-1], np.int32)
+
+
+def _until(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """The ids before the first of `stops`."""
+    return list(itertools.takewhile(lambda index: index not in stops, ids))
 
 
 def _pad(prompts: Sequence[Sequence[int]], endoftext: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 from lmjax.data import storage
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 from lmjax.errors import ConfigError, DataError
+from lmjax.hf import symbols
 from lmjax.hf.config_json import read_json
 from lmjax.hf.tokenizer_json import as_json
 from lmjax.models.config import ModelConfig
@@ -37,6 +38,8 @@ def read_tokenizer(directory: Path, cfg: ModelConfig) -> tuple[Tokenizer | None,
             f"{found[0]}: {tokenizer.endoftext!r} is token {tokenizer.endoftext_id}, and the model has "
             f"{cfg.vocab} rows; the tokenizer is another model's"
         )
+    tokenizer.begin_id = symbols.begin_id(tokenizer, settings)
+    tokenizer.stop_ids = symbols.stop_ids(directory, tokenizer)
     return tokenizer, files
 
 

@@ -41,7 +41,7 @@ def config(beams: int, length_penalty: float, tokens: int = NEW) -> GenerateConf
 
 def search(seed: int, cfg: GenerateConfig) -> tuple[np.ndarray, np.ndarray]:
     params = MODEL.unstack(random_params(seed))
-    ids_BO, score_B = beam_search(functions(MODEL, V), params, PROMPTS_BT, LENGTHS_B, END, cfg=cfg)
+    ids_BO, score_B = beam_search(functions(MODEL, V), params, PROMPTS_BT, LENGTHS_B, np.array([END]), cfg=cfg)
     return np.asarray(ids_BO), np.asarray(score_B)
 
 

@@ -21,6 +21,7 @@ from lmjax.weights import Params, Weight, map_weights
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.endoftext_id
+STOPS = np.array([END])
 SMALL = {"vocab": TOKENIZER.vocab_size, "layers": 2, "embed": 24, "heads": 4, "mlp": 40}
 SLIDING = ModelConfig(**SMALL, pattern=("local", "global"), window=4, kv_heads=2, tied=False)
 GREEDY = GenerateConfig(tokens=12, temperature=0, stop_at_endoftext=False)
@@ -145,8 +146,8 @@ def test_the_loop_stops_when_all_rows_have_ended() -> None:
     model, params = ending_model("f")
     parts, cfg = decode.functions(model, TOKENIZER.vocab_size), GenerateConfig(tokens=50, temperature=0)
     prompts_BT, lengths_B = np.array([[ord("e")], [ord("a")]], np.int32), np.ones(2, np.int32)
-    state = decode.start(parts, model.unstack(params), prompts_BT, lengths_B, decode.row_keys(0, 2), END, cfg)
-    state, _ = decode.advance(parts, model.unstack(params), state, END, cfg, 49)
+    state = decode.start(parts, model.unstack(params), prompts_BT, lengths_B, decode.row_keys(0, 2), STOPS, cfg)
+    state, _ = decode.advance(parts, model.unstack(params), state, STOPS, cfg, 49)
     assert int(state.count) == 6  # b c d e f end
 
 

@@ -1,0 +1,50 @@
+"""How a checkpoint's model uses its tokenizer: what it reads before every text, and what ends one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmjax.data.huggingface import HuggingFaceTokenizer
+from lmjax.data.pieces import SentencePieceTokenizer
+from lmjax.data.tokenizer import Tokenizer
+from lmjax.errors import DataError
+from lmjax.hf.config_json import read_json
+
+# Where transformers looks for the ids that end a text, in this order.
+_GENERATION = ("generation_config.json", "config.json")
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`{"bos_token": "<s>", ...}` of a tokenizer_config.json, where a token is a string or an object that holds it."""
+    spelled = {name: token.get("content") if isinstance(token, dict) else token for name, token in settings.items()}
+    return {name: token for name, token in spelled.items() if name.endswith("_token") and isinstance(token, str)}
+
+
+def begin_id(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> int | None:
+    """The id that transformers puts before every text, for the settings of a tokenizer_config.json.
+
+    A tokenizer.json says it by itself, in its post-processor, whatever `add_bos_token` is; for a tokenizer.model
+    `add_bos_token` says it, and left out it means yes.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.opening_id
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    symbols = [special_tokens(settings).get("bos_token"), "<s>", "<bos>"] if settings.get("add_bos_token", True) else []
+    known = [tokenizer.symbol_id(symbol) for symbol in symbols if symbol is not None]
+    return next((index for index in known if index is not None), None)
+
+
+def stop_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """`eos_token_id`, one or several, of generation_config.json or else config.json; empty if neither says.
+
+    Raises DataError for an id that the tokenizer does not have.
+    """
+    for path in (directory / name for name in _GENERATION if (directory / name).exists()):
+        found = read_json(path).get("eos_token_id")
+        if found is None:
+            continue
+        ids = tuple(found) if isinstance(found, list) else (found,)
+        if not ids or not all(type(index) is int and 0 <= index < tokenizer.vocab_size for index in ids):
+            raise DataError(f"{path}: eos_token_id={found!r} is not in the vocabulary of {tokenizer.vocab_size}")
+        return ids
+    return ()

@@ -1,0 +1,76 @@
+"""A Llama that others trained, with a published story: imported by the command, it writes the same one."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmjax import __main__, experiment
+from lmjax.data.config import PrepareConfig, TokenizerConfig
+from lmjax.data.prepare import prepare
+from lmjax.generate.config import GenerateConfig
+from lmjax.generate.decode import generate, stream
+
+STORIES = Path(__file__).parents[3] / "shared" / "data" / "checkpoints" / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory that the command makes of stories260K."""
+    if not STORIES.is_dir():
+        pytest.skip(f"no trained model at {STORIES}")
+    workdir = tmp_path_factory.mktemp("stories") / "run"
+    files = {"from-llama2c": STORIES / "stories260K.bin", "tokenizer": STORIES / "tok512.bin", "workdir": workdir}
+    assert run("convert", **files) == 0
+    return workdir
+
+
+def run(command: str, **options: Any) -> int:
+    arguments = __main__.parse([command, *(f"--{name}={value}" for name, value in options.items())])
+    return arguments.function(arguments)
+
+
+def reference() -> dict[str, Any]:
+    return json.loads((STORIES / "reference.json").read_text())
+
+
+def test_the_published_story_is_written_again(stories: Path, capsys: pytest.CaptureFixture) -> None:
+    trained = experiment.load_trained(stories)
+    ids = np.load(STORIES / "reference_logits.npz")["greedy_ids"].tolist()
+    greedy = GenerateConfig(tokens=200, temperature=0)
+    (one,) = generate(trained.model, trained.params, trained.tokenizer, [""], greedy)
+    assert [trained.tokenizer.begin_id, *one.ids] == ids
+    assert one.text == reference()["greedy_text"] and not one.finished
+    pieces = list(stream(trained.model, trained.params, trained.tokenizer, "", greedy))
+    assert "".join(pieces) == one.text and len(pieces) > 10
+    capsys.readouterr()
+    run("generate", workdir=stories, tokens=200, temperature=0)
+    assert capsys.readouterr().out == one.text + "\n"
+
+
+def test_logits_are_those_of_the_reference(stories: Path) -> None:
+    trained, arrays = experiment.load_trained(stories), np.load(STORIES / "reference_logits.npz")
+    assert [trained.tokenizer.begin_id, *trained.tokenizer.encode(reference()["prompt"])] == reference()["prompt_ids"]
+    for ids, logits in (("greedy_ids", "logits_first64"), ("prompt_ids", "prompt_logits")):
+        found = trained.model.logits(trained.params, arrays[ids][None, : len(arrays[logits])])[0]
+        np.testing.assert_allclose(found, arrays[logits], atol=1e-4)
+
+
+def test_the_mean_loss_is_that_of_the_reference(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    texts = STORIES.parents[1] / "tinystories" / "stories.jsonl.gz"
+    file = TokenizerConfig(kind="file", path=str(stories / "tokenizer"))
+    first = tmp_path / "stories.jsonl"
+    with gzip.open(texts, "rt") as lines:
+        first.write_text("".join(line for line, _ in zip(lines, range(100), strict=False)))
+    recipe = PrepareConfig(inputs=(str(first),), tokenizer=file, valid_fraction=0.0, workers=1)
+    prepare(recipe, tmp_path / "data", progress=False)
+    capsys.readouterr()
+    options = {"seq-len": 511, "documents": "cut", "split": "train", "batch": 25}
+    run("evaluate", workdir=stories, data=tmp_path / "data", **options)
+    out = capsys.readouterr().out
+    assert f"(train, {reference()['tokens']:,} tokens)" in out and "coverage       0.993408" in out
+    loss = float(out.split("  loss ")[1].split()[0])
+    assert abs(loss - reference()["mean_nll_per_token"]) < 1e-5
