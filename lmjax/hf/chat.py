@@ -4,10 +4,8 @@ A template is a program that came with the weights. It runs in Jinja's sandbox, 
 arguments, in a process of its own, which bounds its time and memory.
 """
 
-import datetime
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -65,7 +63,7 @@ def render(
     }
     request = json.dumps({"source": template.source, "arguments": arguments | variables})
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "lmjax.hf.chat"]
+    command = [sys.executable, "-m", "lmjax.hf.template_process", str(_SECONDS), str(_BYTES)]
     try:
         done = subprocess.run(
             command, input=request.encode(), capture_output=True, env=environment, timeout=_SECONDS, check=False
@@ -78,73 +76,3 @@ def render(
     if "error" in answer:
         raise DataError(f"the chat template in {template.where} failed: {answer['error']}")
     return answer["text"]
-
-
-# The process that renders -----------------------------------------------------------------------------------------
-
-
-def _serve() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-    request = json.load(sys.stdin.buffer)
-    try:
-        answer = {"text": _render(request["source"], request["arguments"])}
-    except ImportError:
-        answer = {"error": "it needs an extra, install lmjax[hf]"}
-    except Exception as error:  # whatever a template may do wrong
-        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    print(json.dumps(answer))
-
-
-def _render(source: str, arguments: Mapping[str, Any]) -> str:
-    """With the settings, functions and filters that transformers gives its templates."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant wrote; it leaves no trace in the text."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-    class Namespace(jinja2.utils.Namespace):
-        """Attributes that Python itself would look up are not for a template to set."""
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a template may not set the attribute {name!r}")
-            super().__setitem__(name, value)
-
-    def namespace(*values: Any, **named: Any) -> Namespace:
-        made = Namespace()
-        for name, value in dict(*values, **named).items():
-            made[name] = value
-        return made
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "namespace": namespace,
-        "raise_exception": raise_exception,
-        "strftime_now": strftime_now,
-    }
-    return environment.from_string(source).render(arguments)
-
-
-if __name__ == "__main__":
-    _serve()
