@@ -7,7 +7,7 @@ its condition says; fusions, asynchronous wrappers and branches are followed to 
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,11 +47,17 @@ class Collective(NamedTuple):
         return tuple(axis for axis, places in zip(mesh_shape, where, strict=True) if len(set(places.tolist())) > 1)
 
 
+class _Call(NamedTuple):
+    computation: str
+    condition: str | None = None
+    """Under which it is repeated."""
+    fused: bool = False
+
+
 class _Computation(NamedTuple):
     collectives: list[tuple[int, Collective]]
     """(channel, collective)"""
-    calls: list[tuple[str, str | None]]
-    """(computation, the condition under which it is repeated)"""
+    calls: list[_Call]
     bounds: list[int]
     """The integer constants: of a loop's condition, how often it holds."""
 
@@ -59,22 +65,25 @@ class _Computation(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Every collective of `compiled.as_text()` that sends anything, with how often it runs.
 
-    A TPU program may spread one collective over several fusions, to overlap it with work: they share a channel and
+    A TPU program may spread one collective over several fusions, to overlap it with work: those that share a channel
     count once. An all-reduce in a fusion named for the slice that follows it is a reduce-scatter, and is called that.
     """
     computations, entry = _computations(text)
-    found: dict[tuple[int, int], Collective] = {}
+    found: dict[Any, Collective] = {}
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int, fused: bool) -> None:
         for channel, one in computations[name].collectives:
             if len(one.group) > 1:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else one.kind
-                found.setdefault((channel, times), one._replace(kind=kind, times=times))
-        for callee, condition in computations[name].calls:
-            if callee in computations:
-                visit(callee, times * (1 if condition is None else max(computations[condition].bounds)))
+                # Collectives inside shard_map share a channel, too: outside fusions it says nothing.
+                key = (channel, times, one._replace(name="")) if fused else len(found)
+                found.setdefault(key, one._replace(kind=kind, times=times))
+        for call in computations[name].calls:
+            if call.computation in computations:
+                rounds = 1 if call.condition is None else max(computations[call.condition].bounds)
+                visit(call.computation, times * rounds, fused or call.fused)
 
-    visit(entry, 1)
+    visit(entry, 1, False)
     return list(found.values())
 
 
@@ -118,14 +127,14 @@ def _collective(instruction: str, partitions: int) -> Iterator[tuple[int, Collec
     yield int(channel[1]), Collective(kind, n_bytes, group, 1, shape, name[1] if name else "")
 
 
-def _calls(instruction: str) -> Iterator[tuple[str, str | None]]:
+def _calls(instruction: str) -> Iterator[_Call]:
     loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", instruction)
     if loop:
-        yield loop[2], loop[1]
+        yield _Call(loop[2], condition=loop[1])
     for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction):
-        yield name, None
+        yield _Call(name, fused=" fusion(" in instruction)
     for names in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", instruction):
-        yield from ((name.strip().lstrip("%"), None) for name in names.split(","))
+        yield from (_Call(name.strip().lstrip("%")) for name in names.split(","))
 
 
 def _group(instruction: str, partitions: int) -> tuple[int, ...]:

@@ -48,6 +48,7 @@ replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   %all-reduce.8 = f32[10]{0} all-reduce(%a), channel_id=10, replica_groups={{0},{1}}, to_apply=%add
   %all-reduce.9 = f32[100]{0} all-reduce(%a), channel_id=13, \
 replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, to_apply=%add
+  %psum.36 = f32[1000]{0} all-reduce(%a), channel_id=12, replica_groups=[1,8]<=[8], to_apply=%add
   %collective-permute.1 = f32[10]{0} collective-permute(%a), channel_id=11, source_target_pairs={{0,1},{1,0}}
   %all-gather-start.1 = (f32[2]{0}, f32[16]{0}) all-gather-start(%a), channel_id=12, \
 replica_groups=[1,8]<=[8], dimensions={0}
@@ -68,7 +69,8 @@ def test_the_forms_of_tpu_programs() -> None:
     assert found["collective-permute40"].sent == 40
     assert found["all-gather64"].sent == 64 * 7 / 8  # the result of a start holds its operand, too
     assert found["all-reduce400"].group == (0, 4)  # the devices in another order
-    assert len(found) == 6
+    assert found["all-reduce4000"].sent == 2 * 4000 * 7 / 8  # of the channel of another
+    assert len(found) == 7
     assert by_kind(list(found.values()))["reduce-scatter"] == scatter.sent
 
 
