@@ -5,7 +5,7 @@ Reproduces  the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B and 70B with thei
             kind for sweeps, with the data set's own vocabulary. Steps give 20 tokens per parameter (Hoffmann et al.
             2022); the published sizes are laid out for at least 128 chips.
 Costs       6 N D FLOPs: 60m 4e17, 150m 2.7e18, 300m 1.1e19, 1b 1.8e20, 3b 1.2e21, 8b 7.7e21, 70b 6e23.
-Command     lmjax train --config=configs/llama.py:150m --workdir=gs://bucket/llama-150m --config.mesh.fsdp=16 \\
+Command     lmjax train --config=configs/llama.py:150m --workdir=gs://bucket/llama-150m --config.mesh.layout=fsdp \\
                 --config.data.sources.text.path=gs://bucket/tokens
 """
 

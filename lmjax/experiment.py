@@ -102,7 +102,7 @@ def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
 
 
 def make_mesh(cfg: Config, devices: list[Any] | None = None) -> jax.sharding.Mesh | None:
-    """The mesh, or None for the one device there is. Raises ConfigError when the batch does not divide over it.
+    """The mesh, or None for the one device there is. Raises ConfigError when it does not divide the batches.
 
     `devices` may be of a machine that is not here: a mesh is then the only thing that names them, even if it is one.
     """
@@ -114,13 +114,10 @@ def make_mesh(cfg: Config, devices: list[Any] | None = None) -> jax.sharding.Mes
             f"the mesh takes {mesh.size} of {jax.device_count()} devices in {distributed.processes()} processes: none "
             "may be left out; leave one mesh axis unset, or start fewer processes"
         )
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     pieces = cfg.train.batch // cfg.train.microbatches
-    if pieces % rows:
-        raise ConfigError(
-            f"train.batch / train.microbatches={pieces} is not divisible by mesh.data x mesh.fsdp={rows}; use a "
-            f"multiple of {rows * cfg.train.microbatches} as train.batch"
-        )
+    layout.check_batch(mesh, rows=pieces, setting="train.batch / train.microbatches", T=cfg.data.seq_len)
+    if cfg.train.evaluate_batch is not None:
+        layout.check_batch(mesh, rows=cfg.train.evaluate_batch, setting="train.evaluate_batch", T=cfg.data.seq_len)
     return mesh
 
 
@@ -153,23 +150,29 @@ def local_rows(mesh: jax.sharding.Mesh | None, batch_size: int) -> np.ndarray:
     rows = np.arange(batch_size)
     if mesh is None:
         return rows
-    indices = layout.batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    indices = layout.batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([rows[index] for index in indices]))
 
 
 def placer(mesh: jax.sharding.Mesh | None, batch_size: int) -> Callable[[Any], Any]:
-    """Makes of host arrays, which hold this process's `local_rows` of a batch, global ones spread over the mesh."""
+    """Makes of host arrays, which hold this process's `local_rows` of a batch, global ones spread over the mesh.
+
+    This is the one place where tokens are put in `layout.time_order`; sums over tokens do not see it.
+    """
     if mesh is None:
         return functools.partial(jax.device_put, device=jax.devices()[0])
-    sharding, rows = layout.batch_sharding(mesh), local_rows(mesh, batch_size)
+    rows = local_rows(mesh, batch_size)
 
     def put(x: np.ndarray) -> jax.Array:
+        if x.ndim == 2:
+            x = x[:, layout.time_order(x.shape[1], mesh.shape["context"])]
+
         def shard(index: Any) -> np.ndarray:
             wanted, *rest = index
             low = np.searchsorted(rows, wanted.start or 0)
             return x[(slice(low, low + len(range(*wanted.indices(batch_size)))), *rest)]
 
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), layout.batch_sharding(mesh, x.ndim), shard)
 
     return functools.partial(jax.tree.map, put)
 
@@ -189,8 +192,12 @@ def abstract_batch(experiment: Experiment) -> Batch:
     cfg, mesh = experiment.cfg, experiment.mesh
     rows_BS = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)
     batch = as_batch(rows_BS, rows_BS, np.arange(cfg.train.batch), cfg.data.documents)
-    sharding = None if mesh is None else layout.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+
+    def placed(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else layout.batch_sharding(mesh, x.ndim)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, batch)
 
 
 # State ------------------------------------------------------------------------------------------------------------

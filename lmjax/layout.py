@@ -4,69 +4,139 @@ Everything runs under jax's Explicit axis types: a sharding is part of an array'
 data unasked is an error at trace time that names the operation. Without a mesh (`jax.set_mesh` not entered) every
 function here does nothing, so a model runs on one device, in a notebook or a test, without knowing about layouts.
 
-    data    copies of the model, each sees other rows of the batch
-    fsdp    as data, but weights and optimizer state are sharded and gathered where they are used
-    tensor  attention heads and mlp columns are split
+    slices    copies of the model on groups of devices that only a data-centre network joins
+    data      copies of the model, each sees other rows of the batch
+    pipeline  stages, each of which holds its share of every stack of layers
+    fsdp      as data, but weights and optimizer state are split, and gathered where they are used
+    expert    as data, but each device holds its share of the experts
+    context   as fsdp, but the devices see other tokens of the same rows
+    tensor    heads, mlp columns and vocabulary are split; between blocks, tokens
+
+docs/parallelism.md says what each costs and when to choose it.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lmjax.errors import ConfigError
-from lmjax.schema import PositiveInt, config_class
+from lmjax.schema import PositiveInt, config_class, one_of
 from lmjax.weights import Spec, Weight, map_weights
 
-# Named axis -> mesh axes. A name that is absent is not sharded.
-RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
+Names = tuple[str | None, ...]
+
+AXES = ("slices", "data", "pipeline", "fsdp", "expert", "context", "tensor")  # the last ones have the fastest links
+
+# Named axis -> mesh axes. A name that is absent is not split.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("slices", "data", "fsdp", "expert"),
+    "time": ("context",),  # T inside attention and mlp
+    "residual_time": ("context", "tensor"),  # T of the residual stream
+    "layers": ("pipeline",),
+    "embed": ("fsdp", "context"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "shared_mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+}
+GATHERED = RULES["embed"]  # what a weight is gathered over where it is used
+
+# Name -> the axes that it splits over. The first takes the devices that the others leave, each of which has 2.
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "dp": ("data",),
+    "fsdp": ("fsdp",),
+    "tp": ("tensor",),
+    "cp": ("context",),
+    "dp+fsdp": ("data", "fsdp"),
+    "dp+tp": ("data", "tensor"),
+    "fsdp+tp": ("fsdp", "tensor"),
+    "fsdp+cp": ("fsdp", "context"),
+    "cp+tp": ("context", "tensor"),
+    "dp+cp+tp": ("data", "context", "tensor"),
+    "fsdp+cp+tp": ("fsdp", "context", "tensor"),
 }
 
 
 @config_class
 class MeshConfig:
-    """Sizes of the mesh axes; their product is the number of devices used."""
+    """How the devices share the work: a layout by name, and sizes of single axes where its own do not suit."""
 
+    layout: Annotated[str, one_of(LAYOUTS)] = "dp"
+    """Axes to split over. The first takes every device that the others leave over; the others have 2, unless given."""
+    slices: PositiveInt | None = None
+    """Groups of devices joined by a data-centre network alone (TPU slices); each has copies of the weights."""
     data: PositiveInt | None = None
-    """Data-parallel copies; None takes every device that fsdp and tensor leave over."""
-    fsdp: PositiveInt = 1
+    """Copies of the model."""
+    pipeline: PositiveInt | None = None
+    """Stages that the layers are spread over."""
+    fsdp: PositiveInt | None = None
     """Devices that share one copy of the weights."""
-    tensor: PositiveInt = 1
-    """Devices that share one layer's heads and mlp columns."""
+    expert: PositiveInt | None = None
+    """Devices that share the experts."""
+    context: PositiveInt | None = None
+    """Devices that share the tokens of one row, and the weights."""
+    tensor: PositiveInt | None = None
+    """Devices that share the heads and mlp columns of one layer."""
+
+
+# The mesh ---------------------------------------------------------------------------------------------------------
+
+
+def axis_sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of every mesh axis on so many devices. Raises ConfigError when they do not fit."""
+    rest, *others = LAYOUTS[cfg.layout]
+    given = {axis: getattr(cfg, axis) for axis in AXES}
+    sizes = {axis: given[axis] or (2 if axis in others else 1) for axis in AXES}
+    product = math.prod(sizes.values())
+    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+    if given[rest] is None:
+        if devices % product:
+            raise ConfigError(
+                f"mesh: {shown} = {product} does not divide {devices} device(s), so mesh.{rest} cannot take the rest; "
+                f"make it {_nearest_divisors(product, devices)}, or set mesh.{rest}"
+            )
+        return sizes | {rest: devices // product}
+    if product > devices:
+        raise ConfigError(f"mesh: {shown} = {product} does not fit {devices} device(s); lower one of them")
+    return sizes
+
+
+def _nearest_divisors(size: int, of: int) -> str:
+    """The divisors of `of` next to `size`, as in "2 or 4"."""
+    divisors = [n for n in range(1, of + 1) if of % n == 0]
+    nearest = [max(n for n in divisors if n <= size), *[n for n in divisors if n > size][:1]]
+    return " or ".join(map(str, nearest))
 
 
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of `cfg` over `devices` (default: all). Raises ConfigError when the sizes do not fit."""
-    devices = jax.devices() if devices is None else devices
-    inner = cfg.fsdp * cfg.tensor
-    data = cfg.data or len(devices) // inner
-    if data * inner == 0 or data * inner > len(devices):
+    """The mesh of `cfg` over `devices` (default: all), which may be those of a topology that is not here.
+
+    Axes are laid onto the network so that the last ones have neighbours; `slices` lies across slices.
+    Raises ConfigError when the sizes do not fit.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = axis_sizes(cfg, len(devices))
+    shape = tuple(sizes.values())
+    devices = devices[: math.prod(shape)]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and sizes["slices"] == slices:
+        across = (slices, *(1 for _ in shape[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), across, devices, allow_split_physical_axes=True)
+    elif slices > 1 and devices[0].platform == "tpu":
         raise ConfigError(
-            f"mesh: data {cfg.data or 'auto'} x fsdp {cfg.fsdp} x tensor {cfg.tensor} does not fit {len(devices)} "
-            "device(s); lower one of mesh.data, mesh.fsdp, mesh.tensor"
+            f"mesh.slices={sizes['slices']} but the devices form {slices} slices; set mesh.slices={slices}"
         )
-    axis_types = (jax.sharding.AxisType.Explicit,) * 3
-    shape = (data, cfg.fsdp, cfg.tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types, devices=devices[: math.prod(shape)])
-
-
-def partition(names: tuple[str | None, ...], *, without: str | None = None) -> PartitionSpec:
-    """Named axes -> PartitionSpec, leaving out the mesh axis `without`."""
-
-    def mesh_axes(name: str | None) -> str | tuple[str, ...] | None:
-        rule = RULES.get(name) if name else None
-        return None if rule == without else rule
-
-    entries = [mesh_axes(name) for name in names]
-    used = [axis for entry in entries if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
-    assert len(set(used)) == len(used), f"axes {names} put a mesh axis on two dimensions: {entries}"
-    return PartitionSpec(*entries)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def current_mesh() -> Any | None:
@@ -75,37 +145,55 @@ def current_mesh() -> Any | None:
     return None if mesh.empty else mesh
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Lay `x` out by its named axes."""
-    return x if current_mesh() is None else jax.sharding.reshard(x, partition(names))
+# Named axes -> shardings ------------------------------------------------------------------------------------------
 
 
-def gather(params: Any, spec: Spec) -> Any:
-    """Weights as a layer uses them: whole along fsdp, still split along tensor.
+def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:
+    """What splits a named axis on a mesh (default: the current one): the axes of its rule that are larger than 1."""
+    mesh = mesh or current_mesh()
+    return tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
 
-    Its transpose is a reduce-scatter, so gradients come back sharded like the weights.
+
+def shards(name: str) -> int:
+    """Into how many pieces the current mesh splits a named axis."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in mesh_axes(name))
+
+
+def partition(names: Names, mesh: Any = None) -> PartitionSpec:
+    """Named axes -> PartitionSpec on a mesh (default: the current one).
+
+    Raises ConfigError for names that put one mesh axis on two dimensions.
     """
-    if current_mesh() is None:
-        return params
+    used = [axis for name in names for axis in RULES.get(name or "", ())]
+    for axis in used:
+        if used.count(axis) > 1:
+            both = [repr(name) for name in names if axis in RULES.get(name or "", ())]
+            raise ConfigError(f"the axes {' and '.join(both)} of {names} both lie on mesh.{axis}")
+    return PartitionSpec(*(mesh_axes(name, mesh) or None for name in names))
 
-    def gather_one(weight: Weight, x: jax.Array) -> jax.Array:
-        return jax.sharding.reshard(x, partition(weight.names, without="fsdp"))
 
-    return map_weights(gather_one, spec, params)
+def check_divides(name: str, size: int, mesh: jax.sharding.Mesh, *, setting: str | None = None) -> None:
+    """Raise ConfigError unless the mesh divides a named axis of this size (set by `setting`)."""
+    axes = mesh_axes(name, mesh)
+    pieces = math.prod(mesh.shape[axis] for axis in axes)
+    if size % pieces:
+        split = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+        multiples = [size // pieces * pieces] * (size >= pieces) + [-(-size // pieces) * pieces]
+        what = setting or f"the axis '{name}'"
+        raise ConfigError(
+            f"{split} does not divide {what} of size {size}; use {_nearest_divisors(pieces, size)} devices, or a size "
+            f"of {' or '.join(map(str, multiples))}"
+        )
 
 
 def shardings(spec: Spec, mesh: jax.sharding.Mesh) -> Any:
     """A tree of NamedSharding, one per weight. Raises ConfigError for a weight that its mesh axes do not divide."""
 
     def sharding(weight: Weight) -> NamedSharding:
-        pspec = partition(weight.names)
-        for name, size, axis in zip(weight.names, weight.shape, pspec, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ConfigError(
-                    f"mesh.{axis}={mesh.shape[axis]} does not divide the axis '{name}' of size {size}; "
-                    f"use a divisor of {size}"
-                )
-        return NamedSharding(mesh, pspec)
+        for name, size in zip(weight.names, weight.shape, strict=True):
+            check_divides(name, size, mesh)
+        return NamedSharding(mesh, partition(weight.names, mesh))
 
     return map_weights(sharding, spec)
 
@@ -114,6 +202,93 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Rows of a batch over data and fsdp."""
-    return NamedSharding(mesh, partition(("batch",)))
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Lay `x` out by its named axes."""
+    return x if current_mesh() is None else jax.sharding.reshard(x, partition(names))
+
+
+def gather(params: Any) -> Any:
+    """Weights as a layer uses them: whole along fsdp and context, still split along tensor and expert.
+
+    Its transpose is a reduce-scatter, so gradients come back sharded like the weights.
+    """
+    if current_mesh() is None:
+        return params
+
+    def gather_one(x: jax.Array) -> jax.Array:
+        entries = [(entry,) if isinstance(entry, str) else entry or () for entry in jax.typeof(x).sharding.spec]
+        kept = [tuple(axis for axis in entry if axis not in GATHERED) or None for entry in entries]
+        return jax.sharding.reshard(x, PartitionSpec(*kept))
+
+    return jax.tree.map(gather_one, params)
+
+
+# Batches ----------------------------------------------------------------------------------------------------------
+
+
+def time_order(T: int, context: int) -> np.ndarray:
+    """Which token of a row lies at each place of the time axis, [T], when `context` devices share the row.
+
+    Device i of n holds chunks i and 2n - 1 - i of the row's 2n chunks: under a causal mask early tokens have little to
+    attend to and late ones much, and so every device has the same (zig-zag order: Zhu, github.com/zhuzilin/
+    ring-flash-attention).
+    """
+    chunks = np.arange(T).reshape(2 * context, -1)
+    return np.concatenate([chunks[[i, 2 * context - 1 - i]] for i in range(context)], axis=None)
+
+
+def token_order(T: int) -> jax.Array:
+    """`time_order` on the current mesh: 0, 1, ... unless devices share rows."""
+    context = shards("time")
+    return jnp.arange(T) if context == 1 else jnp.asarray(time_order(T, context), jnp.int32)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, ndim: int = 2) -> NamedSharding:
+    """Of an array [B, T] or [B] of a batch."""
+    return NamedSharding(mesh, partition(("batch", "time")[:ndim], mesh))
+
+
+def check_batch(mesh: jax.sharding.Mesh, *, rows: int, setting: str, T: int) -> None:
+    """Raise ConfigError unless the mesh divides batches of `rows` rows, a number set by `setting`, of T tokens."""
+    check_divides("batch", rows, mesh, setting=setting)
+    check_divides("residual_time", T, mesh, setting="data.seq_len")
+    if mesh.shape["context"] > 1 and T % (2 * mesh.shape["context"]):
+        raise ConfigError(
+            f"mesh.context={mesh.shape['context']} cuts rows into {2 * mesh.shape['context']} chunks, which do not "
+            f"divide data.seq_len={T}; use a multiple of {2 * mesh.shape['context']}"
+        )
+
+
+# Device by device -------------------------------------------------------------------------------------------------
+
+
+def per_device(
+    function: Callable[..., Any], in_names: Iterable[Names], out_names: Any, *, but: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """`function` of each device's own pieces, laid out by named axes; it may name mesh axes larger than 1.
+
+    `in_names` has names for every argument, `out_names` those of the one result, or of several in a tuple. The mesh
+    axes `but` stay jax's business: what is split over them alone is whole to `function`. Gradients of an argument that
+    devices share are added up once, at the end. Without a mesh it is `function` itself.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {axis for axis, kind in types if kind != AxisType.Manual}
+    if any(mesh.shape[axis] > 1 for axis in but):  # then XLA stumbles over a sum along axes of size 1
+        free = {axis for axis in free if mesh.shape[axis] > 1 and axis not in but}
+    if not free:
+        return function
+    in_specs = tuple(map(partition, in_names))
+    several = any(isinstance(names, tuple) for names in out_names)
+    out_specs = tuple(map(partition, out_names)) if several else partition(out_names)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False)
+
+
+def reshape(x: jax.Array, shape: tuple[int, ...], lying: tuple[Any, ...]) -> jax.Array:
+    """Reshape, saying which mesh axes the new dimensions lie on."""
+    if current_mesh() is None:
+        return jnp.reshape(x, shape)
+    sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*(axes or None for axes in lying)))
+    return jax.lax.reshape(x, shape, out_sharding=sharding)

@@ -5,11 +5,17 @@ holds them for a few positions at a time and takes the gradient of each chunk wh
 computed twice.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lmjax.layout import RULES, current_mesh, mesh_axes, per_device
+
+_TOKENS = ("batch", "time")
 
 Head = Any
 Unembed = Callable[[Head, jax.Array], jax.Array]
@@ -58,7 +64,13 @@ def token_sums(
 
 
 def _of_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    if current_mesh() is None:
+        return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # The vocabulary may be split over devices: only one of them has the target, and a sum finds it.
+    ids_V = jax.sharding.reshard(
+        jnp.arange(logits_BTV.shape[-1]), PartitionSpec(jax.typeof(logits_BTV).sharding.spec[-1])
+    )
+    return jnp.sum(jnp.where(targets_BT[..., None] == ids_V, logits_BTV, 0), axis=-1)
 
 
 def chunked_token_sums(
@@ -75,8 +87,32 @@ def chunked_token_sums(
     """`token_sums(unembed(head, x), ...)` with logits for `chunk` positions of every row at a time.
 
     Only `loss` is differentiable. T need not be a multiple of the chunk: what is missing is padded with weight 0.
+    On a mesh every device cuts its own tokens into chunks, and the gradients of the head, which is whole along fsdp and
+    context, add up over devices once, after the last chunk.
     """
+    local = functools.partial(_chunked_token_sums, unembed, chunk=chunk, z_weight=z_weight, token_loss=token_loss)
+    if current_mesh() is None:
+        return local(head, x_BTD, targets_BT, weights_BT)
+    over = mesh_axes("batch") + mesh_axes("time")
 
+    def summed(*arrays: Any) -> Sums:
+        return jax.lax.psum(local(*arrays), over)
+
+    in_names = ((), (*_TOKENS, None), _TOKENS, _TOKENS)
+    return per_device(summed, in_names, (), but=RULES["vocab"])(head, x_BTD, targets_BT, weights_BT)
+
+
+def _chunked_token_sums(
+    unembed: Unembed,
+    head: Head,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    chunk: int,
+    z_weight: float,
+    token_loss: str,
+) -> Sums:
     def sums_of(head: Head, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array) -> Sums:
         return token_sums(unembed(head, x_BCD), targets_BC, weights_BC, z_weight, token_loss)
 
@@ -89,7 +125,14 @@ def token_logprobs(
     unembed: Unembed, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(target), whether no token was more probable), both float32 [B, T], chunk by chunk."""
+    local = functools.partial(_token_logprobs, unembed, chunk=chunk)
+    in_names = ((), (*_TOKENS, None), _TOKENS)
+    return per_device(local, in_names, _TOKENS, but=RULES["vocab"])(head, x_BTD, targets_BT)
 
+
+def _token_logprobs(
+    unembed: Unembed, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
+) -> tuple[jax.Array, jax.Array]:
     @jax.checkpoint
     def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = unembed(head, x_BCD)

@@ -1,6 +1,10 @@
-"""What must hold on a mesh. tests/test_layout.py runs this file in a process of its own, with eight fake devices."""
+"""What must hold on a mesh. tests/test_layout.py runs this file in a process of its own, with eight fake devices.
 
-import dataclasses
+Every step is awaited: collectives of two steps in flight wait for each other on XLA's CPU backend.
+"""
+
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +13,88 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax import experiment as parts
+from lmjax.checkpoint import Checkpoints
+from lmjax.config import Config
 from lmjax.data.batch import Batch
+from lmjax.data.config import DataConfig
 from lmjax.errors import ConfigError
+from lmjax.experiment import Experiment
 from lmjax.hf.families import FAMILIES
 from lmjax.hf.imported import Imported, write_checkpoint
 from lmjax.hf.params import read_params
-from lmjax.layout import MeshConfig, batch_sharding, make_mesh, replicated, shardings
+from lmjax.layout import LAYOUTS, MeshConfig, batch_sharding, check_batch, make_mesh, shardings
+from lmjax.metrics import finish
 from lmjax.models import decoder
-from lmjax.models.config import ModelConfig
+from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.optim import optimizers
-from lmjax.optim.config import OptimizerConfig, ScheduleConfig, hyper
+from lmjax.optim.config import OptimizerConfig, ScheduleConfig
+from lmjax.train.config import TrainConfig
 from lmjax.train.objective import LossConfig, language_model
-from lmjax.train.state import TrainState, zero_counters
-from lmjax.train.step import make_step, sample_keys
+from lmjax.train.state import TrainState
+from lmjax.train.step import sample_keys
 from lmjax.weights import abstract, by_path, initialize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-MESHES = {
-    "data": MeshConfig(data=8),
-    "fsdp": MeshConfig(data=2, fsdp=4),
-    "tensor": MeshConfig(data=2, fsdp=2, tensor=2),
-}
-# (family, mesh, microbatches): together they have every kind of weight, dropout and accumulation.
-RUNS = [("llama3", "data", 1), ("mini_gpt", "fsdp", 2), ("llama3", "tensor", 1), ("deepseek_v3", "tensor", 2)]
-# Plain SGD: an update shows the gradient, where Adam's first one would show the sign of rounding errors.
-OPTIMIZER = OptimizerConfig(
-    name="sgd", learning_rate=1.0, clip_norm=None, schedule=ScheduleConfig(name="constant", warmup=0)
+B, T, V = 16, 32, 64
+# Everything at once: two kinds of layers, grouped heads, window, softcap, biases, dropout, packed documents.
+MODEL = ModelConfig(
+    vocab=V,
+    context=T,
+    layers=4,
+    pattern=("local", "global"),
+    window=7,
+    embed=32,
+    heads=16,
+    kv_heads=8,
+    head_dim=6,
+    mlp=48,
+    gated=True,
+    bias=True,
+    attention_softcap=5.0,
+    dropout=0.1,
+    embed_dropout=0.1,
 )
+CONFIG = Config(
+    model=MODEL,
+    data=DataConfig(seq_len=T, documents="separate"),
+    # Of momentum's first step, the state is the gradient.
+    optimizer=OptimizerConfig(name="sgd", clip_norm=None, schedule=ScheduleConfig(name="constant", warmup=0)),
+    train=TrainConfig(batch=B, seed=1, loss=LossConfig(chunk=5, z_weight=1e-3)),
+)
+# Biased sigmoids, capacity that not all choices fit in, shared experts, both auxiliary losses, two microbatches.
+MIXTURE = ModelConfig(
+    vocab=V,
+    layers=2,
+    embed=32,
+    heads=4,
+    mlp=48,
+    bias=True,
+    moe=MoeConfig(
+        experts=4,
+        top_k=2,
+        mlp=16,
+        score="sigmoid",
+        dispatch="capacity",
+        capacity_factor=1.0,
+        shared_mlp=16,
+        shared_gate=True,
+        router_z_weight=1e-3,
+        bias_rate=1e-3,
+    ),
+)
+CONFIGS = {
+    "dense": CONFIG,
+    "mixture": replace(CONFIG, model=MIXTURE, train=replace(CONFIG.train, microbatches=2)),
+}
 Cfgs = dict[str, ModelConfig]
-B, T = 16, 12
 
 
 def random_batch() -> Batch:
     """Packed documents, and weights spread unevenly over rows."""
     rng = np.random.default_rng(0)
-    tokens_BT = rng.integers(61, size=(B, T + 1)).astype(np.int32)
+    tokens_BT = rng.integers(V, size=(B, T + 1)).astype(np.int32)
     weights_BT = (np.arange(T) < rng.integers(T + 1, size=(B, 1))).astype(np.float32)
     lengths = rng.integers(1, T, size=(B, 1))
     segments_BT = (np.arange(T) >= lengths).astype(np.int32)
@@ -53,57 +103,67 @@ def random_batch() -> Batch:
     return Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], weights_BT, ids_B, segments_BT, positions_BT)
 
 
-def one_step(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, microbatches: int = 1) -> tuple[TrainState, Any, Any]:
-    """(declared shardings, the state after an update, its metrics)."""
-    model = decoder.build(cfg)
-    optimizer = optimizers.build(OPTIMIZER, model.spec)
-    objective = language_model(model, LossConfig(chunk=5, z_weight=1e-3))
-    step = make_step(objective, optimizer, microbatches=microbatches)
-
-    def start() -> TrainState:
-        params = initialize(model.spec, jax.random.key(0))
-        return TrainState(params, optimizer.init(params), hyper(OPTIMIZER, steps=10, seed=1), {}, zero_counters())
-
-    if mesh is None:
-        return None, *jax.jit(step)(start(), {}, random_batch())
-    declared = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(start))
-    declared = dataclasses.replace(
-        declared,
-        params=shardings(model.spec, mesh),
-        opt_state=optimizers.state_shardings(optimizer, model.spec, mesh),
-    )
-    state = jax.device_put(start(), declared)
-    batch = jax.device_put(random_batch(), batch_sharding(mesh))
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(declared, None))
-        return declared, *jax.block_until_ready(compiled(state, {}, batch))
+def experiment(layout: str = "dp", model: str = "dense", **sizes: int) -> Experiment:
+    return parts.assemble(replace(CONFIGS[model], mesh=MeshConfig(layout=layout, **sizes)))
 
 
-SINGLE: dict[str, tuple[TrainState, Any]] = {}  # by family: what one device does
+def one_step(experiment: Experiment) -> tuple[TrainState, dict[str, float]]:
+    """(the state after an update, its metrics)."""
+    state = parts.initial_state(experiment)
+    assert jax.tree.map(lambda x: x.sharding, state) == parts.shardings(experiment)
+    batch = parts.placer(experiment.mesh, B)(random_batch())
+    state, metrics = jax.block_until_ready(parts.compiled_step(experiment)(state, {}, batch))
+    return state, finish(metrics)
 
 
-@pytest.mark.parametrize(("family", "mesh_name", "microbatches"), RUNS)
-def test_a_mesh_computes_what_one_device_does(cfgs: Cfgs, family: str, mesh_name: str, microbatches: int) -> None:
-    cfg = dataclasses.replace(cfgs[family], heads=4)  # which two tensor shards divide
-    if family not in SINGLE:
-        SINGLE[family] = one_step(cfg, None)[1:]
-    expected, expected_metrics = SINGLE[family]
-    mesh = make_mesh(MESHES[mesh_name])
-    declared, state, metrics = one_step(cfg, mesh, microbatches)
-    for name in expected_metrics:
-        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
-    for got, want in zip(*map(jax.tree.leaves, (state.params, expected.params)), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-    assert jax.tree.map(lambda x: x.sharding, state) == declared
+@functools.cache
+def on_one_device(model: str) -> tuple[TrainState, dict[str, float]]:
+    return one_step(experiment(model=model)._replace(mesh=None))
+
+
+def check_step(experiment: Experiment, model: str = "dense") -> TrainState:
+    """One step equals that of one device, and leaves everything where it was declared to lie."""
+    expected, expected_metrics = on_one_device(model)
+    state, metrics = one_step(experiment)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-5)
+    gradients, expected_gradients = by_path(state.opt_state[0].trace), by_path(expected.opt_state[0].trace)
+    for path, want in expected_gradients.items():
+        np.testing.assert_allclose(gradients[path], want, rtol=0, atol=1e-4 * np.abs(want).max(), err_msg=path)
+    assert jax.tree.map(lambda x: x.sharding, state) == parts.shardings(experiment)
+    return state
+
+
+QUICK = ("dp", "fsdp+cp+tp")  # together they split over every axis
+SLOW = [pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS if layout not in QUICK]
+
+
+@pytest.mark.parametrize("layout", [*QUICK, *SLOW])
+def test_every_layout_computes_what_one_device_does(layout: str, tmp_path: Path) -> None:
+    run = experiment(layout)
+    state = check_step(run)
+    checkpoints = Checkpoints(tmp_path, run.cfg.checkpoint)
+    checkpoints.save(1, state, {}, value=None)
+    checkpoints.wait()
+    restored, _, _ = checkpoints.restore(parts.abstract_state(run))
+    assert jax.tree.map(lambda x: x.sharding, restored) == parts.shardings(run)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_mixtures_and_microbatches_on_a_mesh() -> None:
+    check_step(experiment("fsdp+cp+tp", "mixture"), "mixture")
+
+
+# What lies where --------------------------------------------------------------------------------------------------
 
 
 def test_weights_and_moments_are_split_as_their_axes_say(cfgs: Cfgs) -> None:
-    spec = decoder.weights(cfgs["llama3"])
-    mesh = make_mesh(MESHES["tensor"])
+    spec = decoder.weights(replace(cfgs["llama3"], vocab=V))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
     declared = by_path(shardings(spec, mesh))
     axes = {path: tuple(sharding.spec) for path, sharding in declared.items()}
     block = "segments/0/0"
-    assert axes["embed"] == (None, "fsdp")
+    assert axes["embed"] == ("tensor", "fsdp")
     assert axes[f"{block}/attention/query"] == (None, "fsdp", "tensor", None)
     assert axes[f"{block}/attention/output"] == (None, "tensor", None, "fsdp")
     assert axes[f"{block}/mlp/up"] == (None, "fsdp", "tensor")
@@ -113,12 +173,12 @@ def test_weights_and_moments_are_split_as_their_axes_say(cfgs: Cfgs) -> None:
         assert moments.count(sharding) >= 2 * list(declared.values()).count(sharding)
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
-def test_every_family_fits_every_mesh(cfg: ModelConfig, mesh_name: str) -> None:
+@pytest.mark.parametrize("layout", ["dp", "fsdp+tp", "fsdp+cp+tp"])
+def test_every_family_fits_every_mesh(cfg: ModelConfig, layout: str) -> None:
     """An operation that would move data unasked is an error at trace time: tracing the gradient is the test."""
-    cfg = dataclasses.replace(cfg, heads=4, kv_heads=2)  # which two tensor shards divide
+    cfg = replace(cfg, heads=4, kv_heads=2, vocab=V)  # which two tensor shards divide
     model = decoder.build(cfg)
-    mesh = make_mesh(MESHES[mesh_name])
+    mesh = make_mesh(MeshConfig(layout=layout))
     declared = shardings(model.spec, mesh)
     objective = language_model(model, LossConfig(chunk=5))
     seen: list[Any] = []
@@ -132,23 +192,23 @@ def test_every_family_fits_every_mesh(cfg: ModelConfig, mesh_name: str) -> None:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     params = jax.tree.map(placed, abstract(model.spec), declared)
-    batch = jax.tree.map(lambda x: placed(x, batch_sharding(mesh)), random_batch())
+    batch = jax.tree.map(lambda x: placed(x, batch_sharding(mesh, x.ndim)), random_batch())
     with jax.set_mesh(mesh):
         gradients = jax.eval_shape(jax.grad(loss), params, batch)
-    assert [tuple(spec) for spec in seen] == [(("data", "fsdp"), None, None)]  # activations: by rows alone
+    assert seen == [batch_sharding(mesh, 2).spec.update((*batch_sharding(mesh, 2).spec, None))]
     for gradient, sharding in zip(jax.tree.leaves(gradients), jax.tree.leaves(declared), strict=True):
         assert gradient.sharding.spec == sharding.spec
 
 
-@pytest.mark.parametrize("mesh_name", ["fsdp", "tensor"])
-def test_a_checkpoint_is_read_straight_onto_a_mesh(cfgs: Cfgs, tmp_path: Path, mesh_name: str) -> None:
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp+tp"])
+def test_a_checkpoint_is_read_straight_onto_a_mesh(cfgs: Cfgs, tmp_path: Path, layout: str) -> None:
     """Every device is given its own part of each tensor, as the weight's axes say."""
     pytest.importorskip("safetensors")
-    cfg = dataclasses.replace(cfgs["llama3"], heads=4, kv_heads=2)
+    cfg = replace(cfgs["llama3"], vocab=V, heads=4, kv_heads=2)
     spec = decoder.weights(cfg)
     params = initialize(spec, jax.random.key(0))
     write_checkpoint(tmp_path, Imported(cfg, params, None, {}), shard_bytes=10_000)
-    declared = shardings(spec, make_mesh(MESHES[mesh_name]))
+    declared = shardings(spec, make_mesh(MeshConfig(layout=layout)))
     read = read_params(tmp_path, FAMILIES["llama"], cfg, declared)
     assert jax.tree.map(lambda x: x.sharding, read) == declared
     for path, x in by_path(read).items():
@@ -157,10 +217,10 @@ def test_a_checkpoint_is_read_straight_onto_a_mesh(cfgs: Cfgs, tmp_path: Path, m
 
 def test_splash_and_xla_on_a_mesh(cfgs: Cfgs) -> None:
     tokens_BT = np.random.default_rng(0).integers(61, size=(4, 128))
-    mesh = make_mesh(MESHES["tensor"])
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
 
     def hidden(attention: str, mesh: jax.sharding.Mesh | None) -> Any:
-        model = decoder.build(dataclasses.replace(cfgs["llama3"], layers=1, attention=attention))
+        model = decoder.build(replace(cfgs["llama3"], vocab=V, layers=1, attention=attention))
         params = initialize(model.spec, jax.random.key(0))
         segments_BT = (tokens_BT * 0 + np.arange(128) // 50).astype(np.int32)
         if mesh is None:
@@ -168,7 +228,7 @@ def test_splash_and_xla_on_a_mesh(cfgs: Cfgs) -> None:
                 params, tokens_BT, segments_BT
             )
         params = jax.device_put(params, shardings(model.spec, mesh))
-        rows = jax.device_put((tokens_BT, segments_BT), batch_sharding(mesh))
+        rows = parts.placer(mesh, len(tokens_BT))((tokens_BT, segments_BT))
         with jax.set_mesh(mesh):
             return jax.jit(lambda *inputs: model.hidden(*inputs[:2], segments_BT=inputs[2])[0])(params, *rows)
 
@@ -177,17 +237,44 @@ def test_splash_and_xla_on_a_mesh(cfgs: Cfgs) -> None:
         np.testing.assert_allclose(hidden(attention, mesh), expected, atol=1e-5)
 
 
+# Sizes ------------------------------------------------------------------------------------------------------------
+
+
+def shape(**config: Any) -> dict[str, int]:
+    return {axis: size for axis, size in make_mesh(MeshConfig(**config)).shape.items() if size > 1}
+
+
 def test_a_mesh_takes_the_devices_it_is_given() -> None:
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert shape() == {"data": 8}
+    assert shape(fsdp=2, tensor=2) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert shape(layout="fsdp+tp") == {"fsdp": 4, "tensor": 2}
+    assert shape(layout="fsdp+tp", tensor=4) == {"fsdp": 2, "tensor": 4}
+    assert shape(layout="dp+cp+tp") == {"data": 2, "context": 2, "tensor": 2}
+    assert shape(layout="fsdp", slices=2) == {"slices": 2, "fsdp": 4}
     assert make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[4:]).devices.ravel().tolist() == jax.devices()[4:6]
-    with pytest.raises(ConfigError, match=r"fsdp 4 x tensor 4 does not fit 8 device\(s\); lower one of"):
+    with pytest.raises(ConfigError, match=r"fsdp 4 x tensor 4 = 16 does not divide 8 device\(s\).* make it 8, or set"):
         make_mesh(MeshConfig(fsdp=4, tensor=4))
+    with pytest.raises(ConfigError, match=r"fsdp 3 = 3 does not divide 8 .* make it 2 or 4, or set mesh.data"):
+        make_mesh(MeshConfig(fsdp=3))
+    with pytest.raises(ConfigError, match=r"data 2 x fsdp 8 = 16 does not fit 8 device\(s\); lower one"):
+        make_mesh(MeshConfig(data=2, fsdp=8))
 
 
 @pytest.mark.parametrize(("axis", "name", "size"), [("fsdp", "embed", 24), ("tensor", "kv_heads", 2)])
 def test_an_axis_that_a_mesh_does_not_divide_is_refused(cfgs: Cfgs, axis: str, name: str, size: int) -> None:
-    devices = 5 if axis == "fsdp" else 4
+    devices, near = (5, "4 or 6 devices, or a size of 20 or 25") if axis == "fsdp" else (4, "2 devices, or a size of 4")
     mesh = make_mesh(MeshConfig(data=1, **{axis: devices}))
-    with pytest.raises(ConfigError, match=rf"mesh\.{axis}={devices} does not divide the axis '{name}' of size {size}"):
-        shardings(decoder.weights(cfgs["llama3"]), mesh)
+    match = rf"mesh\.{axis}={devices} does not divide the axis '{name}' of size {size}; use {near}"
+    with pytest.raises(ConfigError, match=match):
+        shardings(decoder.weights(replace(cfgs["llama3"], vocab=V)), mesh)
+
+
+def test_a_batch_that_a_mesh_does_not_divide_is_refused() -> None:
+    mesh = make_mesh(MeshConfig(layout="dp+cp+tp"))
+    check_batch(mesh, rows=6, setting="train.batch", T=8)
+    with pytest.raises(ConfigError, match=r"mesh\.data=2 does not divide train\.batch of size 3; .* a size of 2 or 4"):
+        check_batch(mesh, rows=3, setting="train.batch", T=8)
+    with pytest.raises(ConfigError, match=r"mesh\.context=2 x mesh\.tensor=2 does not divide data\.seq_len of size 10"):
+        check_batch(mesh, rows=2, setting="train.batch", T=10)
+    with pytest.raises(ConfigError, match=r"mesh\.context=8 cuts rows into 16 chunks, which do not divide .*=24"):
+        check_batch(make_mesh(MeshConfig(layout="cp")), rows=2, setting="train.batch", T=24)

@@ -28,6 +28,8 @@ SETTINGS = (
     "--config.train.sample.tokens=4",
     "--config.checkpoint.every=8",
     "--config.model.layers=1",
+    "--config.model.heads=4",  # of which four devices have one each
+    "--config.model.vocab=264",
 )
 
 

@@ -6,23 +6,26 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from lmjax.layout import RULES, constrain, current_mesh, gather, partition
-from lmjax.weights import Weight
+from lmjax.errors import ConfigError
+from lmjax.layout import AXES, LAYOUTS, RULES, constrain, current_mesh, gather, partition, time_order
 
 EIGHT_DEVICES = Path(__file__).parent / "eight_devices.py"
 
 
-def test_on_eight_devices() -> None:
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_eight_devices(marks: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "--durations=5", str(EIGHT_DEVICES)],
+        [sys.executable, "-m", "pytest", "-n0", "-m", marks, "--durations=5", str(EIGHT_DEVICES)],
         cwd=EIGHT_DEVICES.parents[1],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -31,20 +34,32 @@ def test_without_a_mesh_nothing_happens() -> None:
     x = jnp.ones((2, 3))
     assert current_mesh() is None
     assert constrain(x, "batch", None) is x
-    assert gather({"w": x}, {"w": Weight("embed -> mlp", sizes=(2, 3))})["w"] is x
+    assert gather({"w": x})["w"] is x
+
+
+def mesh(**sizes: int) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
 def test_named_axes_become_mesh_axes() -> None:
-    assert tuple(partition(("batch", None, "heads", None))) == (("data", "fsdp"), None, "tensor", None)
-    assert tuple(partition(("vocab", "embed"))) == (None, "fsdp")
-    assert tuple(partition(("embed", "mlp"), without="fsdp")) == (None, "tensor")
-    assert {axis for rule in RULES.values() for axis in ([rule] if isinstance(rule, str) else rule)} == {
-        "data",
-        "fsdp",
-        "tensor",
-    }
+    every = mesh(**dict.fromkeys(AXES, 2))
+    assert tuple(partition(("batch", None, "heads", None), every)) == (RULES["batch"], None, "tensor", None)
+    assert tuple(partition(("vocab", "embed"), every)) == ("tensor", ("fsdp", "context"))
+    assert tuple(partition(("vocab", "embed"), mesh(fsdp=2, data=2))) == (None, "fsdp")
+    assert tuple(partition(("batch", "time"), mesh(tensor=8))) == (None, None)
+    assert {axis for rule in RULES.values() for axis in rule} == set(AXES)
+    assert {axis for axes in LAYOUTS.values() for axis in axes} <= set(AXES)
 
 
 def test_one_mesh_axis_serves_one_dimension() -> None:
-    with pytest.raises(AssertionError, match="tensor"):
-        partition(("heads", "mlp"))
+    with pytest.raises(ConfigError, match=r"'heads' and 'mlp' .* both lie on mesh.tensor"):
+        partition(("heads", "embed", "mlp"), mesh())
+
+
+def test_zig_zag_order_gives_every_device_an_early_and_a_late_chunk() -> None:
+    assert time_order(16, 2).tolist() == [0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11]
+    for context in (1, 2, 4):
+        order_T = time_order(48, context)
+        assert sorted(order_T) == list(range(48))
+        work = (order_T + 1).reshape(context, -1).sum(axis=1)  # keys that a device's queries see
+        assert np.all(work == work[0])

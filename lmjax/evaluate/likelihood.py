@@ -16,7 +16,7 @@ import numpy as np
 from lmjax.data.batch import Batch
 from lmjax.distributed import in_turn
 from lmjax.errors import DataError
-from lmjax.layout import constrain
+from lmjax.layout import constrain, gather
 from lmjax.losses import token_logprobs
 from lmjax.models.model import Model
 from lmjax.weights import Params
@@ -49,8 +49,8 @@ def evaluate(
 
     The numbers are exact to 1e-6 for a model that computes in float32: build it with `model.dtype="float32"`, whatever
     it was trained in. (Matrix products of float32 then run at full precision on accelerators too.) `chunk` is the
-    number of positions of each row whose logits exist at a time. Batches may lie on the host or be sharded; under
-    `jax.set_mesh` their rows are spread over the mesh. Each shape of batch compiles one program.
+    number of positions of each row whose logits exist at a time. Batches may lie on the host; under `jax.set_mesh` they
+    are spread over the mesh already. Each shape of batch compiles one program.
 
     Raises DataError if there is no token to score.
     """
@@ -70,10 +70,9 @@ def evaluate(
 @functools.partial(jax.jit, static_argnames=("hidden", "unembed", "head", "chunk"))
 def _score(params: Params, batch: Batch, *, hidden, unembed, head: tuple[str, ...], chunk: int) -> jax.Array:
     """Sums of every row, [B, 3]: -log p, tokens predicted, weights."""
-    batch = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), batch)
     with jax.default_matmul_precision("highest"):
         x_BTD, _, _ = hidden(params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
-        head_params = {name: params[name] for name in head}
+        head_params = gather({name: params[name] for name in head})
         logprobs_BT, correct_BT = token_logprobs(unembed, head_params, x_BTD, batch.targets_BT, chunk=chunk)
     columns = (-logprobs_BT, correct_BT, jnp.ones_like(logprobs_BT))
     sums_B3 = jnp.stack([jnp.sum(column_BT * batch.weights_BT, axis=1) for column_BT in columns], axis=1)

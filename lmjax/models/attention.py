@@ -4,18 +4,25 @@ reference  plain einsum, does everything, any device
 xla        jax.nn.dot_product_attention, XLA implementation
 cudnn      the same through cuDNN's flash attention: NVIDIA GPUs, 16 bit
 splash     a Pallas kernel for TPUs
+ring       keys handed round between devices that share a row (mesh.context)
+
+Where devices share rows, all but ring gather the row's keys and values first.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lmjax.errors import ConfigError
-from lmjax.layout import current_mesh, partition
-from lmjax.models.activations import softcap
+from lmjax.layout import constrain, current_mesh, per_device, shards, token_order
+from lmjax.models.ring import ring
+from lmjax.models.scores import Mask, Score, distance, scores, visible
+
+_HEADS, _KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+_BY_INDEX = "orders keys by index: it cannot decode from a cache, nor share rows over mesh.context"
 
 
 def platform() -> str:
@@ -25,59 +32,10 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-class Mask(NamedTuple):
-    """Which keys a query may see: none later than itself, none of another document, none beyond the window.
-
-    Without positions, keys and queries are the same tokens and order is their index. With positions (decoding from a
-    cache, rows of unequal length) order is the position, and a negative key position marks an empty place.
-    """
-
-    window: int | None = None
-    segments_BT: jax.Array | None = None
-    positions_BT: jax.Array | None = None
-    key_positions_BS: jax.Array | None = None
-
-
-class Score(NamedTuple):
-    """How a query and a key are compared."""
-
-    scale: float
-    softcap: float | None = None
-    slopes_N: np.ndarray | None = None
-    """ALiBi: subtract slope * distance."""
-
-
-def distance(mask: Mask, T: int, S: int) -> jax.Array:
-    """How far each key lies before its query, [1 or B, T, S]."""
-    queries = jnp.arange(T)[None] if mask.positions_BT is None else mask.positions_BT
-    keys = jnp.arange(S)[None] if mask.key_positions_BS is None else mask.key_positions_BS
-    return queries[:, :, None] - keys[:, None, :]
-
-
-def visible(mask: Mask, T: int, S: int) -> jax.Array:
-    """The mask as booleans, [1 or B, T, S]."""
-    away = distance(mask, T, S)
-    seen = away >= 0
-    if mask.window is not None:
-        seen &= away < mask.window
-    if mask.key_positions_BS is not None:
-        seen &= mask.key_positions_BS[:, None, :] >= 0
-    if mask.segments_BT is not None:
-        seen &= mask.segments_BT[:, :, None] == mask.segments_BT[:, None, :]
-    return seen
-
-
 def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
     """softmax(score(q, k)) v, in float32 between the two products (Vaswani et al. 2017, eq. 1)."""
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    q_BTKGH = (q_BTNH * score.scale).reshape(B, T, K, N // K, H)
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    s_BKGTS = softcap(s_BKGTS, score.softcap)
-    if score.slopes_N is not None:
-        slopes_KG = score.slopes_N.reshape(K, N // K)
-        s_BKGTS -= slopes_KG[:, :, None, None] * distance(mask, T, S)[:, None, None].astype(jnp.float32)
-    s_BKGTS = jnp.where(visible(mask, T, S)[:, None, None], s_BKGTS, jnp.finfo(jnp.float32).min)
+    s_BKGTS = scores(q_BTNH, k_BSKH, mask, score)
     # softmax, divided by its sum after the product with v instead of before: fewer passes over [T, S], and none in the
     # backward pass, where the sum's gradient comes from [T, H] (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
     p_BKGTS = jnp.exp(s_BKGTS - jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True)))
@@ -107,16 +65,14 @@ def _xla_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
 
 
 def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
-    window = None if mask.window is None else (mask.window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
+    local = functools.partial(
+        jax.nn.dot_product_attention,
         scale=score.scale,
         is_causal=True,
-        local_window_size=window,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
+    return per_device(local, (_HEADS, _KV_HEADS, _KV_HEADS), _HEADS)(q_BTNH, k_BSKH, v_BSKH)
 
 
 def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
@@ -126,7 +82,7 @@ def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
         "has no softcap": score.softcap is not None,
         "has no ALiBi": score.slopes_N is not None,
         "cannot keep documents apart": mask.segments_BT is not None,
-        "cannot decode from a cache": mask.key_positions_BS is not None,
+        _BY_INDEX: mask.key_positions_BS is not None,
     }
     return next((reason for reason, holds in checks.items() if holds), None)
 
@@ -140,12 +96,8 @@ def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
         q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * score.scale, k_BSKH, v_BSKH))
         return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments_BT).swapaxes(1, 2)
 
-    arguments = (q_BTNH, k_BSKH, v_BSKH, _splash_segments(mask.segments_BT))
-    if current_mesh() is None:
-        return local(*arguments)
-    heads, keys = partition(("batch", None, "heads", None)), partition(("batch", None, "kv_heads", None))
-    in_specs = (heads, keys, keys, jax.tree.map(lambda _: partition(("batch", None)), arguments[3]))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(*arguments)
+    segments = _splash_segments(mask.segments_BT)
+    return per_device(local, (_HEADS, _KV_HEADS, _KV_HEADS, ("batch", None)), _HEADS)(q_BTNH, k_BSKH, v_BSKH, segments)
 
 
 def _splash_segments(segments_BT: jax.Array | None):
@@ -173,10 +125,16 @@ def _splash_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
     if score.slopes_N is not None:
         return "has no ALiBi"
     if mask.key_positions_BS is not None:
-        return "cannot decode from a cache"
+        return _BY_INDEX
     if q_BTNH.shape[1] % _SPLASH_BLOCK:
         return f"needs a sequence length divisible by {_SPLASH_BLOCK}, not {q_BTNH.shape[1]}"
     return None
+
+
+def _ring_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    if score.slopes_N is not None:
+        return "has no ALiBi"
+    return _BY_INDEX if mask.key_positions_BS is not None else None
 
 
 class Backend(NamedTuple):
@@ -189,6 +147,7 @@ BACKENDS: dict[str, Backend] = {
     "xla": Backend(_xla, _xla_refuses),
     "cudnn": Backend(_cudnn, _cudnn_refuses),
     "splash": Backend(_splash, _splash_refuses),
+    "ring": Backend(ring, _ring_refuses),
 }
 FASTEST = {"tpu": "splash", "gpu": "cudnn"}
 
@@ -204,9 +163,20 @@ def attention(
     if mask.key_positions_BS is not None:
         backend = "reference"
     elif backend == "auto":
-        fastest = FASTEST.get(platform(), "reference")
+        fastest = "ring" if shards("time") > 1 else FASTEST.get(platform(), "reference")
         backend = "reference" if BACKENDS[fastest].refuses(q_BTNH, mask, score) else fastest
+    if backend != "ring" and shards("time") > 1:
+        k_BSKH, v_BSKH, mask = _whole_rows(k_BSKH, v_BSKH, mask)
     refusal = BACKENDS[backend].refuses(q_BTNH, mask, score)
     if refusal is not None:
         raise ConfigError(f"model.attention={backend} {refusal}; model.attention=reference does everything")
     return BACKENDS[backend].attend(q_BTNH, k_BSKH, v_BSKH, mask, score)
+
+
+def _whole_rows(k_BTKH: jax.Array, v_BTKH: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array, Mask]:
+    """Keys and values of all devices that share a row; tokens are then told apart by their places in the row."""
+    assert mask.key_positions_BS is None
+    order_1S = token_order(k_BTKH.shape[1])[None]
+    segments_BS = None if mask.segments_BT is None else constrain(mask.segments_BT, "batch", None)
+    mask = Mask(mask.window, mask.segments_BT, constrain(order_1S, None, "time"), order_1S, segments_BS)
+    return constrain(k_BTKH, *_KV_HEADS), constrain(v_BTKH, *_KV_HEADS), mask

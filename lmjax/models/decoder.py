@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.errors import ConfigError
-from lmjax.layout import constrain, gather
+from lmjax.layout import constrain, gather, token_order
 from lmjax.models import cache as caches
 from lmjax.models import moe
 from lmjax.models.activations import softcap
 from lmjax.models.attention import Mask, Score, attention
 from lmjax.models.config import AttentionKind, LayerKind, ModelConfig, Segments, layer_index
 from lmjax.models.flops import attention_flops
-from lmjax.models.layers import dropout, lookup, norm, norm_weights, rms_norm
+from lmjax.models.layers import dropout, lookup, lookup_tokens, norm, norm_weights, rms_norm
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp, mlp_weights
 from lmjax.models.model import Cache, Model
@@ -156,7 +156,8 @@ def block(
 
     def residual(part: str, site: int, x_BTD: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
         h_BTD = norm(p[f"{part}_norm"], x_BTD, cfg) if cfg.norm_position in ("pre", "pre_and_output") else x_BTD
-        h_BTD = function(h_BTD)
+        h_BTD = function(constrain(h_BTD, "batch", "time", None))
+        h_BTD = constrain(h_BTD, "batch", "residual_time", None)
         if cfg.norm_position in ("output", "pre_and_output"):
             h_BTD = norm(p[f"{part}_output_norm"], h_BTD, cfg)
         x_BTD = x_BTD + dropout(h_BTD, context.keys_B, cfg.dropout, layer, site)
@@ -176,7 +177,7 @@ def block(
 
     x_BTD = residual("attention", ATTENTION_SITE, x_BTD, attend)
     x_BTD = residual("mlp", MLP_SITE, x_BTD, transform)
-    return constrain(x_BTD, "batch", None, None), cache, tally
+    return x_BTD, cache, tally
 
 
 def self_attention(
@@ -235,10 +236,10 @@ def hidden(
     T = tokens_BT.shape[1]
     if cache is None and cfg.position == "learned" and cfg.context < T:
         raise ConfigError(f"a sequence of {T} tokens is longer than the position table: model.context={cfg.context}")
-    where_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
-    real_BT = constrain(jnp.broadcast_to(where_BT >= 0, tokens_BT.shape), "batch", None)
+    where_BT = token_order(T)[None] if positions_BT is None else positions_BT
+    real_BT = constrain(jnp.broadcast_to(where_BT >= 0, tokens_BT.shape), "batch", "time")
     context = Context(rotations(cfg, where_BT), positions_BT, real_BT, segments_BT, keys_B)
-    x_BTD = embed_tokens(params, tokens_BT, where_BT, keys_B, spec, cfg)
+    x_BTD = embed_tokens(params, tokens_BT, where_BT, keys_B, cfg)
     new_cache, tallies = [], {}
     for segment in range(len(cfg.segments)):
         segment_cache = None if cache is None else cache[segment]
@@ -247,30 +248,30 @@ def hidden(
         )
         new_cache.append(segment_cache)
     if cfg.norm_position != "post":
-        x_BTD = norm(gather(params["final_norm"], spec["final_norm"]), x_BTD, cfg)
+        x_BTD = norm(gather(params["final_norm"]), x_BTD, cfg)
+    x_BTD = constrain(x_BTD, "batch", "time", None)
     return x_BTD, (None if cache is None else new_cache), moe.metrics(tallies, real_BT, cfg.moe)
 
 
 def embed_tokens(
-    params: Params, tokens_BT: jax.Array, where_BT: jax.Array, keys_B: jax.Array | None, spec: Spec, cfg: ModelConfig
+    params: Params, tokens_BT: jax.Array, where_BT: jax.Array, keys_B: jax.Array | None, cfg: ModelConfig
 ) -> jax.Array:
-    def table(name: str) -> jax.Array:
-        return gather(params[name].astype(cfg.dtype), spec[name])
-
-    x_BTD = lookup(table("embed"), tokens_BT) * jnp.asarray(cfg.embed_scale, cfg.dtype)
+    x_BTD = lookup_tokens(params["embed"].astype(cfg.dtype), tokens_BT) * jnp.asarray(cfg.embed_scale, cfg.dtype)
+    where_BT = constrain(where_BT, "batch" if len(where_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":
-        x_BTD = x_BTD + lookup(table("position"), where_BT)
+        x_BTD = x_BTD + lookup(gather(params["position"].astype(cfg.dtype)), where_BT)
     if cfg.position == "sinusoidal":
         x_BTD = x_BTD + sinusoidal(where_BT, cfg.embed).astype(cfg.dtype)
     if cfg.embed_norm:
-        x_BTD = norm(gather(params["embed_norm"], spec["embed_norm"]), x_BTD, cfg)
-    return constrain(dropout(x_BTD, keys_B, cfg.embed_dropout, 0, EMBED_SITE), "batch", None, None)
+        x_BTD = norm(gather(params["embed_norm"]), x_BTD, cfg)
+    return dropout(x_BTD, keys_B, cfg.embed_dropout, 0, EMBED_SITE)
 
 
 def rotations(cfg: ModelConfig, where_BT: jax.Array) -> dict[AttentionKind, Rotation]:
     """The rotary angles of each kind of attention."""
     if cfg.position != "rope":
         return {}
+    where_BT = constrain(where_BT, "batch" if len(where_BT) > 1 else None, "time")
 
     def of_kind(kind: AttentionKind) -> Rotation:
         local = kind == "local"
@@ -302,7 +303,7 @@ def run_segment(
 
     def body(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
         p, repeat, old_caches = inputs
-        p = gather(map_weights(compute_dtype, layer_spec, p), layer_spec)
+        p = gather(map_weights(compute_dtype, layer_spec, p))
         new_caches, tallies = [], {}
         for slot, kind in enumerate(period):
             layer = layer_index(cfg.segments, segment, repeat, slot)
@@ -334,8 +335,8 @@ def _loop(
 
 
 def unembed(params: Params, x: jax.Array, *, cfg: ModelConfig) -> jax.Array:
-    """x[..., D] -> float32 logits[..., V]."""
-    w_DV = constrain(params["unembed"] if "unembed" in params else params["embed"].T, None, None)
+    """x[..., D] -> float32 logits[..., V]. On a mesh `params` are gathered."""
+    w_DV = params["unembed"] if "unembed" in params else params["embed"].T
     logits = linear(x, w_DV.astype(cfg.dtype), dtype=jnp.float32)
     return softcap(logits, cfg.logit_softcap)
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec
 
-from lmjax.layout import current_mesh
+from lmjax.layout import constrain, current_mesh, mesh_axes, per_device, token_order
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
 
@@ -53,9 +54,25 @@ def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: float, layer: int 
 
     def one(key: jax.Array, x_TD: jax.Array) -> jax.Array:
         site_key = jax.random.fold_in(jax.random.fold_in(key, layer), site)
-        return jnp.where(jax.random.bernoulli(site_key, 1 - rate, x_TD.shape), x_TD / (1 - rate), 0)
+        return jnp.where(bernoulli(site_key, 1 - rate, *x_TD.shape), x_TD / (1 - rate), 0)
 
     return jax.vmap(one)(keys_B, x_BTD)
+
+
+def bernoulli(key: jax.Array, p: float, T: int, D: int) -> jax.Array:
+    """`jax.random.bernoulli(key, p, (T, D))` of a row's tokens, as they lie in the residual stream.
+
+    On a mesh every device draws the bits of its own tokens. Entry i of threefry's stream depends on i alone, so they
+    are the bits of a single device, whatever order the tokens are in.
+    """
+    if current_mesh() is None:
+        return jax.random.bernoulli(key, p, (T, D))
+    assert T * D < 1 << 32, "the upper half of threefry's counter is taken to be 0"
+    tokens_T = constrain(token_order(T), "residual_time").astype(jnp.uint32)
+    count_TD = tokens_T[:, None] * jnp.uint32(D) + jnp.arange(D, dtype=jnp.uint32)
+    high, low = threefry2x32_p.bind(*jax.random.key_data(key), jnp.zeros_like(count_TD), count_TD)
+    one_to_two_TD = jax.lax.bitcast_convert_type((high ^ low) >> 9 | jnp.uint32(0x3F800000), jnp.float32)
+    return one_to_two_TD - 1 < p
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -63,3 +80,28 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     if current_mesh() is None:
         return table_VD[ids_BT]
     return table_VD.at[ids_BT].get(out_sharding=PartitionSpec(*jax.typeof(ids_BT).sharding.spec, None))
+
+
+def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of the embedding table -> [B, T, D], lying as the residual stream does.
+
+    Each device finds the ids whose rows it holds, for all tokens that it will share with its neighbours along tensor;
+    the sum over them, of which each needs its own tokens, is a reduce-scatter (Shoeybi et al. 2019, arXiv:1909.08053).
+    """
+    if current_mesh() is None:
+        return table_VD[ids_BT]
+
+    columns, tensor = mesh_axes("embed"), mesh_axes("vocab")
+
+    def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        table_VD = jax.lax.all_gather(table_VD, columns, axis=1, tiled=True) if columns else table_VD
+        if not tensor:
+            return table_VD[ids_BT]
+        rows = table_VD.shape[0]
+        ids_BT = ids_BT - rows * jax.lax.axis_index(tensor)
+        mine_BT = (ids_BT >= 0) & (ids_BT < rows)
+        x_BTD = jnp.where(mine_BT[..., None], table_VD[jnp.where(mine_BT, ids_BT, 0)], 0)
+        return jax.lax.psum_scatter(x_BTD, tensor, scatter_dimension=1, tiled=True)
+
+    names = (("vocab", "embed"), ("batch", "time")), ("batch", "residual_time", None)
+    return per_device(local, *names)(table_VD, ids_BT)

@@ -4,10 +4,9 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmjax.layout import current_mesh
+from lmjax.layout import current_mesh, reshape
 
 _MANY_ROWS = 256  # fewer are a decoding step, which has no gradient
 
@@ -39,13 +38,13 @@ def _flat(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
     rows, outs = x.shape[: x.ndim - contract], w.shape[contract:]
     x_axes, w_axes = _mesh_axes(x), _mesh_axes(w)
     n_rows, n_in, n_out = math.prod(rows), math.prod(w.shape[:contract]), math.prod(outs)
-    x_RI = _reshape(x, (n_rows, n_in), (x_axes[0], x_axes[len(rows)]))
-    w_IO = _reshape(w, (n_in, n_out), (w_axes[0], w_axes[contract]))
+    x_RI = reshape(x, (n_rows, n_in), (x_axes[0], x_axes[len(rows)]))
+    w_IO = reshape(w, (n_in, n_out), (w_axes[0], w_axes[contract]))
     if n_in > n_out and n_rows >= _MANY_ROWS:
         y_RO = _dot(x_RI, jax.lax.optimization_barrier(w_IO.T), (1,), (1,), dtype)
     else:
         y_RO = _dot(x_RI, jax.lax.optimization_barrier(w_IO), (1,), (0,), dtype)
-    return _reshape(y_RO, (*rows, *outs), (*x_axes[: len(rows)], *w_axes[contract:]))
+    return reshape(y_RO, (*rows, *outs), (*x_axes[: len(rows)], *w_axes[contract:]))
 
 
 def _unflattened(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
@@ -66,10 +65,3 @@ def _dot(x: jax.Array, w: jax.Array, x_in: tuple[int, ...], w_in: tuple[int, ...
 def _mesh_axes(x: jax.Array) -> tuple[Any, ...]:
     """The mesh axes that each dimension is split over; all None without a mesh."""
     return (None,) * x.ndim if current_mesh() is None else tuple(jax.typeof(x).sharding.spec)
-
-
-def _reshape(x: jax.Array, shape: tuple[int, ...], mesh_axes: tuple[Any, ...]) -> jax.Array:
-    if current_mesh() is None:
-        return jnp.reshape(x, shape)
-    sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*mesh_axes))
-    return jax.lax.reshape(x, shape, out_sharding=sharding)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lmjax.layout import gather
 from lmjax.metrics import Metrics
 from lmjax.weights import Params, Spec
 
@@ -47,4 +48,4 @@ class Model(NamedTuple):
 
     def logits(self, params: Params, tokens_BT: jax.Array, **inputs: Any) -> jax.Array:
         """float32 logits_BTV of the whole batch: for tests and small inputs."""
-        return self.unembed(params, self.hidden(params, tokens_BT, **inputs)[0])
+        return self.unembed(gather(params), self.hidden(params, tokens_BT, **inputs)[0])

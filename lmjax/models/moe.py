@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.layout import current_mesh, partition
+from lmjax.layout import constrain, current_mesh, mesh_axes, per_device, token_order
 from lmjax.metrics import Metrics
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.linear import linear
@@ -95,13 +95,20 @@ def _by_rows(routed: Callable[..., tuple[jax.Array, Tally]]) -> Callable[..., tu
     """On a mesh each device routes its own rows, with whole experts: sorting all rows together would move them."""
     if current_mesh() is None:
         return routed
-    rows, whole = partition(("batch",)), partition(())
+    row, whole = ("batch", None, None), ()
 
-    def local(*arguments: Any) -> tuple[jax.Array, Tally]:
-        y_BTD, tally = routed(*arguments)
-        return y_BTD, jax.tree.map(lambda x: jax.lax.psum(x, rows[0]), tally)
+    def local(p: Params, *rows: jax.Array) -> tuple[jax.Array, Tally]:
+        order_T = token_order(rows[0].shape[1])
+        y_BTD, tally = routed(p, *(x[:, jnp.argsort(order_T)] for x in rows))
+        return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, mesh_axes("batch")), tally)
 
-    return jax.shard_map(local, in_specs=(whole, rows, rows, rows), out_specs=(rows, whole), check_vma=False)
+    def on_mesh(p: Params, x_BTD: jax.Array, logits_BTE: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Tally]:
+        p = jax.tree.map(constrain, p)
+        rows = constrain(x_BTD, *row), constrain(logits_BTE, *row), constrain(real_BT, *row[:2])
+        y_BTD, tally = per_device(local, (whole, row, row, row[:2]), (row, whole))(p, *rows)
+        return constrain(y_BTD, "batch", "time", None), tally
+
+    return on_mesh
 
 
 def _routed(

@@ -82,7 +82,7 @@ def candidates(cfg: Config, devices: list[Any], chip: Chip | None) -> Iterator[C
     for split in itertools.product(*sizes):
         if len(devices) % math.prod(split):
             continue
-        mesh = {f"mesh.{axis}": size for axis, size in zip(SPLIT, split, strict=True)} | {"mesh.data": None}
+        mesh = {"mesh.layout": "dp"} | {f"mesh.{axis}": size for axis, size in zip(SPLIT, split, strict=True)}
         for microbatches in MICROBATCHES:
             try:
                 changed = changed_config(cfg, mesh | {"train.microbatches": microbatches})

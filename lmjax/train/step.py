@@ -93,7 +93,7 @@ def accumulate(
 def _split_rows(x: jax.Array, pieces: int) -> jax.Array:
     """[B, ...] -> [pieces, B / pieces, ...]: every piece takes rows from all over, so from every device."""
     rows = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
-    return constrain(rows, None, "batch")
+    return constrain(rows, None, *("batch", "time")[: x.ndim])
 
 
 def count_step(counters: Counters, finite: jax.Array) -> Counters:

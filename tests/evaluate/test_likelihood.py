@@ -152,25 +152,21 @@ MESH_PROGRAM = """
 import sys
 sys.path.insert(0, {folder!r})
 import dataclasses, json, jax
-from lmjax.layout import MeshConfig, batch_sharding, make_mesh, shardings
+from lmjax.experiment import placer
+from lmjax.layout import MeshConfig, make_mesh, shardings
 import test_likelihood as t
-mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2))
 with jax.set_mesh(mesh):
     params = jax.device_put(t.params(), shardings(t.MODEL.spec, mesh))
-    placed = (jax.device_put(batch, batch_sharding(mesh)) for batch in t.batches(4))
-    for batches in (placed, t.batches(4)):
-        print(json.dumps(dataclasses.asdict(t.evaluate(t.MODEL, params, batches, n_tokens=300, n_bytes=700))))
+    batches = map(placer(mesh, 4), t.batches(4))
+    print(json.dumps(dataclasses.asdict(t.evaluate(t.MODEL, params, batches, n_tokens=300, n_bytes=700))))
 """
 
 
 def test_on_a_mesh() -> None:
-    """Sharded weights, with batches placed beforehand and left on the host."""
+    """Weights, rows and tokens of a row are spread over devices."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     program = MESH_PROGRAM.format(folder=os.path.dirname(__file__))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    reference = dataclasses.asdict(run(ROWS))
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert json.loads(line) == pytest.approx(reference, rel=1e-6, abs=1e-6)
+    assert json.loads(done.stdout) == pytest.approx(dataclasses.asdict(run(ROWS)), rel=1e-6, abs=1e-6)

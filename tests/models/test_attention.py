@@ -115,7 +115,7 @@ def test_cudnn_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> 
     assert refuses(q_BTNH, Mask(), SOFTCAP) == "has no softcap"
     assert refuses(q_BTNH, Mask(), ALIBI) == "has no ALiBi"
     assert refuses(q_BTNH, Mask(segments_BT=SEGMENTS_BT), Score(1.0)) == "cannot keep documents apart"
-    assert refuses(q_BTNH, Mask(None, None, positions, positions), Score(1.0)) == "cannot decode from a cache"
+    assert "cannot decode from a cache" in str(refuses(q_BTNH, Mask(None, None, positions, positions), Score(1.0)))
 
 
 # Masks by position, and the ring buffer ---------------------------------------------------------------------------

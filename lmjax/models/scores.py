@@ -1,0 +1,67 @@
+"""Which keys a query sees, and how it compares with them: what every attention backend must agree on."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.models.activations import softcap
+
+
+class Mask(NamedTuple):
+    """Which keys a query may see: none later than itself, none of another document, none beyond the window.
+
+    Without positions, keys and queries are the same tokens and order is their index. With positions (decoding from a
+    cache, rows of unequal length) order is the position, and a negative key position marks an empty place.
+    """
+
+    window: int | None = None
+    segments_BT: jax.Array | None = None
+    positions_BT: jax.Array | None = None
+    key_positions_BS: jax.Array | None = None
+    key_segments_BS: jax.Array | None = None
+    """Of the keys, where they are not the same tokens as the queries."""
+
+
+class Score(NamedTuple):
+    """How a query and a key are compared."""
+
+    scale: float
+    softcap: float | None = None
+    slopes_N: np.ndarray | None = None
+    """ALiBi: subtract slope * distance."""
+
+
+def distance(mask: Mask, T: int, S: int) -> jax.Array:
+    """How far each key lies before its query, [1 or B, T, S]."""
+    queries = jnp.arange(T)[None] if mask.positions_BT is None else mask.positions_BT
+    keys = jnp.arange(S)[None] if mask.key_positions_BS is None else mask.key_positions_BS
+    return queries[:, :, None] - keys[:, None, :]
+
+
+def visible(mask: Mask, T: int, S: int) -> jax.Array:
+    """The mask as booleans, [1 or B, T, S]."""
+    away = distance(mask, T, S)
+    seen = away >= 0
+    if mask.window is not None:
+        seen &= away < mask.window
+    if mask.key_positions_BS is not None:
+        seen &= mask.key_positions_BS[:, None, :] >= 0
+    if mask.segments_BT is not None:
+        key_segments_BS = mask.segments_BT if mask.key_segments_BS is None else mask.key_segments_BS
+        seen &= mask.segments_BT[:, :, None] == key_segments_BS[:, None, :]
+    return seen
+
+
+def scores(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    """How each query compares with each key, float32 [B, K, G, T, S]; the lowest number where it may not see it."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = (q_BTNH * score.scale).reshape(B, T, K, N // K, H)
+    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    s_BKGTS = softcap(s_BKGTS, score.softcap)
+    if score.slopes_N is not None:
+        slopes_KG = score.slopes_N.reshape(K, N // K)
+        s_BKGTS -= slopes_KG[:, :, None, None] * distance(mask, T, S)[:, None, None].astype(jnp.float32)
+    return jnp.where(visible(mask, T, S)[:, None, None], s_BKGTS, jnp.finfo(jnp.float32).min)
