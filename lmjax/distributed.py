@@ -220,7 +220,7 @@ def start(environment: Mapping[str, str], *, timeout: float, on_loss: Callable[[
     say(f"coordinator {cluster.coordinator} (from {cluster.source})")
     begin = time.monotonic()
     _lifeline = Lifeline(cluster.coordinator, cluster.process, cluster.processes, timeout)
-    _lifeline.watch(on_loss)
+    _lifeline.watch(on_loss, say)
     _connect(cluster, timeout)
 
     import jax
@@ -233,8 +233,12 @@ def start(environment: Mapping[str, str], *, timeout: float, on_loss: Callable[[
 
 
 def finish() -> None:
-    """Wait until all processes are done; the last thing that a process does when all went well."""
+    """Wait until all processes are done; the last thing that a process does when all went well.
+
+    SIGTERM can ask for nothing more: schedulers send it as soon as the first process ends with any code but 0.
+    """
     if _lifeline is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         barrier("the end", PATIENCE_SECONDS)
         _lifeline.close()
 

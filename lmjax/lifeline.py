@@ -7,6 +7,7 @@ falls silent, keepalive probes find out within half a minute.
     process 1 ---+                       {"process": 1, "processes": 4}  when it comes
     process 2 ---+--- process 0          "go"  when all are there: the port is then free for JAX's own service
     process 3 ---+                       "bye" when a process ends as it should; "lost 2" when process 2 did not
+                                         "here" every few seconds, so that one that is stopped can be named
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from typing import NoReturn
 
 from lmjax.errors import ConfigError, StallError
 
-_GO, _BYE, _LOST = "go", "bye", "lost "
+_GO, _BYE, _HERE, _LOST = "go", "bye", "here", "lost "
+_HERE_SECONDS, _SILENT_SECONDS = 3.0, 10.0
 _LINE_BYTES = 1000
 
 
@@ -29,7 +31,7 @@ class Lifeline:
     when the processes contradict each other."""
 
     def __init__(self, address: str, process: int, processes: int, timeout: float) -> None:
-        self._process = process
+        self._closed = threading.Event()
         if process == 0:
             self._lines = _call_the_roll(address, processes, timeout)
         else:
@@ -37,25 +39,42 @@ class Lifeline:
         for line in self._lines.values():
             _keep_alive(line)
 
-    def watch(self, on_loss: Callable[[str], NoReturn]) -> None:
-        """From now on call `on_loss` with a message, on a thread, when a process ends without a word."""
-        threading.Thread(target=self._watch, args=(on_loss,), name="lmjax-lifeline", daemon=True).start()
+    def watch(self, on_loss: Callable[[str], NoReturn], warn: Callable[[str], None]) -> None:
+        """From now on call `on_loss` with a message, on a thread, when a process ends without a word, and `warn` when
+        one falls silent: whether it is stopped or only busy cannot be known from here."""
+        threading.Thread(target=self._speak, name="lmjax-lifeline-speak", daemon=True).start()
+        threading.Thread(target=self._listen, args=(on_loss, warn), name="lmjax-lifeline", daemon=True).start()
 
     def close(self) -> None:
         """This process ends as it should: nobody needs to worry."""
+        self._closed.set()
         for line in self._lines.values():
             _send(line, _BYE)
 
-    def _watch(self, on_loss: Callable[[str], NoReturn]) -> None:
+    def _speak(self) -> None:
+        while not self._closed.wait(_HERE_SECONDS):
+            for line in self._lines.values():
+                _send(line, _HERE)
+
+    def _listen(self, on_loss: Callable[[str], NoReturn], warn: Callable[[str], None]) -> None:
+        heard = dict.fromkeys(self._lines, time.monotonic())
+        silent: set[int] = set()
         with selectors.DefaultSelector() as selector:
             for process, line in self._lines.items():
                 selector.register(line, selectors.EVENT_READ, process)
-            while selector.get_map():
-                for key, _ in selector.select():
+            while heard:
+                for key, _ in selector.select(timeout=_HERE_SECONDS):
                     word = _receive(self._lines[key.data])
-                    selector.unregister(key.fileobj)
-                    if word != _BYE:
+                    heard[key.data] = time.monotonic()
+                    if word == _BYE:
+                        selector.unregister(key.fileobj)
+                        del heard[key.data]
+                    elif word != _HERE:
                         self._lost(int(word.removeprefix(_LOST)) if word.startswith(_LOST) else key.data, on_loss)
+                now_silent = {process for process, when in heard.items() if time.monotonic() - when > _SILENT_SECONDS}
+                for process in sorted(now_silent - silent):
+                    warn(f"process {process} is silent: stopped, swapped out, or its machine lost?")
+                silent = now_silent
 
     def _lost(self, process: int, on_loss: Callable[[str], NoReturn]) -> NoReturn:
         for line in self._lines.values():

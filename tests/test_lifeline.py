@@ -1,5 +1,8 @@
 """The roll call and the word that a process is gone: over real sockets, with threads and processes for machines."""
 
+import queue
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -7,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from lmjax import lifeline
 from lmjax.errors import ConfigError, LmjaxError, StallError
 from lmjax.lifeline import Lifeline
 
@@ -98,7 +102,7 @@ def lost(message):
     print(message, flush=True)
     os._exit(6)
 line = Lifeline(address, number, 3, 20)
-line.watch(lost)
+line.watch(lost, print)
 if how == "leaves":
     line.close()
 elif how == "dies":
@@ -128,11 +132,32 @@ def test_when_one_dies_all_know_at_once_which(victim: int) -> None:
     assert time.monotonic() - clock < 10
 
 
+def test_who_is_stopped_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not lost: it may come back."""
+    monkeypatch.setattr(lifeline, "_SILENT_SECONDS", 5.0)
+    address, warnings = free_address(), queue.Queue[str]()
+    members = [subprocess.Popen([sys.executable, "-c", MEMBER, address, number, "stays"]) for number in "12"]
+    line = Lifeline(address, 0, 3, 20)
+
+    def lost(message: str) -> NoReturn:
+        warnings.put(message)
+        sys.exit()  # the thread
+
+    line.watch(lost, warnings.put)
+    members[1].send_signal(signal.SIGSTOP)
+    assert warnings.get(timeout=20) == "process 2 is silent: stopped, swapped out, or its machine lost?"
+    assert warnings.empty()
+    for member in members:
+        member.kill()
+        member.wait()
+    assert re.match("process [12] is gone", warnings.get(timeout=20))
+
+
 def test_who_leaves_in_good_order_is_not_missed() -> None:
     address, lost = free_address(), threading.Event()
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda number: Lifeline(address, number, 2, 10), range(2))
-    first.watch(lambda message: lost.set())  # type: ignore[arg-type, return-value]
+    first.watch(lambda message: lost.set(), print)  # type: ignore[arg-type, return-value]
     second.close()
     del second
     assert not lost.wait(0.3)
