@@ -141,7 +141,8 @@ def test_who_is_stopped_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def lost(message: str) -> NoReturn:
         warnings.put(message)
-        sys.exit()  # the thread
+        while True:  # the thread ends with this process
+            time.sleep(60)
 
     line.watch(lost, warnings.put)
     members[1].send_signal(signal.SIGSTOP)
