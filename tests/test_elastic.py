@@ -4,11 +4,15 @@ The short form runs always. `pytest -n 0 -m slow tests/test_elastic.py` goes thr
 and layouts, and through what one process can do to the others.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,18 +60,26 @@ class Leg(NamedTuple):
     code: int = 0
 
 
-def launch(leg: Leg, *arguments: str) -> str:
-    """What Python with these arguments printed in every process of a leg; it must end as the leg says."""
+def command(leg: Leg, *arguments: str) -> list[str]:
+    """Python with these arguments in every process of a leg."""
     launcher = ["launch", "local", f"--processes={leg.processes}", f"--devices-per-process={leg.devices}", "--"]
-    # XLA's optimizations would cost more than they save.
-    environment = os.environ | {"LMJAX_FAULTS": leg.faults, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return [sys.executable, "-m", *launcher, sys.executable, *arguments]
+
+
+def training(corpus: Path, workdir: Path, leg: Leg) -> list[str]:
+    mesh = [f"--config.mesh.{setting}" for setting in leg.mesh.split()]
+    return ["-m", "lmjax", "train", f"--config=tests/tiny_config.py:{corpus}", f"--workdir={workdir}", *SETTINGS, *mesh]
+
+
+def environment(leg: Leg) -> dict[str, str]:
+    """XLA's optimizations would cost more than they save."""
+    return os.environ | {"LMJAX_FAULTS": leg.faults, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def launch(leg: Leg, *arguments: str) -> str:
+    """What a leg printed; it must end as it says."""
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command(leg, *arguments), cwd=ROOT, env=environment(leg), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == leg.code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -75,9 +87,7 @@ def launch(leg: Leg, *arguments: str) -> str:
 
 def attempt(corpus: Path, workdir: Path, leg: Leg, *settings: str) -> str:
     """What one attempt at the run printed."""
-    mesh = [f"--config.mesh.{setting}" for setting in leg.mesh.split()]
-    train = ["-m", "lmjax", "train", f"--config=tests/tiny_config.py:{corpus}", f"--workdir={workdir}"]
-    return launch(leg, *train, *SETTINGS, *mesh, *settings)
+    return launch(leg, *training(corpus, workdir, leg), *settings)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +197,22 @@ def test_one_process_in_trouble_ends_all(corpus: Path, tmp_path: Path, faults: s
 
 
 @pytest.mark.slow
+def test_kills_at_any_time(corpus: Path, reference: Path, tmp_path: Path) -> None:
+    """Of any process or of the launcher, and each time the run goes on with other numbers of processes and devices."""
+    workdir, rng = tmp_path / "run", random.Random(0)
+    for processes in (2, 4, 1, 4, 2, 4):
+        leg = Leg(processes, rng.choice([1, 2]))
+        launcher = subprocess.Popen(command(leg, *training(corpus, workdir, leg)), cwd=ROOT, env=environment(leg))
+        time.sleep(rng.uniform(1, 15))
+        listed = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice([launcher.pid, *map(int, listed.stdout.split())]), signal.SIGKILL)
+        launcher.wait(timeout=60)
+    attempt(corpus, workdir, Leg())
+    assert_same_run(workdir, reference)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 @pytest.mark.parametrize("hook", ["write", "before_seal", "after_seal", "retain"])
 def test_a_kill_at_any_moment_of_a_save(corpus: Path, reference: Path, tmp_path: Path, hook: str, process: int) -> None:
@@ -207,8 +233,5 @@ def test_contradicting_settings_are_named(corpus: Path, tmp_path: Path) -> None:
         "sys.exit(subprocess.run([sys.executable, '-m', 'lmjax', 'train', *sys.argv[1:], "
         "f'--config.optimizer.learning_rate={rate}']).returncode)"
     )
-    train = [f"--config=tests/tiny_config.py:{corpus}", f"--workdir={tmp_path / 'run'}", *SETTINGS]
-    command = [sys.executable, "-m", "launch", "local", "--processes=2", "--", sys.executable, "-c", script, *train]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "process 1 of 2: optimizer.learning_rate is 0.002 here, but 0.001 at process 0" in done.stderr
+    output = launch(Leg(2, code=2), "-c", script, *training(corpus, tmp_path / "run", Leg())[3:])
+    assert "process 1 of 2: optimizer.learning_rate is 0.002 here, but 0.001 at process 0" in output

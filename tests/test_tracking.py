@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from lmjax import jsonl, tracking
 from lmjax.errors import CheckpointError
 from lmjax.jsonl import JsonLines, read_lines
-from lmjax.ledger import Ledger, check_ledger, effective_history, read_ledger
+from lmjax.ledger import Ledger, check_ledger, effective_history, joined_crc, read_ledger, row_crcs
 from lmjax.tracking import (
     REDACTED,
     ConsoleTracker,
@@ -198,6 +200,11 @@ def test_replays_count_once_whatever_the_kills(tmp_path_factory: Any, kills: lis
 def test_contradictions_are_named(tmp_path: Path, entries: list[Any], problem: str) -> None:
     problems = check_ledger(written(tmp_path / "ledger.jsonl", entries))
     assert len(problems) == 1 and problems[0].startswith(problem)
+
+
+@given(tokens_BT=arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 70))))
+def test_the_crc_of_a_batch_follows_from_those_of_its_rows(tokens_BT: np.ndarray) -> None:
+    assert joined_crc(row_crcs(tokens_BT), 4 * tokens_BT.shape[1]) == zlib.crc32(tokens_BT.tobytes())
 
 
 # Secrets --------------------------------------------------------------------------------------------------------------
