@@ -47,8 +47,10 @@ def size(cfg: Config, model: Model) -> Iterator[str]:
         yield f"             {counts.active:,} active: what a token passes through, the N of 6ND"
     sequences = cfg.train.steps * cfg.train.batch
     tokens, flops = sequences * cfg.data.seq_len, sequence_flops(model, cfg.data.seq_len)
-    yield f"tokens       {tokens:,} = {cfg.train.steps:,} steps x {cfg.train.batch} x {cfg.data.seq_len}, "
-    yield f"             {tokens / counts.total:.1f} per parameter"
+    yield (
+        f"tokens       {tokens:,} = {cfg.train.steps:,} steps x {cfg.train.batch} x {cfg.data.seq_len}, "
+        f"{tokens / counts.total:.1f} per parameter"
+    )
     yield (
         f"FLOPs        {sequences * flops.six_nd:.3g} as 6ND, {sequences * flops.causal:.3g} exact with causal "
         f"attention, {sequences * flops.full:.3g} exact with full attention"

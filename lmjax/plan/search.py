@@ -7,15 +7,17 @@ the rest compiled in that order, as far as the time goes. What the compiled prog
 import dataclasses
 import itertools
 import math
+import operator
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lmjax import chips
+from lmjax import chips, layout
 from lmjax import experiment as parts
 from lmjax.chips import Chip
 from lmjax.config import Config
 from lmjax.errors import ConfigError
+from lmjax.layout import MeshConfig
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
 from lmjax.models.remat import REMAT
@@ -23,15 +25,14 @@ from lmjax.plan.step import Plan, make_plan
 from lmjax.plan.topology import Topology
 from lmjax.weights import count
 
+SEARCHED = (*(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)), "train.microbatches", "model.remat")
 MICROBATCHES = (1, 2, 4, 8)
-SPLIT = {"fsdp": None, "tensor": 16}
-"""Mesh axes that are searched, and their largest sizes; `data` takes the devices that they leave."""
+LARGEST = {"tensor": 16, "context": 16, "pipeline": 16}
+"""Of mesh axes that leave each device too little to do when they are larger."""
 _HALF = 2  # bytes of a bfloat16
 
 
 class Candidate(NamedTuple):
-    settings: dict[str, Any]
-    """Changes to the config, by dotted key."""
     cfg: Config
     least_bytes: float
     """What one device holds at least: state, gradients, saved activations."""
@@ -40,7 +41,9 @@ class Candidate(NamedTuple):
 
 
 class Search(NamedTuple):
-    plans: list[tuple[Candidate, Plan]]
+    cfg: Config
+    """What was asked for, which the plans vary."""
+    plans: list[Plan]
     """Those that fit, best first."""
     rejected: int
     """Compiled, and found not to fit."""
@@ -54,7 +57,7 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
     stop = time.perf_counter() + seconds
     chip = chips.chip(devices[0].device_kind)
     limit = math.inf if chip is None or chip.hbm is None else chip.hbm
-    everything = list(candidates(cfg, devices, chip))
+    everything = list(candidates(cfg, topology, devices))
     possible = sorted((one for one in everything if one.least_bytes <= limit), key=lambda one: one.seconds)
     plans, rejected = [], 0
     for candidate in possible:
@@ -62,11 +65,10 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
             break
         plan = make_plan(candidate.cfg, topology, devices)
         if plan.fits:
-            plans.append((candidate, plan))
+            plans.append(plan)
         else:
             rejected += 1
-    plans.sort(key=lambda pair: _rank(pair[1]))
-    return Search(plans, rejected, len(everything), len(everything) - len(possible))
+    return Search(cfg, sorted(plans, key=_rank), rejected, len(everything), len(everything) - len(possible))
 
 
 def _rank(plan: Plan) -> tuple[float, float]:
@@ -75,66 +77,96 @@ def _rank(plan: Plan) -> tuple[float, float]:
     return (plan.work.flops if plan.estimate is None else plan.estimate.slowest, plan.needed)
 
 
-def candidates(cfg: Config, devices: list[Any], chip: Chip | None) -> Iterator[Candidate]:
-    """Every combination that the config's checks allow on so many devices."""
-    divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-    sizes = [[n for n in divisors if n <= (largest or n)] for largest in SPLIT.values()]
-    for split in itertools.product(*sizes):
-        if len(devices) % math.prod(split):
+def changes(old: Config, new: Config) -> dict[str, Any]:
+    """What a candidate changes, by dotted key."""
+    values = {key: (operator.attrgetter(key)(old), operator.attrgetter(key)(new)) for key in SEARCHED}
+    return {key: after for key, (before, after) in values.items() if after != before}
+
+
+def candidates(cfg: Config, topology: Topology, devices: list[Any]) -> Iterator[Candidate]:
+    """Every combination of layout, microbatches and remat policy that the config's checks allow on so many devices."""
+    chip = chips.chip(devices[0].device_kind)
+    for sizes, mesh in meshes(len(devices), topology.slices):
+        try:
+            fixed = _state_bytes(dataclasses.replace(cfg, mesh=mesh), devices)
+        except ConfigError:
             continue
-        mesh = {"mesh.layout": "dp"} | {f"mesh.{axis}": size for axis, size in zip(SPLIT, split, strict=True)}
-        for microbatches in MICROBATCHES:
+        for microbatches, remat in itertools.product(MICROBATCHES, REMAT):
             try:
-                changed = changed_config(cfg, mesh | {"train.microbatches": microbatches})
-                experiment = parts.assemble(changed, devices)
-                state = parts.abstract_state(experiment)
+                one = dataclasses.replace(
+                    cfg,
+                    mesh=mesh,
+                    train=dataclasses.replace(cfg.train, microbatches=microbatches),
+                    model=dataclasses.replace(cfg.model, remat=remat),
+                )
+                parts.make_mesh(one, devices)
             except ConfigError:
                 continue
-            fixed = parts.device_bytes(state) + parts.device_bytes(state.params)
-            for remat in REMAT:
-                settings = mesh | {"train.microbatches": microbatches, "model.remat": remat}
-                one, by_axis = changed_config(cfg, settings), dict(zip(SPLIT, split, strict=True))
-                least = fixed + saved_activations(one, by_axis, len(devices))
-                yield Candidate(settings, one, least, rough_seconds(one, by_axis, len(devices), chip))
+            least = fixed + saved_activations(one, len(devices))
+            yield Candidate(one, least, rough_seconds(one, sizes, chip))
 
 
-def changed_config(cfg: Config, settings: dict[str, Any]) -> Config:
-    """The config with dotted keys `part.field` set. Raises ConfigError for what its checks refuse."""
-    for key, value in settings.items():
-        part, field = key.split(".")
-        cfg = dataclasses.replace(cfg, **{part: dataclasses.replace(getattr(cfg, part), **{field: value})})
-    return cfg
+def meshes(devices: int, slices: int) -> Iterator[tuple[dict[str, int], MeshConfig]]:
+    """The layouts by name, with every size of those axes that do not take what the others leave; no mesh twice."""
+    seen: list[dict[str, int]] = []
+    divisors = [n for n in range(2, devices + 1) if devices % n == 0]
+    for name, (_, *others) in layout.LAYOUTS.items():
+        choices = [[n for n in divisors if n <= LARGEST.get(axis, n)] for axis in others]
+        for chosen in itertools.product(*choices):
+            across = slices if slices > 1 else None
+            mesh = MeshConfig(layout=name, slices=across, **dict(zip(others, chosen, strict=True)))
+            if devices % (slices * math.prod(chosen)) == 0:
+                sizes = layout.axis_sizes(mesh, devices)
+                if sizes not in seen:
+                    seen.append(sizes)
+                    yield sizes, mesh
 
 
-def saved_activations(cfg: Config, split: dict[str, int], devices: int) -> float:
+def _state_bytes(cfg: Config, devices: list[Any]) -> float:
+    """Of state and gradients on one device. Raises ConfigError for what the mesh does not divide."""
+    state = parts.abstract_state(parts.assemble(cfg, devices))
+    return parts.device_bytes((state, state.params))
+
+
+def saved_activations(cfg: Config, devices: int) -> float:
     """Bytes that the backward pass of one microbatch finds saved on one device, at the least.
 
-    `full` keeps each layer's input, the other policies at least the outputs of its matmuls, too.
+    `full` keeps each layer's input, the other policies at least the outputs of its matmuls, too. At best all devices
+    share them.
     """
     dims = cfg.model.dims
-    tokens = cfg.train.batch * cfg.data.seq_len / cfg.train.microbatches / (devices // split["tensor"])
-    kept = float(dims["embed"])
+    kept = dims["embed"]
     if cfg.model.remat != "full":
-        heads = (dims["heads"] + 2 * dims["kv_heads"]) * dims["head_dim"]
-        kept += (heads + dims["mlp"] * (2 if cfg.model.gated else 1)) / split["tensor"]
-    return tokens * cfg.model.layers * kept * (_HALF if cfg.model.dtype == "bfloat16" else 4)
+        kept += (dims["heads"] + 2 * dims["kv_heads"]) * dims["head_dim"] + dims["mlp"] * (2 if cfg.model.gated else 1)
+    tokens = cfg.train.batch * cfg.data.seq_len / cfg.train.microbatches
+    return tokens / devices * cfg.model.layers * kept * (_HALF if cfg.model.dtype == "bfloat16" else 4)
 
 
-def rough_seconds(cfg: Config, split: dict[str, int], devices: int, chip: Chip | None) -> float:
+def rough_seconds(cfg: Config, sizes: dict[str, int], chip: Chip | None) -> float:
     """Compute and network time of a step, one after the other, by the rules of thumb of the JAX scaling book.
 
-    Weights are gathered forward and backward and their gradients scattered, for every microbatch; over `tensor` each
-    layer gathers and scatters its activations twice per pass. Where the chip is unknown the figures are a TPU v5e's.
+    For every microbatch, weights are gathered forward and backward, and their gradients scattered and added up over
+    copies. Over `tensor` each layer gathers and scatters its activations twice per pass; over `context` each pass
+    sends keys and values round. Where the chip is unknown the figures are a TPU v5e's.
     """
     chip = chip if chip is not None and chip.link is not None else chips.CHIPS["TPU v5 lite"]
     assert chip.link is not None
-    model = decoder.build(cfg.model)
-    passes = 4 if cfg.model.remat == "full" else 3
-    flops = sequence_flops(model, cfg.data.seq_len).causal * cfg.train.batch / devices * passes / 3
-    copies = devices // (split["fsdp"] * split["tensor"])
-    weights = _HALF * count(model.spec).total / split["tensor"]
-    sent = 3 * weights * (split["fsdp"] - 1) / split["fsdp"] * cfg.train.microbatches
-    sent += 2 * weights / split["fsdp"] * (copies - 1) / copies
-    x_bytes = _HALF * cfg.train.batch * cfg.data.seq_len / (devices // split["tensor"]) * cfg.model.embed
-    sent += 4 * passes / 2 * cfg.model.layers * x_bytes * (split["tensor"] - 1) / split["tensor"]
-    return flops / chip.flops + sent / (2 * chip.link)
+    devices, tensor, context = math.prod(sizes.values()), sizes["tensor"], sizes["context"]
+    sharing, stages = sizes["fsdp"] * context, sizes["pipeline"]
+    copies = devices // (sharing * stages * tensor)
+    model, dims = decoder.build(cfg.model), cfg.model.dims
+    passes = 4 if cfg.model.remat == "full" else 3  # forward, backward, which costs two, and again
+    compute = sequence_flops(model, cfg.data.seq_len).causal * cfg.train.batch / devices * passes / 3 / chip.flops
+    compute *= 1 + (stages - 1) / cfg.train.microbatches
+
+    weights = _HALF * count(model.spec).total / (tensor * stages) * cfg.train.microbatches
+    sent = 3 * weights * _others(sharing) + 2 * weights / sharing * _others(copies)
+    tokens = _HALF * cfg.train.batch * cfg.data.seq_len * cfg.model.layers / devices
+    sent += 2 * passes * tokens * dims["embed"] * tensor * _others(tensor)
+    sent += passes * tokens * 2 * dims["kv_heads"] * dims["head_dim"] * (context - 1)
+    return compute + sent / (2 * chip.link)
+
+
+def _others(devices: int) -> float:
+    """The part of an array that a device of a ring does not hold itself."""
+    return (devices - 1) / devices

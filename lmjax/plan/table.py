@@ -1,14 +1,14 @@
 """A plan as text, and as JSON."""
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from lmjax import dry_run
 from lmjax.chips import GIB, PRICES_FROM
 from lmjax.collectives import by_kind
+from lmjax.config import Config
 from lmjax.models import decoder
-from lmjax.plan.search import Candidate, Search
+from lmjax.plan.search import Search, changes
 from lmjax.plan.step import Plan
 
 _MEMORY = {
@@ -27,7 +27,7 @@ def lines(plan: Plan) -> Iterator[str]:
     """The table of one plan."""
     cfg = plan.cfg
     yield f"topology     {plan.topology}"
-    yield f"mesh         {mesh_text(plan)}; remat {cfg.model.remat}, {cfg.train.microbatches} microbatch(es)"
+    yield f"mesh         {settings_text(plan)}"
     yield from dry_run.size(cfg, decoder.build(cfg.model))
     yield ""
     yield from _memory(plan)
@@ -44,8 +44,11 @@ def lines(plan: Plan) -> Iterator[str]:
         yield "; ".join(f"{what} took {seconds:.0f} s" for what, seconds in plan.seconds.items())
 
 
-def mesh_text(plan: Plan) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+def settings_text(plan: Plan) -> str:
+    """`data 2 x fsdp 8, remat full, 4 microbatches`."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    pieces = plan.cfg.train.microbatches
+    return f"{mesh}, remat {plan.cfg.model.remat}, {pieces} microbatch{'es' * (pieces > 1)}"
 
 
 def verdict(plan: Plan) -> str:
@@ -74,50 +77,57 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _work(plan: Plan) -> Iterator[str]:
     assert plan.work is not None and plan.compiled is not None
-    devices = plan.topology.devices
+    model = plan.step_flops.causal / plan.topology.devices
     yield "FLOPs of one device in a step"
-    yield f"  {plan.step_flops.causal / devices:.4g}  matmuls and causal attention, counted from the declaration: MFU's"
-    yield f"  {plan.work.flops:.4g}  executed: with recomputation, and with what several devices compute alike"
-    yield f"  {plan.compiled.xla_flops:.4g}  as XLA says: a loop's body once, nothing inside kernels; not to be used"
+    yield f"  {model:.3e}  the model's: matmuls and causal attention, from the declaration"
+    yield f"  {plan.work.flops:.3e}  executed: also recomputation, and what several devices compute alike"
+    yield f"  {plan.compiled.xla_flops:.3e}  by XLA's count: a loop's body once, nothing in kernels; not to be used"
     yield f"bytes between HBM and chip in a step: {_size(plan.work.hbm_bytes)}, of matmuls and the optimizer"
 
 
 def _collectives(plan: Plan) -> Iterator[str]:
     assert plan.compiled is not None
     found = plan.compiled.collectives
-    runs: Counter[str] = Counter()
-    for one in found:
-        runs[one.kind] += one.times
-    yield "bytes that one device sends in a step"
+    yield "bytes that one device sends in a step" if found else "no device sends anything in a step"
     for kind, sent in by_kind(found).items():
-        if runs[kind]:
-            axes = sorted({"x".join(one.axes(plan.mesh)) for one in found if one.kind == kind})
-            yield f"  {kind:<20}{_size(sent):>12}  in {runs[kind]:>5} runs, over {', '.join(axes)}"
-    if not found:
-        yield "  none"
+        ours = [one for one in found if one.kind == kind]
+        if ours:
+            runs, axes = sum(one.times for one in ours), sorted({" x ".join(one.axes(plan.mesh)) for one in ours})
+            yield f"  {kind:<20}{_size(sent):>12}  in {runs:,} run{'s' * (runs > 1)} over {', '.join(axes)}"
 
 
 def _time_and_price(plan: Plan) -> Iterator[str]:
-    estimate, chip = plan.estimate, plan.chip
-    assert estimate is not None and chip is not None
-    yield "time of a step, a roofline"
-    yield f"  compute {estimate.compute:.4f} s, HBM {estimate.memory:.4f} s, network {estimate.network:.4f} s"
+    estimate = plan.estimate
+    assert estimate is not None
+    yield (
+        f"a roofline of the step: compute {estimate.compute:.4f} s, HBM {estimate.memory:.4f} s, network "
+        f"{estimate.network:.4f} s"
+    )
+    yield f"  {'':<18}{'step':>10}{'tokens/s':>14}{'MFU':>8}{'whole run':>14}{'chip-hours':>14}{'price':>14}"
     for name, seconds in (("all overlapped", estimate.fastest), ("nothing overlapped", estimate.slowest)):
         tokens = plan.cfg.train.batch * plan.cfg.data.seq_len / seconds
-        yield f"  {name:<20}{seconds:.4f} s: {tokens:,.0f} tokens/s, MFU {mfu(plan, seconds):.1%}"
-    yield "the whole run, steps alone: no start-up, evaluation, checkpoints or restarts"
-    for name, seconds in (("all overlapped", estimate.fastest), ("nothing overlapped", estimate.slowest)):
         hours, dollars = hours_and_dollars(plan, seconds)
-        price = "no price is known" if dollars is None else f"${dollars:,.0f}"
-        yield f"  {name:<20}{hours:,.2f} h, {hours * plan.topology.chips:,.0f} chip-hours, {price}"
-    rates = [f"{chip.flops:.3g} bf16 FLOP/s", f"{chip.hbm_bandwidth:.3g} B/s of HBM"]
-    rates += [
-        f"{chip.link:.3g} B/s one way per link" if chip.link else "",
-        f"{chip.dcn:.3g} B/s between slices" * bool(chip.dcn),
-    ]
-    yield f"assumed: {', '.join(filter(None, rates))}; every unit at its peak, no latency;"
-    yield "  collectives as rings, one after another, over the links of the torus dimensions that a group spans"
-    yield f"  prices: {PRICES_FROM}"
+        price = "unknown" if dollars is None else f"${dollars:,.0f}"
+        yield (
+            f"  {name:<18}{seconds:>8.4f} s{tokens:>14,.0f}{mfu(plan, seconds):>8.1%}{hours:>12,.2f} h"
+            f"{hours * plan.topology.chips:>14,.0f}{price:>14}"
+        )
+    yield from _assumptions(plan)
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    chip = plan.chip
+    assert chip is not None and chip.hbm_bandwidth is not None
+    rates = [f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16", f"{chip.hbm_bandwidth / 1e9:,.0f} GB/s of HBM"]
+    if chip.link is not None:
+        rates.append(f"{chip.link / 1e9:,.0f} GB/s one way per link")
+    if chip.dcn is not None and plan.topology.slices > 1:
+        rates.append(f"{chip.dcn / 1e9:,.1f} GB/s per device between slices")
+    yield "assumed"
+    yield f"  {', '.join(rates)}: all at their peak, without latency"
+    yield "  collectives one after another, as rings over the links of the torus dimensions that a group spans"
+    yield "  a run is its steps alone: no start-up, evaluation, checkpoints or restarts"
+    yield f"  {PRICES_FROM}"
 
 
 def mfu(plan: Plan, seconds: float) -> float:
@@ -182,29 +192,25 @@ def search_text(found: Search) -> str:
     """A ranking of what fits, and the best as flags to paste."""
     compiled = len(found.plans) + found.rejected
     rows = [
-        f"{found.candidates} combinations; {found.too_large} need too much whatever XLA does; compiled {compiled}, of "
-        f"which {len(found.plans)} fit; {found.candidates - found.too_large - compiled} were not reached",
-        f"{'':>4}{'step, all overlapped':>22}{'nothing overlapped':>20}{'memory':>12}  settings",
+        f"{found.candidates} combinations of layout, remat policy and microbatches: {found.too_large} cannot fit, "
+        f"{compiled} were compiled, {len(found.plans)} of those fit, "
+        f"{found.candidates - found.too_large - compiled} were not reached",
+        f"{'':>4}{'nothing overlapped':>20}{'all overlapped':>16}{'memory':>12}  settings",
     ]
-    for place, (candidate, plan) in enumerate(found.plans, 1):
+    for place, plan in enumerate(found.plans, 1):
         estimate = plan.estimate
-        times = ("", "") if estimate is None else (f"{estimate.fastest:.4f} s", f"{estimate.slowest:.4f} s")
-        rows.append(f"{place:>4}{times[0]:>22}{times[1]:>20}{_size(plan.needed):>12}  {_settings(candidate)}")
+        slowest, fastest = ("", "") if estimate is None else (f"{estimate.slowest:.4f} s", f"{estimate.fastest:.4f} s")
+        rows.append(f"{place:>4}{slowest:>20}{fastest:>16}{_size(plan.needed):>12}  {settings_text(plan)}")
     if found.plans:
-        rows += ["", "best: " + flags(found.plans[0][0])]
+        rows += ["", f"best: {flags(found.cfg, found.plans[0].cfg) or 'the config as it is'}"]
     return "\n".join(rows)
 
 
-def _settings(candidate: Candidate) -> str:
-    return ", ".join(
-        f"{key.split('.')[1]} {value}" for key, value in candidate.settings.items() if value not in (1, None)
-    )
-
-
-def flags(candidate: Candidate) -> str:
-    return " ".join(f"--config.{key}={value}" for key, value in candidate.settings.items())
+def flags(old: Config, new: Config) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in changes(old, new).items())
 
 
 def search_as_json(found: Search) -> dict[str, Any]:
-    ranked = [{"flags": flags(candidate), **as_json(plan)} for candidate, plan in found.plans]
-    return found._asdict() | {"plans": ranked}
+    ranked = [{"flags": flags(found.cfg, plan.cfg), **as_json(plan)} for plan in found.plans]
+    counts = {name: value for name, value in found._asdict().items() if isinstance(value, int)}
+    return counts | {"plans": ranked}

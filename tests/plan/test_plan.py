@@ -4,6 +4,8 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from lmjax.chips import GIB, Chip
 from lmjax.collectives import Collective
 from lmjax.config import Config, parse
 from lmjax.errors import ConfigError
+from lmjax.layout import LAYOUTS, axis_sizes
 from lmjax.plan import memory, roofline, search, step, table, topology
 
 ROOT = Path(__file__).parents[2]
@@ -96,16 +99,17 @@ def test_a_wrong_name_is_refused_with_the_nearest(name: str, message: str) -> No
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def test_memory_on_eight_devices_is_what_the_state_takes() -> None:
-    result = lmjax_plan("--topology=cpu-8", "--config.mesh.fsdp=4", "--config.train.batch=16", "--json")
-    assert result.returncode == 0, result.stderr
-    plan = json.loads(result.stdout)
-    # 4 of 8 devices share the weights: all axes named embed are split by 4, and the norms' scales are nothing else.
-    assert plan["memory"]["params"] == plan["parameters"]  # float32: 4 bytes, a fourth of them
-    assert plan["memory"]["optimizer"] == pytest.approx(2 * plan["parameters"], abs=64)  # two moments, a count
-    assert abs(plan["memory"]["padding"]) < 1024  # the compiled program's arguments are these, to the byte of a scalar
-    assert plan["collective_bytes"]["all-gather"] > 0
-    assert plan["needed_bytes"] >= 3 * plan["parameters"] + plan["memory"]["temporaries"]
+def test_on_eight_devices() -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n0", "--durations=5", str(Path(__file__).parent / "eight_devices.py")],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_what_cannot_fit_is_said_with_its_largest_arrays(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +179,17 @@ def test_prices(tiny: step.Plan) -> None:
     assert table.hours_and_dollars(plan._replace(chip=None), 3.6) == (1.0, None)
 
 
+def test_the_table_says_what_a_run_takes(tiny: step.Plan) -> None:
+    """A chip that does the step's matmuls in 3.6 s, with instant memory and network: its MFU leaves causality out."""
+    assert tiny.work is not None and tiny.compiled is not None
+    chip = Chip(tiny.work.flops / 3.6, hbm_bandwidth=1e30, link=1e9, dollars=3.0)
+    plan = tiny._replace(chip=chip, compiled=tiny.compiled._replace(network_seconds=0.0))
+    (row,) = [line.split() for line in table.lines(plan) if "all overlapped" in line]
+    share = f"{tiny.step_flops.causal / tiny.step_flops.full:.1%}"
+    assert row == ["all", "overlapped", "3.6000", "s", f"{8 * 16 / 3.6:,.0f}", share, "1.00", "h", "1", "$3"]
+    assert table.as_json(plan)["bounds"]["fastest"]["dollars"] == pytest.approx(3.0)
+
+
 def test_one_device_executes_what_the_declaration_counts(tiny: step.Plan) -> None:
     """And, with the plain attention of a CPU, every query and key."""
     assert tiny.work is not None
@@ -239,29 +254,49 @@ def test_between_slices_each_device_sends_its_share() -> None:
 # Search ---------------------------------------------------------------------------------------------------------------
 
 
-def test_search_picks_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for the smallest step alone, that one is found, and the others are told apart."""
-    target, cfg = topology.parse("cpu-1"), parse(TINY)
+def test_search_ranks_what_fits(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for the smaller step alone, that one is found; with less, nothing is compiled."""
+    target, made = topology.parse("cpu-1"), []
     monkeypatch.setattr(search, "MICROBATCHES", (1, 4))
-    monkeypatch.setattr(search, "REMAT", ("none", "full"))
-    everything = search.search(cfg, target, topology.devices(target), seconds=600)
-    assert (everything.candidates, len(everything.plans), everything.rejected) == (4, 4, 0)
-    needed = sorted(plan.needed for _, plan in everything.plans)
-    assert needed[0] < needed[1]
-    least = min(candidate.least_bytes for candidate, _ in everything.plans)
-    assert all(candidate.least_bytes <= plan.needed for candidate, plan in everything.plans), "a bound from below"
-    monkeypatch.setattr(chips, "CHIPS", {"cpu": Chip(1e12, needed[0], 1e11, 1e9, None, 1.0)})
-    found = search.search(cfg, target, topology.devices(target), seconds=600)
-    assert [plan.needed for _, plan in found.plans] == [needed[0]] and found.rejected + found.too_large == 3
-    assert f"best: {table.flags(found.plans[0][0])}" in table.search_text(found)
-    assert "--config.train.microbatches=4" in table.search_text(found)
-    monkeypatch.setattr(chips, "CHIPS", {"cpu": Chip(1e12, least - 1, 1e11, 1e9)})
-    nothing = search.search(cfg, target, topology.devices(target), seconds=600)
-    assert (nothing.plans, nothing.too_large) == ([], 4)
+    monkeypatch.setattr(search, "REMAT", ("full",))
+
+    def make_plan(cfg: Config, *arguments: Any) -> step.Plan:  # compiles each config once, whatever the chip
+        plan = next((plan for plan in made if plan.cfg == cfg), None) or step.make_plan(cfg, *arguments)
+        made.append(plan)
+        return plan._replace(chip=chips.chip("cpu"))
+
+    monkeypatch.setattr(search, "make_plan", make_plan)
+    found = search.search(tiny.cfg, target, topology.devices(target), seconds=600)
+    assert (found.candidates, len(found.plans), found.rejected, found.too_large) == (2, 2, 0, 0)
+    least = [one.least_bytes for one in search.candidates(tiny.cfg, target, topology.devices(target))]
+    whole, pieces = sorted(found.plans, key=lambda plan: plan.cfg.train.microbatches)
+    assert pieces.needed < whole.needed
+    assert max(least) < pieces.needed, "a bound from below"
+
+    monkeypatch.setattr(chips, "CHIPS", {"cpu": Chip(1e12, pieces.needed, 1e11, 1e9, None, 1.0)})
+    found = search.search(tiny.cfg, target, topology.devices(target), seconds=600)
+    assert (found.plans, found.rejected) == ([pieces._replace(chip=chips.chip("cpu"))], 1)
+    assert "best: --config.train.microbatches=4 --config.model.remat=full" in table.search_text(found)
+    assert table.search_as_json(found)["plans"][0]["microbatches"] == 4
+
+    compiled = len(made)
+    monkeypatch.setattr(chips, "CHIPS", {"cpu": Chip(1e12, min(least) - 1, 1e11, 1e9)})
+    found = search.search(tiny.cfg, target, topology.devices(target), seconds=600)
+    assert (found.plans, found.too_large) == ([], 2) and len(made) == compiled
 
 
-def test_candidates_cover_the_layouts() -> None:
-    """Rows of tiny shapes, on eight devices that need not exist: the config's own checks say what is possible."""
+def test_every_layout_is_searched_once() -> None:
+    every = list(search.meshes(16, slices=1))
+    assert {mesh.layout for _, mesh in every} == set(LAYOUTS)
+    assert len({tuple(sizes.items()) for sizes, _ in every}) == len(every)
+    assert all(math.prod(sizes.values()) == 16 for sizes, _ in every)
+    assert all(axis_sizes(mesh, 16) == sizes for sizes, mesh in every)
+    across = list(search.meshes(16, slices=2))
+    assert across and all(sizes["slices"] == 2 and math.prod(sizes.values()) == 16 for sizes, _ in across)
+
+
+def test_the_command_says_what_to_do_when_nothing_fits() -> None:
+    """On eight devices that need not exist. The config's own checks say which layouts are possible."""
     result = lmjax_plan("--topology=cpu-8", "--config.train.batch=16", "--search", "--minutes=0", "--json")
     assert result.returncode == 2 and "nothing that was tried fits" in result.stderr  # no time to compile anything
     found: dict[str, Any] = json.loads(result.stdout)
@@ -273,8 +308,8 @@ def test_candidates_cover_the_layouts() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_it_says_what_to_install() -> None:
-    result = lmjax_plan("--topology=v5e-8")
-    assert result.returncode == 2 and "lmjax[tpu]" in result.stderr and result.stderr.count("\n") == 1
+    with pytest.raises(ConfigError, match=r"needs libtpu.*pip install 'lmjax\[tpu\]'"):
+        topology.devices(topology.parse("v5e-8"))
 
 
 @needs_libtpu

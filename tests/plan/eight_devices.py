@@ -1,0 +1,80 @@
+"""Plans beside what eight devices really hold and send. test_plan.py runs this file in a process of its own."""
+
+from typing import Any
+
+import jax
+import pytest
+
+from lmjax import experiment as parts
+from lmjax.collectives import by_kind
+from lmjax.config import Config, parse
+from lmjax.plan import step, topology
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+EMBED, LAYERS, VOCAB, BATCH, T = 32, 3, 64, 16, 16
+OTHERS = 7 / 8  # of an array that eight devices share, what one of them does not hold
+
+
+def config(**mesh: Any) -> Config:
+    """Untied and float32: then every weight is gathered or summed by itself, as 4 bytes."""
+    return parse(
+        {
+            "model": {"vocab": VOCAB, "layers": LAYERS, "embed": EMBED, "heads": 4, "kv_heads": 2, "mlp": 64}
+            | {"context": T, "remat": "full", "tied": False},
+            "data": {"seq_len": T},
+            "train": {"batch": BATCH, "steps": 10},
+            "optimizer": {"schedule": {"warmup": 5}},
+            "mesh": mesh,
+        }
+    )
+
+
+def plan_of(cfg: Config) -> step.Plan:
+    target = topology.parse("cpu-8")
+    return step.make_plan(cfg, target, topology.devices(target))
+
+
+def held(tree: Any) -> int:
+    """Bytes of a real state on the first device."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def fsdp() -> step.Plan:
+    return plan_of(config(layout="fsdp"))
+
+
+def test_memory_is_what_a_state_takes(fsdp: step.Plan) -> None:
+    state = parts.initial_state(parts.assemble(fsdp.cfg, jax.devices()))
+    assert fsdp.compiled is not None
+    memory = fsdp.compiled.memory
+    assert (memory.params, memory.optimizer) == (held(state.params), held(state.opt_state))
+    assert memory.params == 4 * fsdp.counts.total / 8, "every weight is split"
+    assert abs(memory.padding) <= 8  # but for a scalar that the step does not read, XLA counts the same
+    assert fsdp.needed >= memory.params + memory.optimizer + memory.temporaries > 0
+
+
+def test_activations_are_the_inputs_of_the_layers(fsdp: step.Plan) -> None:
+    assert fsdp.compiled is not None
+    assert fsdp.compiled.memory.activations == LAYERS * BATCH // 8 * T * EMBED * 4
+
+
+def test_fsdp_gathers_weights_for_each_pass(fsdp: step.Plan) -> None:
+    """Layers forward and again backward; the tables and the last norm once."""
+    assert fsdp.compiled is not None
+    sent, total = by_kind(fsdp.compiled.collectives), fsdp.counts.total
+    once = 2 * VOCAB * EMBED + EMBED
+    assert sent["all-gather"] == OTHERS * 4 * (2 * (total - once) + once)
+    assert sent["all-to-all"] == sent["collective-permute"] == 0
+    gradients = sent["reduce-scatter"] + sent["all-reduce"] / 2  # on CPUs XLA reduces some, then slices
+    assert gradients == pytest.approx(OTHERS * 4 * total, rel=0.02)
+
+
+def test_data_parallel_sums_gradients() -> None:
+    plan = plan_of(config(layout="dp"))
+    assert plan.compiled is not None
+    sent = by_kind(plan.compiled.collectives)
+    gradients = 2 * OTHERS * 4 * plan.counts.total
+    assert gradients <= sent.pop("all-reduce") <= gradients + 100  # metrics
+    assert not any(sent.values())
