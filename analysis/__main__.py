@@ -72,6 +72,7 @@ def _add_source(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--flops", help="which C: 6nd, exact, or a column")
     parser.add_argument("--columns", type=_pairs, default={}, help="canonical=COLUMN,... for unusual tables")
     parser.add_argument("--where", type=_pairs, default={}, help="COLUMN=VALUE,... keeps only these rows")
+    parser.add_argument("--exclude", type=_names, default=(), metavar="RUN,...", help="drop these runs, by name or row")
     parser.add_argument("--exclude-invalid", action="store_true", help="drop unusable rows, with the reason recorded")
 
 
@@ -82,6 +83,7 @@ def _selection(parsed) -> dict:
         "flops": parsed.flops,
         "columns": parsed.columns,
         "where": parsed.where,
+        "exclude": parsed.exclude,
         "exclude_invalid": parsed.exclude_invalid,
     }
 
@@ -91,6 +93,10 @@ def _pairs(text: str) -> dict[str, str]:
     if not all(sign and key and value for key, sign, value in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE,...")
     return {key: value for key, _, value in pairs}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _positive(text: str) -> float:

@@ -8,7 +8,7 @@ Everything numeric is float64: as int64, 6 N D turns negative beyond 9.2e18 FLOP
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,6 +111,7 @@ def load_runs(
     flops: str | None = None,
     columns: dict[str, str] | None = None,
     where: dict[str, str] | None = None,
+    exclude: Collection[str] = (),
     exclude_invalid: bool = False,
     api=None,
 ) -> Runs:
@@ -118,8 +119,9 @@ def load_runs(
 
     `loss` names the loss column or metric; `params` is a key of PARAM_COUNTS or a column; `flops` a key of FLOP_COUNTS
     or a column; `columns` maps canonical names to the table's; `where` keeps rows whose column equals a value;
-    `exclude_invalid` drops unusable rows (recorded as exclusions) instead of refusing them. Of a table with several
-    values of `stage` the last is returned, with all of them as its `stages`.
+    `exclude` drops the runs of these names (rows, from 0, where runs have none), `exclude_invalid` drops unusable rows
+    instead of refusing them: both are recorded. Of a table with several values of `stage` the last is returned, with
+    all of them as its `stages`.
     Raises ValueError, one line: what is wrong, where, what to do.
     """
     name = str(source)
@@ -134,9 +136,13 @@ def load_runs(
         raise ValueError(
             f"{name}: {loss_name!r} is a perplexity, and laws are of its logarithm: add a column with that"
         )
+    if "run" not in table:
+        table["run"] = table.index.astype(str)
+    if unknown := [run for run in exclude if run not in set(table["run"])]:
+        raise ValueError(f"{name}: no run is named {', '.join(unknown)}: change --exclude")
     parts = dict(list(table.groupby("stage", sort=False))) if "stage" in table else {"": table}
     loaded = {
-        stage: _checked(part, records, params, flops, exclude_invalid, name, loss_name, [*notes])
+        stage: _checked(part, exclude, records, params, flops, exclude_invalid, name, loss_name, [*notes])
         for stage, part in parts.items()
     }
     loaded = {stage: replace(runs, loss_unit=unit) for stage, runs in loaded.items()}
@@ -148,17 +154,22 @@ def load_runs(
     return replace(runs, stages=loaded, notes=(*runs.notes, note), sha256=whole)
 
 
-def _checked(table, records, params, flops, exclude_invalid, source: str, loss_name: str, notes: list[str]) -> Runs:
+def _checked(
+    table, exclude, records, params, flops, exclude_invalid, source: str, loss_name: str, notes: list[str]
+) -> Runs:
     """The rows of one stage, chosen, checked and completed."""
-    table = table.copy()
+    names = table["run"]
+    named = names.index[names.isin(exclude)]
+    table = table.drop(index=named)
     params_convention = _choose_count(table, "params", params, PARAM_COUNTS, source)
     flops_convention = _choose_count(table, "flops", flops, FLOP_COUNTS, source)
     check_one_convention(table, source)
     history, table = table, _last_steps(table, notes)
-    exclusions = exclude_unfinished(table)
-    table = table.drop(index=[i for _, index in exclusions for i in index])
-    exclusions += invalid_rows(table, exclude_invalid, source)
-    table = table.drop(index=[i for _, index in exclusions for i in index if i in table.index])
+    unfinished = exclude_unfinished(table)
+    table = table.drop(index=[i for _, index in unfinished for i in index])
+    invalid = invalid_rows(table, exclude_invalid, source)
+    table = table.drop(index={i for _, index in invalid for i in index})
+    exclusions = [*([("named by --exclude", named)] if len(named) else []), *unfinished, *invalid]
     flops_convention = _complete(table, flops_convention, notes, source)
     if not records:
         check_units(table, source)
@@ -166,7 +177,6 @@ def _checked(table, records, params, flops, exclude_invalid, source: str, loss_n
     note_copies(table, notes)
     if table.empty:
         raise ValueError(f"{source}: no usable run is left: {'; '.join(r for r, _ in exclusions) or 'it is empty'}")
-    names = history["run"] if "run" in history else pd.Series(history.index.astype(str), history.index)
     return Runs(
         table=table.reset_index(drop=True),
         curves=_record_curves(records, loss_name, table) if records else _table_curves(history, table),
@@ -175,7 +185,7 @@ def _checked(table, records, params, flops, exclude_invalid, source: str, loss_n
         flops_convention=flops_convention,
         loss_name=loss_name,
         sha256=hashlib.sha256(table.to_csv(index=False).encode()).hexdigest(),
-        exclusions=tuple(Exclusion(reason, tuple(str(names[i]) for i in index)) for reason, index in exclusions),
+        exclusions=tuple(Exclusion(reason, tuple(dict.fromkeys(names[index]))) for reason, index in exclusions),
         notes=tuple(notes),
     )
 

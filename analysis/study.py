@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.stats import norm
 
 from analysis import envelope, isoflop
 from analysis.estimates import (
@@ -28,6 +29,8 @@ from analysis.uncertainty import resample_pairs
 from analysis.variable_projection import ProjectionFit, fit_by_projection
 
 SAME = 1e-6
+# A run is off the fit beyond this many robust standard deviations of ln L, and by more than a rounded loss is.
+FAR, LEAST_FAR = 6.0, 1e-3
 FEWEST_RUNS = 6
 
 
@@ -158,6 +161,24 @@ def check_law(surface: Surface) -> None:
         )
 
 
+def _outliers(runs: Runs, huber: ParametricFit) -> list[str]:
+    """Which runs lie far off the fit, and what it would be without them: a few can move it more than all the rest."""
+    residuals = huber.log_residuals - np.median(huber.log_residuals)
+    spread = np.median(np.abs(residuals)) / norm.ppf(0.75)
+    far = np.abs(residuals) > max(FAR * spread, LEAST_FAR)
+    if not 0 < far.sum() <= len(far) / 4:
+        return []
+    try:
+        without = fit_parametric(*(x[~far] for x in runs.points), starts=_published(huber.surface)[None])
+    except ValueError:
+        return []
+    return [
+        f"{far.sum()} runs lie over {FAR:g} standard deviations off the fit; without them, --exclude="
+        f"{','.join(runs.column('run')[far])}, N* grows as C^{without.surface.params_exponent:.3g} instead of "
+        f"C^{huber.surface.params_exponent:.3g}"
+    ]
+
+
 def _published(surface: Surface) -> np.ndarray:
     """(a, b, e, alpha, beta)."""
     E = max(float(surface.E), np.finfo(float).tiny)  # a fit may find no irreducible loss
@@ -188,6 +209,7 @@ def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> l
     for name, values in (("N", params), ("D", tokens)):
         if len(np.unique(values)) < 3:
             found.append(f"only two values of {name}: its exponent and E cannot be told apart")
+    found += _outliers(runs, huber)
     if huber.agreeing < 0.05:
         found.append(f"only {huber.agreeing:.1%} of the starts agree with the best fit: it may not be the optimum")
     if min(huber.surface.alpha, huber.surface.beta) < 0.02:
@@ -198,5 +220,7 @@ def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> l
             found.append(f"{repeated} runs repeat data; only the repeats figure accounts for it: fit the others alone")
     for method, fit in isoflops.items():
         for axis, vertices in (("N", fit.params_vertices), ("D", fit.tokens_vertices)):
-            found += [f"{method}, budget {v.budget:.3g}, in {axis}: {v.flag}" for v in vertices if v.flag]
+            for flag in sorted({v.flag for v in vertices} - {""}):
+                flagged = ", ".join(f"{v.budget:.3g}" for v in vertices if v.flag == flag)
+                found.append(f"{method} in {axis}, {flag} at budget {flagged}")
     return found

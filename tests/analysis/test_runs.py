@@ -72,7 +72,7 @@ def test_two_points_in_a_budget_are_flagged_not_used(tmp_path, capsys):
     source = written(tmp_path, frame)
     flags = [f"--runs={source}", "--target=1e23", f"--out={tmp_path / 'out'}", "--replicates=100"]
     assert main(["report", *flags]) == 0
-    assert "parabola, budget 6e+18, in N: only 2 sizes" in capsys.readouterr().out
+    assert "parabola in N, only 2 sizes at budget 6e+18" in capsys.readouterr().out
 
 
 def test_empty_missing_and_broken_files(tmp_path, capsys):
@@ -93,6 +93,17 @@ def test_invalid_rows_are_dropped_only_when_asked_and_recorded(tmp_path):
     runs = load_runs(written(tmp_path, frame), exclude_invalid=True)
     assert len(runs.table) == 61
     assert {e.reason: len(e.runs) for e in runs.exclusions} == {"loss missing or NaN": 1, "loss zero or negative": 1}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "by row"])
+def test_runs_are_excluded_by_name_and_recorded(tmp_path, named):
+    frame = table().assign(run=[f"run{i}" for i in range(63)]) if named else table()
+    exclude = ("run3", "run50") if named else ("3", "50")
+    runs = load_runs(written(tmp_path, frame), exclude=exclude)
+    assert [(e.reason, e.runs) for e in runs.exclusions] == [("named by --exclude", exclude)]
+    np.testing.assert_array_equal(runs.column("loss"), table()["loss"].drop([3, 50]))
+    with pytest.raises(ValueError, match="no run is named nobody: change --exclude"):
+        load_runs(written(tmp_path, frame), exclude=("nobody", exclude[0]))
 
 
 def test_huge_integers_do_not_overflow(tmp_path):

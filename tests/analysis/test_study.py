@@ -68,3 +68,14 @@ def test_seeds_of_one_cell_are_averaged_for_isoflops(tmp_path):
     runs = loaded(tmp_path, frame)
     params, _, loss, _ = seed_means(runs, runs.column("flops"))
     assert len(params) == 63 and sorted(loss) == pytest.approx(sorted(table()["loss"] + 0.01))
+
+
+def test_runs_far_off_the_fit_are_named_with_what_they_change(tmp_path):
+    frame = table()
+    frame.loc[[7, 20], "loss"] += 0.2
+    study = make_study(loaded(tmp_path, frame), Options(1e23, replicates=100))
+    [note] = [warning for warning in study.warnings if "off the fit" in warning]
+    without = make_study(load_runs(tmp_path / "runs.csv", exclude=("7", "20")), Options(1e23, replicates=100))
+    assert "2 runs lie over 6 standard deviations off the fit; without them, --exclude=7,20," in note
+    assert f"C^{without.huber.surface.params_exponent:.3g} instead" in note
+    assert not any("off the fit" in warning for warning in without.warnings)
