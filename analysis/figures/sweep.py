@@ -5,10 +5,11 @@ import pandas as pd
 
 from analysis.figures import style
 from analysis.figures.style import Drawing, NotApplicableError
-from analysis.isoflop import lowest_per_size
+from analysis.isoflop import MIN_POINTS, lowest_per_size
 from analysis.study import Study
 
 MOST_CURVES = 60
+MOST_NAMED = 12  # budgets in a legend; more are a colour bar
 
 
 def training_curves(study: Study) -> Drawing:
@@ -43,14 +44,14 @@ def isoflop(study: Study) -> Drawing:
         (panels[1], "tokens", fit.tokens_vertices, study.isoflop_replicates["parabola"].tokens_optima),
     )
     for axes, column, vertices, optima in sides:
-        colours, _ = style.colours_of([v.budget for v in vertices])
+        colours, mappable = style.colours_of([v.budget for v in vertices])
         used = [v.budget for v in vertices if v.used]
         for vertex, colour in zip(vertices, colours, strict=True):
             mine = study.budgets == vertex.budget
             sizes, loss = study.runs.column(column)[mine], study.runs.column("loss")[mine]
             axes.plot(sizes, loss, "o", color=colour, label=f"{vertex.budget:.2g}")
             rows.append(pd.DataFrame({"axis": column, "budget": vertex.budget, "size": sizes, "loss": loss}))
-            if vertex.points >= 3:
+            if vertex.points >= MIN_POINTS:
                 log_sizes, lowest = lowest_per_size(sizes, loss)
                 curve = np.polynomial.Polynomial.fit(log_sizes, lowest, 2)
                 x = np.linspace(log_sizes[0], log_sizes[-1], 60)
@@ -63,7 +64,10 @@ def isoflop(study: Study) -> Drawing:
     _clip_losses(panels, study.runs.column("loss"))
     panels[0].set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
     panels[1].set(xlabel=style.TOKENS)
-    figure.legend(*panels[0].get_legend_handles_labels(), title="C (FLOPs)", loc="outside right upper")
+    if len(fit.params_vertices) <= MOST_NAMED:
+        figure.legend(*panels[0].get_legend_handles_labels(), title=style.FLOPS, loc="outside right upper")
+    else:
+        figure.colorbar(mappable, ax=panels, label=style.FLOPS)
     return Drawing(
         figure,
         pd.concat(rows, ignore_index=True),
