@@ -23,7 +23,7 @@ Arguments = argparse.Namespace
 
 def train(arguments: Arguments) -> int:
     """Train a config in a work directory, or go on where an earlier attempt stopped. Finished: does nothing."""
-    from lmjax import config
+    from lmjax import config, runtime
 
     cfg = config.load(arguments.config, arguments.overrides)
     if arguments.dry_run:
@@ -32,7 +32,8 @@ def train(arguments: Arguments) -> int:
         for line in dry_run.describe(cfg):
             print(line)
         return 0
-    from lmjax import distributed, run, runtime
+    runtime.leave_on_sigterm()
+    from lmjax import distributed, run
 
     flags = {
         "LMJAX_COORDINATOR": arguments.coordinator,

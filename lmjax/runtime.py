@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lmjax import distributed
-from lmjax.errors import BUG, DONE, CheckpointError, ConfigError, LmjaxError, StallError
+from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, StallError
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,15 @@ def _one_line(error: BaseException) -> str:
 
 
 # --- Signals and stalls -----------------------------------------------------------------------------------------------
+
+
+def leave_on_sigterm() -> None:
+    """Until `Preemption` takes over, SIGTERM ends this process at once with PREEMPTED: there is nothing to save yet."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        exit_now("SIGTERM before the first step: nothing to save; run the same command again", PREEMPTED)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 class Preemption:

@@ -215,6 +215,21 @@ def test_a_second_signal_ends_even_while_the_main_thread_is_in_native_code() -> 
     assert process.returncode == 128 + signal.SIGTERM
 
 
+def test_a_signal_before_there_is_anything_to_save_ends_at_once() -> None:
+    process = start("""
+        import time
+        from lmjax import runtime
+        runtime.leave_on_sigterm()
+        print("ready", flush=True)
+        time.sleep(100)
+    """)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert err == "lmjax: error: SIGTERM before the first step: nothing to save; run the same command again\n"
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with runtime.Preemption() as preemption:
