@@ -156,12 +156,12 @@ def _number(name: str, text: str) -> int:
 
 def _checked(cluster: Cluster) -> Cluster:
     host, _, port = cluster.coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 <= int(port) < 2**16:
         raise ConfigError(f"coordinator {cluster.coordinator!r} ({cluster.source}) is not host:port")
     if not 0 <= cluster.process < cluster.processes:
         raise ConfigError(
-            f"process {cluster.process} of {cluster.processes} processes ({cluster.source}): they count from 0; "
-            f"use 0 to {cluster.processes - 1}"
+            f"process {cluster.process} of {cluster.processes} processes ({cluster.source}): their numbers are 0 to "
+            "one less than there are"
         )
     return cluster
 
@@ -211,6 +211,8 @@ def start(environment: Mapping[str, str], *, timeout: float, on_loss: Callable[[
     when the coordinator or a process is not there within `timeout` seconds.
     """
     global _started, _lifeline
+    if not timeout > 0:
+        raise ConfigError(f"--start-timeout={timeout:g} is not a positive number of seconds")
     cluster = detect(tpu_metadata(environment) | dict(environment))
     if cluster is None or cluster.processes == 1:
         _warn_outside_srun(environment)

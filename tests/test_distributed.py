@@ -71,9 +71,11 @@ def test_a_process_knows_its_place(environment: dict[str, str], expected: tuple[
     ("environment", "problem"),
     [
         ({"LMJAX_PROCESSES": "4"}, "LMJAX_PROCESSES set, but LMJAX_COORDINATOR, LMJAX_PROCESS_ID not; give --coord"),
-        (FLAGS | {"LMJAX_PROCESS_ID": "4"}, "process 4 of 4 processes .*use 0 to 3"),
+        (FLAGS | {"LMJAX_PROCESS_ID": "4"}, "process 4 of 4 processes .*one less than there are"),
         (FLAGS | {"LMJAX_PROCESS_ID": "-1"}, "LMJAX_PROCESS_ID='-1' is not a number"),
         (FLAGS | {"LMJAX_COORDINATOR": "somewhere"}, "'somewhere' .flags. is not host:port"),
+        (FLAGS | {"LMJAX_PROCESSES": "0", "LMJAX_PROCESS_ID": "0"}, "process 0 of 0 processes"),
+        (FLAGS | {"LMJAX_COORDINATOR": "somewhere:99999"}, "'somewhere:99999' .flags. is not host:port"),
         ({"TPU_WORKER_ID": "0"}, "TPU_WORKER_ID set, but TPU_WORKER_HOSTNAMES not"),
         (TPU | {"MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_COORDINATOR_ADDRESS, MEGASCALE_SLICE_ID not"),
         ({"SKYPILOT_NODE_RANK": "0"}, "SKYPILOT_NODE_IPS, SKYPILOT_NUM_NODES not"),
