@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from lmjax.layout import constrain, current_mesh, mesh_axes, per_device, token_order
 from lmjax.metrics import Metrics
 from lmjax.models.config import ModelConfig, MoeConfig
+from lmjax.models.grouped import grouped_dot
 from lmjax.models.linear import linear
 from lmjax.models.mlp import feed_forward, mlp, mlp_weights
 from lmjax.weights import Initializer, Params, Spec, Weight, map_weights, zeros
@@ -171,7 +172,7 @@ def dropless(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
     load_E = jnp.bincount(expert_A, length=E)
 
     def project(x_AI: jax.Array, name: str) -> jax.Array:
-        y_AO = jax.lax.ragged_dot(x_AI, p[name], load_E, preferred_element_type=x_AI.dtype)
+        y_AO = grouped_dot(x_AI, p[name], load_E)
         bias_EO = p.get(f"{name}_bias")
         return y_AO if bias_EO is None else y_AO + bias_EO[expert_A[order_A]].astype(x_AI.dtype)
 
