@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_source(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--runs", required=required, metavar="SOURCE")
     parser.add_argument("--loss", help="loss column or metric")
-    parser.add_argument("--params", dest="count", help="which N: total, non_embedding, matmul, or a column")
+    parser.add_argument("--params", dest="count", help="which N: total, non_embedding, matmul, active, or a column")
     parser.add_argument("--flops", help="which C: 6nd, exact, or a column")
     parser.add_argument("--columns", type=_pairs, default={}, help="canonical=COLUMN,... for unusual tables")
     parser.add_argument("--where", type=_pairs, default={}, help="COLUMN=VALUE,... keeps only these rows")

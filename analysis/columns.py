@@ -23,6 +23,7 @@ ALIASES = {
         "non embed params", "params non embed", "n non embedding", "n non embed",
     ),
     "params_matmul": ("params matmul", "matmul params"),
+    "params_active": ("params active", "active params", "active parameters", "activated params", "n active"),
     "tokens": (
         "tokens", "n tokens", "num tokens", "training tokens", "train tokens", "total tokens", "tokens seen",
         "dataset size", "d",

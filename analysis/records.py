@@ -82,6 +82,7 @@ def _row(record: RunRecord, loss: str) -> dict:
         "params_total": record.final("params/total"),
         "params_non_embedding": record.final("params/non_embedding"),
         "params_matmul": record.final("params/matmul"),
+        "params_active": _first_number(record.final("params/active"), record.final("params/total")),
         "tokens": record.final("tokens"),
         "unique_tokens": _first_number(record.final("data/unique_tokens"), _tokens_an_epoch(record)),
         "flops_6nd": record.final("flops_6nd"),

@@ -31,7 +31,12 @@ from analysis.sources import read_records
 from analysis.surface import FLOPS_PER_PARAM_TOKEN
 
 # Which N and C a fit uses: the flag's value -> the column.
-PARAM_COUNTS = {"total": "params_total", "non_embedding": "params_non_embedding", "matmul": "params_matmul"}
+PARAM_COUNTS = {
+    "total": "params_total",
+    "non_embedding": "params_non_embedding",
+    "matmul": "params_matmul",
+    "active": "params_active",
+}
 FLOP_COUNTS = {"6nd": "flops_6nd", "exact": "flops_exact"}
 CURVE_COLUMNS = ["run", "step", "tokens", "flops", "loss"]
 # What runs of one (N, D) may differ in, and some be better for; seeds are luck.
@@ -161,6 +166,7 @@ def _checked(
     names = table["run"]
     named = names.index[names.isin(exclude)]
     table = table.drop(index=named)
+    params = "active" if params is None and _is_sparse(table) else params
     params_convention = _choose_count(table, "params", params, PARAM_COUNTS, source)
     flops_convention = _choose_count(table, "flops", flops, FLOP_COUNTS, source)
     check_one_convention(table, source)
@@ -228,6 +234,13 @@ def _select(raw: pd.DataFrame, where: dict[str, str], source: str) -> pd.DataFra
             raise ValueError(f"{source}: no row has {column}={value} (values: {present}): change --where")
         raw = kept
     return raw
+
+
+def _is_sparse(table: pd.DataFrame) -> bool:
+    """Whether tokens pass through only a part of some run's parameters, as in mixtures of experts: 6ND counts that."""
+    if "params" in table or not {"params_active", "params_total"} <= set(table):
+        return False
+    return bool((table["params_active"] < table["params_total"]).any())
 
 
 def _choose_count(table: pd.DataFrame, name: str, choice: str | None, counts: dict[str, str], source: str) -> str:

@@ -265,6 +265,23 @@ def test_work_directories_become_one_row_a_run(tmp_path):
     assert other.column("flops") == pytest.approx([7 * 1e8 * 3e9, 7 * 2e8 * 3e9])
 
 
+def test_the_n_of_mixtures_is_what_a_token_passes_through(tmp_path):
+    for name, active in (("dense", None), ("mixture", 0.5e8)):
+        summary = workdir(tmp_path, name) / "summary.json"
+        counts = {} if active is None else {"params/active": active, "flops_6nd": 6 * active * 3e9}
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | counts))
+    runs = load_runs(tmp_path)
+    assert runs.params_convention == "active"
+    assert runs.column("params") == pytest.approx([1.2e8, 0.5e8])  # of a dense model that is the total
+    assert runs.column("params_total") == pytest.approx([1.2e8, 1.2e8])
+    assert load_runs(tmp_path / "mixture", params="total").column("params") == pytest.approx([1.2e8])
+    assert load_runs(tmp_path / "dense").params_convention == "total"
+    table = pd.DataFrame(
+        {"Active Params": [1e8, 2e8], "Total Params": [4e8, 8e8], "tokens": [1e9, 2e9], "loss": [3.0, 2.8]}
+    )
+    assert load_runs(written(tmp_path, table)).column("params") == pytest.approx([1e8, 2e8])
+
+
 def test_torn_lines_restarts_and_unfinished_runs(tmp_path):
     workdir(tmp_path, "good", torn=True)
     workdir(tmp_path, "stopped", status="preempted")
