@@ -71,14 +71,16 @@ def plan(arguments: Arguments) -> int:
         found = search.search(cfg, target, devices, seconds=60 * arguments.minutes)
         print(json.dumps(table.search_as_json(found), indent=1) if arguments.json else table.search_text(found))
         if not found.plans:
-            raise ConfigError(f"--topology={target.name}: nothing that was tried fits; use more chips")
+            raise ConfigError(
+                f"--topology={target.name}: nothing that was tried fits; use more chips, or search for more --minutes"
+            )
         return 0
     planned = step.make_plan(cfg, target, devices)
     print(json.dumps(table.as_json(planned), indent=1) if arguments.json else "\n".join(table.lines(planned)))
     if not planned.fits:
         raise ConfigError(
-            f"--topology={target.name}: {table.verdict(planned)}; use more chips, split weights over more devices "
-            "(mesh.fsdp), model.remat=full, or more train.microbatches; --search tries them"
+            f"--topology={target.name}: {table.verdict(planned)}; --search tries other layouts, remat policies and "
+            "microbatches; or use more chips"
         )
     return 0
 

@@ -19,41 +19,43 @@ class Buffer(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on one device."""
+    """Bytes on one device. What is None was not found out: the step was not, or could not be, compiled."""
 
     params: float
     optimizer: float
     inputs: float
     """Batch, hyperparameters, counters."""
-    padding: float
-    """What the device's tiled layouts add to all of these."""
-    temporaries: float
-    """Activations, gradients, gathered weights: everything that lives within the step."""
-    activations: float
-    """Those of them that the forward pass leaves for the backward pass, by the types of the traced program."""
-    outputs: float
+    gradients: float
+    activations: float | None = None
+    """What the forward pass leaves for the backward pass, by the types of the traced program."""
+    padding: float | None = None
+    """What the device's tiled layouts add to params, optimizer and inputs."""
+    temporaries: float | None = None
+    """Gradients, activations, gathered weights: everything that lives within the step."""
+    outputs: float | None = None
     """Results that do not take the place of an input, such as metrics."""
-    program: float
+    program: float | None = None
     """The compiled code."""
-    peak: float
+    peak: float | None = None
     """The most that is needed at any moment, as XLA assigned it."""
 
 
-def of_compiled(compiled: Any, state: TrainState, batch: Any, *, activations: float) -> Memory:
-    """The memory of a compiled step. Analytic where the declaration says it, else what XLA's buffer assignment says."""
-    stats = compiled.memory_analysis()
-    params, optimizer = device_bytes(state.params), device_bytes(state.opt_state)
+def of_declaration(state: TrainState, batch: Any) -> Memory:
+    """What follows from shapes and shardings."""
+    params = device_bytes(state.params)
     inputs = device_bytes((batch, state.hyper, state.buffers, state.counters))
+    return Memory(params, device_bytes(state.opt_state), inputs, gradients=params)
+
+
+def of_compiled(memory: Memory, compiled: Any) -> Memory:
+    """The same with what XLA's buffer assignment says."""
+    stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     program = stats.generated_code_size_in_bytes
     whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs + program
-    return Memory(
-        params=params,
-        optimizer=optimizer,
-        inputs=inputs,
-        padding=stats.argument_size_in_bytes - params - optimizer - inputs,
+    return memory._replace(
+        padding=stats.argument_size_in_bytes - memory.params - memory.optimizer - memory.inputs,
         temporaries=stats.temp_size_in_bytes,
-        activations=activations,
         outputs=outputs,
         program=program,
         peak=max(whole, stats.peak_memory_in_bytes),
@@ -75,8 +77,8 @@ def largest_values(jaxpr: Any, count: int = 8) -> list[Buffer]:
     found: dict[str, Buffer] = {}
     for equation in _equations(jaxpr):
         for variable in equation.outvars:
-            value = f"{variable.aval.dtype}[{','.join(map(str, local_shape(variable.aval)))}]"
-            name = f"{value} {equation.primitive.name} {equation.source_info.name_stack}"
+            value = jax.core.ShapedArray(local_shape(variable.aval), variable.aval.dtype).str_short(short_dtypes=True)
+            name = f"{value} {equation.primitive.name} {equation.source_info.name_stack}".rstrip()
             found.setdefault(value, Buffer(name, local_bytes(variable.aval)))
     return sorted(found.values(), key=lambda buffer: -buffer.bytes)[:count]
 

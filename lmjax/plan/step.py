@@ -10,6 +10,7 @@ from lmjax import experiment as parts
 from lmjax.chips import Chip
 from lmjax.collectives import Collective, collectives
 from lmjax.config import Config
+from lmjax.data.batch import Batch
 from lmjax.experiment import Experiment
 from lmjax.models.flops import Flops, sequence_flops
 from lmjax.models.model import Model
@@ -24,7 +25,6 @@ from lmjax.weights import Counts, count
 class Compiled(NamedTuple):
     """What only the compiled program tells."""
 
-    memory: Memory
     collectives: list[Collective]
     network_seconds: float | None
     """Of all collectives, one after another; None where the chip's bandwidth is not known."""
@@ -41,8 +41,9 @@ class Plan(NamedTuple):
     counts: Counts
     step_flops: Flops
     """Of one step on all devices, counted from the declaration."""
+    memory: Memory
     needed: float
-    """Bytes on one device; a lower bound when the step was not, or could not be, compiled."""
+    """Bytes on one device; a lower bound when the step was not compiled."""
     largest: list[Buffer]
     work: Work | None
     compiled: Compiled | None
@@ -75,7 +76,7 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
     """
     experiment = parts.assemble(cfg, devices)
     assert experiment.mesh is not None
-    state = parts.abstract_state(experiment)
+    state, batch = parts.abstract_state(experiment), parts.abstract_batch(experiment)
     flops = sequence_flops(experiment.model, cfg.data.seq_len)
     plan = Plan(
         cfg=cfg,
@@ -84,6 +85,7 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
         mesh=dict(experiment.mesh.shape),
         counts=count(experiment.model.spec),
         step_flops=Flops(*(cfg.train.batch * n for n in flops)),
+        memory=memory.of_declaration(state, batch),
         needed=parts.device_bytes((state, state.params)),
         largest=memory.largest_arrays({"state": state, "gradients": state.params}),
         work=None,
@@ -91,13 +93,13 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
         seconds={},
     )
     hopeless = plan.limit is not None and plan.needed > plan.limit
-    return plan if hopeless else _compiled(plan, experiment, state)
+    return plan if hopeless else _compiled(plan, experiment, state, batch)
 
 
-def _compiled(plan: Plan, experiment: Experiment, state: TrainState) -> Plan:
+def _compiled(plan: Plan, experiment: Experiment, state: TrainState, batch: Batch) -> Plan:
     """The plan with what tracing and compiling the step tell."""
     assert experiment.mesh is not None
-    batch, start = parts.abstract_batch(experiment), time.perf_counter()
+    start = time.perf_counter()
     step = parts.jitted_step(experiment)  # outside the mesh: nothing can run on devices that are not here
     with parts.entered(experiment.mesh):
         traced = step.trace(state, {}, batch)
@@ -105,6 +107,7 @@ def _compiled(plan: Plan, experiment: Experiment, state: TrainState) -> Plan:
     traced_at, program = time.perf_counter(), traced.jaxpr.jaxpr
     visible = _visible(experiment.model, plan.cfg.data.seq_len)
     plan = plan._replace(
+        memory=plan.memory._replace(activations=memory.saved_for_backward(program)),
         work=roofline.work(program, visible=visible, state_bytes=parts.device_bytes(state)),
         seconds={"tracing": traced_at - start},
     )
@@ -116,15 +119,15 @@ def _compiled(plan: Plan, experiment: Experiment, state: TrainState) -> Plan:
             raise
         return plan._replace(needed=exhausted.used, largest=exhausted.largest or memory.largest_values(program))
     took = plan.seconds | {"compiling": time.perf_counter() - traced_at}
-    found = memory.of_compiled(compiled, state, batch, activations=memory.saved_for_backward(program))
+    found = memory.of_compiled(plan.memory, compiled)
+    assert found.peak is not None
     sent, places = collectives(compiled.as_text()), [roofline.place(device) for device in experiment.mesh.devices.flat]
     facts = Compiled(
-        memory=found,
         collectives=sent,
         network_seconds=plan.chip and roofline.network_seconds(plan.chip, plan.topology, places, sent),
         xla_flops=(compiled.cost_analysis() or {}).get("flops", 0.0),
     )
-    return plan._replace(needed=found.peak, compiled=facts, seconds=took)
+    return plan._replace(memory=found, needed=found.peak, compiled=facts, seconds=took)
 
 
 def _visible(model: Model, T: int) -> float:

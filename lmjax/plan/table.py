@@ -16,10 +16,12 @@ _MEMORY = {
     "optimizer": "optimizer state",
     "inputs": "batch, hyperparameters, counters",
     "padding": "padding of these by the device's layouts",
-    "temporaries": "temporaries: activations, gradients, gathered weights",
-    "activations": "  of these, activations saved for the backward pass",
+    "temporaries": "temporaries, all that lives within the step:",
+    "gradients": "  gradients, float32",
+    "activations": "  activations saved for the backward pass",
     "outputs": "results not written in place",
     "program": "the program",
+    "peak": "peak, as XLA assigns it",
 }
 
 
@@ -64,10 +66,10 @@ def verdict(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> Iterator[str]:
     yield "memory of one device"
-    if plan.compiled is not None:
-        for field, name in _MEMORY.items():
-            yield f"  {name:<56}{_size(getattr(plan.compiled.memory, field)):>12}"
-        yield f"  {'peak, as XLA assigns it':<56}{_size(plan.compiled.memory.peak):>12}"
+    for field, name in _MEMORY.items():
+        n_bytes = getattr(plan.memory, field)
+        if n_bytes is not None:
+            yield f"  {name:<48}{_size(n_bytes):>12}"
     yield f"  {verdict(plan)}"
     if not plan.fits:
         yield f"  the largest {'of state and gradients' if plan.work is None else 'temporaries'}:"
@@ -159,7 +161,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "needed_bytes": plan.needed,
         "limit_bytes": plan.limit,
-        "memory": None if plan.compiled is None else plan.compiled.memory._asdict(),
+        "memory": plan.memory._asdict(),
         "largest": [buffer._asdict() for buffer in plan.largest],
         "step_flops": plan.step_flops._asdict(),
         "device_flops": None if plan.work is None else plan.work.flops,

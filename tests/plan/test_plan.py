@@ -165,7 +165,7 @@ def test_the_largest_values_of_a_program_are_one_device_s_and_of_all_rounds() ->
         return jax.lax.scan(lambda x, _: (jnp.sin(x), jnp.cos(x)), x, length=5)[1].sum()
 
     first, *_ = memory.largest_values(jax.make_jaxpr(step)(jnp.ones((3, 4))).jaxpr)
-    assert first.bytes == 5 * 3 * 4 * 4 and first.name.startswith("float32[5,3,4] scan")
+    assert first.bytes == 5 * 3 * 4 * 4 and first.name.startswith("f32[5,3,4] scan")
 
 
 # Time and price -------------------------------------------------------------------------------------------------------
