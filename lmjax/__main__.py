@@ -182,6 +182,8 @@ def main() -> NoReturn:
         if arguments.command in ("train", "evaluate", "generate"):
             runtime.tune_allocator()
             runtime.enable_compile_cache()
+        if arguments.command == "convert":
+            runtime.return_freed_memory()
         return arguments.function(arguments)
 
     runtime.run_main(command, debug="--debug" in argv)

@@ -29,7 +29,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,6 +53,23 @@ def _orbax() -> Any:
     from orbax.checkpoint import v1
 
     return v1
+
+
+_PIECE_BYTES = 16_000_000
+
+
+@contextlib.contextmanager
+def one_array_at_a_time(arrays: Any) -> Iterator[None]:
+    """Save or restore a state of such arrays (or shapes) in little memory beside it; slower than all at once.
+
+    What is saved here is compressed in pieces, so that reading it takes no more than one of them beside its array.
+    """
+    context = _orbax().Context()
+    room = 1 + max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = room
+    context.array.saving.storage_options.chunk_byte_size = _PIECE_BYTES
+    with context:
+        yield
 
 
 @config_class

@@ -8,13 +8,15 @@ from etils import epath
 
 from lmjax import config as configs
 from lmjax import experiment, seal
-from lmjax.checkpoint import Checkpoints
+from lmjax.checkpoint import Checkpoints, one_array_at_a_time
 from lmjax.config import Config
 from lmjax.data.config import DataConfig
 from lmjax.errors import CheckpointError
 from lmjax.hf import llama2c, tokenizer_files
 from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
+from lmjax.models import decoder
 from lmjax.run import make_workdir
+from lmjax.weights import abstract
 
 _SEQ_LEN = 1024
 
@@ -55,8 +57,9 @@ def new_workdir(workdir: str) -> epath.Path:
 def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> None:
     """The files of a run that has been trained elsewhere: a sealed checkpoint of step 0, tokenizer/, config.json."""
     checkpoints = Checkpoints(workdir / "checkpoints", Config().checkpoint)
-    checkpoints.save(0, {"params": imported.params}, {"source": source})
-    checkpoints.wait()
+    with one_array_at_a_time(imported.params):
+        checkpoints.save(0, {"params": imported.params}, {"source": source})
+        checkpoints.wait()
     if imported.tokenizer is not None:
         imported.tokenizer.save(workdir / "tokenizer")
         for name, content in imported.files.items():
@@ -70,7 +73,9 @@ def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: 
 
     Raises what `experiment.load_trained` and `write_checkpoint` do.
     """
-    trained = experiment.load_trained(workdir, step)
+    cfg = configs.from_json(epath.Path(workdir) / "config.json")
+    with one_array_at_a_time(abstract(decoder.weights(cfg.model))):
+        trained = experiment.load_trained(workdir, step)
     beside = {name: epath.Path(workdir) / "tokenizer" / name for name in tokenizer_files.KEPT}
     files = {name: path.read_bytes() for name, path in beside.items() if path.exists()}
     imported = Imported(trained.cfg.model, trained.params, trained.tokenizer, files)

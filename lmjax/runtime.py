@@ -3,6 +3,7 @@
 Nothing heavy is imported at the top: `tune_allocator` runs before JAX is loaded.
 """
 
+import ctypes
 import errno
 import faulthandler
 import functools
@@ -49,6 +50,17 @@ def tune_allocator(argv: Sequence[str] = sys.orig_argv) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *argv[1:]], environment)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give blocks of 1 MiB and more back to the system as soon as they are freed.
+
+    It would keep them for reuse: a process that moves large arrays about then holds up to twice what it uses. Each
+    new block is fresh pages, which training would pay for in speed (see `tune_allocator`).
+    """
+    if _on_glibc():
+        m_mmap_threshold = -3
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
 
 
 def _on_glibc() -> bool:

@@ -1,12 +1,14 @@
 """config.json <-> ModelConfig, by a family's table.
 
-Reading accounts for every field: it is mapped, it must have the one value that we compute, it is declared irrelevant,
-or it is refused. Writing is checked by reading back what was written: a model that its family cannot express is refused
-by the name of the setting that got lost.
+Reading accounts for every field: it is mapped, it must have the one value that we compute, or it is declared
+irrelevant; a field of no meaning to the family is left out, aloud. Writing is checked by reading back what was written:
+a model that its family cannot express is refused by the name of the setting that got lost.
 """
 
 import dataclasses
 import json
+import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,8 @@ from lmjax.errors import ConfigError
 from lmjax.hf.tensors import Tensor
 from lmjax.models.config import ModelConfig, MoeConfig, RopeConfig
 from lmjax.schema import validated
+
+logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
@@ -71,24 +75,23 @@ class Family:
     """Fields for which only these values are computed here."""
     irrelevant: frozenset[str] = frozenset()
     """Fields without effect on what the trained model computes, beside the `IRRELEVANT` ones."""
-    prefix: str = ""
-    """Some checkpoints leave it out in front of every name."""
-    derived: str = r"(?!)"
-    """A regular expression for tensors that hold nothing learned, which old checkpoints have."""
+    prefix: str = "model."
+    """Checkpoints of the model without its head leave it out in front of every name."""
 
 
 # Training, generation, other heads, provenance.
 IRRELEVANT = frozenset(
     """
-    _name_or_path architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id cache_implementation
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range label2id length_penalty max_length min_length
-    model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    typical_p unsloth_fixed use_bfloat16 use_cache
+    _name_or_path _num_labels architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
+    cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range is_llama_config label2id
+    length_penalty max_length max_sequence_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    rope_interleaved sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
+    unsloth_fixed use_bfloat16 use_cache
     """.split()
 )
 REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -120,13 +123,19 @@ def read_json(path: Path) -> Json:
 
 
 def read_config(values: Json, family: Family, where: str) -> ModelConfig:
-    """The decoder that a config.json describes. Raises ConfigError for any field that is not accounted for."""
+    """The decoder that a config.json describes. Raises ConfigError for a field with a value that it cannot compute.
+
+    A field that transformers' model of this type does not read is left out with a warning.
+    """
     fields = Fields(values, family.defaults, where)
     for name, why in REFUSED.items():
         if fields.has(name):
             raise fields.refuse(name, why)
     architectures = values.get("architectures") or [family.architecture]
-    if family.architecture not in architectures:
+    without_head = re.sub("(ForCausalLM|LMHeadModel)$", "Model", family.architecture)
+    if not isinstance(architectures, list) or not any(
+        one in architectures for one in (family.architecture, without_head)
+    ):
         raise fields.refuse("architectures", f"is not a {family.architecture}; only language models are read")
     settings = dict(family.fixed)
     settings |= {ours: fields.take(theirs) for theirs, ours in family.fields.items()}
@@ -136,11 +145,12 @@ def read_config(values: Json, family: Family, where: str) -> ModelConfig:
         settings |= rule.read(fields)
     left = fields.left() - IRRELEVANT - family.irrelevant
     required = {**REQUIRED, **family.required}
-    for name in sorted(left):
-        if name not in required:
-            raise fields.refuse(name, f"is a field that models of type {family.model_type} are not known to have")
+    for name in left & set(required):
         if values[name] not in required[name]:
             raise fields.refuse(name, f"is not supported; it must be {json.dumps(required[name][0])}")
+    if unknown := sorted(left - set(required)):
+        names = ", ".join(f"{name}={json.dumps(values[name])[:40]}" for name in unknown)
+        logger.warning("%s: left out, since models of type %s do not read: %s", where, family.model_type, names)
     try:
         return validated(ModelConfig, settings)
     except ConfigError as error:

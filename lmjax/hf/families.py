@@ -165,7 +165,6 @@ _GEMMA_FIELDS = {
     "final_logit_softcapping": "logit_softcap",
 }
 _ROUTER_TRAINING = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})
-_ROTARY_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 _LLAMA_FIXED = {"gated": True, "position": "rope", "norm": "rms", "norm_position": "pre"}
 _SIZES = (rules.KV_HEADS, rules.HEAD_DIM)
 _GEMMA_FIXED = {**_LLAMA_FIXED, "norm_position": "pre_and_output", "norm_offset": 1.0}
@@ -202,7 +201,6 @@ FAMILIES: dict[str, Family] = {
             "summary_activation summary_proj_to_labels summary_first_dropout gradient_checkpointing".split()
         ),
         prefix="transformer.",
-        derived=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     ),
     "llama": Family(
         model_type="llama",
@@ -212,7 +210,6 @@ FAMILIES: dict[str, Family] = {
         fixed=_LLAMA_FIXED,
         rules=(*_SIZES, rules.activation("hidden_act"), rules.LLAMA_BIAS, rules.ROPE),
         tensors=_OUTSIDE + _ATTENTION + _MLP + _PRE_NORMS,
-        derived=_ROTARY_BUFFERS,
     ),
     "mistral": Family(
         model_type="mistral",
@@ -222,7 +219,6 @@ FAMILIES: dict[str, Family] = {
         fixed=_LLAMA_FIXED,
         rules=(*_SIZES, rules.activation("hidden_act"), rules.ONE_WINDOW, rules.ROPE),
         tensors=_OUTSIDE + _ATTENTION + _MLP + _PRE_NORMS,
-        derived=_ROTARY_BUFFERS,
     ),
     "qwen2": Family(
         model_type="qwen2",
@@ -317,6 +313,9 @@ FAMILIES: dict[str, Family] = {
             "decoder_sparse_step": 1,
             "mlp_only_layers": None,
             "norm_topk_prob": False,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
         },
         fixed={**_LLAMA_FIXED, "qk_norm": True},
         rules=(*_SIZES, rules.activation("hidden_act"), rules.SWITCHED_WINDOW, rules.ROPE, rules.QWEN_MOE),

@@ -24,6 +24,8 @@ from lmjax.models.decoder import weights
 from lmjax.weights import Params, Weight, by_path
 
 HEAD = "lm_head.weight"
+# What old checkpoints hold beside what is learned: rotary frequencies, and GPT-2's causal mask.
+_BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
 
 
 def read_params(directory: Path, family: Family, cfg: ModelConfig, shardings: Any = None) -> Params:
@@ -68,7 +70,7 @@ def write_params(
         for name, one in wanted.items():
             parts = [np.asarray(_take(leaves[place.path], place.entry)) for place in one.places]
             with np.errstate(over="ignore"):  # looked for in the next line
-                x = join(one, parts).astype(target)
+                x = join(one, parts).astype(target, copy=False)
             if target != np.float32 and not np.isfinite(x).all():
                 raise CheckpointError(f"{name} has values that {dtype} cannot hold; write float32")
             yield x
@@ -81,9 +83,9 @@ def write_params(
 
 def _full_names(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
     """The tensors by their full names, and without those that hold nothing learned."""
-    bare = not any(name.startswith(family.prefix) for name in found)
+    bare = family.tensors[0].name.removeprefix(family.prefix) in found
     named = {family.prefix + name if bare and name != HEAD else name: stored for name, stored in found.items()}
-    return {name: stored for name, stored in named.items() if not re.fullmatch(family.derived, name)}
+    return {name: stored for name, stored in named.items() if not _BUFFERS.fullmatch(name)}
 
 
 def _compare(

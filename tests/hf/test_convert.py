@@ -1,6 +1,8 @@
 """The convert command: a work directory like any other, and back to files that transformers loads."""
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 
 from lmjax import __main__ as program
+from lmjax.data.alphabets import ByteTokenizer
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizer import train_tokenizer
 from lmjax.errors import CheckpointError, ConfigError
 from lmjax.experiment import load_trained
+from lmjax.generate.config import GenerateConfig
+from lmjax.generate.decode import generate
 from lmjax.hf.imported import CONFIG, Imported, read_checkpoint, write_checkpoint
 from lmjax.hf.tokenizer_json import as_json
 from lmjax.models import decoder
@@ -27,6 +32,8 @@ tokenizers = pytest.importorskip("tokenizers")
 CFG = ModelConfig(
     vocab=300, context=64, layers=2, embed=16, heads=4, kv_heads=2, mlp=24, activation="silu", gated=True, tied=False
 )
+
+LARGE = dataclasses.replace(CFG, vocab=32_000, layers=12, embed=768, heads=12, kv_heads=4, mlp=2048)
 
 
 def lmjax(*arguments: str) -> int:
@@ -53,7 +60,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "tokenizer.json").write_text(tokenizer_json())
     settings = {
         "eos_token": {"__type": "AddedToken", "content": "<|stop|>", "special": True},
-        "chat_template": "{{ messages }}",
+        "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<model>{% endif %}",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     (directory / "generation_config.json").write_text('{"temperature": 0.6}')
@@ -134,33 +142,71 @@ def test_our_tokenizers_as_tokenizer_json(kind: Any, tmp_path: Path) -> None:
     assert theirs.token_to_id(tokenizer.endoftext) == tokenizer.endoftext_id
 
 
-def test_memory_is_that_of_the_params_and_a_tensor(tmp_path: Path) -> None:
-    """Beside the params, no more than 1.3 times the largest shard: measured in a process of its own."""
-    cfg = ModelConfig(
-        vocab=4096, context=64, layers=4, embed=512, heads=8, mlp=4096, activation="silu", gated=True, tied=False
-    )
-    params = initialize(decoder.weights(cfg), jax.random.key(0))
-    write_checkpoint(tmp_path, Imported(cfg, params, None, {}), shard_bytes=40_000_000)
-    run = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
-    )
-    measured: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    shard = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    extra = measured["peak"] - measured["params"]
-    assert extra <= 1.3 * shard, f"{extra / shard:.2f} times the largest shard of {shard / 1e6:.0f} MB"
+def test_chat_answers_the_rendered_conversation(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model reads the template's text with its symbols, and the answer alone is printed."""
+    trained, settings = load_trained(workdir), ["--tokens=6", "--temperature=0", "--ignore-endoftext"]
+    conversations = ["<system>Be brief.<|stop|><user>Hi<|stop|><model>", "<user>Hi<|stop|><model>"]
+    read = [trained.tokenizer.encode_symbols(text) for text in conversations]
+    assert [ids.count(256) for ids in read] == [2, 1]
+    cfg = GenerateConfig(tokens=6, temperature=0, stop_at_endoftext=False)
+    answers = [one.text for one in generate(trained.model, trained.params, trained.tokenizer, read, cfg)]
+    for system, answer in zip((["--system=Be brief."], []), answers, strict=True):
+        assert lmjax("generate", f"--workdir={workdir}", "--chat", "--prompt=Hi", *system, *settings) == 0
+        assert capsys.readouterr().out == answer + "\n"
+    assert lmjax("generate", f"--workdir={workdir}", "--chat", "--prompt=Hi", "--prompt=Hi", *settings) == 0
+    assert capsys.readouterr().out == f"--- 'Hi'\n{answers[1]}\n" * 2
+    with pytest.raises(ConfigError, match="--chat needs something to answer"):
+        lmjax("generate", f"--workdir={workdir}", "--chat")
 
 
-_MEASURE = """
-import json, resource, sys
-from pathlib import Path
-import jax, jax.numpy as jnp
-from lmjax.hf.imported import read_checkpoint
-from lmjax.weights import by_path
-import safetensors
-jnp.zeros(8).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-imported = read_checkpoint(Path(sys.argv[1]))
-peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-print(json.dumps({"peak": peak, "params": sum(x.nbytes for x in by_path(imported.params).values())}))
-"""
+def test_a_loss_with_the_model_s_own_tokenizer(
+    workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """prepare and evaluate, against a forward pass over every document by itself."""
+    texts = ["abc def", "x" * 9, "naïve"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = tmp_path / "data"
+    files = [str(tmp_path / "texts.jsonl"), f"--out={data}", f"--tokenizer-file={workdir}/tokenizer"]
+    assert lmjax("prepare", *files, "--valid-fraction=0", "--workers=1") == 0
+    capsys.readouterr()
+    where = [f"--workdir={workdir}", f"--data={data}", "--split=train"]
+    assert lmjax("evaluate", *where, "--documents=alone", "--seq-len=16", "--json") == 0
+    found = json.loads(capsys.readouterr().out)[str(data)]
+    trained = load_trained(workdir)
+    losses = []
+    for text in texts:
+        ids = np.array([256, *trained.tokenizer.encode(text)])
+        logp_TV = jax.nn.log_softmax(trained.model.logits(trained.params, ids[None, :-1])[0])
+        losses += (-np.take_along_axis(logp_TV, ids[1:, None], axis=1)).ravel().tolist()
+    assert found["tokens"] == len(losses)
+    assert found["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(sum(losses) / len("".join(texts).encode()) / np.log(2), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["from", "to"])
+def test_memory_is_that_of_the_params_and_a_shard(tmp_path: Path, direction: str) -> None:
+    """The whole command, over what it takes for a tiny model: the params, and 1.3 times the largest shard at most."""
+    peaks, sizes = [], []
+    for name, cfg in {"tiny": CFG, "large": LARGE}.items():
+        params, tokenizer = initialize(decoder.weights(cfg), jax.random.key(0)), ByteTokenizer()
+        source, workdir, out = (tmp_path / name / part for part in ("source", "run", "out"))
+        write_checkpoint(source, Imported(cfg, params, None, {}), shard_bytes=200_000_000)
+        peak = peak_memory("convert", f"--from-hf={source}", f"--workdir={workdir}")
+        if direction == "to":
+            tokenizer.save(workdir / "tokenizer")
+            peak = peak_memory("convert", "--to-hf", f"--workdir={workdir}", f"--out={out}", "--shard-gb=0.2")
+        peaks.append(peak)
+        sizes.append(sum(x.nbytes for x in by_path(params).values()))
+        shard = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    extra = peaks[1] - peaks[0] - sizes[1]
+    print(f"{direction}: params {sizes[1] / 1e6:.0f} MB, shard {shard / 1e6:.0f} MB, beside them {extra / 1e6:.0f} MB")
+    assert extra <= 1.3 * shard
+
+
+def peak_memory(*arguments: str) -> int:
+    """Bytes that a process of its own held at most."""
+    process = subprocess.Popen([sys.executable, "-m", "lmjax", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * 1024
