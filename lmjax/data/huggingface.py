@@ -9,7 +9,7 @@ from typing import Any
 from lmjax.data.tokenizer import ENDOFTEXT, Tokenizer, bytes_of
 from lmjax.errors import DataError
 
-_CUSTOMARY_ENDS = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>")
+_CUSTOMARY_ENDS = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -81,6 +81,10 @@ class SentencePieceTokenizer(Tokenizer):
         """The id of a control symbol such as <s>, if the model has it."""
         return self._symbol_ids.get(symbol)
 
+    def symbol(self, index: int) -> str:
+        """How the symbol of an id is spelled."""
+        return self._processor.id_to_piece(index)
+
     @functools.cached_property
     def _symbol_ids(self) -> dict[str, int]:
         control = [index for index in range(self.vocab_size) if self._processor.is_control(index)]

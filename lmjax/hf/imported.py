@@ -56,7 +56,8 @@ def write_checkpoint(
     beside: dict[str, bytes] = {}
     if imported.tokenizer is not None:
         beside = tokenizer_files(imported.tokenizer, imported.files, imported.model.context)
-        values["eos_token_id"] = imported.tokenizer.endoftext_id
+        first, *others = imported.tokenizer.stop_ids or (imported.tokenizer.endoftext_id,)
+        values |= {"bos_token_id": imported.tokenizer.begin_id, "eos_token_id": [first, *others] if others else first}
     directory.mkdir(parents=True, exist_ok=True)
     files = write_params(directory, imported.params, family, imported.model, dtype=dtype, shard_bytes=shard_bytes)
     for name, content in beside.items():

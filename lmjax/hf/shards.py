@@ -171,4 +171,4 @@ def _write_shard(
         for shape in shapes.values():
             x = next(content)
             assert x.shape == shape and x.dtype == dtype, f"{path}: {x.dtype}{x.shape} instead of {dtype}{shape}"
-            file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)

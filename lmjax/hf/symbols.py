@@ -1,5 +1,6 @@
 """How a checkpoint's model uses its tokenizer: what it reads before every text, and what ends one."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from lmjax.data.pieces import SentencePieceTokenizer
 from lmjax.data.tokenizer import Tokenizer
 from lmjax.errors import DataError
 from lmjax.hf.config_json import read_json
+
+logger = logging.getLogger(__name__)
 
 # Where transformers looks for the ids that end a text, in this order.
 _GENERATION = ("generation_config.json", "config.json")
@@ -24,7 +27,7 @@ def begin_id(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> int | None:
     """The id that transformers puts before every text, for the settings of a tokenizer_config.json.
 
     A tokenizer.json says it by itself, in its post-processor, whatever `add_bos_token` is; for a tokenizer.model
-    `add_bos_token` says it, and left out it means yes.
+    `add_bos_token` says it, and left out it means yes, as it is documented and as the models were trained.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.opening_id
@@ -37,14 +40,18 @@ def begin_id(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> int | None:
 def stop_ids(directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """`eos_token_id`, one or several, of generation_config.json or else config.json; empty if neither says.
 
-    Raises DataError for an id that the tokenizer does not have.
+    Ids that the tokenizer does not have, such as the default of a family in a small model, are left out with a warning.
+    Raises DataError for what is no id.
     """
     for path in (directory / name for name in _GENERATION if (directory / name).exists()):
         found = read_json(path).get("eos_token_id")
         if found is None:
             continue
         ids = tuple(found) if isinstance(found, list) else (found,)
-        if not ids or not all(type(index) is int and 0 <= index < tokenizer.vocab_size for index in ids):
-            raise DataError(f"{path}: eos_token_id={found!r} is not in the vocabulary of {tokenizer.vocab_size}")
-        return ids
+        if not all(type(index) is int for index in ids):
+            raise DataError(f"{path}: eos_token_id={str(found)[:80]!r} is no token id, nor a list of them")
+        known = tuple(index for index in ids if 0 <= index < tokenizer.vocab_size)
+        if known != ids:
+            logger.warning("%s: eos_token_id=%s is not among the tokenizer's %d ids", path, found, tokenizer.vocab_size)
+        return known
     return ()

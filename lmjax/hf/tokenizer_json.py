@@ -1,13 +1,16 @@
-"""Tokenizers of this project as tokenizer.json, which transformers runs.
+"""Tokenizers as tokenizer.json, which transformers and we run: those of this project, and GPT-2's pair of files.
 
-The same ids for the same text, with two exceptions: text that spells endoftext becomes that symbol there, and a
-character that an alphabet lacks is left out there instead of being refused.
+Ours have the same ids for the same text, with two exceptions: text that spells endoftext becomes that symbol there, and
+a character that an alphabet lacks is left out there instead of being refused.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizer import ENDOFTEXT, Tokenizer
 from lmjax.errors import DataError
+from lmjax.hf.symbols import special_tokens
 
 _PROBE = "  a  b\n\tc  "  # what SentencePiece models that normalize do not keep
 _MARKER = "\u2581"
@@ -78,3 +81,54 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     ranked = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
     cuts = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
     return [(left, right) for left, right in cuts if left in scores and right in scores]
+
+
+# GPT-2's files ----------------------------------------------------------------------------------------------------
+
+# The classes of transformers that such files are for, and where each cuts a text before it merges bytes.
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CUTS: dict[str, str | None] = {"GPT2Tokenizer": None, "Qwen2Tokenizer": _QWEN}  # None: the library's own pattern
+
+
+def from_merges(vocab: bytes, merges: bytes, settings: Mapping[str, Any], where: str) -> bytes:
+    """The tokenizer.json of a directory that has vocab.json and merges.txt, with its tokenizer_config.json.
+
+    Raises DataError for files that are damaged, and for a tokenizer_class that cuts texts in some other way.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError("tokenizers need an extra; install lmjax[hf]") from None
+    kind = str(settings.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    if kind not in _CUTS:
+        raise DataError(f"{where}: vocab.json and merges.txt of a {kind} are not read; save it as tokenizer.json")
+    try:
+        built = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocab), _pairs(merges)))
+        built.add_tokens(_added(settings, built, tokenizers))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{where}: vocab.json and merges.txt are damaged ({str(error)[:100]})") from None
+    prefix = bool(settings.get("add_prefix_space"))
+    cuts: list[Any] = [tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=_CUTS[kind] is None)]
+    if (pattern := _CUTS[kind]) is not None:
+        cuts.insert(0, tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
+        built.normalizer = tokenizers.normalizers.NFC()
+    built.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(cuts)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    return built.to_str().encode()
+
+
+def _pairs(merges: bytes) -> list[tuple[str, str]]:
+    lines = merges.decode("utf-8").split("\n")
+    pairs = (line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version"))
+    return [(left, right) for left, right in pairs]
+
+
+def _added(settings: Mapping[str, Any], built: Any, tokenizers: Any) -> list[Any]:
+    """Symbols that are no merges: those listed beside the vocabulary, by their ids, and those that have a role."""
+    listed = sorted((int(index), one) for index, one in settings.get("added_tokens_decoder", {}).items())
+    symbols = {one["content"]: bool(one["special"]) for _, one in listed}
+    roles = [ENDOFTEXT, *special_tokens(settings).values()]
+    symbols |= {symbol: True for symbol in roles if built.token_to_id(symbol) is not None}
+    return [tokenizers.AddedToken(symbol, special=special, normalized=False) for symbol, special in symbols.items()]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from lmjax.data.shards import open_dataset
-from lmjax.data.windows import Windows, as_batch, evaluation_batches
+from lmjax.data.windows import Windows, as_batch, document_batches, evaluation_batches
 from lmjax.errors import DataError
 
 END = 256
@@ -150,4 +150,31 @@ def test_evaluation_scores_every_target_once_in_order(lengths, seq_len, batch_si
         inputs, targets = batch.tokens_BT[batch.weights_BT > 0], batch.targets_BT[batch.weights_BT > 0]
         assert np.array_equal(inputs + 1, targets)
         assert set(np.unique(batch.weights_BT)) <= {0, 1}
+    assert [row for batch in batches for row in batch.ids_B] == list(range(len(batches) * batch_size))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=40),
+    seq_len=st.integers(1, 40),
+    batch_size=st.integers(1, 9),
+    whole=st.booleans(),
+)
+def test_documents_by_themselves_are_read_from_their_start(lengths, seq_len, batch_size, whole):
+    begin_id = 9999
+    documents = [np.append(document, END) for document in numbered(np.array(lengths))]
+    split = SplitInMemory([document + (document != END) * 300 for document in documents])
+    batches = list(document_batches(split, seq_len, batch_size, begin_id, whole=whole))
+    assert all(batch.tokens_BT.shape == (batch_size, seq_len) for batch in batches)
+    rows = [
+        (tokens[weights > 0].tolist(), targets[weights > 0].tolist())
+        for batch in batches
+        for tokens, targets, weights in zip(batch.tokens_BT, batch.targets_BT, batch.weights_BT, strict=True)
+    ]
+    expected = []
+    for start, end in itertools.pairwise(split.document_starts):
+        text = split.tokens[start : end - 1].tolist()
+        pieces = [text[at : at + seq_len] for at in range(0, len(text), seq_len)]
+        expected += [([begin_id, *piece[:-1]], piece) for piece in (pieces if whole else pieces[:1])]
+    assert [row for row in rows if row[1]] == expected
     assert [row for batch in batches for row in batch.ids_B] == list(range(len(batches) * batch_size))

@@ -39,9 +39,9 @@ def config(beams: int, length_penalty: float, tokens: int = NEW) -> GenerateConf
     return GenerateConfig(tokens=tokens, temperature=0, beams=beams, length_penalty=length_penalty)
 
 
-def search(seed: int, cfg: GenerateConfig) -> tuple[np.ndarray, np.ndarray]:
+def search(seed: int, cfg: GenerateConfig, ends: tuple[int, ...] = (END,)) -> tuple[np.ndarray, np.ndarray]:
     params = MODEL.unstack(random_params(seed))
-    ids_BO, score_B = beam_search(functions(MODEL, V), params, PROMPTS_BT, LENGTHS_B, np.array([END]), cfg=cfg)
+    ids_BO, score_B = beam_search(functions(MODEL, V), params, PROMPTS_BT, LENGTHS_B, np.array(ends), cfg=cfg)
     return np.asarray(ids_BO), np.asarray(score_B)
 
 
@@ -75,6 +75,30 @@ def test_enough_beams_find_the_best_text(seed: int, length_penalty: float) -> No
         expected = scores(seed, prompt[:length].tolist(), texts, length_penalty)
         assert tuple(ids) == texts[int(expected.argmax())]
         assert score == pytest.approx(expected.max(), abs=1e-5)
+
+
+def test_a_text_may_end_in_several_ways() -> None:
+    """The best text that ends with either of two tokens, whose places in the vocabulary are then exchanged."""
+    other = (END + 1) % V
+    for ends in ((END, other), (other, END)):
+        ids_BO, score_B = search(0, config(V**NEW, 0.0), ends)
+        for prompt, length, ids, score in zip(PROMPTS_BT, LENGTHS_B, ids_BO, score_B, strict=True):
+            logp = {text: ended_logp(prompt[:length].tolist(), text, ends) for text in texts_until(ends)}
+            best = max(logp, key=lambda text: logp[text])
+            assert tuple(ids[: len(best)]) == best and set(ids[len(best) :]) <= {ends[0]}
+            assert score == pytest.approx(logp[best], abs=1e-5)
+
+
+def texts_until(ends: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """All texts of NEW tokens, or fewer that end with one of `ends`, and hold none before."""
+    texts = itertools.chain.from_iterable(itertools.product(range(V), repeat=n) for n in range(1, NEW + 1))
+    return [text for text in texts if not set(text[:-1]) & {*ends} and (len(text) == NEW or text[-1] in ends)]
+
+
+def ended_logp(prompt: list[int], text: tuple[int, ...], ends: tuple[int, ...]) -> float:
+    padded = [*prompt, *text, *[0] * (NEW - len(text))]
+    logp_TV = np.asarray(whole_logprobs(random_params(0), np.array([padded])))[0, len(prompt) - 1 :]
+    return float(sum(logp_TV[place, token] for place, token in enumerate(text)))
 
 
 @pytest.mark.parametrize("beams", [1, 3])

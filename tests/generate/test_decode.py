@@ -159,6 +159,26 @@ def test_endoftext_can_be_an_ordinary_token() -> None:
     assert not row.finished
 
 
+class StoppingTokenizer(ByteTokenizer):
+    """Ends a text with either of two ordinary bytes, and not with endoftext."""
+
+    stop_ids = (ord("d"), ord("y"))
+
+
+def test_any_of_several_tokens_ends_a_row() -> None:
+    model, params = ending_model("f")
+    cfg = GenerateConfig(tokens=9, temperature=0)
+    rows = generate(model, params, StoppingTokenizer(), ["b", "w", "e", "0"], cfg)
+    assert [(row.text, row.finished) for row in rows] == [
+        ("c", True), ("x", True), ("fabc", True), ("123456789", False),
+    ]  # fmt: skip
+    assert rows[2].ids == [ord("f"), END, *b"abc"]
+    for prompt, row in zip("bwe0", rows, strict=True):
+        assert "".join(stream(model, params, StoppingTokenizer(), prompt, cfg, chunk=2)) == row.text
+    (row,) = generate(model, params, StoppingTokenizer(), ["b"], dataclasses.replace(cfg, stop_at_endoftext=False))
+    assert row.text == "cdefabcd" and not row.finished
+
+
 # Lengths ----------------------------------------------------------------------------------------------------------
 
 

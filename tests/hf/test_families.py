@@ -111,8 +111,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIZES, "moe_intermediate_size": 12, "num_experts": 5, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
     ),
 }
-# What CI runs of each family; the others are slow tests.
-EVERY = [pytest.param(name, marks=[pytest.mark.slow] if "," in name else []) for name in CASES]
+
+
+def quick(*names: str) -> list[Any]:
+    """Every case, of which CI runs these; the others are slow tests."""
+    return [pytest.param(name, marks=[] if name in names else [pytest.mark.slow]) for name in CASES]
 
 
 class Case(NamedTuple):
@@ -134,7 +137,7 @@ def test_every_family_has_a_case() -> None:
     assert {model_type for name, (model_type, _) in CASES.items() if "," not in name} == set(FAMILIES)
 
 
-@pytest.fixture(scope="module", params=EVERY)
+@pytest.fixture(scope="module", params=quick(*(name for name in CASES if "," not in name)))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A random model, saved by transformers and read by us."""
     model_type, settings = CASES[request.param]
@@ -157,20 +160,21 @@ def random_model(model_type: str, settings: dict[str, Any]) -> Any:
     return model
 
 
-def check(got: np.ndarray, expected: np.ndarray) -> None:
+def check(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference."""
     assert np.abs(expected).max() > 1  # the model is alive
     np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+    return float(np.abs(got - expected).max())
 
 
 def test_logits(case: Case, record_property: Any) -> None:
     model = decoder.build(case.ours.model)
     got_BTV = np.asarray(jax.jit(model.logits)(case.ours.params, case.tokens_BT))
     expected_BTV = case.reference(input_ids=case.tokens_BT)
-    record_property("largest difference", float(np.abs(got_BTV - expected_BTV).max()))
-    check(got_BTV, expected_BTV)
+    record_property("largest difference", check(got_BTV, expected_BTV))
 
 
-def test_logits_of_padded_and_packed_rows(case: Case) -> None:
+def test_logits_of_padded_and_packed_rows(case: Case, record_property: Any) -> None:
     """A row with padding on its left, and a row of three documents."""
     padding, ends = 11, [0, 7, 19, T]
     tokens_BT = case.tokens_BT
@@ -186,11 +190,14 @@ def test_logits_of_padded_and_packed_rows(case: Case) -> None:
 
     got_BTV = np.asarray(logits(case.ours.params, tokens_BT, positions_BT, segments_BT))
     padded_BTV = case.reference(input_ids=tokens_BT[:1], attention_mask=segments_BT[:1], position_ids=positions_BT[:1])
-    check(got_BTV[0, padding:], padded_BTV[0, padding:])
+    differences = [check(got_BTV[0, padding:], padded_BTV[0, padding:])]
     for first, end in itertools.pairwise(ends):
-        check(got_BTV[1, first:end], case.reference(input_ids=tokens_BT[1:, first:end])[0])
+        alone_BTV = case.reference(input_ids=tokens_BT[1:, first:end])
+        differences.append(check(got_BTV[1, first:end], alone_BTV[0]))
+    record_property("largest difference", max(differences))
 
 
+@pytest.mark.parametrize("case", quick("gpt2", "mistral"), indirect=True)
 def test_greedy_text(case: Case) -> None:
     """64 tokens after prompts of unequal length, the same as `model.generate` gives."""
     prompts = [case.tokens_BT[0, :9].tolist(), case.tokens_BT[1, :20].tolist()]
@@ -220,6 +227,7 @@ def test_there_and_back(case: Case, tmp_path: Path) -> None:
         np.testing.assert_array_equal(x, params[path], err_msg=path)
 
 
+@pytest.mark.parametrize("case", quick("llama"), indirect=True)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits(case: Case, tmp_path: Path, dtype: str) -> None:
     """Files of 16 bits hold the rounded weights, and reading them adds nothing."""

@@ -74,3 +74,19 @@ def test_the_mean_loss_is_that_of_the_reference(stories: Path, tmp_path: Path, c
     assert f"(train, {reference()['tokens']:,} tokens)" in out and "coverage       0.993408" in out
     loss = float(out.split("  loss ")[1].split()[0])
     assert abs(loss - reference()["mean_nll_per_token"]) < 1e-5
+
+
+def test_transformers_tells_the_same_story(stories: Path, tmp_path: Path) -> None:
+    """Exported, with its tokenizer: the published story by `model.generate`."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    arguments = __main__.parse(["convert", "--to-hf", f"--workdir={stories}", f"--out={tmp_path / 'out'}"])
+    assert arguments.function(arguments) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [[1]]
+    with torch.no_grad():
+        written = model.generate(ids, do_sample=False, max_new_tokens=200, eos_token_id=None, pad_token_id=0)
+    assert written[0].tolist() == np.load(STORIES / "reference_logits.npz")["greedy_ids"].tolist()
+    assert tokenizer.decode(written[0], skip_special_tokens=True).strip() == reference()["greedy_text"].strip()
+    assert tokenizer(reference()["prompt"])["input_ids"] == reference()["prompt_ids"]
