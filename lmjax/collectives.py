@@ -110,7 +110,21 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
 _COLLECTIVE = re.compile(rf"(?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>.*?)\),")
 
 
+# Between slices a TPU program sends through the host: `(bf16[48,8,128]{...}, ...) send(%x), channel_id=12, ...`.
+_BETWEEN_SLICES = re.compile(
+    r"\((?P<dtype>\w+)\[(?P<dims>[\d,]*)\].* send\(.*channel_id=(?P<channel>\d+),.*"
+    r'_xla_megascale_target="\{(?P<slices>[\d,]+)\}x\{0(?::(?P<last>\d+))?\}".*_xla_megascale_transfer_type="(?P<kind>\w+)"'
+)
+
+
 def _collective(instruction: str, partitions: int) -> Iterator[tuple[int, Collective]]:
+    match = _BETWEEN_SLICES.match(instruction)
+    if match:
+        kind, slices = match["kind"].lower().replace("_", "-"), len(match["slices"].split(","))
+        assert kind in KINDS, f"an unknown transfer between slices: {instruction[:300]}"
+        n_bytes = _array_bytes(match["dtype"], match["dims"]) * (slices if kind == "all-gather" else 1)
+        group = tuple(slice_ * (int(match["last"] or 0) + 1) for slice_ in range(slices))
+        yield int(match["channel"]), Collective(kind, n_bytes, group, 1, f"{match['dtype']}[{match['dims']}]")
     match = _COLLECTIVE.match(instruction)
     if match is None:
         return

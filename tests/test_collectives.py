@@ -49,6 +49,10 @@ replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   %all-reduce.9 = f32[100]{0} all-reduce(%a), channel_id=13, \
 replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, to_apply=%add
   %psum.36 = f32[1000]{0} all-reduce(%a), channel_id=12, replica_groups=[1,8]<=[8], to_apply=%add
+  %send.33 = (bf16[48,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%b, %after), channel_id=14, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.34 = (f32[8]{0}, u32[], token[]) send(%c, %after), channel_id=15, \
+frontend_attributes={_xla_megascale_target="{1,2,3,4}x{0:1}",_xla_megascale_transfer_type="ALL_GATHER"}
   %collective-permute.1 = f32[10]{0} collective-permute(%a), channel_id=11, source_target_pairs={{0,1},{1,0}}
   %all-gather-start.1 = (f32[2]{0}, f32[16]{0}) all-gather-start(%a), channel_id=12, \
 replica_groups=[1,8]<=[8], dimensions={0}
@@ -70,7 +74,10 @@ def test_the_forms_of_tpu_programs() -> None:
     assert found["all-gather64"].sent == 64 * 7 / 8  # the result of a start holds its operand, too
     assert found["all-reduce400"].group == (0, 4)  # the devices in another order
     assert found["all-reduce4000"].sent == 2 * 4000 * 7 / 8  # of the channel of another
-    assert len(found) == 7
+    between = found["all-reduce98304"]  # two slices of four devices
+    assert between.group == (0, 4) and between.sent == 98304
+    assert found["all-gather128"].group == (0, 2, 4, 6) and found["all-gather128"].sent == 96
+    assert len(found) == 9
     assert by_kind(list(found.values()))["reduce-scatter"] == scatter.sent
 
 
