@@ -21,9 +21,11 @@ def main(argv: Sequence[str]) -> int:
     for name, engine in ENGINES.items():
         summary = (engine.__doc__ or "").splitlines()[0]
         engine.add_arguments(engines.add_parser(name, help=summary, description=summary))
-    arguments = parser.parse_args(ours)
+    arguments, unknown = parser.parse_known_args(ours)
     if not command:
         parser.error("say what to start, after `--`")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return ENGINES[arguments.engine].launch(arguments, command)
 
 

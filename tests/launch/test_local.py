@@ -142,6 +142,8 @@ def test_who_has_no_reader_any_more_ends() -> None:
     [
         (["local", "--processes=2"], "say what to start, after `--`"),
         (["local", "--processes=2", "--"], "say what to start, after `--`"),
+        (["local", "--processes=2", "lmjax", "train"], "say what to start, after `--`"),
+        (["local", "--processes=2", "--hosts=2", "--", "true"], "unrecognized arguments: --hosts=2"),
         (["local", "--processes=0", "--", "true"], "'0' is not a positive number"),
         (["local", "--processes=2", "--", "no-such-command"], "cannot start no-such-command: No such file"),
         (["mars", "--", "true"], "invalid choice: 'mars'"),
