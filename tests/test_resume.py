@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lmjax import checkpoint
+from lmjax.experiment import load_trained
 from lmjax.ledger import check_ledger, effective_history, read_ledger
 
 CONFIG = Path(__file__).parent / "tiny_config.py"
@@ -119,6 +120,22 @@ def test_sigterm_saves_the_step_and_asks_to_be_run_again(corpus: Path, uninterru
     assert checkpoint.inspect(workdir)["step"] == 23
     finish(start(corpus, workdir))
     assert_same_run(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_keeps_its_biases(corpus: Path, tmp_path: Path) -> None:
+    """They are moved after each update, by no gradient: saved, restored and moved on to the same bits."""
+    mixture = [f"--config.model.moe.{setting}" for setting in ("experts=4", "mlp=16", "bias_rate=0.01")]
+    short = ["--config.train.steps=12", "--config.checkpoint.every=4", "--config.train.evaluate_every=12"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(start(corpus, whole, *mixture, *short))
+    finish(start(corpus, cut, *mixture, *short, LMJAX_FAULTS="terminate@step:7"), code=75)
+    finish(start(corpus, cut, *mixture, *short))
+    assert content_hashes(cut) == content_hashes(whole)
+    bias_LE = load_trained(cut).params["segments"]["0"]["0"]["moe"]["bias"]
+    moved_LE = np.asarray(bias_LE) / 0.01
+    np.testing.assert_allclose(moved_LE, np.round(moved_LE), atol=1e-3)
+    assert np.abs(moved_LE).max() > 1.5
 
 
 def test_a_kill_before_the_summary_costs_nothing(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:

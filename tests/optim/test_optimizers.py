@@ -118,6 +118,21 @@ def test_experts_of_a_layer_are_separate_weights_too(name):
 
 
 @every_optimizer
+def test_an_expert_that_no_token_chose_stays(name):
+    """Zero gradients are a zero step, also to rules that divide by their size."""
+
+    def of_the_first(params, step):
+        return jax.tree.map(lambda g: g * np.float32([1, 0])[:, None, None], gradients(params, step))
+
+    spec = {"experts": SPEC["layers"]["experts"]}
+    cfg = config(name, weight_decay=0)
+    start = initial(spec)
+    end, _ = run(cfg, hyper(cfg, steps=STEPS), start, spec, of_the_first)
+    moved_LE = np.abs(np.asarray(end["experts"] - start["experts"])).max(axis=(2, 3))
+    assert np.all(moved_LE[:, 0] > 1e-5) and np.all(moved_LE[:, 1] == 0)
+
+
+@every_optimizer
 def test_traced_hyperparameters_equal_constants(name):
     cfg = config(name)
     scalars = hyper(cfg, steps=STEPS)
