@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -126,25 +127,29 @@ def test_a_tpu_vm_asks_the_metadata_server(metadata_server: str, monkeypatch: An
 
 # Together -------------------------------------------------------------------------------------------------------------
 
+LOCAL = [sys.executable, "-m", "launch", "local", "--processes=2", "--devices-per-process=2", "--"]
+SLURM_STEP = ["srun", "--nodes=2", "--ntasks=2", "env", "JAX_PLATFORMS=cpu", "JAX_NUM_CPU_DEVICES=2"]
+NEEDS_SLURM = [pytest.mark.slow, pytest.mark.skipif(shutil.which("srun") is None, reason="needs a Slurm of two nodes")]
 
-def launch(processes: int, devices: int, *arguments: str) -> list[dict[str, Any]]:
+
+def start(launcher: list[str], *arguments: str) -> list[dict[str, Any]]:
     """What each of several processes that run multi_process.py says at its end."""
-    launcher = [sys.executable, "-m", "launch", "local", f"--processes={processes}", f"--devices-per-process={devices}"]
-    command = [*launcher, "--", sys.executable, "tests/multi_process.py", *arguments]
+    command = [*launcher, sys.executable, "tests/multi_process.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = [line.split("] ", 1)[1] for line in done.stderr.splitlines() if "] {" in line]
+    said = [line[line.index("{") :] for line in done.stderr.splitlines() if '{"process"' in line]
     return sorted(map(json.loads, said), key=lambda report: report["process"])
 
 
-def test_two_processes_agree_vote_place_batches_and_share_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [LOCAL, pytest.param(SLURM_STEP, marks=NEEDS_SLURM)], ids=["local", "slurm"])
+def test_two_processes_agree_vote_place_batches_and_share_checkpoints(launcher: list[str], tmp_path: Path) -> None:
     import jax
 
     state = {"w": jax.numpy.arange(64, dtype="float32").reshape(8, 8), "step": jax.numpy.int32(7)}
     alone = Checkpoints(tmp_path / "alone", CheckpointConfig())
     alone.save(3, state, {"data": "x"})
     alone.wait()
-    reports = launch(2, 2, str(tmp_path))
+    reports = start(launcher, str(tmp_path))
     for report in reports:
         assert report["shared"] == {"from": 0}
         assert report["gathered"] == ([[0, "zero"], [1, "one"]] if report["process"] == 0 else [])
