@@ -147,7 +147,7 @@ DEVICES = [
 ]
 ACROSS = [
     Leg(2, 2, "tensor=4", faults="kill@checkpoint.before_seal:2:1", code=137),
-    Leg(4, 2, "fsdp=2 tensor=2", faults="terminate@step:13:2", code=75),
+    Leg(4, 2, "fsdp=2 context=2 tensor=2", faults="terminate@step:13:2", code=75),
     Leg(2, 4, "data=2 fsdp=4", faults="kill@checkpoint.write:1:0", code=137),
     Leg(1, 2),
 ]
