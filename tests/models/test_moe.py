@@ -38,7 +38,9 @@ LAYERS = {
     "softmax": ModelConfig(**SIZES, gated=True, moe=MoeConfig(experts=5, top_k=2)),
     "switch": ModelConfig(**SIZES, moe=MoeConfig(experts=4, top_k=1, normalize=False)),
     "sigmoid": ModelConfig(
-        **SIZES, bias=True, moe=MoeConfig(experts=6, top_k=3, mlp=8, score="sigmoid", scale=2.5, bias_rate=0.01)
+        **SIZES,
+        bias=True,
+        moe=MoeConfig(experts=6, top_k=3, mlp=8, score="sigmoid", scale=2.5, shared_mlp=16, bias_rate=0.01),
     ),
     "shared": ModelConfig(**SIZES, gated=True, moe=MoeConfig(experts=4, shared_mlp=16, shared_gate=True)),
     "all": ModelConfig(**SIZES, moe=MoeConfig(experts=3, top_k=3)),
@@ -88,7 +90,8 @@ def dense_reference(p: Params, x_BTD: jax.Array, cfg: ModelConfig, kept_BTE: Any
         expert = {name: w[e] for name, w in p["experts"].items()}
         y_BTD += cfg.moe.scale * weights_BTE[..., e, None] * mlp(expert, x_BTD, cfg)
     if "shared" in p:
-        y_BTD += jax.nn.sigmoid(linear(x_BTD, p["shared_gate"])) * mlp(p["shared"], x_BTD, cfg)
+        gate_BT1 = jax.nn.sigmoid(linear(x_BTD, p["shared_gate"])) if cfg.moe.shared_gate else 1.0
+        y_BTD += gate_BT1 * mlp(p["shared"], x_BTD, cfg)
     return y_BTD
 
 
