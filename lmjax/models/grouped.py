@@ -22,8 +22,8 @@ def grouped_dot(x_AI: jax.Array, w_EIO: jax.Array, rows_E: jax.Array) -> jax.Arr
 def dot_by_blocks(x_AI: jax.Array, w_EIO: jax.Array, rows_E: jax.Array) -> jax.Array:
     """Each block holds rows of one group, the last of a group filled up with zeros, and has its own copy of the matrix.
 
-    Blocks of a quarter of the mean group, or of 64 rows where that is more: then there are at most 5 E of them, with at
-    most A / 4 rows of zeros (A, where the mean group is below 64).
+    Blocks of a quarter of the mean group, or of 64 rows where that is more: then there are about 5 E of them at most,
+    with at most A / 4 rows of zeros (or A, where the mean group has fewer than 256).
     """
     A, E = len(x_AI), len(w_EIO)
     M = max(1, min(64, A // E), A // (4 * E))
