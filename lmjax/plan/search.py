@@ -34,10 +34,16 @@ _HALF = 2  # bytes of a bfloat16
 
 class Candidate(NamedTuple):
     cfg: Config
-    least_bytes: float
-    """What one device holds at least: state, gradients, saved activations."""
+    fixed_bytes: float
+    """Of state and gradients on one device."""
+    saved_bytes: float
+    """What the backward pass of one microbatch finds saved there, at the least."""
     seconds: float
     """A rough step time, to try the promising first."""
+
+    @property
+    def least_bytes(self) -> float:
+        return self.fixed_bytes + self.saved_bytes
 
 
 class Search(NamedTuple):
@@ -53,22 +59,30 @@ class Search(NamedTuple):
 
 
 def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: float) -> Search:
-    """Compile the promising candidates for `seconds`, the last one to its end; rank those that fit by time."""
+    """Compile the promising candidates for `seconds`, the last one to its end; rank those that fit by time.
+
+    The closed form is a bound from below. By which factor those already compiled needed more than saved activations is
+    taken to hold for all of their remat policy, the least of them: not every layout has to fail by itself.
+    """
     stop = time.perf_counter() + seconds
     chip = chips.chip(devices[0].device_kind)
     limit = math.inf if chip is None or chip.hbm is None else chip.hbm
-    everything = list(candidates(cfg, topology, devices))
-    possible = sorted((one for one in everything if one.least_bytes <= limit), key=lambda one: one.seconds)
-    plans, rejected = [], 0
-    for candidate in possible:
-        if time.perf_counter() > stop:
-            break
-        plan = make_plan(candidate.cfg, topology, devices)
-        if plan.fits:
-            plans.append(plan)
-        else:
-            rejected += 1
-    return Search(cfg, sorted(plans, key=_rank), rejected, len(everything), len(everything) - len(possible))
+    everything = sorted(candidates(cfg, topology, devices), key=lambda one: one.seconds)
+    plans, rejected, too_large = [], 0, 0
+    factor: dict[str, float] = {}
+    for candidate in everything:
+        remat = candidate.cfg.model.remat
+        if candidate.fixed_bytes + candidate.saved_bytes * factor.get(remat, 1) > limit:
+            too_large += 1
+        elif time.perf_counter() <= stop:
+            plan = make_plan(candidate.cfg, topology, devices)
+            found = max((plan.needed - candidate.fixed_bytes) / candidate.saved_bytes, 1)
+            factor[remat] = min(factor.get(remat, math.inf), found)
+            if plan.fits:
+                plans.append(plan)
+            else:
+                rejected += 1
+    return Search(cfg, sorted(plans, key=_rank), rejected, len(everything), too_large)
 
 
 def _rank(plan: Plan) -> tuple[float, float]:
@@ -102,8 +116,7 @@ def candidates(cfg: Config, topology: Topology, devices: list[Any]) -> Iterator[
                 parts.make_mesh(one, devices)
             except ConfigError:
                 continue
-            least = fixed + saved_activations(one, len(devices))
-            yield Candidate(one, least, rough_seconds(one, sizes, chip))
+            yield Candidate(one, fixed, saved_activations(one, len(devices)), rough_seconds(one, sizes, chip))
 
 
 def meshes(devices: int, slices: int) -> Iterator[tuple[dict[str, int], MeshConfig]]:
