@@ -97,7 +97,7 @@ def reference(corpus: Path) -> Path:
     return corpus / "reference"
 
 
-def assert_same_run(workdir: Path, reference: Path, rel: float = 1e-3) -> None:
+def assert_same_run(workdir: Path, reference: Path, rel: float = 1e-5) -> None:
     """The ledger of the reference, every sample once and in order, and its losses up to rounding."""
     assert check_ledger(workdir / "ledger.jsonl") == []
     history, expected = (effective_history(path / "ledger.jsonl") for path in (workdir, reference))
