@@ -128,9 +128,9 @@ class Child:
             pump.start()
 
     def drain(self) -> None:
-        """Wait for the last lines."""
+        """Wait for the last lines; a pipe that somebody outside the group still holds open is not waited for."""
         for pump in self._pumps:
-            pump.join()
+            pump.join(timeout=2)
 
 
 def _pump(source: IO[str], target: IO[str], prefix: str) -> None:

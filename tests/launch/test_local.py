@@ -123,6 +123,19 @@ def test_nothing_is_left_when_the_launcher_is_killed() -> None:
         time.sleep(0.05)
 
 
+def test_who_has_left_the_group_does_not_hold_up_the_end() -> None:
+    clock = time.monotonic()
+    code, out, _ = run(
+        """
+        import subprocess
+        print(subprocess.Popen(["sleep", "100"], start_new_session=True).pid, flush=True)
+        """,
+        1,
+    )
+    os.kill(int(out.split()[1]), signal.SIGKILL)
+    assert code == 0 and time.monotonic() - clock < 50
+
+
 def is_running(process: int) -> bool:
     """A zombie is not."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
