@@ -5,6 +5,7 @@ Needs 2 processes x 2 devices, and in DIR a checkpoint `alone` that one process 
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def main(directory: Path) -> None:
     report["restored"] = share_checkpoints(directory, meshes["data=4"])
     print(json.dumps(report), file=sys.stderr, flush=True)
     distributed.finish()
+    os.kill(
+        os.getpid(), signal.SIGTERM
+    )  # as schedulers do when the first of several processes ends: it asks for nothing
 
 
 def share_checkpoints(directory: Path, mesh: jax.sharding.Mesh) -> list[Any]:

@@ -40,12 +40,16 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
+    write_texts(directory, seed=0)
+    return directory
+
+
+def write_texts(directory: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     for name in ("a", "b"):
-        (directory / name).mkdir()
+        (directory / name).mkdir(parents=True)
         for number in range(20):
             (directory / name / f"{number}.txt").write_text(" ".join(rng.choice(list("abcdefgh"), 200)))
-    return directory
 
 
 class Leg(NamedTuple):
@@ -255,3 +259,17 @@ def test_contradicting_settings_are_named(corpus: Path, tmp_path: Path) -> None:
     )
     output = launch(Leg(2, code=2), "-c", script, *training(corpus, tmp_path / "run", Leg())[3:])
     assert "process 1 of 2: optimizer.learning_rate is 0.002 here, but 0.001 at process 0" in output
+
+
+@pytest.mark.slow
+def test_other_data_at_one_process_are_named(tmp_path: Path) -> None:
+    """Under a relative path on disks of their own."""
+    for process in range(2):
+        write_texts(tmp_path / str(process), seed=process)
+    script = (
+        "import os, subprocess, sys; os.chdir(sys.argv[1] + os.environ['LMJAX_PROCESS_ID']); "
+        "sys.exit(subprocess.run([sys.executable, '-m', 'lmjax', 'train', *sys.argv[2:]]).returncode)"
+    )
+    settings = [f"--config={ROOT}/tests/tiny_config.py:.", f"--workdir={tmp_path / 'run'}", *SETTINGS]
+    output = launch(Leg(2, code=3), "-c", script, f"{tmp_path}/", *settings)
+    assert "[1] lmjax: error: process 1 of 2: the data here are not those of process 0" in output
