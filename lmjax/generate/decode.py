@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.tokenizer import Tokenizer
-from lmjax.errors import ConfigError
+from lmjax.errors import ConfigError, DataError
 from lmjax.generate.beam import beam_search
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Functions, Memory, functions, prefill, step
@@ -86,7 +86,7 @@ def generate_ids(
     if not prompts:
         return []
     tokens_BT, lengths_B = _pad(prompts, endoftext)
-    _check(model.spec, int(lengths_B.max()), cfg.tokens)
+    _check(model.spec, tokens_BT, int(lengths_B.max()), cfg.tokens)
     stops_S = _stop_array(stops or (endoftext,), cfg)
     params = model.unstack(params)
     if cfg.beams > 1:
@@ -113,7 +113,7 @@ def stream(
     if cfg.beams > 1:
         raise ConfigError(f"beam search (beams={cfg.beams}) cannot stream; set beams=1")
     tokens_BT, lengths_B = _pad([_read(prompt, tokenizer)], tokenizer.endoftext_id)
-    _check(model.spec, int(lengths_B.max()), cfg.tokens)
+    _check(model.spec, tokens_BT, int(lengths_B.max()), cfg.tokens)
     chunks = _stream_ids(model, model.unstack(params), tokenizer, tokens_BT, lengths_B, cfg, chunk)
     return _spell(chunks, tokenizer, tokenizer.prefix if _opens(prompt) else b"")
 
@@ -310,11 +310,16 @@ def _bucket(length: int) -> int:
     return max(8, 1 << (length - 1).bit_length()) if length <= 64 else -(-length // 64) * 64
 
 
-def _check(spec: Spec, prompt: int, tokens: int) -> None:
-    """Learned positions end with their table; all others go on."""
+def _check(spec: Spec, tokens_BT: np.ndarray, prompt: int, tokens: int) -> None:
+    """Learned positions end with their table, all others go on; a table of tokens may have fewer than a tokenizer."""
     if current_mesh() is not None:
         raise ConfigError("text is generated on one device: leave jax.set_mesh and put the weights on one device")
     for weight in by_path(spec).values():
+        if weight.in_axes == ("vocab",) and tokens_BT.max() >= weight.shape[0]:
+            raise DataError(
+                f"a prompt has token {tokens_BT.max()}, and the model's table only {weight.shape[0]} rows; leave that "
+                "symbol out, or use the tokenizer that the model was trained with"
+            )
         if weight.in_axes == ("context",) and prompt + tokens > weight.shape[0]:
             raise ConfigError(
                 f"a prompt of {prompt} tokens and tokens={tokens} new ones are longer than the position table: "

@@ -54,9 +54,10 @@ LLAMA_BIAS = Rule(
 # Windows ----------------------------------------------------------------------------------------------------------
 
 
-def _kinds(fields: Fields, types: list[str]) -> tuple[str, ...]:
+def _kinds(fields: Fields, types: Any) -> tuple[str, ...]:
     names = {"full_attention": "global", "sliding_attention": "local"}
-    if len(types) != fields.take("num_hidden_layers") or not set(types) <= set(names):
+    known = isinstance(types, list) and all(one in [*names] for one in types)
+    if not known or len(types) != fields.take("num_hidden_layers"):
         raise fields.refuse("layer_types", f"must name {' or '.join(names)} for every layer")
     return tuple(names[one] for one in types)
 
@@ -130,7 +131,7 @@ def periodic_windows(period: int) -> Rule:
     def read(fields: Fields) -> dict[str, Any]:
         types, length = fields.take("layer_types"), period
         for name in ("sliding_window_pattern", "_sliding_window_pattern"):
-            length = fields.take(name) if fields.has(name) else length
+            length = integer(fields, name) if fields.has(name) else length
         if types is not None:
             return _window(shortest_period(_kinds(fields, types)), fields.take("sliding_window"))
         return _window(("local",) * (length - 1) + ("global",), fields.take("sliding_window"))
@@ -210,12 +211,14 @@ def _scaling(fields: Fields, name: str, values: Json) -> tuple[float | None, dic
     """(theta if it stands here, settings of RopeConfig) of a rope_scaling or rope_parameters object."""
     values = {key: value for key, value in values.items() if value is not None}
     theta = values.pop("rope_theta", None)
-    kinds = {values.pop(key, None) for key in ("rope_type", "type")} - {None}
+    kinds = {str(values.pop(key)) for key in ("rope_type", "type") if key in values}
     kind = kinds.pop() if kinds else "default"
     if kinds or kind not in _ROPE_KEYS:
         raise ConfigError(f"{fields.where}: {name}.rope_type={kind!r} is not supported; there is {list(_ROPE_KEYS)}")
     if values.pop("partial_rotary_factor", 1) != 1:
         raise ConfigError(f"{fields.where}: {name}.partial_rotary_factor is not supported; it must be 1")
+    if kind == "yarn" and values.get("truncate") is True:  # what it means to leave it out
+        values.pop("truncate")
     keys = _ROPE_KEYS[kind]
     unknown = sorted(set(values) - set(keys))
     if unknown:
@@ -259,12 +262,13 @@ def _read_two_ropes(fields: Fields) -> dict[str, Any]:
     name, values = _rope_object(fields)
     theta, local_theta = fields.take("rope_theta"), fields.take("rope_local_base_freq")
     if name == "rope_parameters":
-        local = dict(values.get("sliding_attention") or {})
+        kinds = ("full_attention", "sliding_attention")
+        if not set(values) <= {*kinds} or not all(isinstance(one, dict) for one in values.values()):
+            raise fields.refuse(name, f"must hold an object for each of {' and '.join(kinds)}")
+        values, local = (dict(values.get(kind, {})) for kind in kinds)
         local_theta = local.pop("rope_theta", None) or local_theta
-        unknown = sorted(set(values) - {"full_attention", "sliding_attention"})
-        if unknown or local.pop("rope_type", "default") != "default" or local:
-            raise fields.refuse(name, "must be full_attention with any scaling and sliding_attention with none")
-        values = values.get("full_attention") or {}
+        if local.pop("rope_type", "default") != "default" or local:
+            raise fields.refuse(name, "is not supported: sliding_attention must not be scaled")
     inside, settings = _scaling(fields, name, values)
     return {"rope": {"theta": theta if inside is None else inside, "local_theta": local_theta, **settings}}
 

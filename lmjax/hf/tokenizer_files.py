@@ -1,6 +1,7 @@
 """The tokenizer files of a Hugging Face directory."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lmjax.hf import symbols
 from lmjax.hf.config_json import read_json
 from lmjax.hf.tokenizer_json import as_json, from_merges
 from lmjax.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "tokenizer_config.json"
 # Kept as they are: who they are for (chat templates, other programs) reads them.
@@ -39,6 +42,13 @@ def read_tokenizer(directory: Path, cfg: ModelConfig) -> tuple[Tokenizer | None,
         raise DataError(
             f"{directory}: {tokenizer.endoftext!r} is token {tokenizer.endoftext_id}, and the model has "
             f"{cfg.vocab} rows; the tokenizer is another model's"
+        )
+    if tokenizer.vocab_size > (cfg.vocab or 0):
+        logger.warning(
+            "%s: the tokenizer has %d ids and the model %d rows; the rest cannot be read or written",
+            directory,
+            tokenizer.vocab_size,
+            cfg.vocab,
         )
     tokenizer.begin_id = symbols.begin_id(tokenizer, settings)
     tokenizer.stop_ids = symbols.stop_ids(directory, tokenizer)

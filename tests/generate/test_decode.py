@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lmjax.data.alphabets import ByteTokenizer
-from lmjax.errors import ConfigError
+from lmjax.errors import ConfigError, DataError
 from lmjax.generate import decode
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate, generate_ids, stream
@@ -190,6 +190,12 @@ def test_learned_positions_end_with_their_table() -> None:
         generate(model, params, TOKENIZER, ["1", "1234567"], cfg)
     with pytest.raises(ConfigError, match=r"model.context=16"):
         stream(model, params, TOKENIZER, "1234567", cfg)
+
+
+def test_a_token_beyond_the_table_is_refused() -> None:
+    model, params = build()
+    with pytest.raises(DataError, match="a prompt has token 300, and the model's table only 257 rows"):
+        generate(model, params, TOKENIZER, [[1, 300], [2]], GREEDY)
 
 
 def test_rotary_positions_go_on() -> None:

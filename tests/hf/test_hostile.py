@@ -93,6 +93,7 @@ def test_the_sound_one_is_read(good: Path) -> None:
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "has no factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "odd": 1}}, "rope_scaling.odd is not supported"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_type=.* is not supported"),
         ({"rope_scaling": "linear"}, "rope_scaling.* not an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; it must be 1"),
         ({"mlp_bias": True}, "mlp_bias=true without attention_bias"),

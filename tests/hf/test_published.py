@@ -1,10 +1,12 @@
 """config.json files of published models, as their publishers wrote them, and the parameters these are known to have."""
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
 
+from lmjax.errors import LmjaxError
 from lmjax.hf.config_json import canonical, read_config, write_config
 from lmjax.hf.families import FAMILIES, family_of
 from lmjax.hf.tensors import expected
@@ -165,3 +167,25 @@ def test_a_published_model_has_its_published_size(name: str) -> None:
 
 def test_every_family_has_a_published_model() -> None:
     assert {values["model_type"] for values, _ in PUBLISHED.values()} == set(FAMILIES)
+
+
+ODD = [None, "x", -1, 0, 1.5, True, float("nan"), float("inf"), 10**30, [], ["full_attention"], [None], [{}], {}]
+ODD += [{"rope_type": ["x"], "factor": 2}, {"rope_type": "llama3", "factor": "x"}, {"full_attention": 1}]
+RULED = """rope_scaling rope_parameters rope_theta rope_local_base_freq layer_types architectures sliding_window
+    use_sliding_window sliding_window_pattern max_window_layers num_key_value_heads query_pre_attn_scalar head_dim
+    mlp_only_layers decoder_sparse_step num_local_experts n_inner tie_word_embeddings attention_bias mlp_bias
+    partial_rotary_factor""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_field_of_any_value_is_read_or_refused_in_a_line(name: str) -> None:
+    refused = 0
+    for field in {*PUBLISHED[name][0], *RULED}:
+        for value in ODD:
+            values = {**PUBLISHED[name][0], field: value}
+            with contextlib.suppress(LmjaxError):
+                weights(read_config(values, family_of(values, name), name))
+                continue
+            refused += 1
+    assert refused > 100

@@ -212,6 +212,18 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
         read_tokenizer(tmp_path, ModelConfig(vocab=200))
 
 
+def test_more_symbols_than_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where a padding symbol was added to the tokenizer alone."""
+    json_file(tmp_path, end="<s>")
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["added_tokens"].append(settings["added_tokens"][0] | {"id": 257, "content": "<pad>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    write(tmp_path / "tokenizer_config.json", eos_token="<s>")
+    tokenizer, _ = read_tokenizer(tmp_path, ModelConfig(vocab=257))
+    assert tokenizer is not None and tokenizer.vocab_size == 258
+    assert "the tokenizer has 258 ids and the model 257 rows" in caplog.records[0].getMessage()
+
+
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     write(tmp_path / "vocab.json", a=1)  # half a pair is none
     assert read_tokenizer(tmp_path, MODEL) == (None, {})
