@@ -1,5 +1,6 @@
 """A plan as text, and as JSON."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,9 @@ def lines(plan: Plan) -> Iterator[str]:
     cfg = plan.cfg
     yield f"topology     {plan.topology}"
     yield f"mesh         {settings_text(plan)}"
+    idle = plan.topology.devices - math.prod(plan.mesh.values())
+    if idle:
+        yield f"             {idle} of {plan.topology.devices} devices have nothing to do"
     yield from dry_run.size(cfg, decoder.build(cfg.model))
     yield ""
     yield from _memory(plan)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,8 @@ def test_the_table_says_what_a_run_takes(tiny: step.Plan) -> None:
     share = f"{tiny.step_flops.causal / tiny.step_flops.full:.1%}"
     assert row == ["all", "overlapped", "3.6000", "s", f"{8 * 16 / 3.6:,.0f}", share, "1.00", "h", "1", "$3"]
     assert table.as_json(plan)["bounds"]["fastest"]["dollars"] == pytest.approx(3.0)
+    idle = plan._replace(topology=topology.parse("cpu-3"))
+    assert "2 of 3 devices have nothing to do" in "\n".join(table.lines(idle))
 
 
 def test_one_device_executes_what_the_declaration_counts(tiny: step.Plan) -> None:
@@ -336,12 +339,29 @@ def test_without_libtpu_it_says_what_to_install() -> None:
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_tpu_program_scatters_what_it_reduces() -> None:
-    """fsdp: weights are gathered, their gradients reduced and scattered, and no activation is gathered."""
-    wide = ["--config.model.embed=512", "--config.model.mlp=2048", "--config.data.seq_len=256", "--config.mesh.fsdp=8"]
-    result = lmjax_plan("--topology=v5e-8", *wide, "--config.model.context=256", "--json")
+def test_a_tpu_program_gathers_each_weight_for_each_pass() -> None:
+    """fsdp: layers forward and again backward, the tied table as lookup and as head, all in bfloat16; nothing else."""
+    wide = ["--config.model.embed=512", "--config.model.mlp=2048", "--config.data.seq_len=256", "--json"]
+    result = lmjax_plan("--topology=v5e-8", *wide, "--config.model.context=256", "--config.mesh.layout=fsdp")
     assert result.returncode == 0, result.stderr
-    sent = json.loads(result.stdout)["collective_bytes"]
+    plan = json.loads(result.stdout)
+    sent, table_ = plan["collective_bytes"], TINY["model"]["vocab"] * 512
+    weights = 2 * (plan["parameters"] - table_) + 2 * table_
+    assert sent["all-gather"] == pytest.approx(7 / 8 * 2 * weights, rel=0.02)
     assert sent["reduce-scatter"] > 0
     assert sent["all-to-all"] == sent["collective-permute"] == 0
-    assert sent["all-gather"] < 2 * 2 * json.loads(result.stdout)["parameters"] * 1.1  # bfloat16, forward and backward
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_billion_parameters_on_256_chips_take_two_cores_two_minutes() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "lmjax", "plan", "--config=configs/llama.py:1b", "--topology=v5e-256", "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 120
+    plan = json.loads(result.stdout)
+    assert plan["fits"] and plan["chips"] == 256
+    fastest, slowest = (plan["bounds"][name]["mfu"] for name in ("fastest", "slowest"))
+    assert 0 < slowest < fastest < 1
+    assert plan["bounds"]["fastest"]["dollars"] > 0
