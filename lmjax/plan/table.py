@@ -198,9 +198,9 @@ def search_text(found: Search) -> str:
     """A ranking of what fits, and the best as flags to paste."""
     compiled = len(found.plans) + found.rejected
     rows = [
-        f"{found.candidates} combinations of layout, remat policy and microbatches: {found.too_large} are too large, "
-        f"{compiled} were compiled, {len(found.plans)} of those fit, "
-        f"{found.candidates - found.too_large - compiled} were not reached",
+        f"{found.candidates} combinations of layout, remat policy and microbatches",
+        f"  {found.too_large} too large, {compiled} compiled, of which {len(found.plans)} fit, "
+        f"{found.candidates - found.too_large - compiled} not reached in time",
         f"{'':>4}{'nothing overlapped':>20}{'all overlapped':>16}{'memory':>12}  settings",
     ]
     for place, plan in enumerate(found.plans, 1):
