@@ -26,7 +26,7 @@ from lmjax.evaluate.likelihood import Evaluation, evaluate, macro_average
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
 from lmjax.models import decoder
-from lmjax.models.config import ModelConfig
+from lmjax.models.config import ModelConfig, dominant
 from lmjax.models.model import Model
 from lmjax.optim.config import hyper
 from lmjax.optim.optimizers import Optimizer, build, state_shardings
@@ -50,7 +50,7 @@ class Experiment(NamedTuple):
 
 def assemble(cfg: Config, devices: list[Any] | None = None) -> Experiment:
     """The parts of a run, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
-    model = decoder.build(cfg.model)
+    model = decoder.build(cfg.model, microbatches=cfg.train.microbatches)
     return Experiment(
         cfg=cfg,
         model=model,
@@ -114,11 +114,22 @@ def make_mesh(cfg: Config, devices: list[Any] | None = None) -> jax.sharding.Mes
             f"the mesh takes {mesh.size} of {jax.device_count()} devices in {distributed.processes()} processes: none "
             "may be left out; leave one mesh axis unset, or start fewer processes"
         )
+    check_stages(mesh, cfg)
     pieces = cfg.train.batch // cfg.train.microbatches
-    layout.check_batch(mesh, rows=pieces, setting="train.batch / train.microbatches", T=cfg.data.seq_len)
+    layout.check_divides("microbatch", pieces, mesh, setting="train.batch / train.microbatches")
+    layout.check_batch(mesh, rows=cfg.train.batch, setting="train.batch", T=cfg.data.seq_len)
     if cfg.train.evaluate_batch is not None:
         layout.check_batch(mesh, rows=cfg.train.evaluate_batch, setting="train.evaluate_batch", T=cfg.data.seq_len)
     return mesh
+
+
+def check_stages(mesh: jax.sharding.Mesh, cfg: Config) -> None:
+    """Raise ConfigError unless the pipeline's stages divide the layers that they share, and the microbatches."""
+    period, repeats = cfg.model.segments[dominant(cfg.model.segments)]
+    layers = cfg.model.layers
+    what = "model.layers" if repeats == layers else f"the periods of {len(period)} layers in model.layers={layers}"
+    layout.check_divides("layers", repeats, mesh, setting=what)
+    layout.check_divides("layers", cfg.train.microbatches, mesh, setting="train.microbatches")
 
 
 def entered(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -35,7 +35,8 @@ AXES = ("slices", "data", "pipeline", "fsdp", "expert", "context", "tensor")  # 
 
 # Named axis -> mesh axes. A name that is absent is not split.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("slices", "data", "fsdp", "expert"),
+    "batch": ("pipeline", "slices", "data", "fsdp", "expert"),  # stages share rows, but for the layers they run
+    "microbatch": ("slices", "data", "fsdp", "expert"),  # B inside a stage
     "time": ("context",),  # T inside attention and mlp
     "residual_time": ("context", "tensor"),  # T of the residual stream
     "layers": ("pipeline",),
@@ -62,6 +63,10 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "cp+tp": ("context", "tensor"),
     "dp+cp+tp": ("data", "context", "tensor"),
     "fsdp+cp+tp": ("fsdp", "context", "tensor"),
+    "pp": ("pipeline",),
+    "dp+pp": ("data", "pipeline"),
+    "fsdp+pp": ("fsdp", "pipeline"),
+    "dp+pp+tp": ("data", "pipeline", "tensor"),
 }
 
 
@@ -149,9 +154,16 @@ def current_mesh() -> Any | None:
 
 
 def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:
-    """What splits a named axis on a mesh (default: the current one): the axes of its rule that are larger than 1."""
+    """What splits a named axis on a mesh (default: the current one): the axes of its rule that are larger than 1.
+
+    Inside `per_stage` a stage stands alone: the stages' axis is left out.
+    """
     mesh = mesh or current_mesh()
-    return tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
+    axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
+    if not {*axes} & {*mesh.manual_axes} & {*RULES["layers"]}:
+        return axes
+    assert (*mesh.manual_axes,) == RULES["layers"], f"what splits '{name}' is to be asked before per_device"
+    return tuple(axis for axis in axes if axis not in RULES["layers"])
 
 
 def shards(name: str) -> int:
@@ -216,8 +228,8 @@ def gather(params: Any) -> Any:
         return params
 
     def gather_one(x: jax.Array) -> jax.Array:
-        entries = [(entry,) if isinstance(entry, str) else entry or () for entry in jax.typeof(x).sharding.spec]
-        kept = [tuple(axis for axis in entry if axis not in GATHERED) or None for entry in entries]
+        entries = jax.typeof(x).sharding.spec
+        kept = [tuple(axis for axis in _axes(entry) if axis not in GATHERED) or None for entry in entries]
         return jax.sharding.reshard(x, PartitionSpec(*kept))
 
     return jax.tree.map(gather_one, params)
@@ -259,6 +271,18 @@ def check_batch(mesh: jax.sharding.Mesh, *, rows: int, setting: str, T: int) -> 
         )
 
 
+def split_rows(x: jax.Array, pieces: int) -> jax.Array:
+    """[B, ...] -> [pieces, B / pieces, ...]: every piece takes rows from all over, so from every device."""
+    rows, *rest = jax.typeof(x).sharding.spec
+    return reshape(x, (len(x) // pieces, pieces, *x.shape[1:]), (rows, None, *rest)).swapaxes(0, 1)
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """The inverse of `split_rows`."""
+    _, *lying = jax.typeof(x).sharding.spec
+    return reshape(x.swapaxes(0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]), lying)
+
+
 # Device by device -------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +308,45 @@ def per_device(
     several = any(isinstance(names, tuple) for names in out_names)
     out_specs = tuple(map(partition, out_names)) if several else partition(out_names)
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False)
+
+
+def per_stage(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+    """`function` of each pipeline stage's own share, in which the other mesh axes split arrays as they do outside.
+
+    An argument whose first dimension lies first on the stages is split, any other is the same for all of them; results,
+    whose PartitionSpecs outside are `out_specs`, are joined along their first dimension.
+    """
+    mesh = current_mesh()
+    assert mesh is not None
+    (stages,) = RULES["layers"]
+    others = tuple(axis for axis in mesh.axis_names if axis != stages)
+
+    def stages_alone(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(stages) if stages in _axes(spec[0] if spec else None) else PartitionSpec()
+
+    def without_stages(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(tuple(axis for axis in _axes(entry) if axis != stages) or None for entry in spec))
+
+    def on_stages(*arguments: Any) -> Any:
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arguments)
+        inside = jax.sharding.explicit_axes(function, axes=others, in_sharding=jax.tree.map(without_stages, specs))
+        run = jax.shard_map(
+            inside,
+            in_specs=jax.tree.map(stages_alone, specs),
+            out_specs=jax.tree.map(stages_alone, out_specs),
+            axis_names={stages},
+            check_vma=False,
+        )
+        # What crosses the border of a shard_map is gathered along Explicit axes that it leaves alone (jax 0.10.2,
+        # shard_map.py, _shardy_shard_map_sharding), but not along Auto axes.
+        return jax.sharding.auto_axes(run, out_sharding=out_specs)(*arguments)
+
+    return on_stages
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], lying: tuple[Any, ...]) -> jax.Array:

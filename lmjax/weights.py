@@ -111,8 +111,8 @@ class Weight:
 
     def of_layer(self) -> "Weight":
         """The same weight without the axis that `stacked` put in front: what one layer sees."""
-        assert self.batch_axes[0] == "layers", f"'{self.axes}' is not stacked"
-        axes = self.axes.removeprefix("layers").lstrip(" |")
+        assert self.batch_axes, f"'{self.axes}' is not stacked"
+        axes = self.axes.removeprefix(self.batch_axes[0]).lstrip(" |")
         return dataclasses.replace(self, axes=axes, sizes=self.sizes[1:])
 
 
@@ -139,11 +139,11 @@ def bind(spec: Spec, dims: Mapping[str, int]) -> Spec:
     return map_weights(bind_one, spec)
 
 
-def stacked(spec: Spec, layers: int) -> Spec:
-    """The spec of `layers` copies of every weight, on a leading batch axis named `layers`."""
+def stacked(spec: Spec, layers: int, axis: str = "layers") -> Spec:
+    """The spec of `layers` copies of every weight, on a leading batch axis of that name."""
 
     def stack(weight: Weight) -> Weight:
-        axes = f"layers {weight.axes}" if weight.batch_axes else f"layers | {weight.axes}"
+        axes = f"{axis} {weight.axes}" if weight.batch_axes else f"{axis} | {weight.axes}"
         return dataclasses.replace(weight, axes=axes, sizes=(layers, *weight.shape))
 
     return map_weights(stack, spec)

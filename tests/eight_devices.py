@@ -134,7 +134,8 @@ def check_step(experiment: Experiment, model: str = "dense") -> TrainState:
 
 
 QUICK = ("dp", "fsdp+cp+tp")  # together they split over every axis
-SLOW = [pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS if layout not in QUICK]
+OTHERS = [layout for layout, axes in LAYOUTS.items() if layout not in QUICK and "pipeline" not in axes]
+SLOW = [pytest.param(layout, marks=pytest.mark.slow) for layout in OTHERS]  # pipelines: pipeline_devices.py
 
 
 @pytest.mark.parametrize("layout", [*QUICK, *SLOW])

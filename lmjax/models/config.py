@@ -252,3 +252,8 @@ def layer_index(segments: Segments, segment: int, repeat: int, slot: int) -> int
     """A layer's place in the model, counted from the input. `repeat` may be traced."""
     before = sum(len(period) * repeats for period, repeats in segments[:segment])
     return before + repeat * len(segments[segment][0]) + slot
+
+
+def dominant(segments: Segments) -> int:
+    """The segment with most layers, the one that a pipeline spreads over its stages."""
+    return max(range(len(segments)), key=lambda segment: len(segments[segment][0]) * segments[segment][1])

@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.errors import ConfigError
-from lmjax.layout import constrain, gather, token_order
+from lmjax.layout import constrain, gather, shards, token_order
 from lmjax.models import cache as caches
 from lmjax.models import moe
 from lmjax.models.activations import softcap
 from lmjax.models.attention import Mask, Score, attention
-from lmjax.models.config import AttentionKind, LayerKind, ModelConfig, Segments, layer_index
+from lmjax.models.config import AttentionKind, LayerKind, ModelConfig, Segments, dominant, layer_index
 from lmjax.models.flops import attention_flops
 from lmjax.models.layers import dropout, lookup, lookup_tokens, norm, norm_weights, rms_norm
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp, mlp_weights
 from lmjax.models.model import Cache, Model
+from lmjax.models.pipeline import pipelined
 from lmjax.models.position import (
     Rotation,
     alibi_slopes,
@@ -39,14 +40,14 @@ from lmjax.weights import Initializer, Params, Spec, Weight, bind, fan_in, map_w
 EMBED_SITE, ATTENTION_SITE, MLP_SITE = 0, 1, 2  # where dropout acts: part of a mask's name
 
 
-def build(cfg: ModelConfig) -> Model:
-    """The model of a config whose vocabulary is known."""
+def build(cfg: ModelConfig, *, microbatches: int | None = None) -> Model:
+    """The model of a config whose vocabulary is known. `microbatches` are those of a pipeline of its layers."""
     if cfg.vocab is None:
         raise ConfigError("model.vocab is not set; give it, or let the data set's manifest fill it in")
     spec = weights(cfg)
     return Model(
         spec=spec,
-        hidden=functools.partial(hidden, spec=spec, cfg=cfg),
+        hidden=functools.partial(hidden, spec=spec, cfg=cfg, microbatches=microbatches),
         unembed=functools.partial(unembed, cfg=cfg),
         head=("embed",) if cfg.tied else ("unembed",),
         empty_cache=functools.partial(empty_cache, cfg),
@@ -73,12 +74,13 @@ def weights(cfg: ModelConfig) -> Spec:
     if not cfg.tied:
         spec["unembed"] = Weight("embed -> vocab", init=into_initializer(cfg))
     spec = bind(spec, cfg.dims)
-    spec["segments"] = {
-        str(segment): {
-            str(slot): stacked(bind(block_weights(cfg, kind), cfg.dims), repeats) for slot, kind in enumerate(period)
+    spec["segments"] = {}
+    for segment, (period, repeats) in enumerate(cfg.segments):
+        axis = "layers" if segment == dominant(cfg.segments) else "few_layers"  # too few to spread over a pipeline
+        spec["segments"][str(segment)] = {
+            str(slot): stacked(bind(block_weights(cfg, kind), cfg.dims), repeats, axis)
+            for slot, kind in enumerate(period)
         }
-        for segment, (period, repeats) in enumerate(cfg.segments)
-    }
     return spec
 
 
@@ -226,12 +228,14 @@ def hidden(
     segments_BT: jax.Array | None = None,
     keys_B: jax.Array | None = None,
     cache: Cache = None,
+    microbatches: int | None = None,
 ) -> tuple[jax.Array, Cache, dict[str, Any]]:
     """Tokens -> (last activations x_BTD, the cache with these tokens added, metrics of the layers).
 
     `positions_BT` (default 0, 1, ...) place tokens for rotary, learned and sinusoidal positions; with a cache they are
     needed, and negative ones mark padding. `segments_BT` keep documents from seeing each other. `keys_B`, one per
-    sample, mean training: they turn dropout and the capacity of experts on.
+    sample, mean training: they turn dropout and the capacity of experts on. `microbatches` are those of a pipeline
+    (default: one per stage).
     """
     T = tokens_BT.shape[1]
     if cache is None and cfg.position == "learned" and cfg.context < T:
@@ -244,7 +248,7 @@ def hidden(
     for segment in range(len(cfg.segments)):
         segment_cache = None if cache is None else cache[segment]
         x_BTD, segment_cache, tallies[str(segment)] = run_segment(
-            params, x_BTD, context, segment_cache, spec, cfg, segment
+            params, x_BTD, context, segment_cache, spec, cfg, segment, microbatches
         )
         new_cache.append(segment_cache)
     if cfg.norm_position != "post":
@@ -289,19 +293,21 @@ def run_segment(
     spec: Spec,
     cfg: ModelConfig,
     segment: int,
+    microbatches: int | None,
 ) -> tuple[jax.Array, Any, dict[str, moe.Tally]]:
     """All repeats of one period: scanned when the weights are stacked, looped over when they are unstacked.
 
+    Where the mesh has pipeline stages, those of the dominant segment run from stage to stage.
     Returns what experts did by slot, each array with the repeats in front.
     """
-    period, repeats = cfg.segments[segment]
+    period, _ = cfg.segments[segment]
     layers = params["segments"][str(segment)]
     layer_spec = map_weights(Weight.of_layer, spec["segments"][str(segment)])
 
     def compute_dtype(weight: Weight, w: jax.Array) -> jax.Array:
         return w.astype(cfg.dtype) if weight.kind == "matmul" and not weight.float32 else w
 
-    def body(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+    def body(context: Context, x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
         p, repeat, old_caches = inputs
         p = gather(map_weights(compute_dtype, layer_spec, p))
         new_caches, tallies = [], {}
@@ -315,11 +321,21 @@ def run_segment(
         return x_BTD, (None if old_caches is None else new_caches, tallies)
 
     if isinstance(layers, list):
-        return _loop(body, x_BTD, [(p, i, None if cache is None else cache[i]) for i, p in enumerate(layers)])
+        inputs = [(p, i, None if cache is None else cache[i]) for i, p in enumerate(layers)]
+        return _loop(functools.partial(body, context), x_BTD, inputs)
     assert cache is None, "decoding runs over unstacked weights: decoder.unstack(params)"
-    xs = (layers, jnp.arange(repeats), None)
-    unroll = max(1, round(cfg.unroll * repeats))
-    x_BTD, (_, tallies) = jax.lax.scan(REMAT[cfg.remat](body), x_BTD, xs, unroll=unroll)
+
+    def scan(context: Context, x_BTD: jax.Array, layers: Params, first: int | jax.Array) -> tuple[jax.Array, Any]:
+        repeats = len(jax.tree.leaves(layers)[0])
+        xs = (layers, first + jnp.arange(repeats), None)
+        unroll = max(1, round(cfg.unroll * repeats))
+        x_BTD, (_, tallies) = jax.lax.scan(REMAT[cfg.remat](functools.partial(body, context)), x_BTD, xs, unroll=unroll)
+        return x_BTD, tallies
+
+    if shards("layers") > 1 and segment == dominant(cfg.segments):
+        x_BTD, tallies = pipelined(scan, context, x_BTD, layers, microbatches)
+    else:
+        x_BTD, tallies = scan(context, x_BTD, layers, 0)
     return x_BTD, None, tallies
 
 

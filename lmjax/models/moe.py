@@ -96,12 +96,13 @@ def _by_rows(routed: Callable[..., tuple[jax.Array, Tally]]) -> Callable[..., tu
     """On a mesh each device routes its own rows, with whole experts: sorting all rows together would move them."""
     if current_mesh() is None:
         return routed
+    devices = mesh_axes("batch")
     row, whole = ("batch", None, None), ()
 
     def local(p: Params, *rows: jax.Array) -> tuple[jax.Array, Tally]:
         order_T = token_order(rows[0].shape[1])
         y_BTD, tally = routed(p, *(x[:, jnp.argsort(order_T)] for x in rows))
-        return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, mesh_axes("batch")), tally)
+        return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, devices), tally)
 
     def on_mesh(p: Params, x_BTD: jax.Array, logits_BTE: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Tally]:
         p = jax.tree.map(constrain, p)
@@ -272,9 +273,9 @@ def settle(params: Params, metrics: Metrics, *, cfg: MoeConfig) -> tuple[Params,
     if "load" not in metrics:
         return params, metrics
     loads, _ = metrics["load"]
-    busiest_L = jnp.concatenate([load_LE.max(axis=1) / load_LE.mean(axis=1) for load_LE in jax.tree.leaves(loads)])
+    busiest_L = [load_LE.max(axis=1) / load_LE.mean(axis=1) for load_LE in jax.tree.leaves(loads)]  # by slot
     shown = {name: pair for name, pair in metrics.items() if name != "load"}
-    shown["max_load"] = (busiest_L.sum(), jnp.float32(len(busiest_L)))
+    shown["max_load"] = (sum(map(jnp.sum, busiest_L)), jnp.float32(sum(map(len, busiest_L))))
     rate = cfg.bias_rate
     if rate is None:
         return params, shown

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from lmjax.layout import constrain
 from lmjax.weights import Params, Spec, Weight, map_weights
 
 
@@ -22,7 +23,13 @@ def per_weight(rule: Callable[[Weight], optax.GradientTransformation], spec: Spe
     """
 
     def init(params: Params) -> Any:
-        return map_weights(lambda weight, p: _mapped(weight, rule(weight.unstacked()).init)(p), spec, params)
+        def init_one(weight: Weight, p: jax.Array) -> Any:
+            state = _mapped(weight, rule(weight.unstacked()).init)(p)
+            # What starts the same for every copy, such as a count of updates, lies where its copy lies.
+            alone = len(weight.batch_axes)
+            return jax.tree.map(lambda x: constrain(x, *weight.batch_axes) if x.ndim == alone else x, state)
+
+        return map_weights(init_one, spec, params)
 
     def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
         def update_one(weight: Weight, *arrays: Any) -> Any:

@@ -26,7 +26,7 @@ from lmjax.plan.topology import Topology
 from lmjax.weights import count
 
 SEARCHED = (*(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)), "train.microbatches", "model.remat")
-MICROBATCHES = (1, 2, 4, 8)
+MICROBATCHES = (1, 2, 4, 8)  # for each pipeline stage
 LARGEST = {"tensor": 16, "context": 16, "pipeline": 16}
 """Of mesh axes that leave each device too little to do when they are larger."""
 _HALF = 2  # bytes of a bfloat16
@@ -102,21 +102,23 @@ def candidates(cfg: Config, topology: Topology, devices: list[Any]) -> Iterator[
     chip = chips.chip(devices[0].device_kind)
     for sizes, mesh in meshes(len(devices), topology.slices):
         try:
-            fixed = _state_bytes(dataclasses.replace(cfg, mesh=mesh), devices)
+            fixed = _state_bytes(_with(cfg, mesh, sizes["pipeline"]), devices)
         except ConfigError:
             continue
-        for microbatches, remat in itertools.product(MICROBATCHES, REMAT):
+        for pieces, remat in itertools.product(MICROBATCHES, REMAT):
             try:
                 one = dataclasses.replace(
-                    cfg,
-                    mesh=mesh,
-                    train=dataclasses.replace(cfg.train, microbatches=microbatches),
+                    _with(cfg, mesh, pieces * sizes["pipeline"]),
                     model=dataclasses.replace(cfg.model, remat=remat),
                 )
                 parts.make_mesh(one, devices)
             except ConfigError:
                 continue
             yield Candidate(one, fixed, saved_activations(one, len(devices)), rough_seconds(one, sizes, chip))
+
+
+def _with(cfg: Config, mesh: MeshConfig, microbatches: int) -> Config:
+    return dataclasses.replace(cfg, mesh=mesh, train=dataclasses.replace(cfg.train, microbatches=microbatches))
 
 
 def meshes(devices: int, slices: int) -> Iterator[tuple[dict[str, int], MeshConfig]]:
@@ -160,7 +162,8 @@ def rough_seconds(cfg: Config, sizes: dict[str, int], chip: Chip | None) -> floa
 
     For every microbatch, weights are gathered forward and backward, and their gradients scattered and added up over
     copies. Over `tensor` each layer gathers and scatters its activations twice per pass; over `context` each pass
-    sends keys and values round. Where the chip is unknown the figures are a TPU v5e's.
+    sends keys and values round. Stages of a pipeline compute everything again, and wait while it fills. Where the chip
+    is unknown the figures are a TPU v5e's.
     """
     chip = chip if chip is not None and chip.link is not None else chips.CHIPS["TPU v5 lite"]
     assert chip.link is not None
@@ -168,7 +171,7 @@ def rough_seconds(cfg: Config, sizes: dict[str, int], chip: Chip | None) -> floa
     sharing, stages = sizes["fsdp"] * context, sizes["pipeline"]
     copies = devices // (sharing * stages * tensor)
     model, dims = decoder.build(cfg.model), cfg.model.dims
-    passes = 4 if cfg.model.remat == "full" else 3  # forward, backward, which costs two, and again
+    passes = 3 + (cfg.model.remat == "full") + (stages > 1)  # forward, backward, which costs two, and again
     compute = sequence_flops(model, cfg.data.seq_len).causal * cfg.train.batch / devices * passes / 3 / chip.flops
     compute *= 1 + (stages - 1) / cfg.train.microbatches
 

@@ -25,7 +25,8 @@ class TrainConfig:
     batch: PositiveInt = 16
     """Sequences per update, over all devices."""
     microbatches: PositiveInt = 1
-    """Pieces the batch is cut into to save memory; the result is the same."""
+    """Pieces the batch is cut into, to save memory or to fill a pipeline (then a multiple of its stages); the result is
+    the same."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of initial weights and dropout."""
     loss: LossConfig = LossConfig()

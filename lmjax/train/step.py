@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lmjax.data.batch import Batch
-from lmjax.layout import constrain
+from lmjax.layout import shards, split_rows
 from lmjax.metrics import Metrics
 from lmjax.optim.optimizers import Optimizer
 from lmjax.train.objective import Keys, Objective
@@ -74,7 +74,7 @@ def accumulate(
         gradients, (metrics, new_buffers) = jax.grad(loss, has_aux=True)(state.params)
         return gradients, metrics, new_buffers
 
-    if microbatches == 1:
+    if microbatches == 1 or shards("layers") > 1:  # a pipeline has its own loop over microbatches
         return gradient(state.buffers, batch, keys_B)
 
     def body(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -82,18 +82,12 @@ def accumulate(
         *more, buffers = gradient(buffers, *inputs)
         return (jax.tree.map(jnp.add, sums, more), buffers), None
 
-    pieces = jax.tree.map(lambda x: _split_rows(x, microbatches), (batch, keys_B))
+    pieces = jax.tree.map(lambda x: split_rows(x, microbatches), (batch, keys_B))
     one_piece = jax.tree.map(lambda x: x[0], pieces)
     *sums, _ = jax.eval_shape(gradient, state.buffers, *one_piece)
     start = (jax.tree.map(jnp.zeros_like, sums), state.buffers)
     ((gradients, metrics), buffers), _ = jax.lax.scan(body, start, pieces)
     return gradients, metrics, buffers
-
-
-def _split_rows(x: jax.Array, pieces: int) -> jax.Array:
-    """[B, ...] -> [pieces, B / pieces, ...]: every piece takes rows from all over, so from every device."""
-    rows = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
-    return constrain(rows, None, *("batch", "time")[: x.ndim])
 
 
 def count_step(counters: Counters, finite: jax.Array) -> Counters:
