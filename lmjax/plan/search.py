@@ -52,7 +52,7 @@ class Search(NamedTuple):
     plans: list[Plan]
     """Those that fit, best first."""
     rejected: int
-    """Compiled, and found not to fit."""
+    """Compiled, and found not to fit; or refused, which only tracing tells."""
     candidates: int
     too_large: int
     """Dropped without compiling."""
@@ -75,7 +75,11 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
         if candidate.fixed_bytes + candidate.saved_bytes * factor.get(remat, 1) > limit:
             too_large += 1
         elif time.perf_counter() <= stop:
-            plan = make_plan(candidate.cfg, topology, devices)
+            try:
+                plan = make_plan(candidate.cfg, topology, devices)
+            except ConfigError:  # such as an attention backend that cannot share rows
+                rejected += 1
+                continue
             found = max((plan.needed - candidate.fixed_bytes) / candidate.saved_bytes, 1)
             factor[remat] = min(factor.get(remat, math.inf), found)
             if plan.fits:
