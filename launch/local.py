@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO
 
-from lmjax.errors import DONE, PREEMPTED, ConfigError
+from lmjax.errors import DONE, PREEMPTED, ConfigError, StallError
 
 _POLL_SECONDS = 0.05
 
@@ -152,21 +152,25 @@ def _forward_signals(children: Sequence[Child]) -> None:
 def _wait(children: Sequence[Child], grace: float) -> list[tuple[int, int]]:
     """(number, exit code) in the order in which the processes ended. What is left `grace` seconds after one did not end
     well is killed."""
-    running, ended, deadline = list(children), [], math.inf
+    running, deadline = list(children), math.inf
+    ended: list[tuple[int, int]] = []
     while running:
-        for child in list(running):
-            code = child.process.poll()
-            if code is None:
-                continue
-            running.remove(child)
-            ended.append((child.number, code))
-            if code != DONE:
-                deadline = min(deadline, time.monotonic() + grace)
+        looked = [(child, child.process.poll()) for child in running]
+        running = [child for child, code in looked if code is None]
+        news = causes_first([(child.number, code) for child, code in looked if code is not None])
+        ended += news
+        if any(code != DONE for _, code in news):
+            deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() > deadline:
             for child in running:
                 child.process.kill()
         time.sleep(_POLL_SECONDS)
     return ended
+
+
+def causes_first(ended: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of processes seen to have ended at once, those that only lost another come last."""
+    return sorted(ended, key=lambda one: one[1] == StallError.exit_code)
 
 
 def _free_port() -> int:

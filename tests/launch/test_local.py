@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launch.local import environment, exit_code
+from launch.local import causes_first, environment, exit_code
 
 
 def start(code: str, processes: int = 3, *flags: str) -> subprocess.Popen[str]:
@@ -52,6 +52,10 @@ def test_devices_are_added_to_the_flags_that_are_there() -> None:
 )
 def test_one_exit_code_for_all(codes: list[int], one: int) -> None:
     assert exit_code(codes) == one
+
+
+def test_who_lost_a_peer_is_not_the_cause() -> None:
+    assert causes_first([(0, 6), (1, 4), (2, 6), (3, 0)]) == [(1, 4), (3, 0), (0, 6), (2, 6)]
 
 
 def test_the_first_failure_counts_and_the_others_get_time_to_end() -> None:
