@@ -16,12 +16,13 @@ docs/parallelism.md says what each costs and when to choose it.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -49,6 +50,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
 }
 GATHERED = RULES["embed"]  # what a weight is gathered over where it is used
+GATHER, CONSTRAIN = "gather", "constrain"  # by these names `remat` knows whose results it is to keep
 
 # Name -> the axes that it splits over. The first takes the devices that the others leave, each of which has 2.
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -56,10 +58,12 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "fsdp": ("fsdp",),
     "tp": ("tensor",),
     "cp": ("context",),
+    "ep": ("expert",),
     "dp+fsdp": ("data", "fsdp"),
     "dp+tp": ("data", "tensor"),
     "fsdp+tp": ("fsdp", "tensor"),
     "fsdp+cp": ("fsdp", "context"),
+    "fsdp+ep": ("fsdp", "expert"),
     "cp+tp": ("context", "tensor"),
     "dp+cp+tp": ("data", "context", "tensor"),
     "fsdp+cp+tp": ("fsdp", "context", "tensor"),
@@ -159,6 +163,8 @@ def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:
     Inside `per_stage` a stage stands alone: the stages' axis is left out.
     """
     mesh = mesh or current_mesh()
+    if mesh is None:
+        return ()
     axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
     if not {*axes} & {*mesh.manual_axes} & {*RULES["layers"]}:
         return axes
@@ -216,7 +222,14 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Lay `x` out by its named axes."""
-    return x if current_mesh() is None else jax.sharding.reshard(x, partition(names))
+    return x if current_mesh() is None else checkpoint_name(jax.sharding.reshard(x, partition(names)), CONSTRAIN)
+
+
+def split_in_front(x: jax.Array, names: Names) -> jax.Array:
+    """Lay the first axes of `x` out by name; the others stay."""
+    if current_mesh() is None:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*partition(names), *jax.typeof(x).sharding.spec[len(names) :]))
 
 
 def gather(params: Any) -> Any:
@@ -230,7 +243,7 @@ def gather(params: Any) -> Any:
     def gather_one(x: jax.Array) -> jax.Array:
         entries = jax.typeof(x).sharding.spec
         kept = [tuple(axis for axis in _axes(entry) if axis not in GATHERED) or None for entry in entries]
-        return jax.sharding.reshard(x, PartitionSpec(*kept))
+        return checkpoint_name(jax.sharding.reshard(x, PartitionSpec(*kept)), GATHER)
 
     return jax.tree.map(gather_one, params)
 
@@ -286,27 +299,18 @@ def join_rows(x: jax.Array) -> jax.Array:
 # Device by device -------------------------------------------------------------------------------------------------
 
 
-def per_device(
-    function: Callable[..., Any], in_names: Iterable[Names], out_names: Any, *, but: tuple[str, ...] = ()
-) -> Callable[..., Any]:
-    """`function` of each device's own pieces, laid out by named axes; it may name mesh axes larger than 1.
+def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` of each device's own pieces, which lie as the specs say; it may name mesh axes.
 
-    `in_names` has names for every argument, `out_names` those of the one result, or of several in a tuple. The mesh
-    axes `but` stay jax's business: what is split over them alone is whole to `function`. Gradients of an argument that
-    devices share are added up once, at the end. Without a mesh it is `function` itself.
+    Gradients of an argument that devices share are added up once, at the end. Without a mesh it is `function` itself.
     """
     mesh = current_mesh()
     if mesh is None:
         return function
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = {axis for axis, kind in types if kind != AxisType.Manual}
-    if any(mesh.shape[axis] > 1 for axis in but):  # then XLA stumbles over a sum along axes of size 1
-        free = {axis for axis in free if mesh.shape[axis] > 1 and axis not in but}
     if not free:
         return function
-    in_specs = tuple(map(partition, in_names))
-    several = any(isinstance(names, tuple) for names in out_names)
-    out_specs = tuple(map(partition, out_names)) if several else partition(out_names)
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False)
 
 
@@ -355,3 +359,8 @@ def reshape(x: jax.Array, shape: tuple[int, ...], lying: tuple[Any, ...]) -> jax
         return jnp.reshape(x, shape)
     sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*(axes or None for axes in lying)))
     return jax.lax.reshape(x, shape, out_sharding=sharding)
+
+
+def lying(tree: Any) -> Any:
+    """A tree of PartitionSpec: how arrays lie on the current mesh; None without one."""
+    return None if current_mesh() is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)

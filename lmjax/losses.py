@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from lmjax.layout import RULES, current_mesh, mesh_axes, per_device
+from lmjax.layout import current_mesh, lying, mesh_axes, partition, per_device, shards
 
 _TOKENS = ("batch", "time")
 
@@ -35,10 +34,11 @@ class Sums(NamedTuple):
 
 def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """-log softmax(logits)[target], nats, [B, T]."""
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - _of_targets(logits_BTV, targets_BT)
+    return _logsumexp(logits_BTV) - _of_targets(logits_BTV, targets_BT)
 
 
-# What each token adds to the loss: (float32 logits_BTV, targets_BT) -> [B, T].
+# What each token adds to the loss: (float32 logits_BTV, targets_BT) -> [B, T]. All but the first are given whole logits
+# where devices share the vocabulary.
 TOKEN_LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "cross_entropy": negative_log_likelihood,
 }
@@ -56,21 +56,43 @@ def token_sums(
     The likelihood is measured whatever loss is minimized, so that runs stay comparable.
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
-    nll_BT = negative_log_likelihood(logits_BTV, targets_BT)
-    z_loss_BT = z_weight * jnp.square(jax.nn.logsumexp(logits_BTV, axis=-1))
-    correct_BT = _of_targets(logits_BTV, targets_BT) >= jnp.max(logits_BTV, axis=-1)
-    loss_BT = TOKEN_LOSSES[token_loss](logits_BTV, targets_BT) + z_loss_BT
-    return Sums(*(jnp.sum(x_BT * weights_BT) for x_BT in (loss_BT, nll_BT, z_loss_BT, correct_BT)))
+    nll_BT = loss_BT = negative_log_likelihood(logits_BTV, targets_BT)
+    if token_loss != "cross_entropy":
+        loss_BT = TOKEN_LOSSES[token_loss](_whole(logits_BTV), targets_BT)
+    z_loss_BT = z_weight * jnp.square(_logsumexp(logits_BTV))
+    correct_BT = _of_targets(logits_BTV, targets_BT) >= _max(logits_BTV)
+    return Sums(*(jnp.sum(x_BT * weights_BT) for x_BT in (loss_BT + z_loss_BT, nll_BT, z_loss_BT, correct_BT)))
+
+
+# Along the vocabulary, of which each device along `tensor` may hold a part -----------------------------------------
+
+
+def _logsumexp(logits_BTV: jax.Array) -> jax.Array:
+    max_BT = _max(logits_BTV)
+    sum_BT = jnp.sum(jnp.exp(logits_BTV - max_BT[..., None]), axis=-1)
+    return max_BT + jnp.log(jax.lax.psum(sum_BT, mesh_axes("vocab")))
+
+
+def _max(logits_BTV: jax.Array) -> jax.Array:
+    """Without a gradient."""
+    return jax.lax.pmax(jnp.max(jax.lax.stop_gradient(logits_BTV), axis=-1), mesh_axes("vocab"))
 
 
 def _of_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    if current_mesh() is None:
+    axes = mesh_axes("vocab")
+    if not axes:
         return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    # The vocabulary may be split over devices: only one of them has the target, and a sum finds it.
-    ids_V = jax.sharding.reshard(
-        jnp.arange(logits_BTV.shape[-1]), PartitionSpec(jax.typeof(logits_BTV).sharding.spec[-1])
-    )
-    return jnp.sum(jnp.where(targets_BT[..., None] == ids_V, logits_BTV, 0), axis=-1)
+    V = logits_BTV.shape[-1]
+    ids_V = V * jax.lax.axis_index(axes) + jnp.arange(V)
+    return jax.lax.psum(jnp.sum(jnp.where(targets_BT[..., None] == ids_V, logits_BTV, 0), axis=-1), axes)
+
+
+def _whole(logits_BTV: jax.Array) -> jax.Array:
+    axes = mesh_axes("vocab")
+    return jax.lax.all_gather(logits_BTV, axes, axis=-1, tiled=True) if axes else logits_BTV
+
+
+# Chunk by chunk ---------------------------------------------------------------------------------------------------
 
 
 def chunked_token_sums(
@@ -90,35 +112,65 @@ def chunked_token_sums(
     On a mesh every device cuts its own tokens into chunks, and the gradients of the head, which is whole along fsdp and
     context, add up over devices once, after the last chunk.
     """
-    local = functools.partial(_chunked_token_sums, unembed, chunk=chunk, z_weight=z_weight, token_loss=token_loss)
-    if current_mesh() is None:
-        return local(head, x_BTD, targets_BT, weights_BT)
-    over = mesh_axes("batch") + mesh_axes("time")
 
-    def summed(*arrays: Any) -> Sums:
-        return jax.lax.psum(local(*arrays), over)
-
-    in_names = ((), (*_TOKENS, None), _TOKENS, _TOKENS)
-    return per_device(summed, in_names, (), but=RULES["vocab"])(head, x_BTD, targets_BT, weights_BT)
-
-
-def _chunked_token_sums(
-    unembed: Unembed,
-    head: Head,
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    *,
-    chunk: int,
-    z_weight: float,
-    token_loss: str,
-) -> Sums:
     def sums_of(head: Head, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array) -> Sums:
         return token_sums(unembed(head, x_BCD), targets_BC, weights_BC, z_weight, token_loss)
 
-    if chunk >= x_BTD.shape[1]:
+    if current_mesh() is None and chunk >= x_BTD.shape[1]:
         return sums_of(head, x_BTD, targets_BT, weights_BT)
-    return _sum_over_chunks(sums_of, head, *(_split(x, chunk) for x in (x_BTD, targets_BT, weights_BT)))
+    head_lies, x_lies, tokens_lie = lying(head), partition((*_TOKENS, None)), partition(_TOKENS)
+    in_specs = (head_lies, x_lies, tokens_lie, tokens_lie)
+    devices = mesh_axes("batch") + mesh_axes("time")
+
+    @jax.custom_vjp
+    def total(head: Head, x_BTD: jax.Array) -> Sums:
+        local = functools.partial(_sums, sums_of, chunk, devices)
+        return per_device(local, in_specs, partition(()))(head, x_BTD, targets_BT, weights_BT)
+
+    def forward(head: Head, x_BTD: jax.Array) -> tuple[Sums, Any]:
+        local = functools.partial(_sums_and_gradients, sums_of, chunk, devices)
+        spread = per_device(local, in_specs, (partition(()), head_lies, x_lies))
+        sums, *gradients = spread(head, x_BTD, targets_BT, weights_BT)
+        return sums, tuple(gradients)
+
+    def backward(gradients: Any, cotangent: Sums) -> Any:
+        return jax.tree.map(lambda gradient: (gradient * cotangent.loss).astype(gradient.dtype), gradients)
+
+    total.defvjp(forward, backward)
+    return total(head, x_BTD)
+
+
+def _sums(sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head: Head, *tokens: jax.Array) -> Sums:
+    """The sums of all devices."""
+
+    def body(sums: Sums, inputs: Any) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, sums, sums_of(head, *inputs)), None
+
+    sums, _ = jax.lax.scan(body, _zero_sums(), tuple(_split(x, chunk) for x in tokens))
+    return jax.lax.psum(sums, devices)
+
+
+def _sums_and_gradients(
+    sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head: Head, *tokens: jax.Array
+) -> tuple[Sums, Head, jax.Array]:
+    """The sums of all devices, with the loss's gradients with respect to the head and x_BTD, taken chunk by chunk.
+
+    Devices along `tensor` compute one loss together; a gradient inside is that of the sum of all their losses.
+    """
+
+    def loss(head: Head, *inputs: Any) -> tuple[jax.Array, Sums]:
+        sums = sums_of(head, *inputs)
+        return sums.loss / shards("vocab"), sums
+
+    def body(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
+        sums, head_gradient = carry
+        (_, more), (dhead, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, *inputs)
+        return jax.tree.map(jnp.add, (sums, head_gradient), (more, dhead)), dx
+
+    start = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))
+    (sums, head_gradient), dx = jax.lax.scan(body, start, tuple(_split(x, chunk) for x in tokens))
+    dx_BTD = jax.lax.psum(_joined(dx, tokens[0].shape[1]), mesh_axes("vocab"))
+    return *jax.lax.psum((sums, head_gradient), devices), dx_BTD
 
 
 def token_logprobs(
@@ -126,8 +178,8 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(target), whether no token was more probable), both float32 [B, T], chunk by chunk."""
     local = functools.partial(_token_logprobs, unembed, chunk=chunk)
-    in_names = ((), (*_TOKENS, None), _TOKENS)
-    return per_device(local, in_names, _TOKENS, but=RULES["vocab"])(head, x_BTD, targets_BT)
+    in_specs = (lying(head), partition((*_TOKENS, None)), partition(_TOKENS))
+    return per_device(local, in_specs, (partition(_TOKENS), partition(_TOKENS)))(head, x_BTD, targets_BT)
 
 
 def _token_logprobs(
@@ -136,12 +188,11 @@ def _token_logprobs(
     @jax.checkpoint
     def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = unembed(head, x_BCD)
-        correct_BC = _of_targets(logits_BCV, targets_BC) >= jnp.max(logits_BCV, axis=-1)
+        correct_BC = _of_targets(logits_BCV, targets_BC) >= _max(logits_BCV)
         return -negative_log_likelihood(logits_BCV, targets_BC), correct_BC.astype(jnp.float32)
 
     scores = jax.lax.map(lambda inputs: score(*inputs), (_split(x_BTD, chunk), _split(targets_BT, chunk)))
-    B, T = targets_BT.shape
-    logprobs_BT, correct_BT = (x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in scores)
+    logprobs_BT, correct_BT = (_joined(x, targets_BT.shape[1]) for x in scores)
     return logprobs_BT, correct_BT
 
 
@@ -153,37 +204,9 @@ def _split(x: jax.Array, chunk: int) -> jax.Array:
     return padded.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _sum_over_chunks(
-    sums_of: Callable[..., Sums], head: Head, x: jax.Array, targets: jax.Array, weights: jax.Array
-) -> Sums:
-    """Sum `sums_of` over the leading axis, with gradients with respect to `head` and `x` taken chunk by chunk."""
-
-    @jax.custom_vjp
-    def total(head: Head, x: jax.Array) -> Sums:
-        def body(sums: Sums, inputs: Any) -> tuple[Sums, None]:
-            return jax.tree.map(jnp.add, sums, sums_of(head, *inputs)), None
-
-        return jax.lax.scan(body, _zero_sums(), (x, targets, weights))[0]
-
-    def forward(head: Head, x: jax.Array) -> tuple[Sums, Any]:
-        def loss(head: Head, *inputs: Any) -> tuple[jax.Array, Sums]:
-            sums = sums_of(head, *inputs)
-            return sums.loss, sums
-
-        def body(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
-            sums, head_gradient = carry
-            (_, more), (dhead, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, *inputs)
-            return jax.tree.map(jnp.add, (sums, head_gradient), (more, dhead)), dx
-
-        start = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))
-        (sums, head_gradient), dx = jax.lax.scan(body, start, (x, targets, weights))
-        return sums, (head_gradient, dx)
-
-    def backward(saved: Any, cotangent: Sums) -> Any:
-        return jax.tree.map(lambda gradient: (gradient * cotangent.loss).astype(gradient.dtype), saved)
-
-    total.defvjp(forward, backward)
-    return total(head, x)
+def _joined(x: jax.Array, T: int) -> jax.Array:
+    """[chunks, B, chunk, ...] -> [B, T, ...], without the padding."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :T]
 
 
 def _zero_sums() -> Sums:

@@ -1,5 +1,6 @@
 """Meshes. jax fixes its devices when it starts, so what needs eight of them runs in a process of its own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +12,19 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from lmjax.errors import ConfigError
-from lmjax.layout import AXES, LAYOUTS, RULES, constrain, current_mesh, gather, partition, time_order
+from lmjax.layout import (
+    AXES,
+    LAYOUTS,
+    RULES,
+    MeshConfig,
+    constrain,
+    current_mesh,
+    gather,
+    make_mesh,
+    partition,
+    time_order,
+)
+from lmjax.plan import topology
 
 EIGHT_DEVICES = Path(__file__).parent / "eight_devices.py"
 
@@ -63,3 +76,14 @@ def test_zig_zag_order_gives_every_device_an_early_and_a_late_chunk() -> None:
         assert sorted(order_T) == list(range(48))
         work = (order_T + 1).reshape(context, -1).sum(axis=1)  # keys that a device's queries see
         assert np.all(work == work[0])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs lmjax[tpu]")
+def test_slices_lie_along_their_own_axis() -> None:
+    devices = topology.devices(topology.parse("2xv5e-8"))
+    laid_out = make_mesh(MeshConfig(layout="fsdp+tp", slices=2), devices).devices
+    assert laid_out.shape == (2, 1, 1, 4, 1, 1, 2)
+    for number, one_slice in enumerate(laid_out):
+        assert {device.slice_index for device in one_slice.flat} == {number}
+    with pytest.raises(ConfigError, match=r"the devices form 2 slices; set mesh\.slices=2"):
+        make_mesh(MeshConfig(layout="fsdp"), devices)

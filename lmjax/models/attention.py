@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.errors import ConfigError
-from lmjax.layout import constrain, current_mesh, per_device, shards, token_order
+from lmjax.layout import constrain, current_mesh, partition, per_device, shards, token_order
 from lmjax.models.ring import ring
 from lmjax.models.scores import Mask, Score, distance, scores, visible
 
@@ -72,7 +72,8 @@ def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
         local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
-    return per_device(local, (_HEADS, _KV_HEADS, _KV_HEADS), _HEADS)(q_BTNH, k_BSKH, v_BSKH)
+    heads, kv_heads = partition(_HEADS), partition(_KV_HEADS)
+    return per_device(local, (heads, kv_heads, kv_heads), heads)(q_BTNH, k_BSKH, v_BSKH)
 
 
 def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
@@ -96,8 +97,9 @@ def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
         q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * score.scale, k_BSKH, v_BSKH))
         return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments_BT).swapaxes(1, 2)
 
-    segments = _splash_segments(mask.segments_BT)
-    return per_device(local, (_HEADS, _KV_HEADS, _KV_HEADS, ("batch", None)), _HEADS)(q_BTNH, k_BSKH, v_BSKH, segments)
+    heads, kv_heads = partition(_HEADS), partition(_KV_HEADS)
+    in_specs = (heads, kv_heads, kv_heads, partition(("batch", None)))
+    return per_device(local, in_specs, heads)(q_BTNH, k_BSKH, v_BSKH, _splash_segments(mask.segments_BT))
 
 
 def _splash_segments(segments_BT: jax.Array | None):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec
 
-from lmjax.layout import constrain, current_mesh, mesh_axes, per_device, token_order
+from lmjax.layout import constrain, current_mesh, mesh_axes, partition, per_device, token_order
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
 
@@ -103,5 +103,5 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         x_BTD = jnp.where(mine_BT[..., None], table_VD[jnp.where(mine_BT, ids_BT, 0)], 0)
         return jax.lax.psum_scatter(x_BTD, tensor, scatter_dimension=1, tiled=True)
 
-    names = (("vocab", "embed"), ("batch", "time")), ("batch", "residual_time", None)
-    return per_device(local, *names)(table_VD, ids_BT)
+    in_specs = (partition(("vocab", "embed")), partition(("batch", "time")))
+    return per_device(local, in_specs, partition(("batch", "residual_time", None)))(table_VD, ids_BT)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmjax.layout import current_mesh, reshape
+from lmjax.layout import current_mesh
 
 _MANY_ROWS = 256  # fewer are a decoding step, which has no gradient
 
@@ -20,11 +20,7 @@ def linear(
     stay where they are and outputs lie as the weight's.
     """
     dtype = dtype or x.dtype
-    rows = x.ndim - contract
-    if any(_mesh_axes(x)[1:rows]):
-        y = _unflattened(x, w, contract, dtype)
-    else:
-        y = _flat(x, w, contract, dtype)
+    y = _flat(x, w, contract, dtype) if current_mesh() is None else _on_mesh(x, w, contract, dtype)
     return y if bias is None else y + bias.astype(dtype)
 
 
@@ -36,19 +32,18 @@ def _flat(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
     orientation; without it XLA folds the transposition away, and the gradient comes out the slow way.
     """
     rows, outs = x.shape[: x.ndim - contract], w.shape[contract:]
-    x_axes, w_axes = _mesh_axes(x), _mesh_axes(w)
     n_rows, n_in, n_out = math.prod(rows), math.prod(w.shape[:contract]), math.prod(outs)
-    x_RI = reshape(x, (n_rows, n_in), (x_axes[0], x_axes[len(rows)]))
-    w_IO = reshape(w, (n_in, n_out), (w_axes[0], w_axes[contract]))
+    x_RI, w_IO = x.reshape(n_rows, n_in), w.reshape(n_in, n_out)
     if n_in > n_out and n_rows >= _MANY_ROWS:
         y_RO = _dot(x_RI, jax.lax.optimization_barrier(w_IO.T), (1,), (1,), dtype)
     else:
         y_RO = _dot(x_RI, jax.lax.optimization_barrier(w_IO), (1,), (0,), dtype)
-    return reshape(y_RO, (*rows, *outs), (*x_axes[: len(rows)], *w_axes[contract:]))
+    return y_RO.reshape(*rows, *outs)
 
 
-def _unflattened(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
-    """Where T is sharded, merging [B, T] would move data between devices."""
+def _on_mesh(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
+    """As it is: merging [B, T] would move data where T is split, and behind a barrier XLA does not see that a weight's
+    gradient is added up over devices only to be cut into their pieces, which is one reduce-scatter."""
     return _dot(x, w, tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)), dtype)
 
 
@@ -63,5 +58,5 @@ def _dot(x: jax.Array, w: jax.Array, x_in: tuple[int, ...], w_in: tuple[int, ...
 
 
 def _mesh_axes(x: jax.Array) -> tuple[Any, ...]:
-    """The mesh axes that each dimension is split over; all None without a mesh."""
-    return (None,) * x.ndim if current_mesh() is None else tuple(jax.typeof(x).sharding.spec)
+    """The mesh axes that each dimension is split over."""
+    return tuple(jax.typeof(x).sharding.spec)

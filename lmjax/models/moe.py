@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.layout import constrain, current_mesh, mesh_axes, per_device, token_order
+from lmjax.layout import constrain, current_mesh, lying, mesh_axes, partition, per_device, shards, token_order
 from lmjax.metrics import Metrics
+from lmjax.models.attention import platform
 from lmjax.models.config import ModelConfig, MoeConfig
+from lmjax.models.exchange import routes, send, send_back
 from lmjax.models.grouped import grouped_dot
 from lmjax.models.linear import linear
 from lmjax.models.mlp import feed_forward, mlp, mlp_weights
@@ -82,8 +84,9 @@ def mixture(
     """x_BTD through its experts -> (y_BTD, what the router did). Outside training nothing is dropped."""
     with jax.default_matmul_precision("float32"):  # on accelerators too: a choice hangs on small differences
         logits_BTE = linear(x_BTD.astype(jnp.float32), p["router"])
-    routed = functools.partial(_routed, cfg=cfg, training=training)
-    y_BTD, tally = _by_rows(routed)({k: p[k] for k in ("experts", "bias") if k in p}, x_BTD, logits_BTE, real_BT)
+    whole_rows = training and cfg.moe.dispatch == "capacity"
+    routed = _on_devices(functools.partial(_routed, cfg=cfg, whole_rows=whole_rows), whole_rows)
+    y_BTD, tally = routed(p["experts"], p.get("bias"), x_BTD, logits_BTE, real_BT)
     if cfg.moe.shared_mlp is not None:
         shared_BTD = mlp(p["shared"], x_BTD, cfg)
         if cfg.moe.shared_gate:
@@ -92,37 +95,52 @@ def mixture(
     return y_BTD, tally
 
 
-def _by_rows(routed: Callable[..., tuple[jax.Array, Tally]]) -> Callable[..., tuple[jax.Array, Tally]]:
-    """On a mesh each device routes its own rows, with whole experts: sorting all rows together would move them."""
+Routed = Callable[..., tuple[jax.Array, Tally]]
+
+
+def _on_devices(routed: Routed, whole_rows: bool) -> Routed:
+    """On a mesh each device routes its own tokens; devices of mesh.expert then send them to each other's experts.
+
+    Capacity asks which tokens of a row come first: devices that share rows then all route the whole rows.
+    """
     if current_mesh() is None:
         return routed
     devices = mesh_axes("batch")
-    row, whole = ("batch", None, None), ()
+    row = ("batch", None if whole_rows else "residual_time", None)
+    lies, whole = partition(row), partition(())
 
-    def local(p: Params, *rows: jax.Array) -> tuple[jax.Array, Tally]:
-        order_T = token_order(rows[0].shape[1])
-        y_BTD, tally = routed(p, *(x[:, jnp.argsort(order_T)] for x in rows))
+    def local(experts: Params, bias_E: jax.Array | None, *rows: jax.Array) -> tuple[jax.Array, Tally]:
+        order_T = token_order(rows[0].shape[1]) if whole_rows else jnp.arange(rows[0].shape[1])
+        y_BTD, tally = routed(experts, bias_E, *(x[:, jnp.argsort(order_T)] for x in rows))
         return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, devices), tally)
 
-    def on_mesh(p: Params, x_BTD: jax.Array, logits_BTE: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Tally]:
-        p = jax.tree.map(constrain, p)
-        rows = constrain(x_BTD, *row), constrain(logits_BTE, *row), constrain(real_BT, *row[:2])
-        y_BTD, tally = per_device(local, (whole, row, row, row[:2]), (row, whole))(p, *rows)
+    def on_mesh(experts: Params, bias_E: jax.Array | None, *rows: jax.Array) -> tuple[jax.Array, Tally]:
+        rows = tuple(constrain(x, *row[: x.ndim]) for x in rows)
+        in_specs = (lying(experts), whole, lies, lies, partition(row[:2]))
+        y_BTD, tally = per_device(local, in_specs, (lies, whole))(experts, bias_E, *rows)
         return constrain(y_BTD, "batch", "time", None), tally
 
     return on_mesh
 
 
 def _routed(
-    p: Params, x_BTD: jax.Array, logits_BTE: jax.Array, real_BT: jax.Array, cfg: ModelConfig, *, training: bool
+    experts: Params,
+    bias_E: jax.Array | None,
+    x_BTD: jax.Array,
+    logits_BTE: jax.Array,
+    real_BT: jax.Array,
+    cfg: ModelConfig,
+    *,
+    whole_rows: bool,
 ) -> tuple[jax.Array, Tally]:
     scores_BTE = score(logits_BTE, cfg.moe)
-    routing = choose(scores_BTE, p.get("bias"), real_BT, cfg.moe)
-    if training and cfg.moe.dispatch == "capacity":
-        y_BTD, dropped = capacity(p["experts"], x_BTD, routing, cfg)
+    routing = choose(scores_BTE, bias_E, real_BT, cfg.moe)
+    if whole_rows:
+        y_BTD, dropped = capacity(experts, x_BTD, routing, cfg)
     else:
-        y_BTD, dropped = dropless(p["experts"], x_BTD, routing, cfg), jnp.zeros(())
-    return y_BTD, observe(logits_BTE, scores_BTE, routing, dropped, cfg.moe)
+        y_BTD, dropped = dropless(experts, x_BTD, routing, cfg), jnp.zeros(())
+    shared_by = () if whole_rows else mesh_axes("residual_time")
+    return y_BTD, observe(logits_BTE, scores_BTE, routing, dropped, cfg.moe, shared_by)
 
 
 # Routing ----------------------------------------------------------------------------------------------------------
@@ -143,9 +161,14 @@ def choose(scores_BTE: jax.Array, bias_E: jax.Array | None, real_BT: jax.Array, 
 
 
 def observe(
-    logits_BTE: jax.Array, scores_BTE: jax.Array, routing: Routing, dropped: jax.Array, moe: MoeConfig
+    logits_BTE: jax.Array,
+    scores_BTE: jax.Array,
+    routing: Routing,
+    dropped: jax.Array,
+    moe: MoeConfig,
+    shared_by: tuple[str, ...] = (),
 ) -> Tally:
-    """Sums for the auxiliary losses and the metrics.
+    """Sums for the auxiliary losses and the metrics; `shared_by` are the mesh axes whose devices share rows.
 
     The balance loss of a sequence is E sum_e f_e P_e, with f_e the share of its choices that fell on expert e and P_e
     its mean probability: Switch (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6) for several choices, and as in
@@ -155,31 +178,49 @@ def observe(
     E, X = scores_BTE.shape[-1], moe.top_k
     real_BT1 = routing.real_BT[..., None]
     probabilities_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
-    load_BE = jnp.sum(jax.nn.one_hot(routing.chosen_BTX, E).sum(axis=2) * real_BT1, axis=1)
-    tokens_B = jnp.maximum(routing.real_BT.sum(axis=1), 1)
-    balance_B = E / X * jnp.sum(load_BE * jnp.sum(probabilities_BTE * real_BT1, axis=1), axis=-1) / tokens_B
+
+    def of_row(x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, shared_by)
+
+    load_BE = of_row(jnp.sum(jax.nn.one_hot(routing.chosen_BTX, E).sum(axis=2) * real_BT1, axis=1))
+    probability_BE = of_row(jnp.sum(probabilities_BTE * real_BT1, axis=1))
+    tokens_B = jnp.maximum(of_row(routing.real_BT.sum(axis=1)), 1)
+    balance_B = E / X * jnp.sum(load_BE * probability_BE, axis=-1) / tokens_B
     router_z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * routing.real_BT
-    return Tally(load_BE.sum(axis=0), balance_B.sum(), router_z_BT.sum(), dropped)
+    return Tally(load_BE.sum(axis=0), balance_B.sum(), of_row(router_z_BT.sum()), dropped)
 
 
 # Dispatch ---------------------------------------------------------------------------------------------------------
 
 
 def dropless(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) -> jax.Array:
-    """Every token through all its experts: rows sorted by expert, multiplied group by group."""
-    D, (E, _, _) = x_BTD.shape[-1], p["up"].shape
-    expert_A = routing.chosen_BTX.reshape(-1)
-    order_A = jnp.argsort(expert_A)
-    load_E = jnp.bincount(expert_A, length=E)
+    """Every token through all its experts, which may be another device's."""
+    D, experts = x_BTD.shape[-1], len(p["up"])
+    chosen_A = routing.chosen_BTX.reshape(-1)
+    order_A = jnp.argsort(chosen_A)
+    x_AD, chosen_A = x_BTD.reshape(-1, D)[order_A // cfg.moe.top_k], chosen_A[order_A]
+    if shards("experts") == 1:
+        y_AD = _sorted_rows(p, x_AD, chosen_A, cfg)
+    else:
+        ragged, by = platform() != "cpu", routes(chosen_A // experts)
+        expert_R = send(by, chosen_A % experts, fill=experts, ragged=ragged)  # `experts` marks an empty place
+        order_R = jnp.argsort(expert_R)
+        x_RD = send(by, x_AD, ragged=ragged)[order_R]
+        y_RD = _sorted_rows(p, x_RD, expert_R[order_R], cfg)[jnp.argsort(order_R)]
+        y_AD = send_back(by, y_RD, ragged=ragged)
+    return combine(y_AD[jnp.argsort(order_A)].reshape(*routing.chosen_BTX.shape, D), routing.weights_BTX)
+
+
+def _sorted_rows(p: Params, x_AD: jax.Array, expert_A: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Rows sorted by expert, multiplied group by group; what comes out of rows without an expert means nothing."""
+    load_E = jnp.bincount(expert_A, length=len(p["up"]))
 
     def project(x_AI: jax.Array, name: str) -> jax.Array:
         y_AO = grouped_dot(x_AI, p[name], load_E)
         bias_EO = p.get(f"{name}_bias")
-        return y_AO if bias_EO is None else y_AO + bias_EO[expert_A[order_A]].astype(x_AI.dtype)
+        return y_AO if bias_EO is None else y_AO + bias_EO[expert_A].astype(x_AI.dtype)
 
-    x_AD = x_BTD.reshape(-1, D)[order_A // cfg.moe.top_k]
-    y_AD = feed_forward(project, x_AD, cfg)[jnp.argsort(order_A)]
-    return combine(y_AD.reshape(*routing.chosen_BTX.shape, D), routing.weights_BTX)
+    return feed_forward(project, x_AD, cfg)
 
 
 def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -187,8 +228,7 @@ def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
 
     A choice without room adds nothing (Lepikhin et al. 2020, arXiv:2006.16668); padding takes no room.
     """
-    (B, T, D), (E, _, _) = x_BTD.shape, p["up"].shape
-    C = room(T, cfg.moe)
+    (B, T, D), E, C = x_BTD.shape, len(p["up"]) * shards("experts"), room(x_BTD.shape[1], cfg.moe)
     slots_BA, source_BS = jax.vmap(lambda chosen_TX, real_T: _slots(chosen_TX, real_T, E, C))(
         routing.chosen_BTX, routing.real_BT
     )
@@ -201,12 +241,19 @@ def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
         bias_EO = p.get(f"{name}_bias")
         return y_ERO if bias_EO is None else y_ERO + bias_EO[:, None].astype(x_ERI.dtype)
 
-    y_ERD = feed_forward(project, x_ERD, cfg)
+    y_ERD = feed_forward(project, x_ERD, cfg) if shards("experts") == 1 else _exchanged(project, x_ERD, cfg)
     y_BSD = y_ERD.reshape(E, B, C, D).swapaxes(0, 1).reshape(B, E * C, D)
     y_BAD = jax.vmap(lambda y_SD, slots_A: y_SD.at[slots_A].get(mode="fill", fill_value=0))(y_BSD, slots_BA)
     chosen = routing.real_BT.sum() * cfg.moe.top_k
     dropped = (chosen - (slots_BA < E * C).sum()).astype(jnp.float32)
     return combine(y_BAD.reshape(B, T, cfg.moe.top_k, D), routing.weights_BTX), dropped
+
+
+def _exchanged(project: Callable[[jax.Array, str], jax.Array], x_ERD: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Rows of all experts to the devices that hold them, through them, and back."""
+    axes = mesh_axes("experts")
+    y_ERD = feed_forward(project, jax.lax.all_to_all(x_ERD, axes, split_axis=0, concat_axis=1, tiled=True), cfg)
+    return jax.lax.all_to_all(y_ERD, axes, split_axis=1, concat_axis=0, tiled=True)
 
 
 def room(T: int, moe: MoeConfig) -> int:

@@ -6,15 +6,25 @@ from typing import Any
 
 import jax
 
+from lmjax.layout import GATHER, current_mesh
+
 Body = Callable[..., Any]
 
 
-def none(body: Body) -> Body:
-    """Keep everything."""
-    return body
-
-
 # Inside a scan nothing can be merged across the checkpoint anyway, so its guard against that would only cost.
+
+
+def none(body: Body) -> Body:
+    """Keep everything, but of weights that devices share only the own part: all layers whole would be the model."""
+    if current_mesh() is None:
+        return body
+
+    def keep(primitive: Any, *_: Any, **params: Any) -> bool:
+        return primitive.name != "reshard" and params.get("name") != GATHER  # what `constrain` gives has its own name
+
+    return jax.checkpoint(body, policy=keep, prevent_cse=False)
+
+
 REMAT: dict[str, Callable[[Body], Body]] = {
     "none": none,
     "dots": functools.partial(

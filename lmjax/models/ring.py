@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.layout import RULES, per_device, shards
+from lmjax.layout import RULES, partition, per_device, shards
 from lmjax.models.scores import Mask, Score, scores, visible
 
 (AXIS,) = RULES["time"]
@@ -69,15 +69,15 @@ Visit = Callable[[Queries, Any, Keys, Any], tuple[Any, Any]]
 def ring(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
     """Causal attention over rows that several devices may share -> [B, T, N, H], lying as q does."""
     rule = Rule(mask.window, score, shards("time"))
-    heads, kv_heads = ("batch", "time", "heads", None), ("batch", "time", "kv_heads", None)
+    heads, kv_heads = partition(("batch", "time", "heads", None)), partition(("batch", "time", "kv_heads", None))
 
     @jax.custom_vjp
     def local(*arrays: Any) -> jax.Array:
         return _forward(rule, *arrays)[0]
 
     local.defvjp(functools.partial(_forward, rule), functools.partial(_backward, rule))
-    in_names = (heads, kv_heads, kv_heads, ("batch", "time"))
-    return per_device(local, in_names, heads)(q_BTNH, k_BSKH, v_BSKH, mask.segments_BT)
+    in_specs = (heads, kv_heads, kv_heads, partition(("batch", "time")))
+    return per_device(local, in_specs, heads)(q_BTNH, k_BSKH, v_BSKH, mask.segments_BT)
 
 
 # Forward and backward ---------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _forward(
 
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    tokens = Tokens(_index(rule, T), segments_BT)
+    tokens = _tokens(rule, q_BTNH, segments_BT)
     lowest, zero = jnp.full((B, T, K, N // K), jnp.finfo(jnp.float32).min), jnp.zeros((B, T, K, N // K))
     nothing = Partial(lowest, zero, jnp.zeros((B, T, K, N // K, H)))
     seen, _ = _go_round(rule, visit, Queries(q_BTNH, tokens), nothing, Keys(k_BSKH, v_BSKH, tokens), None)
@@ -135,20 +135,21 @@ def _backward(rule: Rule, saved: Any, dy_BTNH: jax.Array) -> tuple[Any, ...]:
     dy_BTKGH = dy_BTNH.reshape(*logsumexp_BTKG.shape, -1)
     y_BTKGH = y_BTNH.reshape(dy_BTKGH.shape)
     dot_BTKG = jnp.einsum("BTKGH,BTKGH->BTKG", dy_BTKGH, y_BTKGH, preferred_element_type=jnp.float32)
-    tokens = Tokens(_index(rule, q_BTNH.shape[1]), segments_BT)
+    tokens = _tokens(rule, q_BTNH, segments_BT)
     queries, keys = Queries(q_BTNH, tokens, dy_BTKGH, logsumexp_BTKG, dot_BTKG), Keys(k_BSKH, v_BSKH, tokens)
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH)]
     dq, (dk, dv) = _go_round(rule, visit, queries, zeros[0], keys, tuple(zeros[1:]))
     return dq.astype(q_BTNH.dtype), dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype), None
 
 
-def _index(rule: Rule, T: int) -> jax.Array:
-    """The places in the row of this device's tokens."""
+def _tokens(rule: Rule, q_BTNH: jax.Array, segments_BT: jax.Array | None) -> Tokens:
+    """This device's."""
+    T = q_BTNH.shape[1]
     if rule.devices == 1:
-        return jnp.arange(T)[None]
+        return Tokens(jnp.arange(T)[None], segments_BT)
     me, chunk = jax.lax.axis_index(AXIS), jnp.arange(T // 2)
     late = 2 * rule.devices - 1 - me
-    return jnp.concatenate([me * (T // 2) + chunk, late * (T // 2) + chunk])[None]
+    return Tokens(jnp.concatenate([me * (T // 2) + chunk, late * (T // 2) + chunk])[None], segments_BT)
 
 
 def _mask(rule: Rule, queries: Queries, keys: Keys) -> Mask:
@@ -177,8 +178,10 @@ def _go_round(rule: Rule, visit: Visit, queries: Queries, state: Any, keys: Keys
         state, gradient = _meet(rule, visit, number, queries, state, keys, gradient)
         return (state, following, pass_on(gradient)), None
 
-    (state, keys, gradient), _ = jax.lax.scan(body, (state, keys, gradient), jnp.arange(rule.devices - 1))
-    state, gradient = _meet(rule, visit, rule.devices - 1, queries, state, keys, gradient)
+    # Tied to data: the masks of all rounds, which depend on none, would else be computed for all layers and kept.
+    rounds, _ = jax.lax.optimization_barrier((jnp.arange(rule.devices), queries.q_BTNH))
+    (state, keys, gradient), _ = jax.lax.scan(body, (state, keys, gradient), rounds[:-1])
+    state, gradient = _meet(rule, visit, rounds[-1], queries, state, keys, gradient)
     return state, pass_on(gradient)
 
 

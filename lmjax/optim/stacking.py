@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from lmjax.layout import constrain
+from lmjax.layout import split_in_front
 from lmjax.weights import Params, Spec, Weight, map_weights
 
 
@@ -25,9 +25,7 @@ def per_weight(rule: Callable[[Weight], optax.GradientTransformation], spec: Spe
     def init(params: Params) -> Any:
         def init_one(weight: Weight, p: jax.Array) -> Any:
             state = _mapped(weight, rule(weight.unstacked()).init)(p)
-            # What starts the same for every copy, such as a count of updates, lies where its copy lies.
-            alone = len(weight.batch_axes)
-            return jax.tree.map(lambda x: constrain(x, *weight.batch_axes) if x.ndim == alone else x, state)
+            return jax.tree.map(lambda x: split_in_front(x, weight.batch_axes), state)  # constants lie nowhere yet
 
         return map_weights(init_one, spec, params)
 

@@ -350,7 +350,7 @@ def test_a_tpu_program_gathers_each_weight_for_each_pass() -> None:
     sent, table_ = plan["collective_bytes"], TINY["model"]["vocab"] * 512
     weights = 2 * (plan["parameters"] - table_) + 2 * table_
     assert sent["all-gather"] == pytest.approx(7 / 8 * 2 * weights, rel=0.02)
-    assert sent["reduce-scatter"] > 0
+    assert sent["reduce-scatter"] > 2 * sent["all-reduce"]  # which is left for norms and the embedding table
     assert sent["all-to-all"] == sent["collective-permute"] == 0
 
 
