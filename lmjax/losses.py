@@ -197,8 +197,9 @@ def _token_logprobs(
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, chunk, ...], the end padded with zeros."""
+    """[B, T, ...] -> [chunks, B, chunk, ...], the end padded with zeros; T where that is less than a chunk."""
     B, T = x.shape[:2]
+    chunk = min(chunk, T)
     chunks = -(-T // chunk)
     padded = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
     return padded.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)

@@ -56,7 +56,8 @@ def test_memory_is_what_a_state_takes(fsdp: step.Plan) -> None:
 
 
 def test_activations_are_the_inputs_of_the_layers(fsdp: step.Plan) -> None:
-    assert fsdp.memory.activations == LAYERS * BATCH // 8 * T * EMBED * 4
+    """And the gradient of what leaves the last, which the loss takes while it has the logits."""
+    assert fsdp.memory.activations == (LAYERS + 1) * BATCH // 8 * T * EMBED * 4
 
 
 def test_fsdp_gathers_weights_for_each_pass(fsdp: step.Plan) -> None:
