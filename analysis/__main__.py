@@ -152,16 +152,20 @@ def _verify(parsed) -> None:
     print(f"{parsed.report}: {report.verify(parsed.report)} numbers derived anew, all the same")
 
 
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ratios", type=_numbers, default=(2.0, 200.0), help="smallest and largest D/N")
+    parser.add_argument("--smallest", type=_positive, default=1e7, help="parameters of the smallest model")
+    parser.add_argument("--devices", type=int, default=8, help="batches divide by this")
+
+
 def _add_design(commands) -> None:
     parser = commands.add_parser("design", help="which cells to train")
     _add_source(parser, required=False)
     parser.add_argument("--budget", type=_positive, required=True, help="FLOPs to spend on all cells")
     parser.add_argument("--target", type=_positive, required=True, help="FLOPs at which N* is wanted")
-    parser.add_argument("--ratios", type=_numbers, default=(2.0, 200.0), help="smallest and largest D/N")
-    parser.add_argument("--smallest", type=_positive, default=1e7, help="parameters of the smallest model")
+    _add_shapes(parser)
     parser.add_argument("--noise", type=_positive, default=0.005, help="nats between seeds")
     parser.add_argument("--most", type=int, default=40, help="cells at most, without the hold-out")
-    parser.add_argument("--devices", type=int, default=8, help="batches divide by this")
     parser.add_argument("--out", type=Path, required=True, help="JSON: one object of config overrides a cell")
     parser.set_defaults(command=_design)
 
@@ -206,10 +210,8 @@ def _add_next(commands) -> None:
         "--tolerance", type=_positive, required=True, help="half the interval of ln N* (0.2: about 20%%)"
     )
     parser.add_argument("--largest", type=_positive, required=True, help="FLOPs that the next cell may cost")
-    parser.add_argument("--ratios", type=_numbers, default=(2.0, 200.0), help="smallest and largest D/N")
-    parser.add_argument("--smallest", type=_positive, default=1e7, help="parameters of the smallest model")
+    _add_shapes(parser)
     parser.add_argument("--level", type=_share, default=0.95, help="of the interval")
-    parser.add_argument("--devices", type=int, default=8, help="batches divide by this")
     parser.add_argument("--out", type=Path, required=True, help="JSON: the config overrides of the cell")
     parser.set_defaults(command=_next)
 

@@ -240,11 +240,12 @@ def noise_replicates(
 def _replicate_optima(sizes, loss, noise_KM, log_optimum: float, method: str) -> np.ndarray:
     """ln of the optima of noisy copies (K,), about `log_optimum`; NaN where a copy has none."""
     smooth = np.polynomial.Polynomial.fit(np.log(sizes), loss, 2)(np.log(sizes))
-    if np.isnan(_optima_of_runs(sizes, smooth[None], method)[0]):
-        smooth = loss
+    of_smooth = _optima_of_runs(sizes, smooth[None], method)[0]
+    if np.isnan(of_smooth):
+        smooth, of_smooth = loss, log_optimum
     # A diverged run can make the noise estimate larger than a loss, and no loss is negative.
     copies = _optima_of_runs(sizes, np.maximum(smooth + noise_KM, 0.1 * loss), method)
-    return log_optimum + copies - _optima_of_runs(sizes, smooth[None], method)
+    return log_optimum + copies - of_smooth
 
 
 def _optima_of_runs(sizes, losses_KM, method: str) -> np.ndarray:
