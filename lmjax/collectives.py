@@ -51,12 +51,14 @@ class _Call(NamedTuple):
     computation: str
     condition: str | None = None
     """Under which it is repeated."""
+    first: int = 0
+    """Where the repetition starts to count: after the rounds that XLA has taken out of the loop."""
     fused: bool = False
 
 
 class _Computation(NamedTuple):
-    collectives: list[tuple[int, Collective]]
-    """(channel, collective)"""
+    collectives: list[tuple[str, Collective]]
+    """(its identity, collective)"""
     calls: list[_Call]
     bounds: list[int]
     """The integer constants: of a loop's condition, how often it holds."""
@@ -65,49 +67,57 @@ class _Computation(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Every collective of `compiled.as_text()` that sends anything, with how often it runs.
 
-    A TPU program may spread one collective over several fusions, to overlap it with work: those that share a channel
-    count once. An all-reduce in a fusion named for the slice that follows it is a reduce-scatter, and is called that.
+    A TPU program may spread one collective over several fusions, to overlap it with work: these count once. An
+    all-reduce in a fusion named for the slice that follows it is a reduce-scatter, and is called that. A ragged
+    all-to-all, whose bytes the data decides, counts as one of equal parts.
     """
     computations, entry = _computations(text)
     found: dict[Any, Collective] = {}
 
     def visit(name: str, times: int, fused: bool) -> None:
-        for channel, one in computations[name].collectives:
+        for identity, one in computations[name].collectives:
             if len(one.group) > 1:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else one.kind
-                # Collectives inside shard_map share a channel, too: outside fusions it says nothing.
-                key = (channel, times, one._replace(name="")) if fused else len(found)
+                key = (identity, times, one._replace(name="")) if fused else len(found)
                 found.setdefault(key, one._replace(kind=kind, times=times))
         for call in computations[name].calls:
             if call.computation in computations:
-                rounds = 1 if call.condition is None else max(computations[call.condition].bounds)
+                rounds = 1 if call.condition is None else max(computations[call.condition].bounds) - call.first
                 visit(call.computation, times * rounds, fused or call.fused)
 
     visit(entry, 1, False)
     return list(found.values())
 
 
+_CONSTANT = re.compile(r"^[su]\d+\[\]\S* constant\((\d+)\)")
+
+
 def _computations(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
-    entry, current = "", _Computation([], [], [])
+    entry, current, defined = "", _Computation([], [], []), dict[str, str]()
     partitions = int(next(iter(re.findall(r"num_partitions=(\d+)", text)), 1))
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if header:
-            current = computations[header[2]] = _Computation([], [], [])
+            current, defined = _Computation([], [], []), {}
+            computations[header[2]] = current
             entry = header[2] if header[1] else entry
             continue
-        instruction = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*)$", line)
+        instruction = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
         if instruction:
-            current.collectives.extend(_collective(instruction[1], partitions))
-            current.calls.extend(_calls(instruction[1]))
-            current.bounds.extend(map(int, re.findall(r"^[su]\d+\[\]\S* constant\((\d+)\)", instruction[1])))
+            name, what = instruction.groups()
+            defined[name] = what
+            current.collectives.extend(_collective(what, partitions, defined))
+            current.calls.extend(_calls(what, defined))
+            current.bounds.extend(map(int, _CONSTANT.findall(what)))
     assert entry, "no ENTRY computation: is it the text of a compiled program?"
     return computations, entry
 
 
 # `bf16[16,2048]{1,0:T(8,128)(2,1)S(1)} all-gather(%x), ...`; a tuple of results is in parentheses.
-_COLLECTIVE = re.compile(rf"(?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>.*?)\),")
+_COLLECTIVE = re.compile(
+    rf"(?P<result>.*?) (?P<ragged>ragged-)?(?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>.*?)\),"
+)
 
 
 # Between slices a TPU program sends through the host: `(bf16[48,8,128]{...}, ...) send(%x), channel_id=12, ...`.
@@ -117,38 +127,51 @@ _BETWEEN_SLICES = re.compile(
 )
 
 
-def _collective(instruction: str, partitions: int) -> Iterator[tuple[int, Collective]]:
+def _collective(instruction: str, partitions: int, defined: Mapping[str, str]) -> Iterator[tuple[str, Collective]]:
     match = _BETWEEN_SLICES.match(instruction)
     if match:
         kind, slices = match["kind"].lower().replace("_", "-"), len(match["slices"].split(","))
         assert kind in KINDS, f"an unknown transfer between slices: {instruction[:300]}"
         n_bytes = _array_bytes(match["dtype"], match["dims"]) * (slices if kind == "all-gather" else 1)
         group = tuple(slice_ * (int(match["last"] or 0) + 1) for slice_ in range(slices))
-        yield int(match["channel"]), Collective(kind, n_bytes, group, 1, f"{match['dtype']}[{match['dims']}]")
+        yield match["channel"], Collective(kind, n_bytes, group, 1, f"{match['dtype']}[{match['dims']}]")
     match = _COLLECTIVE.match(instruction)
     if match is None:
         return
     kind, shapes = match["kind"], re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
     sizes = [_array_bytes(dtype, dims) for dtype, dims in shapes]
+    if match["ragged"]:  # to or from an array with room for whatever may come
+        operand = re.match(r"(\w+)\[([\d,]*)\]", defined.get(match["operands"].split(",")[0].lstrip("%"), ""))
+        sizes.append(_array_bytes(*operand.groups()) if operand else sizes[0])
+        sizes = [min(sizes)]
     if match["start"] and kind in ("all-gather", "collective-permute"):  # the result holds the operand, too
         sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]
     group = _group(instruction, partitions)
     n_bytes = sum(sizes) * (len(group) if kind == "reduce-scatter" else 1)
     name = re.search(r'op_name="([^"]*)"', instruction)
     shape = ", ".join(f"{dtype}[{dims}]" for dtype, dims in shapes[:1])
-    channel = re.search(r"channel_id=(\d+)", instruction)
-    assert channel, f"a collective without a channel: {instruction[:200]}"
-    yield int(channel[1]), Collective(kind, n_bytes, group, 1, shape, name[1] if name else "")
+    # Collectives inside shard_map share a channel: where several fusions do, the chain they form has a name, too.
+    identity = re.search(r'(?:chain_id|async_collective_name)="[^"]*"', instruction)
+    identity = identity or re.search(r"channel_id=\d+", instruction)
+    assert identity, f"a collective without a channel: {instruction[:200]}"
+    yield identity[0], Collective(kind, n_bytes, group, 1, shape, name[1] if name else "")
 
 
-def _calls(instruction: str) -> Iterator[_Call]:
-    loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", instruction)
+def _calls(instruction: str, defined: Mapping[str, str]) -> Iterator[_Call]:
+    loop = re.search(r" while\(%?([\w.\-]+)\), condition=%?([\w.\-]+), body=%?([\w.\-]+)", instruction)
     if loop:
-        yield _Call(loop[2], condition=loop[1])
+        yield _Call(loop[3], condition=loop[2], first=_first(loop[1], defined))
     for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction):
         yield _Call(name, fused=" fusion(" in instruction)
     for names in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", instruction):
         yield from (_Call(name.strip().lstrip("%")) for name in names.split(","))
+
+
+def _first(name: str, defined: Mapping[str, str]) -> int:
+    """The constant that a copy is of, or the first member of a tuple."""
+    what = defined.get(name, "")
+    constant, of = _CONSTANT.match(what), re.search(r" (?:copy|tuple)\(%?([\w.\-]+)", what)
+    return int(constant[1]) if constant else _first(of[1], defined) if of else 0
 
 
 def _group(instruction: str, partitions: int) -> tuple[int, ...]:

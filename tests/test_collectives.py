@@ -6,8 +6,9 @@ import pytest
 
 from lmjax.collectives import by_kind, collectives
 
-# The forms that XLA:TPU uses, cut down: a loop bounded by its condition, a collective spread over two fusions, a
-# reduce-scatter written as an all-reduce and a slice, and groups as positions in a mesh.
+# The forms that XLA:TPU uses, cut down: a loop bounded by its condition, its first round taken out of it; a collective
+# spread over two fusions; two of one channel; a reduce-scatter written as an all-reduce and a slice; groups given as
+# positions in a mesh.
 TPU = """\
 HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -16,7 +17,7 @@ HloModule jit_step, is_scheduled=true, num_partitions=8
 }
 
 %cond (p: (s32[], bf16[16,64])) -> pred[] {
-  %constant.1 = s32[]{:T(128)} constant(12), metadata={op_name="lt"}
+  %constant.1 = s32[]{:T(128)} constant(13), metadata={op_name="lt"}
   ROOT %lt = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.1), direction=LT
 }
 
@@ -30,6 +31,16 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={0}, metadata=
 replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={0}
 }
 
+%async_collective_fusion.3 (p: bf16[4,64]) -> bf16[32,64] {
+  %all-gather.3 = bf16[32,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, \
+replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="0"}, metadata={op_name="key"}
+}
+
+%async_collective_fusion.4 (p: bf16[4,64]) -> bf16[32,64] {
+  %all-gather.4 = bf16[32,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, \
+replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="1"}, metadata={op_name="value"}
+}
+
 %all-reduce-scatter.3 (input: f32[1024,8]) -> f32[128,8] {
   %all-reduce.5 = f32[1024,8]{1,0} all-reduce(%input), channel_id=6, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
   ROOT %dynamic-slice.39 = f32[128,8]{1,0} dynamic-slice(%all-reduce.5, %multiply.5), dynamic_slice_sizes={128,8}
@@ -39,9 +50,14 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, dimensions={0}
   %fusion.1 = bf16[16,64]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
   %fusion.2 = bf16[16,64]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
   %fusion.3 = f32[128,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
+  %fusion.4 = bf16[32,64]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.3
+  %fusion.5 = bf16[32,64]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.4
 }
 
 ENTRY %main (a: bf16[2,64]) -> bf16[2,64] {
+  %constant.2 = s32[]{:T(128)} constant(1)
+  %copy.1 = s32[]{:T(128)} copy(%constant.2)
+  %tuple = (s32[]{:T(128)}, bf16[16,64]{1,0}) tuple(%copy.1, %a)
   %while.1 = (s32[]{:T(128)}, bf16[16,64]{1,0}) while(%tuple), condition=%cond, body=%body
   %all-reduce.7 = (f32[10]{0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=9, \
 replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
@@ -53,6 +69,9 @@ replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'},
 frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %send.34 = (f32[8]{0}, u32[], token[]) send(%c, %after), channel_id=15, \
 frontend_attributes={_xla_megascale_target="{1,2,3,4}x{0:1}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %rows = f32[64,8]{1,0} bitcast(%a)
+  %ragged_all_to_all.1 = f32[512,8]{1,0} ragged-all-to-all(%rows, %room, %i, %j, %k, /*index=5*/%l), channel_id=1, \
+replica_groups=[1,8]<=[8]
   %collective-permute.1 = f32[10]{0} collective-permute(%a), channel_id=11, source_target_pairs={{0,1},{1,0}}
   %all-gather-start.1 = (f32[2]{0}, f32[16]{0}) all-gather-start(%a), channel_id=12, \
 replica_groups=[1,8]<=[8], dimensions={0}
@@ -77,7 +96,9 @@ def test_the_forms_of_tpu_programs() -> None:
     between = found["all-reduce98304"]  # two slices of four devices
     assert between.group == (0, 4) and between.sent == 98304
     assert found["all-gather128"].group == (0, 2, 4, 6) and found["all-gather128"].sent == 96
-    assert len(found) == 9
+    assert sorted(one.name for one in collectives(TPU) if one.bytes == 4096) == ["key", "value"]  # of one channel
+    assert found["all-to-all2048"].sent == 2048 * 7 / 8  # of 64 rows, into room for those of eight devices
+    assert len(found) == 11
     assert by_kind(list(found.values()))["reduce-scatter"] == scatter.sent
 
 
