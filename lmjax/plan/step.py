@@ -11,7 +11,9 @@ from lmjax.chips import Chip
 from lmjax.collectives import Collective, collectives
 from lmjax.config import Config
 from lmjax.data.batch import Batch
+from lmjax.errors import ConfigError
 from lmjax.experiment import Experiment
+from lmjax.layout import LAYOUTS
 from lmjax.models.flops import Flops, sequence_flops
 from lmjax.models.model import Model
 from lmjax.plan import memory, roofline
@@ -72,10 +74,15 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
     """Compile the step of a config, its vocabulary known, for `devices`.
 
     A step whose state and gradients alone are too much is not compiled. Raises ConfigError for a config whose mesh does
-    not fit the devices.
+    not fit the devices, or leaves some of a TPU slice out.
     """
     experiment = parts.assemble(cfg, devices)
     assert experiment.mesh is not None
+    if topology.family != "cpu" and experiment.mesh.size < len(devices):
+        raise ConfigError(
+            f"mesh: {experiment.mesh.size} of the {len(devices)} devices of {topology.name} take part, but a TPU program "
+            f"runs on all of them; leave mesh.{LAYOUTS[cfg.mesh.layout][0]} out, and it takes the rest"
+        )
     state, batch = parts.abstract_state(experiment), parts.abstract_batch(experiment)
     flops = sequence_flops(experiment.model, cfg.data.seq_len)
     plan = Plan(
