@@ -232,20 +232,53 @@ def split_in_front(x: jax.Array, names: Names) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*partition(names), *jax.typeof(x).sharding.spec[len(names) :]))
 
 
-def gather(params: Any) -> Any:
+def gather(params: Any, spec: Spec | None = None) -> Any:
     """Weights as a layer uses them: whole along fsdp and context, still split along tensor and expert.
 
-    Its transpose is a reduce-scatter, so gradients come back sharded like the weights.
+    Gradients come back split like the weights. That of a matrix of `spec` stays a sum that is not yet added up (jax's
+    type `unreduced`) until a reduce-scatter has cut it into pieces: only those are then added up over the mesh axes
+    along which devices hold other tokens and the same piece. Inside a pipeline's stage, where jax 0.10.2 has no such
+    types, XLA is left to find that out. Experts are left to `whole`.
     """
-    if current_mesh() is None:
+    mesh = current_mesh()
+    if mesh is None:
         return params
 
-    def gather_one(x: jax.Array) -> jax.Array:
-        entries = jax.typeof(x).sharding.spec
-        kept = [tuple(axis for axis in _axes(entry) if axis not in GATHERED) or None for entry in entries]
-        return checkpoint_name(jax.sharding.reshard(x, PartitionSpec(*kept)), GATHER)
+    def gather_one(w: jax.Array) -> jax.Array:
+        return checkpoint_name(jax.sharding.reshard(w, _without(jax.typeof(w).sharding.spec, GATHERED)), GATHER)
 
-    return jax.tree.map(gather_one, params)
+    def by_kind(weight: Weight, w: jax.Array) -> jax.Array:
+        if "experts" in weight.names:
+            return w
+        if weight.kind != "matmul" or mesh.manual_axes:
+            return gather_one(w)
+        return checkpoint_name(_gather_unreduced(w), GATHER)
+
+    if spec is None:
+        return jax.tree.map(gather_one, params)
+    return map_weights(by_kind, spec, params)
+
+
+def _gather_unreduced(w: jax.Array) -> jax.Array:
+    spec = jax.typeof(w).sharding.spec
+    summed = {*mesh_axes("batch"), *mesh_axes("time")}
+    lies = PartitionSpec(*spec, reduced=summed - {axis for entry in spec for axis in _axes(entry)})
+    w = jax.sharding.reshard(w, lies)
+    if not _gathered_dimensions(spec):
+        return w
+    ((i, axes),) = _gathered_dimensions(spec)
+
+    def run(w: jax.Array) -> jax.Array:
+        rows = jnp.moveaxis(w, i, 0)  # TPUs cannot scatter every number of columns
+        matrix = jax.lax.all_gather(rows.reshape(len(rows), -1), axes, tiled=True, to="reduced")
+        return jnp.moveaxis(matrix.reshape(-1, *rows.shape[1:]), 0, i)
+
+    to = PartitionSpec(*_without(spec, GATHERED), reduced=summed)
+    return jax.shard_map(run, in_specs=lies, out_specs=to)(w)
+
+
+def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(axis for axis in _axes(entry) if axis not in axes) or None for entry in spec))
 
 
 # Batches ----------------------------------------------------------------------------------------------------------
@@ -312,6 +345,34 @@ def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> C
     if not free:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False)
+
+
+def whole(params: Any, lies: Any) -> Any:
+    """Inside `per_device`: as `gather`, of weights whose pieces lie as the specs say."""
+
+    def one(w: jax.Array, spec: PartitionSpec) -> jax.Array:
+        for i, axes in _gathered_dimensions(spec):
+            w = jax.lax.all_gather(w, axes, axis=i, tiled=True)
+        return w
+
+    return params if lies is None else jax.tree.map(one, params, lies)
+
+
+def add_up(gradients: Any, lies: Any, devices: tuple[str, ...]) -> Any:
+    """Inside `per_device`: the sum over `devices` of gradients of `whole` weights, cut into the weights' pieces."""
+
+    def one(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+        for i, axes in _gathered_dimensions(spec):
+            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=i, tiled=True)
+        scattered = {axis for entry in spec for axis in _axes(entry)}
+        return jax.lax.psum(gradient, tuple(axis for axis in devices if axis not in scattered))
+
+    return gradients if lies is None else jax.tree.map(one, gradients, lies)
+
+
+def _gathered_dimensions(spec: PartitionSpec) -> list[tuple[int, tuple[str, ...]]]:
+    among = [tuple(axis for axis in _axes(entry) if axis in GATHERED) for entry in spec]
+    return [(i, axes) for i, axes in enumerate(among) if axes]
 
 
 def per_stage(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.layout import current_mesh, lying, mesh_axes, partition, per_device, shards
+from lmjax.layout import add_up, current_mesh, lying, mesh_axes, partition, per_device, shards, whole
 
 _TOKENS = ("batch", "time")
 
@@ -109,8 +109,8 @@ def chunked_token_sums(
     """`token_sums(unembed(head, x), ...)` with logits for `chunk` positions of every row at a time.
 
     Only `loss` is differentiable. T need not be a multiple of the chunk: what is missing is padded with weight 0.
-    On a mesh every device cuts its own tokens into chunks, and the gradients of the head, which is whole along fsdp and
-    context, add up over devices once, after the last chunk.
+    On a mesh every device cuts its own tokens into chunks, for which it gathers the head, and the head's gradients add
+    up over devices once, after the last chunk.
     """
 
     def sums_of(head: Head, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array) -> Sums:
@@ -124,11 +124,11 @@ def chunked_token_sums(
 
     @jax.custom_vjp
     def total(head: Head, x_BTD: jax.Array) -> Sums:
-        local = functools.partial(_sums, sums_of, chunk, devices)
+        local = functools.partial(_sums, sums_of, chunk, devices, head_lies)
         return per_device(local, in_specs, partition(()))(head, x_BTD, targets_BT, weights_BT)
 
     def forward(head: Head, x_BTD: jax.Array) -> tuple[Sums, Any]:
-        local = functools.partial(_sums_and_gradients, sums_of, chunk, devices)
+        local = functools.partial(_sums_and_gradients, sums_of, chunk, devices, head_lies)
         spread = per_device(local, in_specs, (partition(()), head_lies, x_lies))
         sums, *gradients = spread(head, x_BTD, targets_BT, weights_BT)
         return sums, tuple(gradients)
@@ -140,8 +140,11 @@ def chunked_token_sums(
     return total(head, x_BTD)
 
 
-def _sums(sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head: Head, *tokens: jax.Array) -> Sums:
+def _sums(
+    sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head_lies: Any, head: Head, *tokens: jax.Array
+) -> Sums:
     """The sums of all devices."""
+    head = whole(head, head_lies)
 
     def body(sums: Sums, inputs: Any) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, sums, sums_of(head, *inputs)), None
@@ -151,12 +154,14 @@ def _sums(sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], he
 
 
 def _sums_and_gradients(
-    sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head: Head, *tokens: jax.Array
+    sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head_lies: Any, head: Head, *tokens: jax.Array
 ) -> tuple[Sums, Head, jax.Array]:
     """The sums of all devices, with the loss's gradients with respect to the head and x_BTD, taken chunk by chunk.
 
     Devices along `tensor` compute one loss together; a gradient inside is that of the sum of all their losses.
     """
+
+    head = whole(head, head_lies)
 
     def loss(head: Head, *inputs: Any) -> tuple[jax.Array, Sums]:
         sums = sums_of(head, *inputs)
@@ -170,21 +175,23 @@ def _sums_and_gradients(
     start = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))
     (sums, head_gradient), dx = jax.lax.scan(body, start, tuple(_split(x, chunk) for x in tokens))
     dx_BTD = jax.lax.psum(_joined(dx, tokens[0].shape[1]), mesh_axes("vocab"))
-    return *jax.lax.psum((sums, head_gradient), devices), dx_BTD
+    return jax.lax.psum(sums, devices), add_up(head_gradient, head_lies, devices), dx_BTD
 
 
 def token_logprobs(
     unembed: Unembed, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(target), whether no token was more probable), both float32 [B, T], chunk by chunk."""
-    local = functools.partial(_token_logprobs, unembed, chunk=chunk)
+    local = functools.partial(_token_logprobs, unembed, lying(head), chunk=chunk)
     in_specs = (lying(head), partition((*_TOKENS, None)), partition(_TOKENS))
     return per_device(local, in_specs, (partition(_TOKENS), partition(_TOKENS)))(head, x_BTD, targets_BT)
 
 
 def _token_logprobs(
-    unembed: Unembed, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
+    unembed: Unembed, head_lies: Any, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
+    head = whole(head, head_lies)
+
     @jax.checkpoint
     def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = unembed(head, x_BCD)

@@ -26,7 +26,17 @@ from lmjax.experiment import Experiment
 from lmjax.hf.families import FAMILIES
 from lmjax.hf.imported import Imported, write_checkpoint
 from lmjax.hf.params import read_params
-from lmjax.layout import GATHERED, LAYOUTS, MeshConfig, batch_sharding, check_batch, make_mesh, mesh_axes, shardings
+from lmjax.layout import (
+    GATHERED,
+    LAYOUTS,
+    RULES,
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    mesh_axes,
+    shardings,
+)
 from lmjax.metrics import finish
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig, MoeConfig
@@ -153,8 +163,9 @@ def check_step(experiment: Experiment, model: str = "dense") -> TrainState:
 def check_budget(experiment: Experiment, found: list[Collective]) -> None:
     """What one device may gather at once, and send in a step.
 
-    XLA's CPU backend knows no reduce-scatter: it adds up everywhere, which sends twice as much, and cuts afterwards.
-    And it adds up the gradient of a layer's input for each weight that read it: five times for two parts of a layer.
+    Gradients are scattered along the axes that weights are gathered along, then their pieces are added up along others.
+    XLA's CPU backend adds up the gradient of a layer's input for each weight that read it: five times for two parts of
+    a layer; and everywhere, to cut it afterwards, which sends twice as much as a reduce-scatter.
     """
     mesh, cfg = experiment.mesh, experiment.cfg
     assert mesh is not None
@@ -166,7 +177,10 @@ def check_budget(experiment: Experiment, found: list[Collective]) -> None:
     weights = by_path(experiment.model.spec).values()
     layer_of = [w.of_layer() if w.names[0] == "layers" else w for w in weights]
     largest = max(4 * w.size / pieces(*w.names) for w in layer_of)
-    everything = 1.02 * 2 * sum(4 * w.size / pieces(*w.names) for w in weights) * microbatches
+    everything = 1.02 * sum((1 + w.tied) * 4 * w.size / pieces(*w.names) for w in weights) * microbatches
+    gathered, copies = (
+        math.prod(mesh.shape[axis] for axis in axes) for axes in (GATHERED, {*RULES["batch"]} - {*GATHERED})
+    )
     rows = B / microbatches / math.prod(mesh.shape[axis] for axis in mesh_axes("batch", mesh))
     tokens = 4 * rows * T / mesh.shape["context"]
     x, kv = (
@@ -174,9 +188,9 @@ def check_budget(experiment: Experiment, found: list[Collective]) -> None:
         tokens * 2 * math.prod(cfg.model.dims[n] for n in ("kv_heads", "head_dim")) / pieces("kv_heads"),
     )
     limits = {
-        "all-gather of weights": everything,  # forward and backward
+        "all-gather of weights": 2 * everything,  # forward and backward
         "all-gather of x": microbatches * (4 * layers + 3) * x,
-        "reduce of weights": 1.3 * everything,  # gradients, over fsdp and context sometimes one after the other
+        "reduce of weights": 1.1 * ((gathered > 1) + 2 * (copies > 1) / gathered) * everything,
         "reduce of x": 1.1 * microbatches * 2 * (7 * layers + 2) * x,
         "collective-permute of weights": 1.1 * microbatches * 3 * layers * mesh.shape["context"] * kv,  # ring attention
         # Of a mixture, the choices of all tokens in room for all devices' choices, there and back, and their gradients.

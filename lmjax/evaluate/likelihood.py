@@ -16,7 +16,7 @@ import numpy as np
 from lmjax.data.batch import Batch
 from lmjax.distributed import in_turn
 from lmjax.errors import DataError
-from lmjax.layout import constrain, gather
+from lmjax.layout import constrain
 from lmjax.losses import token_logprobs
 from lmjax.models.model import Model
 from lmjax.weights import Params
@@ -72,7 +72,7 @@ def _score(params: Params, batch: Batch, *, hidden, unembed, head: tuple[str, ..
     """Sums of every row, [B, 3]: -log p, tokens predicted, weights."""
     with jax.default_matmul_precision("highest"):
         x_BTD, _, _ = hidden(params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
-        head_params = gather({name: params[name] for name in head})
+        head_params = {name: params[name] for name in head}
         logprobs_BT, correct_BT = token_logprobs(unembed, head_params, x_BTD, batch.targets_BT, chunk=chunk)
     columns = (-logprobs_BT, correct_BT, jnp.ones_like(logprobs_BT))
     sums_B3 = jnp.stack([jnp.sum(column_BT * batch.weights_BT, axis=1) for column_BT in columns], axis=1)

@@ -309,7 +309,7 @@ def run_segment(
 
     def body(context: Context, x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
         p, repeat, old_caches = inputs
-        p = gather(map_weights(compute_dtype, layer_spec, p))
+        p = gather(map_weights(compute_dtype, layer_spec, p), layer_spec)
         new_caches, tallies = [], {}
         for slot, kind in enumerate(period):
             layer = layer_index(cfg.segments, segment, repeat, slot)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec
 
-from lmjax.layout import constrain, current_mesh, mesh_axes, partition, per_device, token_order
+from lmjax.layout import constrain, current_mesh, mesh_axes, partition, per_device, token_order, whole
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
 
@@ -91,10 +91,10 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     if current_mesh() is None:
         return table_VD[ids_BT]
 
-    columns, tensor = mesh_axes("embed"), mesh_axes("vocab")
+    table_lies, tensor = partition(("vocab", "embed")), mesh_axes("vocab")
 
     def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        table_VD = jax.lax.all_gather(table_VD, columns, axis=1, tiled=True) if columns else table_VD
+        table_VD = whole(table_VD, table_lies)
         if not tensor:
             return table_VD[ids_BT]
         rows = table_VD.shape[0]
@@ -103,5 +103,5 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         x_BTD = jnp.where(mine_BT[..., None], table_VD[jnp.where(mine_BT, ids_BT, 0)], 0)
         return jax.lax.psum_scatter(x_BTD, tensor, scatter_dimension=1, tiled=True)
 
-    in_specs = (partition(("vocab", "embed")), partition(("batch", "time")))
+    in_specs = (table_lies, partition(("batch", "time")))
     return per_device(local, in_specs, partition(("batch", "residual_time", None)))(table_VD, ids_BT)

@@ -59,4 +59,4 @@ def _dot(x: jax.Array, w: jax.Array, x_in: tuple[int, ...], w_in: tuple[int, ...
 
 def _mesh_axes(x: jax.Array) -> tuple[Any, ...]:
     """The mesh axes that each dimension is split over."""
-    return tuple(jax.typeof(x).sharding.spec)
+    return tuple(jax.typeof(x).sharding.spec.partitions)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.layout import constrain, current_mesh, lying, mesh_axes, partition, per_device, shards, token_order
+from lmjax.layout import constrain, current_mesh, lying, mesh_axes, partition, per_device, shards, token_order, whole
 from lmjax.metrics import Metrics
 from lmjax.models.attention import platform
 from lmjax.models.config import ModelConfig, MoeConfig
@@ -107,17 +107,20 @@ def _on_devices(routed: Routed, whole_rows: bool) -> Routed:
         return routed
     devices = mesh_axes("batch")
     row = ("batch", None if whole_rows else "residual_time", None)
-    lies, whole = partition(row), partition(())
-
-    def local(experts: Params, bias_E: jax.Array | None, *rows: jax.Array) -> tuple[jax.Array, Tally]:
-        order_T = token_order(rows[0].shape[1]) if whole_rows else jnp.arange(rows[0].shape[1])
-        y_BTD, tally = routed(experts, bias_E, *(x[:, jnp.argsort(order_T)] for x in rows))
-        return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, devices), tally)
+    rows_lie, everywhere = partition(row), partition(())
 
     def on_mesh(experts: Params, bias_E: jax.Array | None, *rows: jax.Array) -> tuple[jax.Array, Tally]:
+        experts_lie = lying(experts)
+
+        def local(experts: Params, bias_E: jax.Array | None, *rows: jax.Array) -> tuple[jax.Array, Tally]:
+            order_T = token_order(rows[0].shape[1]) if whole_rows else jnp.arange(rows[0].shape[1])
+            in_order = (x[:, jnp.argsort(order_T)] for x in rows)
+            y_BTD, tally = routed(whole(experts, experts_lie), bias_E, *in_order)
+            return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, devices), tally)
+
         rows = tuple(constrain(x, *row[: x.ndim]) for x in rows)
-        in_specs = (lying(experts), whole, lies, lies, partition(row[:2]))
-        y_BTD, tally = per_device(local, in_specs, (lies, whole))(experts, bias_E, *rows)
+        in_specs = (experts_lie, everywhere, rows_lie, rows_lie, partition(row[:2]))
+        y_BTD, tally = per_device(local, in_specs, (rows_lie, everywhere))(experts, bias_E, *rows)
         return constrain(y_BTD, "batch", "time", None), tally
 
     return on_mesh

@@ -19,8 +19,11 @@ def none(body: Body) -> Body:
     if current_mesh() is None:
         return body
 
+    # Of what `gather` does, no step is to be kept either. What `constrain` gives has its own name.
+    moves = {"reshard", "all_gather", "all_gather_reduced", "reshape", "transpose"}
+
     def keep(primitive: Any, *_: Any, **params: Any) -> bool:
-        return primitive.name != "reshard" and params.get("name") != GATHER  # what `constrain` gives has its own name
+        return primitive.name not in moves and params.get("name") != GATHER
 
     return jax.checkpoint(body, policy=keep, prevent_cse=False)
 

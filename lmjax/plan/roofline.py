@@ -68,7 +68,7 @@ def local_shape(aval: Any) -> tuple[int, ...]:
         axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
         return math.prod(sharding.mesh.shape[axis] for axis in axes)
 
-    return tuple(size // pieces(entry) for size, entry in zip(aval.shape, sharding.spec, strict=True))
+    return tuple(size // pieces(entry) for size, entry in zip(aval.shape, sharding.spec.partitions, strict=True))
 
 
 def local_bytes(aval: Any) -> int:

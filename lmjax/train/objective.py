@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.data.batch import Batch
-from lmjax.layout import gather
 from lmjax.losses import TOKEN_LOSSES, chunked_token_sums
 from lmjax.metrics import Metrics
 from lmjax.models.model import Model
@@ -55,7 +54,7 @@ def language_model(model: Model, cfg: LossConfig) -> Objective:
         )
         sums = chunked_token_sums(
             model.unembed,
-            gather({name: weights[name] for name in model.head}),
+            {name: weights[name] for name in model.head},
             x_BTD,
             batch.targets_BT,
             batch.weights_BT,

@@ -1,5 +1,6 @@
 """Plans beside what eight devices really hold and send. test_plan.py runs this file in a process of its own."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -60,6 +61,14 @@ def test_activations_are_the_inputs_of_the_layers(fsdp: step.Plan) -> None:
     assert fsdp.memory.activations == (LAYERS + 1) * BATCH // 8 * T * EMBED * 4
 
 
+def test_no_remat_policy_saves_gathered_weights() -> None:
+    def saved(layout: str) -> float:
+        cfg = config(layout=layout)
+        return plan_of(replace(cfg, model=replace(cfg.model, remat="none"))).memory.activations
+
+    assert saved("fsdp") == saved("dp")
+
+
 def test_fsdp_gathers_weights_for_each_pass(fsdp: step.Plan) -> None:
     """Layers forward and again backward; the tables and the last norm once."""
     assert fsdp.compiled is not None
@@ -67,8 +76,9 @@ def test_fsdp_gathers_weights_for_each_pass(fsdp: step.Plan) -> None:
     once = 2 * VOCAB * EMBED + EMBED
     assert sent["all-gather"] == OTHERS * 4 * (2 * (total - once) + once)
     assert sent["all-to-all"] == sent["collective-permute"] == 0
-    gradients = sent["reduce-scatter"] + sent["all-reduce"] / 2  # on CPUs XLA reduces some, then slices
-    assert gradients == pytest.approx(OTHERS * 4 * total, rel=0.02)
+    norms = (2 * LAYERS + 1) * EMBED
+    assert sent["reduce-scatter"] == OTHERS * 4 * (total - norms)
+    assert 0 <= sent["all-reduce"] - 2 * OTHERS * 4 * norms < 200  # metrics
 
 
 def test_data_parallel_sums_gradients() -> None:
@@ -76,5 +86,5 @@ def test_data_parallel_sums_gradients() -> None:
     assert plan.compiled is not None
     sent = by_kind(plan.compiled.collectives)
     gradients = 2 * OTHERS * 4 * plan.counts.total
-    assert gradients <= sent.pop("all-reduce") <= gradients + 100  # metrics
+    assert 0 <= sent.pop("all-reduce") - gradients < 200  # metrics
     assert not any(sent.values())

@@ -9,6 +9,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from lmjax.chips import GIB, Chip
 from lmjax.collectives import Collective
 from lmjax.config import Config, parse
 from lmjax.errors import ConfigError
-from lmjax.layout import LAYOUTS, axis_sizes
+from lmjax.layout import LAYOUTS, MeshConfig, axis_sizes
 from lmjax.plan import memory, roofline, search, step, table, topology
 
 ROOT = Path(__file__).parents[2]
@@ -343,15 +345,53 @@ def test_without_libtpu_it_says_what_to_install() -> None:
 @pytest.mark.slow
 def test_a_tpu_program_gathers_each_weight_for_each_pass() -> None:
     """fsdp: layers forward and again backward, the tied table as lookup and as head, all in bfloat16; nothing else."""
-    wide = ["--config.model.embed=512", "--config.model.mlp=2048", "--config.data.seq_len=256", "--json"]
+    wide = ["--config.model.embed=2048", "--config.model.mlp=4096", "--config.data.seq_len=256", "--json"]
     result = lmjax_plan("--topology=v5e-8", *wide, "--config.model.context=256", "--config.mesh.layout=fsdp")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
-    sent, table_ = plan["collective_bytes"], TINY["model"]["vocab"] * 512
+    sent, table_ = plan["collective_bytes"], TINY["model"]["vocab"] * 2048
     weights = 2 * (plan["parameters"] - table_) + 2 * table_
     assert sent["all-gather"] == pytest.approx(7 / 8 * 2 * weights, rel=0.02)
-    assert sent["reduce-scatter"] > 2 * sent["all-reduce"]  # which is left for norms and the embedding table
+    assert sent["reduce-scatter"] > 50 * sent["all-reduce"]  # which is left for norms
     assert sent["all-to-all"] == sent["collective-permute"] == 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("v5e-8", MeshConfig(layout="fsdp")),
+        ("v5e-16", MeshConfig(layout="dp+fsdp", fsdp=4)),
+        ("v5e-16", MeshConfig(layout="fsdp+tp", tensor=4)),
+        ("2xv5e-8", MeshConfig(layout="fsdp", slices=2)),
+    ],
+)
+def test_a_tpu_program_scatters_gradients(name: str, mesh: MeshConfig) -> None:
+    """Of weights that fsdp splits; copies and other slices add up the pieces alone. All-reduces are left for norms."""
+    cfg = parse(TINY)
+    model = replace(cfg.model, embed=2048, mlp=4096, context=256)
+    cfg = replace(cfg, model=model, data=replace(cfg.data, seq_len=256), train=replace(cfg.train, batch=16), mesh=mesh)
+    target = topology.parse(name)
+    plan = step.make_plan(cfg, target, topology.devices(target))
+    assert plan.compiled is not None
+    whole: dict[tuple[str, ...], float] = Counter()
+    for one in plan.compiled.collectives:
+        if "reduce" in one.kind:
+            whole[one.kind, *one.axes(plan.mesh)] += one.bytes * one.times
+    scattered = whole["reduce-scatter", "fsdp"]
+    assert scattered > 4 * (plan.counts.total + model.vocab * model.embed - 8 * model.embed) / plan.mesh["tensor"]
+    pieces = sum(n for (kind, *axes), n in whole.items() if kind == "all-reduce" and {*axes} & {"slices", "data"})
+    assert pieces <= 1.05 * scattered / plan.mesh["fsdp"]
+    assert sum(n for (kind, *axes), n in whole.items() if kind == "all-reduce" and "fsdp" in axes) < scattered / 50
+
+
+@needs_libtpu
+def test_a_mesh_smaller_than_a_slice_is_refused() -> None:
+    cfg = replace(parse(TINY), mesh=MeshConfig(layout="dp+fsdp", data=2))
+    target = topology.parse("v5e-8")
+    with pytest.raises(ConfigError, match=r"4 of the 8 devices of v5e-8 take part.*leave mesh\.data out"):
+        step.make_plan(cfg, target, topology.devices(target))
 
 
 @needs_libtpu
