@@ -80,8 +80,8 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
     assert experiment.mesh is not None
     if topology.family != "cpu" and experiment.mesh.size < len(devices):
         raise ConfigError(
-            f"mesh: {experiment.mesh.size} of the {len(devices)} devices of {topology.name} take part, but a TPU program "
-            f"runs on all of them; leave mesh.{LAYOUTS[cfg.mesh.layout][0]} out, and it takes the rest"
+            f"mesh: {experiment.mesh.size} of the {len(devices)} devices of {topology.name} take part, but a TPU "
+            f"program runs on all of them; leave mesh.{LAYOUTS[cfg.mesh.layout][0]} out, and it takes the rest"
         )
     state, batch = parts.abstract_state(experiment), parts.abstract_batch(experiment)
     flops = sequence_flops(experiment.model, cfg.data.seq_len)
