@@ -1,7 +1,9 @@
 """The train command: start or resume, train, evaluate, sample, save, report."""
 
+import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +19,7 @@ from lmjax.chips import peak_flops
 from lmjax.config import Config
 from lmjax.data.batch import Batch
 from lmjax.data.loader import Loader
+from lmjax.data.storage import is_remote
 from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, DataError, NumericalError
 from lmjax.experiment import Data, Experiment
 from lmjax.ledger import Ledger, joined_crc, row_crcs
@@ -61,12 +64,13 @@ def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
     if distributed.share("whether the run is finished", is_finished(workdir, cfg)):
         print(f"{workdir} is finished after {cfg.train.steps} steps; see {workdir / 'report.md'}")
         return DONE
-    check_unchanged(workdir, cfg, allow=options.allow_config_change)
     make_workdir(workdir)
-    data = parts.open_data(cfg)
-    experiment = parts.assemble(parts.with_vocab(cfg, data.tokenizer))
-    with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
-        return Run(experiment, data, workdir, options, preemption, watchdog).train()
+    with to_itself(workdir):
+        check_unchanged(workdir, cfg, allow=options.allow_config_change)
+        data = parts.open_data(cfg)
+        experiment = parts.assemble(parts.with_vocab(cfg, data.tokenizer))
+        with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
+            return Run(experiment, data, workdir, options, preemption, watchdog).train()
 
 
 def check_agreed(cfg: Config) -> None:
@@ -119,6 +123,43 @@ def make_workdir(workdir: epath.Path) -> None:
             probe.unlink()
     except OSError as error:
         raise CheckpointError(f"--workdir={workdir} is not writable ({error.strerror}); choose another") from None
+
+
+@contextlib.contextmanager
+def to_itself(workdir: epath.Path, patience: float = 120.0) -> Iterator[None]:
+    """Keeps a second run out of `workdir`; a run that dies lets go, on its own machine at once, on NFS within 90 s.
+
+    Buckets, and file systems without locks, keep nobody out. Raises ConfigError when another run is still there after
+    `patience` seconds.
+    """
+    with contextlib.ExitStack() as stack:
+        free = True
+        if distributed.leads() and not is_remote(workdir):
+            file = stack.enter_context((workdir / ".lock").open("wb"))
+            free = _locked(file, workdir, patience)
+        if not distributed.share("whether the work directory is free", free):
+            raise ConfigError(f"another process trains in {workdir}; wait for it, stop it, or use another --workdir")
+        yield
+
+
+def _locked(file: Any, workdir: epath.Path, patience: float) -> bool:
+    import fcntl
+
+    deadline = None
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by a forked child
+        except (BlockingIOError, PermissionError):
+            if deadline is None:
+                print(f"another process trains in {workdir}; waiting up to {patience:.0f} s for it to end", flush=True)
+                deadline = time.monotonic() + patience
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return True
+        else:
+            return True
 
 
 def attempts(workdir: epath.Path) -> int:

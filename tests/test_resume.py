@@ -9,15 +9,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
 from lmjax import checkpoint
+from lmjax.errors import ConfigError
 from lmjax.experiment import load_trained
 from lmjax.ledger import check_ledger, effective_history, read_ledger
+from lmjax.run import to_itself
 
 CONFIG = Path(__file__).parent / "tiny_config.py"
+PIPES: dict[str, Any] = {
+    "stdin": subprocess.PIPE,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.STDOUT,
+    "text": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(corpus: Path, workdir: Path, *settings: str, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "lmjax", "train", f"--config={CONFIG}:{corpus}", f"--workdir={workdir}", *settings]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env={**os.environ, **environment}, **streams)
+    return subprocess.Popen(command, env={**os.environ, **environment}, **PIPES)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -167,6 +176,27 @@ def test_a_finished_run_is_left_alone(corpus: Path, uninterrupted: Path) -> None
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     assert "is finished" in finish(start(corpus, uninterrupted))
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+def test_the_same_command_twice_at_once_is_one_run(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    both = [start(corpus, tmp_path / "run") for _ in range(2)]
+    outputs = sorted((finish(process) for process in both), key=len)
+    assert "another process trains in" in outputs[0] and "another process" not in outputs[1]
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_second_run_does_not_wait_forever(tmp_path: Path) -> None:
+    held = (
+        "import sys; from etils import epath; from lmjax.run import to_itself\nwith to_itself(epath.Path(sys.argv[1])):"
+    )
+    first = subprocess.Popen([sys.executable, "-c", held + " print(flush=True); input()", tmp_path], **PIPES)
+    assert first.stdout and first.stdout.readline() == "\n"
+    with pytest.raises(ConfigError, match="another process trains in"), to_itself(epath.Path(tmp_path), patience=0.1):
+        pass
+    first.kill()
+    first.wait()
+    with to_itself(epath.Path(tmp_path), patience=5.0):
+        pass
 
 
 def test_another_config_in_the_same_workdir_is_refused(corpus: Path, uninterrupted: Path) -> None:
