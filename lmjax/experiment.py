@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -278,12 +278,22 @@ def evaluate_split(
     batch: int,
     limit: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score a split, or its first `limit` batches, in windows of `data.seq_len` tokens, their rows over the mesh."""
+    """Score a split, or its first `limit` batches, in windows of `data.seq_len` tokens, their rows over the mesh.
+
+    `on_batch` is called as each batch begins.
+    """
     batches = evaluation_batches(split, data.seq_len, batch, data.documents, local_rows(mesh, batch))
-    placed = map(placer(mesh, batch), itertools.islice(batches, limit))
+    place = placer(mesh, batch)
+
+    def placed() -> Iterator[Batch]:
+        for one in itertools.islice(batches, limit):
+            on_batch()
+            yield place(one)
+
     with entered(mesh):
-        return evaluate(model, params, placed, n_tokens=split.n_tokens, n_bytes=split.n_bytes)
+        return evaluate(model, params, placed(), n_tokens=split.n_tokens, n_bytes=split.n_bytes)
 
 
 Documents = Literal["joined", "separate", "alone", "cut"]
@@ -318,8 +328,8 @@ def evaluation_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
 
 
 def on_one_device(mesh: jax.sharding.Mesh | None, params: Params) -> Params:
-    """The weights whole on this process's first device. All processes call it together."""
-    return jax.tree.map(lambda x: x.addressable_data(0), everywhere(mesh, params))
+    """The weights whole on this process's first device; others hold one at a time. All processes call it together."""
+    return jax.tree.map(lambda x: everywhere(mesh, x).addressable_data(0), params)
 
 
 def sample_text(model: Model, params: Params, tokenizer: Tokenizer, cfg: SampleConfig) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from lmjax.config import Config
 from lmjax.data.batch import Batch
 from lmjax.data.loader import Loader
 from lmjax.data.storage import is_remote
-from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, DataError, NumericalError
+from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, DataError, NumericalError, StallError
 from lmjax.experiment import Data, Experiment
 from lmjax.ledger import Ledger, joined_crc, row_crcs
 from lmjax.models.flops import sequence_flops
@@ -61,11 +62,12 @@ def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
     """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is."""
     workdir = epath.Path(workdir)
     check_agreed(cfg)
-    if distributed.share("whether the run is finished", is_finished(workdir, cfg)):
-        print(f"{workdir} is finished after {cfg.train.steps} steps; see {workdir / 'report.md'}")
+    if is_finished(workdir, cfg, options):
         return DONE
-    make_workdir(workdir)
     with to_itself(workdir):
+        if is_finished(workdir, cfg, options):  # by the run that was waited for
+            return DONE
+        make_workdir(workdir)
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
         data = parts.open_data(cfg)
         experiment = parts.assemble(parts.with_vocab(cfg, data.tokenizer))
@@ -84,9 +86,17 @@ def check_agreed(cfg: Config) -> None:
 # The work directory -----------------------------------------------------------------------------------------------
 
 
-def is_finished(workdir: epath.Path, cfg: Config) -> bool:
-    summary = workdir / "summary.json"
-    return summary.exists() and json.loads(summary.read_text())["step"] >= cfg.train.steps
+def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
+    """Whether this run has ended, and says so. Raises ConfigError when it is another config's run that has."""
+    path = workdir / "summary.json"
+    step = distributed.share("the last step", json.loads(path.read_text())["step"] if path.exists() else None)
+    if step is None:
+        return False
+    check_unchanged(workdir, cfg, allow=options.allow_config_change)
+    if step < cfg.train.steps:
+        return False
+    print(f"{workdir} is finished after {step} steps; see {workdir / 'report.md'}")
+    return True
 
 
 def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
@@ -97,7 +107,7 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     changed = configs.differences(configs.from_json(path), cfg)
     if cfg.model.vocab is None:  # the saved config has it filled in from the data, which has its own check
         changed.pop("model.vocab", None)
-    fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and not key.startswith(_FREE)}
+    fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and key not in _FREE}
     if fixed:
         shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in list(fixed.items())[:5])
         raise ConfigError(
@@ -105,40 +115,23 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
         )
 
 
-def make_workdir(workdir: epath.Path) -> None:
-    """Raises CheckpointError when nothing can be written there, or not all processes see what one wrote: now, not at
-    the first checkpoint."""
-    probe = workdir / ".writable"
-    try:
-        if distributed.leads():
-            workdir.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-        distributed.barrier("the work directory")
-        if not probe.exists():
-            raise CheckpointError(
-                f"--workdir={workdir} is not the one of process 0; choose one that all processes share"
-            )
-        distributed.barrier("the work directory")
-        if distributed.leads():
-            probe.unlink()
-    except OSError as error:
-        raise CheckpointError(f"--workdir={workdir} is not writable ({error.strerror}); choose another") from None
-
-
 @contextlib.contextmanager
 def to_itself(workdir: epath.Path, patience: float = 120.0) -> Iterator[None]:
-    """Keeps a second run out of `workdir`; a run that dies lets go, on its own machine at once, on NFS within 90 s.
+    """Keeps a second run out of `workdir`; the lock of a run that dies goes with it.
 
-    Buckets, and file systems without locks, keep nobody out. Raises ConfigError when another run is still there after
-    `patience` seconds.
+    Buckets, and file systems without locks, keep nobody out. Raises StallError when another run is still there after
+    `patience` seconds, and CheckpointError when nothing can be written there.
     """
     with contextlib.ExitStack() as stack:
         free = True
-        if distributed.leads() and not is_remote(workdir):
-            file = stack.enter_context((workdir / ".lock").open("wb"))
-            free = _locked(file, workdir, patience)
+        if distributed.leads():
+            with _writing(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
+                if not is_remote(workdir):
+                    file = stack.enter_context((workdir / ".lock").open("wb"))
+                    free = _locked(file, workdir, patience)
         if not distributed.share("whether the work directory is free", free):
-            raise ConfigError(f"another process trains in {workdir}; wait for it, stop it, or use another --workdir")
+            raise StallError(f"another process trains in {workdir}; wait for it, stop it, or use another --workdir")
         yield
 
 
@@ -160,6 +153,32 @@ def _locked(file: Any, workdir: epath.Path, patience: float) -> bool:
             return True
         else:
             return True
+
+
+def make_workdir(workdir: epath.Path) -> None:
+    """Raises CheckpointError when nothing can be written there, or not all processes see what one wrote: now, not at
+    the first checkpoint."""
+    probe = workdir / ".writable"
+    with _writing(workdir):
+        if distributed.leads():
+            workdir.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+        distributed.barrier("the work directory")
+        if not probe.exists():
+            raise CheckpointError(
+                f"--workdir={workdir} is not the one of process 0; choose one that all processes share"
+            )
+        distributed.barrier("the work directory")
+        if distributed.leads():
+            probe.unlink()
+
+
+@contextlib.contextmanager
+def _writing(workdir: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"--workdir={workdir} is not writable ({error.strerror}); choose another") from None
 
 
 def attempts(workdir: epath.Path) -> int:
@@ -334,13 +353,13 @@ class Run:
     # What is done now and then
 
     def periodic(self) -> list[Periodic]:
-        """The checkpoint comes last: it holds the evaluation of its step."""
+        """The checkpoint holds the evaluation of its step, and a sample that fails costs nothing that it holds."""
         train_cfg = self.cfg.train
         return [
             *self.profile(),
             Periodic("evaluation", train_cfg.evaluate_every, self.evaluate, at_end=True),
-            Periodic("sample", train_cfg.sample.every, self.sample, at_end=True),
             Periodic("checkpoint", self.cfg.checkpoint.every, self.save, at_end=True),
+            Periodic("sample", train_cfg.sample.every, self.sample, at_end=True),
         ]
 
     def evaluate(self, step: int, state: TrainState) -> None:
@@ -355,6 +374,7 @@ class Run:
                 batch=self.evaluate_batch,
                 limit=limit,
                 mesh=self.experiment.mesh,
+                on_batch=functools.partial(self.watchdog.beat, f"evaluation of {name} at step {step}"),
             )
             for name, split in self.validation.items()
         }
@@ -362,6 +382,8 @@ class Run:
         self.trackers.log(step, {**self.accounting.totals(step), **self.evaluations[step]})
 
     def sample(self, step: int, state: TrainState) -> None:
+        if not self.cfg.train.sample.prompts:
+            return
         params = parts.on_one_device(self.experiment.mesh, state.params)
         if not distributed.leads():
             return
@@ -446,7 +468,8 @@ class Run:
         for key, value in summary.items():
             if key.startswith("val/"):
                 print(f"{key} {value:.4f}")
-        print((self.workdir / "samples" / f"{summary['step']}.txt").read_text())
+        if self.cfg.train.sample.prompts:
+            print((self.workdir / "samples" / f"{summary['step']}.txt").read_text())
 
     # Tracking
 

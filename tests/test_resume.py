@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 from lmjax import checkpoint
-from lmjax.errors import ConfigError
+from lmjax.errors import StallError
 from lmjax.experiment import load_trained
 from lmjax.ledger import check_ledger, effective_history, read_ledger
 from lmjax.run import to_itself
@@ -181,8 +181,10 @@ def test_a_finished_run_is_left_alone(corpus: Path, uninterrupted: Path) -> None
 def test_the_same_command_twice_at_once_is_one_run(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
     both = [start(corpus, tmp_path / "run") for _ in range(2)]
     outputs = sorted((finish(process) for process in both), key=len)
-    assert "another process trains in" in outputs[0] and "another process" not in outputs[1]
+    assert "is finished after 60 steps" in outputs[0]
     assert_same_run(tmp_path / "run", uninterrupted)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert sum('"event": "start"' in line for line in lines) == 1
 
 
 def test_a_second_run_does_not_wait_forever(tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_a_second_run_does_not_wait_forever(tmp_path: Path) -> None:
     )
     first = subprocess.Popen([sys.executable, "-c", held + " print(flush=True); input()", tmp_path], **PIPES)
     assert first.stdout and first.stdout.readline() == "\n"
-    with pytest.raises(ConfigError, match="another process trains in"), to_itself(epath.Path(tmp_path), patience=0.1):
+    with pytest.raises(StallError, match="another process trains in"), to_itself(epath.Path(tmp_path), patience=0.1):
         pass
     first.kill()
     first.wait()
@@ -199,6 +201,16 @@ def test_a_second_run_does_not_wait_forever(tmp_path: Path) -> None:
         pass
 
 
-def test_another_config_in_the_same_workdir_is_refused(corpus: Path, uninterrupted: Path) -> None:
-    output = finish(start(corpus, uninterrupted, "--config.train.steps=70", "--config.model.mlp=48"), code=2)
-    assert "model.mlp was 64, now 48" in output and "--allow-config-change" in output
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        (["train.steps=70", "model.mlp=48"], "model.mlp was 64, now 48"),
+        (["train.steps=50"], "train.steps was 60, now 50"),
+        (["model.attention_softcap=5.0"], "model.attention_softcap was None, now 5.0"),  # model.attention may change
+    ],
+)
+def test_another_config_in_the_same_workdir_is_refused(
+    corpus: Path, uninterrupted: Path, settings: list[str], changed: str
+) -> None:
+    output = finish(start(corpus, uninterrupted, *(f"--config.{setting}" for setting in settings)), code=2)
+    assert changed in output and "--allow-config-change" in output

@@ -15,6 +15,7 @@ class SampleConfig:
     every: PositiveInt | None = None
     """Steps between samples; one is always made at the end."""
     prompts: tuple[str, ...] = ("",)
+    """What the texts begin with. One device holds the whole model to write them: with none it need not."""
     tokens: PositiveInt = 128
     temperature: PositiveFloat = 0.8
 
