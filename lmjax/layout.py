@@ -149,9 +149,13 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> jax.sharding
 
 
 def current_mesh() -> Any | None:
-    """The mesh that `jax.set_mesh` entered, or None."""
+    """The mesh that `jax.set_mesh` entered, or None. Raises ConfigError for one that `make_mesh` has not made."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
+    if mesh.empty:
+        return None
+    if mesh.axis_names != AXES:
+        raise ConfigError(f"the mesh has the axes {', '.join(mesh.axis_names)}; make it by lmjax.layout.make_mesh")
+    return mesh
 
 
 # Named axes -> shardings ------------------------------------------------------------------------------------------

@@ -106,9 +106,9 @@ def chunked_token_sums(
     z_weight: float = 0.0,
     token_loss: str = "cross_entropy",
 ) -> Sums:
-    """`token_sums(unembed(head, x), ...)` with logits for `chunk` positions of every row at a time.
+    """`token_sums(unembed(head, x), ...)` with logits for at most `chunk` positions of every row at a time.
 
-    Only `loss` is differentiable. T need not be a multiple of the chunk: what is missing is padded with weight 0.
+    Only `loss` is differentiable. Chunks are of equal size; what is missing in the last is padded with weight 0.
     On a mesh every device cuts its own tokens into chunks, for which it gathers the head, and the head's gradients add
     up over devices once, after the last chunk.
     """
@@ -204,10 +204,10 @@ def _token_logprobs(
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, chunk, ...], the end padded with zeros; T where that is less than a chunk."""
+    """[B, T, ...] -> [chunks, B, C, ...] with C of at most `chunk` tokens, the end padded with zeros."""
     B, T = x.shape[:2]
-    chunk = min(chunk, T)
     chunks = -(-T // chunk)
+    chunk = -(-T // chunks)
     padded = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
     return padded.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 

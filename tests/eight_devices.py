@@ -40,6 +40,7 @@ from lmjax.layout import (
 from lmjax.metrics import finish
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig, MoeConfig
+from lmjax.models.layers import lookup_tokens
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig, hyper
 from lmjax.optim.rules import OPTIMIZERS
@@ -47,7 +48,7 @@ from lmjax.train.config import TrainConfig
 from lmjax.train.objective import LossConfig, language_model
 from lmjax.train.state import TrainState
 from lmjax.train.step import sample_keys
-from lmjax.weights import abstract, by_path, initialize
+from lmjax.weights import Weight, abstract, by_path, initialize
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -343,6 +344,27 @@ def test_a_checkpoint_is_read_straight_onto_a_mesh(cfgs: Cfgs, tmp_path: Path, l
     assert jax.tree.map(lambda x: x.sharding, read) == declared
     for path, x in by_path(read).items():
         np.testing.assert_array_equal(x, by_path(params)[path], err_msg=path)
+
+
+@pytest.mark.parametrize("layout", [None, "dp", "fsdp+tp"])
+def test_a_frequent_token_adds_up_its_gradient_in_float32(layout: str | None) -> None:
+    """In bfloat16 1 + ... + 1 would end at 256."""
+    mesh = None if layout is None else make_mesh(MeshConfig(layout=layout))
+    table_VD, ids_BT = np.zeros((V, 8), np.float32), np.zeros((16, 256), np.int32)
+    ids_BT[:, 0] = 1
+
+    def total(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        return jnp.sum(lookup_tokens(table_VD, ids_BT, jnp.bfloat16), dtype=jnp.float32)
+
+    with parts.entered(mesh):
+        if mesh is not None:
+            table_VD = jax.device_put(
+                table_VD, shardings({"embed": Weight("vocab -> embed", sizes=(V, 8))}, mesh)["embed"]
+            )
+            ids_BT = parts.placer(mesh, 16)(ids_BT)
+        gradient_VD = np.asarray(jax.jit(jax.grad(total))(table_VD, ids_BT))
+    np.testing.assert_array_equal(gradient_VD[0], 16 * 255)
+    np.testing.assert_array_equal(gradient_VD[1], 16)
 
 
 def test_splash_and_xla_on_a_mesh(cfgs: Cfgs) -> None:

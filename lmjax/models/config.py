@@ -174,9 +174,15 @@ class ModelConfig:
     remat: Annotated[str, one_of(REMAT)] = "none"
     """What the backward pass finds saved: everything, the outputs of weight matmuls, or only each period's input."""
     unroll: Fraction = 0.0
-    """Fraction of a segment's repeats that the layer scan unrolls: 1 compiles longer and may run faster."""
+    """Fraction of a segment's repeats that the layer scan unrolls: 1 compiles longer and may run faster. On a mesh, all
+    of them are then gathered at once."""
 
     def __post_init__(self) -> None:
+        if self.unroll and self.remat != "none":
+            raise ConfigError(
+                f"model.unroll={self.unroll} undoes model.remat={self.remat}: XLA merges what unrolled layers compute "
+                "again with what they computed first; set model.unroll=0 or model.remat=none"
+            )
         if self.head_dim is None and self.embed % self.heads:
             raise ConfigError(
                 f"model.embed={self.embed} is not divisible by model.heads={self.heads}; set model.head_dim or use "

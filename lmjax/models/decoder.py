@@ -260,10 +260,10 @@ def hidden(
 def embed_tokens(
     params: Params, tokens_BT: jax.Array, where_BT: jax.Array, keys_B: jax.Array | None, cfg: ModelConfig
 ) -> jax.Array:
-    x_BTD = lookup_tokens(params["embed"].astype(cfg.dtype), tokens_BT) * jnp.asarray(cfg.embed_scale, cfg.dtype)
+    x_BTD = lookup_tokens(params["embed"], tokens_BT, cfg.dtype) * jnp.asarray(cfg.embed_scale, cfg.dtype)
     where_BT = constrain(where_BT, "batch" if len(where_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":
-        x_BTD = x_BTD + lookup(gather(params["position"].astype(cfg.dtype)), where_BT)
+        x_BTD = x_BTD + lookup(gather(params["position"]), where_BT, cfg.dtype)
     if cfg.position == "sinusoidal":
         x_BTD = x_BTD + sinusoidal(where_BT, cfg.embed).astype(cfg.dtype)
     if cfg.embed_norm:

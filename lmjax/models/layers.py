@@ -1,6 +1,8 @@
 """Small functions on arrays: normalization, dropout, embedding lookup."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,32 +77,52 @@ def bernoulli(key: jax.Array, p: float, T: int, D: int) -> jax.Array:
     return one_to_two_TD - 1 < p
 
 
-def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Rows of a whole table -> [B, T, D], lying as the ids do."""
+def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a whole float32 table -> [B, T, D], lying as the ids do."""
     if current_mesh() is None:
-        return table_VD[ids_BT]
-    return table_VD.at[ids_BT].get(out_sharding=PartitionSpec(*jax.typeof(ids_BT).sharding.spec, None))
+        return table_VD[ids_BT].astype(dtype)
+    lies = PartitionSpec(*jax.typeof(ids_BT).sharding.spec, None)
+    return table_VD.at[ids_BT].get(out_sharding=lies).astype(dtype)
 
 
-def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Rows of the embedding table -> [B, T, D], lying as the residual stream does.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(V: int, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    return table_VD[ids_BT]
+
+
+def _rows_forward(V: int, table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return table_VD[ids_BT], ids_BT
+
+
+def _rows_backward(V: int, ids_BT: jax.Array, gradient_BTD: jax.Array) -> tuple[jax.Array, None]:
+    zeros_VD = jnp.zeros((V, gradient_BTD.shape[-1]), jnp.float32)
+    return zeros_VD.at[ids_BT].add(gradient_BTD.astype(jnp.float32)).astype(gradient_BTD.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the float32 embedding table -> [B, T, D], lying as the residual stream does.
+
+    A row's gradient is added up in float32 whatever `dtype` is: a frequent token has thousands of terms, and a sum in
+    bfloat16 stops growing after a few hundred.
 
     Each device finds the ids whose rows it holds, for all tokens that it will share with its neighbours along tensor;
     the sum over them, of which each needs its own tokens, is a reduce-scatter (Shoeybi et al. 2019, arXiv:1909.08053).
     """
     if current_mesh() is None:
-        return table_VD[ids_BT]
+        return table_VD[ids_BT].astype(dtype)
 
     table_lies, tensor = partition(("vocab", "embed")), mesh_axes("vocab")
 
     def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        table_VD = whole(table_VD, table_lies)
+        table_VD, V = whole(table_VD.astype(dtype), table_lies), len(table_VD)
         if not tensor:
-            return table_VD[ids_BT]
-        rows = table_VD.shape[0]
-        ids_BT = ids_BT - rows * jax.lax.axis_index(tensor)
-        mine_BT = (ids_BT >= 0) & (ids_BT < rows)
-        x_BTD = jnp.where(mine_BT[..., None], table_VD[jnp.where(mine_BT, ids_BT, 0)], 0)
+            return _rows(V, table_VD, ids_BT)
+        ids_BT = ids_BT - V * jax.lax.axis_index(tensor)
+        mine_BT = (ids_BT >= 0) & (ids_BT < V)
+        x_BTD = jnp.where(mine_BT[..., None], _rows(V, table_VD, jnp.where(mine_BT, ids_BT, 0)), 0)
         return jax.lax.psum_scatter(x_BTD, tensor, scatter_dimension=1, tiled=True)
 
     in_specs = (table_lies, partition(("batch", "time")))

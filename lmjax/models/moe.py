@@ -327,7 +327,7 @@ def settle(params: Params, metrics: Metrics, *, cfg: MoeConfig) -> tuple[Params,
     shown = {name: pair for name, pair in metrics.items() if name != "load"}
     shown["max_load"] = (sum(map(jnp.sum, busiest_L)), jnp.float32(sum(map(len, busiest_L))))
     rate = cfg.bias_rate
-    if rate is None:
+    if rate is None or "segments" not in params:  # the layers may be frozen
         return params, shown
 
     def moved(layer: Params, load_LE: jax.Array) -> Params:

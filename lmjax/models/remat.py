@@ -11,7 +11,8 @@ from lmjax.layout import GATHER, current_mesh
 Body = Callable[..., Any]
 
 
-# Inside a scan nothing can be merged across the checkpoint anyway, so its guard against that would only cost.
+# In a scan's body nothing can be merged across the checkpoint, so its guard against that would only cost. Of a scan
+# that is unrolled, or has a single repeat, XLA merges what is computed again with what was computed first.
 
 
 def none(body: Body) -> Body:
