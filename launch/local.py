@@ -65,14 +65,13 @@ def environment(
     base: Mapping[str, str], coordinator: str, process: int, processes: int, devices: int
 ) -> dict[str, str]:
     """The variables of one process."""
-    flags = f"{base.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     return {
         **base,
         "LMJAX_COORDINATOR": coordinator,
         "LMJAX_PROCESSES": str(processes),
         "LMJAX_PROCESS_ID": str(process),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
+        "JAX_NUM_CPU_DEVICES": str(devices),  # goes before XLA_FLAGS
         "PYTHONUNBUFFERED": "1",
     }
 
