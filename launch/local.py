@@ -2,8 +2,8 @@
 
 Each is told its place by LMJAX_COORDINATOR, LMJAX_PROCESSES and LMJAX_PROCESS_ID, and gets its own fake devices. Their
 output comes line by line with `[process]` before it. SIGTERM and Ctrl-C go to all of them. When one ends other than
-well the others have `--grace` seconds to end, too. The exit code is 75 if any was preempted (then the state is saved),
-otherwise that of the first to fail (128 + n for signal n). Nothing outlives this program, not even if it is killed.
+well the others have `--grace` seconds to end, too. The exit code is 75 if any was preempted (nothing is lost: run it
+again), otherwise that of the first to fail (128 + n for signal n). Nothing outlives this program, killed or not.
 """
 
 import argparse
@@ -65,14 +65,13 @@ def environment(
     base: Mapping[str, str], coordinator: str, process: int, processes: int, devices: int
 ) -> dict[str, str]:
     """The variables of one process."""
-    flags = f"{base.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     return {
         **base,
         "LMJAX_COORDINATOR": coordinator,
         "LMJAX_PROCESSES": str(processes),
         "LMJAX_PROCESS_ID": str(process),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
+        "JAX_NUM_CPU_DEVICES": str(devices),  # goes before XLA_FLAGS
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -6,7 +6,7 @@ bug and exits with 1. Inside the library `assert` guards our own invariants, the
 
 DONE = 0
 BUG = 1
-PREEMPTED = 75  # EX_TEMPFAIL: state is saved, run the same command again
+PREEMPTED = 75  # EX_TEMPFAIL: the state is saved, or no step was taken yet; run the same command again
 
 
 class LmjaxError(ValueError):

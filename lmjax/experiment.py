@@ -107,13 +107,13 @@ def make_mesh(cfg: Config, devices: list[Any] | None = None) -> jax.sharding.Mes
     `devices` may be of a machine that is not here: a mesh is then the only thing that names them, even if it is one.
     """
     mesh = layout.make_mesh(cfg.mesh, devices)
-    if mesh.size == 1 and devices is None:
-        return None
     if distributed.processes() > 1 and mesh.size != jax.device_count():
         raise ConfigError(
             f"the mesh takes {mesh.size} of {jax.device_count()} devices in {distributed.processes()} processes: none "
             "may be left out; leave one mesh axis unset, or start fewer processes"
         )
+    if mesh.size == 1 and devices is None:
+        return None
     check_stages(mesh, cfg)
     pieces = cfg.train.batch // cfg.train.microbatches
     layout.check_divides("microbatch", pieces, mesh, setting="train.batch / train.microbatches")

@@ -6,7 +6,8 @@ falls silent, keepalive probes find out within half a minute.
 
     process 1 ---+                       {"process": 1, "processes": 4}  when it comes
     process 2 ---+--- process 0          "go"  when all are there: the port is then free for JAX's own service
-    process 3 ---+                       "bye" when a process ends as it should; "lost 2" when process 2 did not
+    process 3 ---+                       "missing 2, 3" when these did not come in time
+                                         "bye" when a process ends as it should; "lost 2" when process 2 did not
                                          "here" every few seconds, so that one that is stopped can be named
 """
 
@@ -21,14 +22,14 @@ from typing import NoReturn
 
 from lmjax.errors import ConfigError, StallError
 
-_GO, _BYE, _HERE, _LOST = "go", "bye", "here", "lost "
+_GO, _BYE, _HERE, _LOST, _MISSING = "go", "bye", "here", "lost ", "missing "
 _HERE_SECONDS, _SILENT_SECONDS = 3.0, 10.0
 _LINE_BYTES = 1000
 
 
 class Lifeline:
-    """Raises StallError when process 0 is not reached, or not everybody came, within `timeout` seconds, and ConfigError
-    when the processes contradict each other."""
+    """Raises StallError when process 0 is not reached, or not everybody came, within `timeout` seconds, or process 0
+    ends meanwhile, and ConfigError when the processes contradict each other."""
 
     def __init__(self, address: str, process: int, processes: int, timeout: float) -> None:
         self._closed = threading.Event()
@@ -95,15 +96,36 @@ def _call_the_roll(address: str, processes: int, timeout: float) -> dict[int, so
             try:
                 line, _ = listener.accept()
             except TimeoutError:
-                missing = [str(process) for process in range(1, processes) if process not in lines]
-                raise StallError(
-                    f"{len(lines) + 1} of {processes} processes came within {timeout:g} s; missing: "
-                    f"{', '.join(missing)}; see what they said, and whether they reach {address}"
-                ) from None
+                _give_up(address, processes, _present(lines), timeout)
+            lines = _present(lines)
             _admit(line, processes, lines)
     for line in lines.values():
         _send(line, _GO)
     return lines
+
+
+def _give_up(address: str, processes: int, lines: dict[int, socket.socket], timeout: float) -> NoReturn:
+    missing = ", ".join(str(process) for process in range(1, processes) if process not in lines)
+    for line in lines.values():
+        _send(line, f"{_MISSING}{missing}")
+    raise StallError(
+        f"{len(lines) + 1} of {processes} processes came within {timeout:g} s; missing: {missing}; see what they said, "
+        f"and whether they reach {address}"
+    )
+
+
+def _present(lines: dict[int, socket.socket]) -> dict[int, socket.socket]:
+    """Without the processes that have gone again: each may be started once more."""
+
+    def is_open(line: socket.socket) -> bool:
+        try:
+            return line.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    return {process: line for process, line in lines.items() if is_open(line)}
 
 
 def _listen(port: int, processes: int) -> socket.socket:
@@ -131,6 +153,7 @@ def _admit(line: socket.socket, processes: int, lines: dict[int, socket.socket])
     elif process in lines or not 0 < process < processes:
         _send(line, f"another process was started as process {process} of {processes}")
     else:
+        line.setblocking(False)
         lines[process] = line
 
 
@@ -143,9 +166,16 @@ def _answer(address: str, process: int, processes: int, timeout: float) -> socke
     word = _receive(line)
     if word == _GO:
         return line
+    if word.startswith(_MISSING):
+        raise StallError(f"not all {processes} processes came to process 0 ({address}) in time; {word}")
     if word:
         raise ConfigError(f"coordinator {address} refused this process: {word}; start every process once")
-    raise StallError(f"not all {processes} processes came within {timeout:g} s; process 0 ({address}) says which")
+    if time.monotonic() >= end:
+        raise StallError(f"not all {processes} processes came within {timeout:g} s; process 0 ({address}) says which")
+    raise StallError(
+        f"process 0 ({address}) has ended, or has started without this one; see what it said, and start every process "
+        "once"
+    )
 
 
 def _reach(address: str, timeout: float) -> socket.socket:

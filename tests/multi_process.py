@@ -3,6 +3,7 @@
 Needs 2 processes x 2 devices, and in DIR a checkpoint `alone` that one process saved.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ import numpy as np
 
 from lmjax import distributed, experiment, layout, runtime
 from lmjax.checkpoint import CheckpointConfig, Checkpoints
+from lmjax.config import Config
+from lmjax.errors import ConfigError
 from lmjax.layout import MeshConfig
 
 B, T = 8, 6
@@ -33,6 +36,7 @@ def main(directory: Path) -> None:
         "tensor=4": layout.make_mesh(MeshConfig(data=1, tensor=4)),
     }
     report["rows"] = {name: experiment.local_rows(mesh, B).tolist() for name, mesh in meshes.items()}
+    report["refused"] = [refusal(MeshConfig(data=1)), refusal(MeshConfig(data=1, fsdp=2))]
     report["batches"] = "whole"
     for mesh in meshes.values():
         whole_BT, whole_B = np.arange(B * T, dtype=np.int32).reshape(B, T), np.arange(B, dtype=np.uint32)
@@ -46,6 +50,14 @@ def main(directory: Path) -> None:
     os.kill(
         os.getpid(), signal.SIGTERM
     )  # as schedulers do when the first of several processes ends: it asks for nothing
+
+
+def refusal(mesh: MeshConfig) -> str:
+    try:
+        experiment.make_mesh(dataclasses.replace(Config(), mesh=mesh))
+    except ConfigError as error:
+        return str(error)
+    return "none"
 
 
 def share_checkpoints(directory: Path, mesh: jax.sharding.Mesh) -> list[Any]:

@@ -1,5 +1,6 @@
 """The roll call and the word that a process is gone: over real sockets, with threads and processes for machines."""
 
+import json
 import queue
 import re
 import signal
@@ -58,6 +59,57 @@ def test_process_0_says_who_is_missing() -> None:
     assert isinstance(first, StallError) and "3 of 5 processes came within 1 s; missing: 2, 4; " in str(first)
     for other in others:
         assert isinstance(other, StallError) and "not all 5 processes came" in str(other)
+
+
+def test_process_0_tells_those_who_wait_longer_who_is_missing() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(2) as pool:
+        leader = pool.submit(outcome, Lifeline, address, 0, 3, 0.5)
+        with pytest.raises(StallError, match=r"not all 3 processes came to process 0 .* in time; missing 2$"):
+            Lifeline(address, 1, 3, 20)
+    assert isinstance(leader.result(), StallError)
+
+
+def test_who_has_gone_again_is_missing_and_may_come_again() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(3) as pool:
+        leader = pool.submit(outcome, Lifeline, address, 0, 3, 1.0)
+        come_and_go(address, process=1)
+        assert "1 of 3 processes came within 1 s; missing: 1, 2; " in str(leader.result())
+        leader = pool.submit(outcome, Lifeline, address, 0, 3, 20)
+        come_and_go(address, process=1)
+        others = [pool.submit(Lifeline, address, number, 3, 20) for number in (1, 2)]
+        assert [isinstance(line.result(), Lifeline) for line in (leader, *others)] == [True, True, True]
+
+
+def come_and_go(address: str, process: int) -> None:
+    """As a process does that is killed while it waits."""
+    line = lifeline._reach(address, timeout=10)
+    lifeline._send(line, json.dumps({"process": process, "processes": 3}))
+    time.sleep(0.2)
+    line.close()
+
+
+def test_a_process_0_that_is_killed_while_others_wait() -> None:
+    address = free_address()
+    leader = subprocess.Popen([sys.executable, "-c", MEMBER, address, "0", "stays"])
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(outcome, Lifeline, address, 1, 3, 20)
+        lifeline._reach(address, timeout=20).close()  # a stranger: by now it listens
+        time.sleep(0.5)
+        leader.kill()
+        leader.wait()
+        assert isinstance(other.result(), StallError)
+        assert re.match(r"process 0 \(localhost:\d+\) has ended, or has started without this one", str(other.result()))
+
+
+def test_who_comes_when_the_run_has_started_is_told() -> None:
+    """Whatever listens there now, such as JAX's own service, hangs up on what it does not understand."""
+    with socket.create_server(("", 0)) as service, ThreadPoolExecutor(1) as pool:
+        late = pool.submit(outcome, Lifeline, f"localhost:{service.getsockname()[1]}", 1, 2, 20)
+        line, _ = service.accept()
+        line.close()
+        assert "has ended, or has started without this one" in str(late.result())
 
 
 def test_contradictions_are_named_and_nobody_else_is_held_up() -> None:

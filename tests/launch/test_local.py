@@ -1,4 +1,4 @@
-"""Several processes on one machine: places, output, signals and exit codes. Nothing here needs JAX."""
+"""Several processes on one machine: places, output, signals and exit codes."""
 
 import os
 import signal
@@ -40,10 +40,13 @@ def test_every_process_knows_its_place_and_its_lines_say_whose_they_are() -> Non
     assert sorted(err.splitlines()) == ["[0] warning 0", "[1] warning 1", "[2] warning 2"]
 
 
-def test_devices_are_added_to_the_flags_that_are_there() -> None:
-    variables = environment({"XLA_FLAGS": "--xla_x=1", "HOME": "/h"}, "localhost:1", 2, 4, 8)
-    assert variables["XLA_FLAGS"] == "--xla_x=1 --xla_force_host_platform_device_count=8"
+def test_devices_are_those_asked_for_and_the_rest_stays_as_it_is() -> None:
+    """Whatever number of them the environment names."""
+    base = {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "x"}
+    variables = environment(base | {"HOME": "/h"}, "localhost:1", 2, 4, 8)
     assert (variables["JAX_PLATFORMS"], variables["HOME"]) == ("cpu", "/h")
+    count = [sys.executable, "-c", "import jax; print(jax.device_count())"]
+    assert subprocess.run(count, env=os.environ | variables, capture_output=True, text=True).stdout == "8\n"
 
 
 @pytest.mark.parametrize(
