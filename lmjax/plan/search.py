@@ -9,8 +9,11 @@ import itertools
 import math
 import operator
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import jax
 
 from lmjax import chips, layout
 from lmjax import experiment as parts
@@ -23,6 +26,7 @@ from lmjax.models.flops import sequence_flops
 from lmjax.models.remat import REMAT
 from lmjax.plan.step import Plan, make_plan
 from lmjax.plan.topology import Topology
+from lmjax.schema import validated
 from lmjax.weights import count
 
 SEARCHED = (*(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)), "train.microbatches", "model.remat")
@@ -52,7 +56,9 @@ class Search(NamedTuple):
     plans: list[Plan]
     """Those that fit, best first."""
     rejected: int
-    """Compiled, and found not to fit; or refused, which only tracing tells."""
+    """Compiled, and found not to fit."""
+    refused: Counter[str]
+    """Why only tracing, or XLA, told that some cannot be compiled, and how many."""
     candidates: int
     too_large: int
     """Dropped without compiling."""
@@ -68,7 +74,7 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
     chip = chips.chip(devices[0].device_kind)
     limit = math.inf if chip is None or chip.hbm is None else chip.hbm
     everything = sorted(candidates(cfg, topology, devices), key=lambda one: one.seconds)
-    plans, rejected, too_large = [], 0, 0
+    plans, refused, rejected, too_large = [], Counter[str](), 0, 0
     factor: dict[str, float] = {}
     for candidate in everything:
         remat = candidate.cfg.model.remat
@@ -77,8 +83,8 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
         elif time.perf_counter() <= stop:
             try:
                 plan = make_plan(candidate.cfg, topology, devices)
-            except ConfigError:  # such as an attention backend that cannot share rows
-                rejected += 1
+            except (ConfigError, jax.errors.JaxRuntimeError) as error:  # such as an attention that cannot share rows
+                refused[next(iter(str(error).splitlines()), "")] += 1
                 continue
             found = max((plan.needed - candidate.fixed_bytes) / candidate.saved_bytes, 1)
             factor[remat] = min(factor.get(remat, math.inf), found)
@@ -86,7 +92,7 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
                 plans.append(plan)
             else:
                 rejected += 1
-    return Search(cfg, sorted(plans, key=_rank), rejected, len(everything), too_large)
+    return Search(cfg, sorted(plans, key=_rank), rejected, refused, len(everything), too_large)
 
 
 def _rank(plan: Plan) -> tuple[float, float]:
@@ -106,23 +112,23 @@ def candidates(cfg: Config, topology: Topology, devices: list[Any]) -> Iterator[
     chip = chips.chip(devices[0].device_kind)
     for sizes, mesh in meshes(len(devices), topology.slices):
         try:
-            fixed = _state_bytes(_with(cfg, mesh, sizes["pipeline"]), devices)
+            fixed = _state_bytes(_with(cfg, mesh, sizes["pipeline"], cfg.model.remat), devices)
         except ConfigError:
             continue
         for pieces, remat in itertools.product(MICROBATCHES, REMAT):
             try:
-                one = dataclasses.replace(
-                    _with(cfg, mesh, pieces * sizes["pipeline"]),
-                    model=dataclasses.replace(cfg.model, remat=remat),
-                )
+                one = _with(cfg, mesh, pieces * sizes["pipeline"], remat)
                 parts.make_mesh(one, devices)
             except ConfigError:
                 continue
             yield Candidate(one, fixed, saved_activations(one, len(devices)), rough_seconds(one, sizes, chip))
 
 
-def _with(cfg: Config, mesh: MeshConfig, microbatches: int) -> Config:
-    return dataclasses.replace(cfg, mesh=mesh, train=dataclasses.replace(cfg.train, microbatches=microbatches))
+def _with(cfg: Config, mesh: MeshConfig, microbatches: int, remat: str) -> Config:
+    """The config with these changes, checked again. Raises ConfigError, as `dataclasses.replace` would not."""
+    train = dataclasses.replace(cfg.train, microbatches=microbatches)
+    model = dataclasses.replace(cfg.model, remat=remat)
+    return validated(Config, vars(cfg) | {"mesh": mesh, "train": train, "model": model})
 
 
 def meshes(devices: int, slices: int) -> Iterator[tuple[dict[str, int], MeshConfig]]:

@@ -200,7 +200,8 @@ def search_text(found: Search) -> str:
     rows = [
         f"{found.candidates} combinations of layout, remat policy and microbatches",
         f"  {found.too_large} too large, {compiled} compiled, of which {len(found.plans)} fit, "
-        f"{found.candidates - found.too_large - compiled} not reached in time",
+        f"{found.candidates - found.too_large - found.refused.total() - compiled} not reached in time",
+        *(f"  {count} refused: {why}" for why, count in found.refused.items()),
         f"{'':>4}{'nothing overlapped':>20}{'all overlapped':>16}{'memory':>12}  settings",
     ]
     for place, plan in enumerate(found.plans, 1):
@@ -219,4 +220,4 @@ def flags(old: Config, new: Config) -> str:
 def search_as_json(found: Search) -> dict[str, Any]:
     ranked = [{"flags": flags(found.cfg, plan.cfg), **as_json(plan)} for plan in found.plans]
     counts = {name: value for name, value in found._asdict().items() if isinstance(value, int)}
-    return counts | {"plans": ranked}
+    return counts | {"refused": found.refused, "plans": ranked}

@@ -290,7 +290,10 @@ def test_search_ranks_what_fits(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch
     assert (found.plans, found.too_large) == ([], 2) and len(made) == compiled
 
 
-def test_a_search_learns_from_what_does_not_fit(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ConfigError("only tracing tells"), jax.errors.JaxRuntimeError("INTERNAL: XLA's")])
+def test_a_search_learns_from_what_does_not_fit(
+    tiny: step.Plan, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     """Programs that save ten times what the form says: after 1 microbatch fails, 2 are not tried; 8 are refused."""
     target, made = topology.parse("cpu-1"), []
     chip = Chip(1e12, 0.0, 1e11, 1e9)
@@ -303,7 +306,7 @@ def test_a_search_learns_from_what_does_not_fit(tiny: step.Plan, monkeypatch: py
     def make_plan(cfg: Config, *arguments: Any) -> step.Plan:
         made.append(cfg.train.microbatches)
         if cfg.train.microbatches == 8:
-            raise ConfigError("what only tracing tells")
+            raise error
         return tiny._replace(
             cfg=cfg, chip=chip, needed=whole.fixed_bytes + 10 * whole.saved_bytes / cfg.train.microbatches
         )
@@ -311,7 +314,18 @@ def test_a_search_learns_from_what_does_not_fit(tiny: step.Plan, monkeypatch: py
     monkeypatch.setattr(search, "make_plan", make_plan)
     found = search.search(tiny.cfg, target, topology.devices(target), seconds=600)
     assert made == [1, 4, 8]
-    assert (len(found.plans), found.rejected, found.too_large) == (1, 2, 1)
+    assert (len(found.plans), found.rejected, found.too_large, dict(found.refused)) == (1, 1, 1, {str(error): 1})
+    text = table.search_text(found)
+    assert f"2 compiled, of which 1 fit, 0 not reached in time\n  1 refused: {error}" in text
+    assert table.search_as_json(found)["refused"] == {str(error): 1}
+
+
+@pytest.mark.parametrize(("batch", "microbatches"), [(1, {1}), (4, {1, 2, 4}), (12, {1, 2, 4})])
+def test_a_search_leaves_out_microbatches_that_do_not_divide_the_batch(batch: int, microbatches: set[int]) -> None:
+    cfg = parse(TINY | {"train": {**TINY["train"], "batch": batch}})
+    target = topology.parse("cpu-1")
+    found = search.candidates(cfg, target, topology.devices(target))
+    assert {one.cfg.train.microbatches for one in found} == microbatches
 
 
 def test_every_layout_is_searched_once() -> None:
