@@ -17,12 +17,13 @@ _MEMORY = {
     "optimizer": "optimizer state",
     "inputs": "batch, hyperparameters, counters",
     "padding": "padding of these by the device's layouts",
-    "temporaries": "temporaries, all that lives within the step:",
+    "temporaries": "temporaries, but for what stays on the chip:",
     "gradients": "  gradients, float32",
-    "activations": "  activations saved for the backward pass",
+    "activations": "  activations saved, by the traced types",
     "outputs": "results not written in place",
     "program": "the program",
-    "peak": "peak, as XLA assigns it",
+    "beyond": "more at XLA's own peak, which counts the chip",
+    "peak": "the sum, which is needed at once",
 }
 
 
@@ -72,7 +73,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield "memory of one device"
     for field, name in _MEMORY.items():
         n_bytes = getattr(plan.memory, field)
-        if n_bytes is not None:
+        if n_bytes:
             yield f"  {name:<48}{_size(n_bytes):>12}"
     yield f"  {verdict(plan)}"
     if not plan.fits:

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -113,6 +114,27 @@ def test_on_eight_devices() -> None:
         timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("xla_peak", "beyond"), [(100, 0), (150, 0), (500, 350)])
+def test_the_rows_add_up_and_cover_xla_s_own_peak(xla_peak: int, beyond: int, tiny: step.Plan) -> None:
+    stats = SimpleNamespace(
+        argument_size_in_bytes=70,
+        temp_size_in_bytes=60,
+        output_size_in_bytes=45,
+        alias_size_in_bytes=40,
+        generated_code_size_in_bytes=15,
+        peak_memory_in_bytes=xla_peak,
+    )
+    declared = memory.Memory(params=10, optimizer=20, inputs=30, gradients=10, activations=80)
+    found = memory.of_compiled(declared, SimpleNamespace(memory_analysis=lambda: stats))
+    assert (found.peak, found.beyond, found.padding) == (max(150, xla_peak), beyond, 10)
+    for one in (found, tiny.memory):
+        rows = one._asdict()
+        among_temporaries = rows.pop("gradients"), rows.pop("activations")
+        assert all(among_temporaries) and rows.pop("peak") == sum(rows.values())
+    text = "\n".join(table.lines(tiny._replace(memory=found)))
+    assert ("more at XLA's own peak" in text) == (beyond > 0)
 
 
 def test_what_cannot_fit_is_said_with_its_largest_arrays(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
