@@ -69,11 +69,17 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
 
     The closed form is a bound from below. By which factor those already compiled needed more than saved activations is
     taken to hold for all of their remat policy, the least of them: not every layout has to fail by itself.
+    Raises ConfigError when the config's checks leave nothing to try.
     """
     stop = time.perf_counter() + seconds
     chip = chips.chip(devices[0].device_kind)
     limit = math.inf if chip is None or chip.hbm is None else chip.hbm
     everything = sorted(candidates(cfg, topology, devices), key=lambda one: one.seconds)
+    if not everything:
+        raise ConfigError(
+            f"--topology={topology.name}: no layout passes the config's checks on {len(devices)} device(s); change "
+            f"train.batch={cfg.train.batch}, or the sizes that are set of mesh.*"
+        )
     plans, refused, rejected, too_large = [], Counter[str](), 0, 0
     factor: dict[str, float] = {}
     for candidate in everything:
@@ -108,9 +114,14 @@ def changes(old: Config, new: Config) -> dict[str, Any]:
 
 
 def candidates(cfg: Config, topology: Topology, devices: list[Any]) -> Iterator[Candidate]:
-    """Every combination of layout, microbatches and remat policy that the config's checks allow on so many devices."""
+    """Every combination of layout, microbatches and remat policy that the config's checks allow on so many devices.
+
+    Sizes of mesh axes that the config sets are kept.
+    """
     chip = chips.chip(devices[0].device_kind)
-    for sizes, mesh in meshes(len(devices), topology.slices):
+    across = topology.slices if topology.slices > 1 else None
+    given = dataclasses.replace(cfg.mesh, slices=cfg.mesh.slices or across)
+    for sizes, mesh in meshes(len(devices), given):
         try:
             fixed = _state_bytes(_with(cfg, mesh, sizes["pipeline"], cfg.model.remat), devices)
         except ConfigError:
@@ -131,16 +142,21 @@ def _with(cfg: Config, mesh: MeshConfig, microbatches: int, remat: str) -> Confi
     return validated(Config, vars(cfg) | {"mesh": mesh, "train": train, "model": model})
 
 
-def meshes(devices: int, slices: int) -> Iterator[tuple[dict[str, int], MeshConfig]]:
-    """The layouts by name, with every size of those axes that do not take what the others leave; no mesh twice."""
+def meshes(devices: int, given: MeshConfig) -> Iterator[tuple[dict[str, int], MeshConfig]]:
+    """The layouts by name, with every size of those axes that do not take what the others leave; no mesh twice.
+
+    Sizes that are given stay as they are, in every layout. No device is left out.
+    """
     seen: list[dict[str, int]] = []
     divisors = [n for n in range(2, devices + 1) if devices % n == 0]
-    for name, (_, *others) in layout.LAYOUTS.items():
-        choices = [[n for n in divisors if n <= LARGEST.get(axis, n)] for axis in others]
+    fixed = {axis: getattr(given, axis) for axis in layout.AXES if getattr(given, axis) is not None}
+    for name, (rest, *others) in layout.LAYOUTS.items():
+        free = [axis for axis in others if axis not in fixed]
+        choices = [[n for n in divisors if n <= LARGEST.get(axis, n)] for axis in free]
         for chosen in itertools.product(*choices):
-            across = slices if slices > 1 else None
-            mesh = MeshConfig(layout=name, slices=across, **dict(zip(others, chosen, strict=True)))
-            if devices % (slices * math.prod(chosen)) == 0:
+            mesh = MeshConfig(layout=name, **fixed, **dict(zip(free, chosen, strict=True)))
+            taken = math.prod((*fixed.values(), *chosen))
+            if taken == devices or (devices % taken == 0 and rest not in fixed):
                 sizes = layout.axis_sizes(mesh, devices)
                 if sizes not in seen:
                     seen.append(sizes)

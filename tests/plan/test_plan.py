@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -351,13 +352,33 @@ def test_a_search_leaves_out_microbatches_that_do_not_divide_the_batch(batch: in
 
 
 def test_every_layout_is_searched_once() -> None:
-    every = list(search.meshes(16, slices=1))
+    every = list(search.meshes(16, MeshConfig()))
     assert {mesh.layout for _, mesh in every} == set(LAYOUTS)
     assert len({tuple(sizes.items()) for sizes, _ in every}) == len(every)
     assert all(math.prod(sizes.values()) == 16 for sizes, _ in every)
     assert all(axis_sizes(mesh, 16) == sizes for sizes, mesh in every)
-    across = list(search.meshes(16, slices=2))
+    across = list(search.meshes(16, MeshConfig(slices=2)))
     assert across and all(sizes["slices"] == 2 and math.prod(sizes.values()) == 16 for sizes, _ in across)
+
+
+@pytest.mark.parametrize("given", [{"tensor": 2}, {"data": 2, "tensor": 4}, {"fsdp": 16}, {"slices": 2}, {"expert": 1}])
+def test_sizes_that_are_set_are_kept(given: dict[str, int]) -> None:
+    def having(found: Iterable[tuple[dict[str, int], MeshConfig]]) -> list[dict[str, int]]:
+        return [sizes for sizes, _ in found if sizes | given == sizes]
+
+    kept = list(search.meshes(16, MeshConfig(**given)))
+    assert kept and having(kept) == [sizes for sizes, _ in kept]
+    assert all(math.prod(sizes.values()) == 16 and axis_sizes(mesh, 16) == sizes for sizes, mesh in kept)
+    assert all(getattr(mesh, axis) == size for _, mesh in kept for axis, size in given.items()), "no flag takes it back"
+    assert all(sizes in having(kept) for sizes in having(search.meshes(16, MeshConfig())))
+
+
+def test_a_search_without_a_choice_says_so() -> None:
+    target, cfg = topology.parse("cpu-1"), replace(parse(TINY), mesh=MeshConfig(tensor=3))
+    with pytest.raises(
+        ConfigError, match=r"no layout passes the config's checks on 1 device\(s\); change train.batch=8"
+    ):
+        search.search(cfg, target, topology.devices(target), seconds=0)
 
 
 def test_the_command_says_what_to_do_when_nothing_fits() -> None:
