@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lmjax import experiment as parts
 from lmjax.collectives import Collective, by_kind, collectives
 from lmjax.config import Config, parse
+from lmjax.errors import ConfigError
 from lmjax.plan import step, topology
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -108,3 +109,10 @@ def test_loops_send_as_often_as_they_say_else_once() -> None:
     assert [one.times for one in sent(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: body(x), x))] == [5]
     assert [one.times for one in sent(lambda x: jax.lax.while_loop(lambda x: x.sum() > 1.5, body, x))] == [1, 1]
     assert [one.times for one in sent(lambda x: jax.lax.while_loop(lambda x: (x > 1).sum() > 0, body, x))] == [1, 1]
+
+
+def test_a_mesh_smaller_than_a_slice_is_refused() -> None:
+    """CPUs stand for the chips: nothing is compiled."""
+    cfg = config(layout="dp+fsdp", data=2)
+    with pytest.raises(ConfigError, match=r"4 of the 8 devices of v5e-8 take part.*leave mesh\.data out"):
+        step.make_plan(cfg, topology.parse("v5e-8"), jax.devices())
