@@ -61,7 +61,7 @@ class _Computation(NamedTuple):
     """(its identity, collective)"""
     calls: list[_Call]
     bounds: list[int]
-    """The integer constants: of a loop's condition, how often it holds."""
+    """The integer constants: of a loop's condition, how often it holds, if a count decides."""
 
 
 def collectives(text: str) -> list[Collective]:
@@ -69,7 +69,8 @@ def collectives(text: str) -> list[Collective]:
 
     A TPU program may spread one collective over several fusions, to overlap it with work: these count once. An
     all-reduce in a fusion named for the slice that follows it is a reduce-scatter, and is called that. A ragged
-    all-to-all, whose bytes the data decides, counts as one of equal parts.
+    all-to-all, whose bytes the data decides, counts as one of equal parts. A loop whose rounds the data decides, with
+    no bound in its condition, counts once, and so does its condition.
     """
     computations, entry = _computations(text)
     found: dict[Any, Collective] = {}
@@ -81,8 +82,11 @@ def collectives(text: str) -> list[Collective]:
                 key = (identity, times, one._replace(name="")) if fused else len(found)
                 found.setdefault(key, one._replace(kind=kind, times=times))
         for call in computations[name].calls:
+            rounds = 1
+            if call.condition is not None:
+                rounds = max([1, *(bound - call.first for bound in computations[call.condition].bounds)])
+                visit(call.condition, times * rounds, fused)
             if call.computation in computations:
-                rounds = 1 if call.condition is None else max(computations[call.condition].bounds) - call.first
                 visit(call.computation, times * rounds, fused or call.fused)
 
     visit(entry, 1, False)

@@ -3,12 +3,10 @@
 import dataclasses
 from collections.abc import Iterator
 
-from etils import epath
-
 from lmjax import experiment as parts
 from lmjax.config import Config
-from lmjax.data import manifest
-from lmjax.data.shards import Dataset, open_dataset
+from lmjax.data import manifest, storage
+from lmjax.data.manifest import Manifest
 from lmjax.errors import ConfigError
 from lmjax.models.flops import sequence_flops
 from lmjax.models.model import Model
@@ -16,9 +14,9 @@ from lmjax.weights import count
 
 
 def describe(cfg: Config) -> Iterator[str]:
-    """Lines about size, FLOPs, memory, tokens and epochs. Prepares no data and allocates nothing."""
-    datasets = _open_prepared(cfg)
-    cfg = _with_vocab(cfg, datasets)
+    """Lines about size, FLOPs, memory, tokens and epochs. Prepares and stages no data, and allocates nothing."""
+    manifests = _manifests(cfg)
+    cfg = _with_vocab(cfg, manifests)
     experiment = parts.assemble(cfg)
     yield from size(cfg, experiment.model)
     state = parts.abstract_state(experiment)
@@ -30,11 +28,11 @@ def describe(cfg: Config) -> Iterator[str]:
     )
     tokens = cfg.train.steps * cfg.train.batch * cfg.data.seq_len
     total = sum(source.weight for source in cfg.data.sources.values())
-    for name, dataset in datasets.items():
-        if dataset is None:
+    for name, found in manifests.items():
+        if found is None:
             yield f"data         {name}: not prepared yet"
             continue
-        available = dataset.split("train").n_tokens
+        available = found.splits["train"].tokens
         epochs = tokens * cfg.data.sources[name].weight / total / available
         yield f"data         {name}: {available:,} tokens, {epochs:.2f} epochs"
 
@@ -58,28 +56,31 @@ def size(cfg: Config, model: Model) -> Iterator[str]:
 
 
 def with_known_vocab(cfg: Config) -> Config:
-    """The config with its vocabulary: its own, or that of the prepared data, or of the recipe.
+    """The config with its vocabulary: its own, or else that of the prepared data, or of the recipe.
 
-    Raises ConfigError when none of them tells.
+    Raises ConfigError when none of them tells, and DataError for a place that cannot be read.
     """
-    return _with_vocab(cfg, _open_prepared(cfg))
+    return cfg if cfg.model.vocab is not None else _with_vocab(cfg, _manifests(cfg))
 
 
-def _open_prepared(cfg: Config) -> dict[str, Dataset | None]:
-    return {name: _open(source.path, cfg.data.cache) for name, source in cfg.data.sources.items()}
+def _manifests(cfg: Config) -> dict[str, Manifest | None]:
+    return {name: _manifest(source.path) for name, source in cfg.data.sources.items()}
 
 
-def _open(path: str, cache: str) -> Dataset | None:
-    """The data set, or None if it is not prepared yet."""
-    return open_dataset(path, cache=cache) if (epath.Path(path) / manifest.FILE).exists() else None
+def _manifest(path: str) -> Manifest | None:
+    """That of a data set, of which nothing else is read; None if it is not prepared yet."""
+    directory = storage.locate(path)
+    with storage.reporting(directory):
+        prepared = (directory / manifest.FILE).exists()
+    return manifest.read_manifest(directory) if prepared else None
 
 
-def _with_vocab(cfg: Config, datasets: dict[str, Dataset | None]) -> Config:
+def _with_vocab(cfg: Config, manifests: dict[str, Manifest | None]) -> Config:
     """The vocabulary of the config, of the prepared data, or of the recipe, whichever is known."""
     recipes = [source.prepare.tokenizer for source in cfg.data.sources.values() if source.prepare is not None]
     vocab = cfg.model.vocab
-    for dataset in datasets.values():
-        vocab = vocab or (dataset.manifest.vocab_size if dataset is not None else None)
+    for found in manifests.values():
+        vocab = vocab or (found.vocab_size if found is not None else None)
     for recipe in recipes:
         vocab = vocab or (recipe.vocab if recipe.kind in ("bpe", "unigram") else None)
     if vocab is None:

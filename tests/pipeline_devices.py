@@ -314,7 +314,9 @@ def test_a_pipeline_also_runs_without_training(cfgs: Cfgs) -> None:
 def test_a_search_fills_pipelines_and_a_plan_compiles_them(cfgs: Cfgs, monkeypatch: pytest.MonkeyPatch) -> None:
     target = topology.parse("cpu-8")
     layouts = [
-        (sizes, mesh) for sizes, mesh in search.meshes(8, slices=1) if mesh == MeshConfig(layout="dp+pp", pipeline=2)
+        (sizes, mesh)
+        for sizes, mesh in search.meshes(8, MeshConfig())
+        if mesh == MeshConfig(layout="dp+pp", pipeline=2)
     ]
     monkeypatch.setattr(search, "meshes", lambda *_: layouts)
     cfg = config(replace(cfgs["llama3"], layers=2), MeshConfig(), 1)

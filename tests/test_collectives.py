@@ -109,6 +109,16 @@ def test_a_program_of_one_device_sends_nothing() -> None:
     assert collectives(jax.jit(loop).lower(jnp.ones((4, 4))).compile().as_text()) == []
 
 
+def test_a_loop_whose_rounds_the_data_decides_counts_once() -> None:
+    def loop(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x.sum() > 1.5, lambda x: x @ x, x)
+
+    assert collectives(jax.jit(loop).lower(jnp.ones((4, 4))).compile().as_text()) == []
+    unbounded = TPU.replace("s32[]{:T(128)} constant(13)", "s32[]{:T(128)} get-tuple-element(%p), index=2")
+    times = {one.times for one in collectives(TPU)}, {one.times for one in collectives(unbounded)}
+    assert times == ({1, 12}, {1}) and len(collectives(unbounded)) == len(collectives(TPU))
+
+
 def test_another_text_is_refused() -> None:
     with pytest.raises(AssertionError, match="ENTRY"):
         collectives("module @jit_step {}")

@@ -31,13 +31,15 @@ class Memory(NamedTuple):
     padding: float | None = None
     """What the device's tiled layouts add to params, optimizer and inputs."""
     temporaries: float | None = None
-    """Gradients, activations, gathered weights: everything that lives within the step."""
+    """Gradients, activations, gathered weights: what lives within the step, but for what XLA keeps on the chip."""
     outputs: float | None = None
     """Results that do not take the place of an input, such as metrics."""
     program: float | None = None
     """The compiled code."""
+    beyond: float | None = None
+    """By how much XLA's own peak is above the sum of these, as of small programs: it counts what is on the chip."""
     peak: float | None = None
-    """The most that is needed at any moment, as XLA assigned it."""
+    """The sum, to which gradients and activations add nothing of their own: never below XLA's own peak."""
 
 
 def of_declaration(state: TrainState, batch: Any) -> Memory:
@@ -53,12 +55,14 @@ def of_compiled(memory: Memory, compiled: Any) -> Memory:
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     program = stats.generated_code_size_in_bytes
     whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs + program
+    beyond = max(stats.peak_memory_in_bytes - whole, 0)
     return memory._replace(
         padding=stats.argument_size_in_bytes - memory.params - memory.optimizer - memory.inputs,
         temporaries=stats.temp_size_in_bytes,
         outputs=outputs,
         program=program,
-        peak=max(whole, stats.peak_memory_in_bytes),
+        beyond=beyond,
+        peak=whole + beyond,
     )
 
 

@@ -9,8 +9,11 @@ import itertools
 import math
 import operator
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import jax
 
 from lmjax import chips, layout
 from lmjax import experiment as parts
@@ -23,6 +26,7 @@ from lmjax.models.flops import sequence_flops
 from lmjax.models.remat import REMAT
 from lmjax.plan.step import Plan, make_plan
 from lmjax.plan.topology import Topology
+from lmjax.schema import validated
 from lmjax.weights import count
 
 SEARCHED = (*(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)), "train.microbatches", "model.remat")
@@ -52,7 +56,9 @@ class Search(NamedTuple):
     plans: list[Plan]
     """Those that fit, best first."""
     rejected: int
-    """Compiled, and found not to fit; or refused, which only tracing tells."""
+    """Compiled, and found not to fit."""
+    refused: Counter[str]
+    """Why only tracing, or XLA, told that some cannot be compiled, and how many."""
     candidates: int
     too_large: int
     """Dropped without compiling."""
@@ -63,12 +69,18 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
 
     The closed form is a bound from below. By which factor those already compiled needed more than saved activations is
     taken to hold for all of their remat policy, the least of them: not every layout has to fail by itself.
+    Raises ConfigError when the config's checks leave nothing to try.
     """
     stop = time.perf_counter() + seconds
     chip = chips.chip(devices[0].device_kind)
     limit = math.inf if chip is None or chip.hbm is None else chip.hbm
     everything = sorted(candidates(cfg, topology, devices), key=lambda one: one.seconds)
-    plans, rejected, too_large = [], 0, 0
+    if not everything:
+        raise ConfigError(
+            f"--topology={topology.name}: no layout passes the config's checks on {len(devices)} device(s); change "
+            f"train.batch={cfg.train.batch}, or the sizes that are set of mesh.*"
+        )
+    plans, refused, rejected, too_large = [], Counter[str](), 0, 0
     factor: dict[str, float] = {}
     for candidate in everything:
         remat = candidate.cfg.model.remat
@@ -77,8 +89,8 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
         elif time.perf_counter() <= stop:
             try:
                 plan = make_plan(candidate.cfg, topology, devices)
-            except ConfigError:  # such as an attention backend that cannot share rows
-                rejected += 1
+            except (ConfigError, jax.errors.JaxRuntimeError) as error:  # such as an attention that cannot share rows
+                refused[next(iter(str(error).splitlines()), "")] += 1
                 continue
             found = max((plan.needed - candidate.fixed_bytes) / candidate.saved_bytes, 1)
             factor[remat] = min(factor.get(remat, math.inf), found)
@@ -86,7 +98,7 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
                 plans.append(plan)
             else:
                 rejected += 1
-    return Search(cfg, sorted(plans, key=_rank), rejected, len(everything), too_large)
+    return Search(cfg, sorted(plans, key=_rank), rejected, refused, len(everything), too_large)
 
 
 def _rank(plan: Plan) -> tuple[float, float]:
@@ -102,39 +114,49 @@ def changes(old: Config, new: Config) -> dict[str, Any]:
 
 
 def candidates(cfg: Config, topology: Topology, devices: list[Any]) -> Iterator[Candidate]:
-    """Every combination of layout, microbatches and remat policy that the config's checks allow on so many devices."""
+    """Every combination of layout, microbatches and remat policy that the config's checks allow on so many devices.
+
+    Sizes of mesh axes that the config sets are kept.
+    """
     chip = chips.chip(devices[0].device_kind)
-    for sizes, mesh in meshes(len(devices), topology.slices):
+    across = topology.slices if topology.slices > 1 else None
+    given = dataclasses.replace(cfg.mesh, slices=cfg.mesh.slices or across)
+    for sizes, mesh in meshes(len(devices), given):
         try:
-            fixed = _state_bytes(_with(cfg, mesh, sizes["pipeline"]), devices)
+            fixed = _state_bytes(_with(cfg, mesh, sizes["pipeline"], cfg.model.remat), devices)
         except ConfigError:
             continue
         for pieces, remat in itertools.product(MICROBATCHES, REMAT):
             try:
-                one = dataclasses.replace(
-                    _with(cfg, mesh, pieces * sizes["pipeline"]),
-                    model=dataclasses.replace(cfg.model, remat=remat),
-                )
+                one = _with(cfg, mesh, pieces * sizes["pipeline"], remat)
                 parts.make_mesh(one, devices)
             except ConfigError:
                 continue
             yield Candidate(one, fixed, saved_activations(one, len(devices)), rough_seconds(one, sizes, chip))
 
 
-def _with(cfg: Config, mesh: MeshConfig, microbatches: int) -> Config:
-    return dataclasses.replace(cfg, mesh=mesh, train=dataclasses.replace(cfg.train, microbatches=microbatches))
+def _with(cfg: Config, mesh: MeshConfig, microbatches: int, remat: str) -> Config:
+    """The config with these changes, checked again. Raises ConfigError, as `dataclasses.replace` would not."""
+    train = dataclasses.replace(cfg.train, microbatches=microbatches)
+    model = dataclasses.replace(cfg.model, remat=remat)
+    return validated(Config, vars(cfg) | {"mesh": mesh, "train": train, "model": model})
 
 
-def meshes(devices: int, slices: int) -> Iterator[tuple[dict[str, int], MeshConfig]]:
-    """The layouts by name, with every size of those axes that do not take what the others leave; no mesh twice."""
+def meshes(devices: int, given: MeshConfig) -> Iterator[tuple[dict[str, int], MeshConfig]]:
+    """The layouts by name, with every size of those axes that do not take what the others leave; no mesh twice.
+
+    Sizes that are given stay as they are, in every layout. No device is left out.
+    """
     seen: list[dict[str, int]] = []
     divisors = [n for n in range(2, devices + 1) if devices % n == 0]
-    for name, (_, *others) in layout.LAYOUTS.items():
-        choices = [[n for n in divisors if n <= LARGEST.get(axis, n)] for axis in others]
+    fixed = {axis: getattr(given, axis) for axis in layout.AXES if getattr(given, axis) is not None}
+    for name, (rest, *others) in layout.LAYOUTS.items():
+        free = [axis for axis in others if axis not in fixed]
+        choices = [[n for n in divisors if n <= LARGEST.get(axis, n)] for axis in free]
         for chosen in itertools.product(*choices):
-            across = slices if slices > 1 else None
-            mesh = MeshConfig(layout=name, slices=across, **dict(zip(others, chosen, strict=True)))
-            if devices % (slices * math.prod(chosen)) == 0:
+            mesh = MeshConfig(layout=name, **fixed, **dict(zip(free, chosen, strict=True)))
+            taken = math.prod((*fixed.values(), *chosen))
+            if taken == devices or (devices % taken == 0 and rest not in fixed):
                 sizes = layout.axis_sizes(mesh, devices)
                 if sizes not in seen:
                     seen.append(sizes)

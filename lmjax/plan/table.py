@@ -17,12 +17,13 @@ _MEMORY = {
     "optimizer": "optimizer state",
     "inputs": "batch, hyperparameters, counters",
     "padding": "padding of these by the device's layouts",
-    "temporaries": "temporaries, all that lives within the step:",
+    "temporaries": "temporaries, but for what stays on the chip:",
     "gradients": "  gradients, float32",
-    "activations": "  activations saved for the backward pass",
+    "activations": "  activations saved, by the traced types",
     "outputs": "results not written in place",
     "program": "the program",
-    "peak": "peak, as XLA assigns it",
+    "beyond": "more at XLA's own peak, which counts the chip",
+    "peak": "the sum, which is needed at once",
 }
 
 
@@ -72,7 +73,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield "memory of one device"
     for field, name in _MEMORY.items():
         n_bytes = getattr(plan.memory, field)
-        if n_bytes is not None:
+        if n_bytes:
             yield f"  {name:<48}{_size(n_bytes):>12}"
     yield f"  {verdict(plan)}"
     if not plan.fits:
@@ -200,7 +201,8 @@ def search_text(found: Search) -> str:
     rows = [
         f"{found.candidates} combinations of layout, remat policy and microbatches",
         f"  {found.too_large} too large, {compiled} compiled, of which {len(found.plans)} fit, "
-        f"{found.candidates - found.too_large - compiled} not reached in time",
+        f"{found.candidates - found.too_large - found.refused.total() - compiled} not reached in time",
+        *(f"  {count} refused: {why}" for why, count in found.refused.items()),
         f"{'':>4}{'nothing overlapped':>20}{'all overlapped':>16}{'memory':>12}  settings",
     ]
     for place, plan in enumerate(found.plans, 1):
@@ -219,4 +221,4 @@ def flags(old: Config, new: Config) -> str:
 def search_as_json(found: Search) -> dict[str, Any]:
     ranked = [{"flags": flags(found.cfg, plan.cfg), **as_json(plan)} for plan in found.plans]
     counts = {name: value for name, value in found._asdict().items() if isinstance(value, int)}
-    return counts | {"plans": ranked}
+    return counts | {"refused": found.refused, "plans": ranked}

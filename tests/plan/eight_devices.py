@@ -1,14 +1,18 @@
 """Plans beside what eight devices really hold and send. test_plan.py runs this file in a process of its own."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lmjax import experiment as parts
-from lmjax.collectives import by_kind
+from lmjax.collectives import Collective, by_kind, collectives
 from lmjax.config import Config, parse
+from lmjax.errors import ConfigError
 from lmjax.plan import step, topology
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -88,3 +92,27 @@ def test_data_parallel_sums_gradients() -> None:
     gradients = 2 * OTHERS * 4 * plan.counts.total
     assert 0 <= sent.pop("all-reduce") - gradients < 200  # metrics
     assert not any(sent.values())
+
+
+def test_loops_send_as_often_as_they_say_else_once() -> None:
+    """What the data decides about: a sum in each round, and one in the condition."""
+
+    def sent(loop: Callable[[jax.Array], jax.Array]) -> list[Collective]:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            x = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+            return collectives(jax.jit(loop).lower(x).compile().as_text())
+
+    def body(x: jax.Array) -> jax.Array:
+        return x / x.sum()
+
+    assert [one.times for one in sent(lambda x: jax.lax.fori_loop(0, 5, lambda _, x: body(x), x))] == [5]
+    assert [one.times for one in sent(lambda x: jax.lax.while_loop(lambda x: x.sum() > 1.5, body, x))] == [1, 1]
+    assert [one.times for one in sent(lambda x: jax.lax.while_loop(lambda x: (x > 1).sum() > 0, body, x))] == [1, 1]
+
+
+def test_a_mesh_smaller_than_a_slice_is_refused() -> None:
+    """CPUs stand for the chips: nothing is compiled."""
+    cfg = config(layout="dp+fsdp", data=2)
+    with pytest.raises(ConfigError, match=r"4 of the 8 devices of v5e-8 take part.*leave mesh\.data out"):
+        step.make_plan(cfg, topology.parse("v5e-8"), jax.devices())

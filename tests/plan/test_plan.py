@@ -10,8 +10,10 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -113,6 +115,27 @@ def test_on_eight_devices() -> None:
         timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("xla_peak", "beyond"), [(100, 0), (150, 0), (500, 350)])
+def test_the_rows_add_up_and_cover_xla_s_own_peak(xla_peak: int, beyond: int, tiny: step.Plan) -> None:
+    stats = SimpleNamespace(
+        argument_size_in_bytes=70,
+        temp_size_in_bytes=60,
+        output_size_in_bytes=45,
+        alias_size_in_bytes=40,
+        generated_code_size_in_bytes=15,
+        peak_memory_in_bytes=xla_peak,
+    )
+    declared = memory.Memory(params=10, optimizer=20, inputs=30, gradients=10, activations=80)
+    found = memory.of_compiled(declared, SimpleNamespace(memory_analysis=lambda: stats))
+    assert (found.peak, found.beyond, found.padding) == (max(150, xla_peak), beyond, 10)
+    for one in (found, tiny.memory):
+        rows = one._asdict()
+        among_temporaries = rows.pop("gradients"), rows.pop("activations")
+        assert all(among_temporaries) and rows.pop("peak") == sum(rows.values())
+    text = "\n".join(table.lines(tiny._replace(memory=found)))
+    assert ("more at XLA's own peak" in text) == (beyond > 0)
 
 
 def test_what_cannot_fit_is_said_with_its_largest_arrays(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +313,10 @@ def test_search_ranks_what_fits(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch
     assert (found.plans, found.too_large) == ([], 2) and len(made) == compiled
 
 
-def test_a_search_learns_from_what_does_not_fit(tiny: step.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ConfigError("only tracing tells"), jax.errors.JaxRuntimeError("INTERNAL: XLA's")])
+def test_a_search_learns_from_what_does_not_fit(
+    tiny: step.Plan, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     """Programs that save ten times what the form says: after 1 microbatch fails, 2 are not tried; 8 are refused."""
     target, made = topology.parse("cpu-1"), []
     chip = Chip(1e12, 0.0, 1e11, 1e9)
@@ -303,7 +329,7 @@ def test_a_search_learns_from_what_does_not_fit(tiny: step.Plan, monkeypatch: py
     def make_plan(cfg: Config, *arguments: Any) -> step.Plan:
         made.append(cfg.train.microbatches)
         if cfg.train.microbatches == 8:
-            raise ConfigError("what only tracing tells")
+            raise error
         return tiny._replace(
             cfg=cfg, chip=chip, needed=whole.fixed_bytes + 10 * whole.saved_bytes / cfg.train.microbatches
         )
@@ -311,17 +337,48 @@ def test_a_search_learns_from_what_does_not_fit(tiny: step.Plan, monkeypatch: py
     monkeypatch.setattr(search, "make_plan", make_plan)
     found = search.search(tiny.cfg, target, topology.devices(target), seconds=600)
     assert made == [1, 4, 8]
-    assert (len(found.plans), found.rejected, found.too_large) == (1, 2, 1)
+    assert (len(found.plans), found.rejected, found.too_large, dict(found.refused)) == (1, 1, 1, {str(error): 1})
+    text = table.search_text(found)
+    assert f"2 compiled, of which 1 fit, 0 not reached in time\n  1 refused: {error}" in text
+    assert table.search_as_json(found)["refused"] == {str(error): 1}
+
+
+@pytest.mark.parametrize(("batch", "microbatches"), [(1, {1}), (4, {1, 2, 4}), (12, {1, 2, 4})])
+def test_a_search_leaves_out_microbatches_that_do_not_divide_the_batch(batch: int, microbatches: set[int]) -> None:
+    cfg = parse(TINY | {"train": {**TINY["train"], "batch": batch}})
+    target = topology.parse("cpu-1")
+    found = search.candidates(cfg, target, topology.devices(target))
+    assert {one.cfg.train.microbatches for one in found} == microbatches
 
 
 def test_every_layout_is_searched_once() -> None:
-    every = list(search.meshes(16, slices=1))
+    every = list(search.meshes(16, MeshConfig()))
     assert {mesh.layout for _, mesh in every} == set(LAYOUTS)
     assert len({tuple(sizes.items()) for sizes, _ in every}) == len(every)
     assert all(math.prod(sizes.values()) == 16 for sizes, _ in every)
     assert all(axis_sizes(mesh, 16) == sizes for sizes, mesh in every)
-    across = list(search.meshes(16, slices=2))
+    across = list(search.meshes(16, MeshConfig(slices=2)))
     assert across and all(sizes["slices"] == 2 and math.prod(sizes.values()) == 16 for sizes, _ in across)
+
+
+@pytest.mark.parametrize("given", [{"tensor": 2}, {"data": 2, "tensor": 4}, {"fsdp": 16}, {"slices": 2}, {"expert": 1}])
+def test_sizes_that_are_set_are_kept(given: dict[str, int]) -> None:
+    def having(found: Iterable[tuple[dict[str, int], MeshConfig]]) -> list[dict[str, int]]:
+        return [sizes for sizes, _ in found if sizes | given == sizes]
+
+    kept = list(search.meshes(16, MeshConfig(**given)))
+    assert kept and having(kept) == [sizes for sizes, _ in kept]
+    assert all(math.prod(sizes.values()) == 16 and axis_sizes(mesh, 16) == sizes for sizes, mesh in kept)
+    assert all(getattr(mesh, axis) == size for _, mesh in kept for axis, size in given.items()), "no flag takes it back"
+    assert all(sizes in having(kept) for sizes in having(search.meshes(16, MeshConfig())))
+
+
+def test_a_search_without_a_choice_says_so() -> None:
+    target, cfg = topology.parse("cpu-1"), replace(parse(TINY), mesh=MeshConfig(tensor=3))
+    with pytest.raises(
+        ConfigError, match=r"no layout passes the config's checks on 1 device\(s\); change train.batch=8"
+    ):
+        search.search(cfg, target, topology.devices(target), seconds=0)
 
 
 def test_the_command_says_what_to_do_when_nothing_fits() -> None:
@@ -384,14 +441,6 @@ def test_a_tpu_program_scatters_gradients(name: str, mesh: MeshConfig) -> None:
     pieces = sum(n for (kind, *axes), n in whole.items() if kind == "all-reduce" and {*axes} & {"slices", "data"})
     assert pieces <= 1.05 * scattered / plan.mesh["fsdp"]
     assert sum(n for (kind, *axes), n in whole.items() if kind == "all-reduce" and "fsdp" in axes) < scattered / 50
-
-
-@needs_libtpu
-def test_a_mesh_smaller_than_a_slice_is_refused() -> None:
-    cfg = replace(parse(TINY), mesh=MeshConfig(layout="dp+fsdp", data=2))
-    target = topology.parse("v5e-8")
-    with pytest.raises(ConfigError, match=r"4 of the 8 devices of v5e-8 take part.*leave mesh\.data out"):
-        step.make_plan(cfg, target, topology.devices(target))
 
 
 @needs_libtpu
