@@ -147,7 +147,8 @@ class ModelConfig:
     position: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     rope: RopeConfig = RopeConfig()
     attention: Annotated[str, one_of(["auto", *BACKENDS])] = "auto"
-    """auto: ring where devices share rows, splash on TPU, cudnn on GPU where they can do what is asked, else reference."""
+    """auto: ring where devices share rows; splash on TPU, cudnn on GPU where they can do what is asked; else
+    reference."""
     attention_scale: PositiveFloat | None = None
     """Multiplies query . key; None means head_dim ** -0.5."""
     attention_softcap: PositiveFloat | None = None
