@@ -236,6 +236,20 @@ def split_in_front(x: jax.Array, names: Names) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*partition(names), *jax.typeof(x).sharding.spec[len(names) :]))
 
 
+def whole_copies(x: jax.Array, batch_axes: Names) -> jax.Array:
+    """Lay each copy in a stack whole on one device: the stack's first axis is spread over the devices that a copy was
+    split over, if they divide it; else all of them hold everything."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    axes = [mesh_axes(name) for name in batch_axes]
+    if axes:
+        spread = (*axes[0], *mesh_axes("embed"))
+        axes[0] = spread if x.shape[0] % math.prod(mesh.shape[axis] for axis in spread) == 0 else axes[0]
+    rest = (None for _ in range(x.ndim - len(axes)))
+    return jax.sharding.reshard(x, PartitionSpec(*(split or None for split in axes), *rest))
+
+
 def gather(params: Any, spec: Spec | None = None) -> Any:
     """Weights as a layer uses them: whole along fsdp and context, still split along tensor and expert.
 

@@ -36,6 +36,7 @@ from lmjax.layout import (
     make_mesh,
     mesh_axes,
     shardings,
+    whole_copies,
 )
 from lmjax.metrics import finish
 from lmjax.models import decoder
@@ -280,6 +281,18 @@ def test_weights_and_moments_are_split_as_their_axes_say(cfgs: Cfgs) -> None:
     moments = jax.tree.leaves(optimizers.state_shardings(optimizer, spec, mesh))
     for sharding in set(declared.values()):
         assert moments.count(sharding) >= 2 * list(declared.values()).count(sharding)
+
+
+@pytest.mark.parametrize(("layers", "split"), [(8, (("fsdp", "context"), None, None)), (6, (None, None, None))])
+def test_layers_are_spread_to_be_whole(layers: int, split: tuple[Any, ...]) -> None:
+    """What Muon iterates on: without it every device would do all layers."""
+    mesh = make_mesh(MeshConfig(layout="fsdp+cp"))
+    lies = shardings({"w": Weight("layers | embed -> mlp", sizes=(layers, 16, 8))}, mesh)["w"]
+    stack = jax.device_put(np.arange(layers * 128.0).reshape(layers, 16, 8), lies)
+    with jax.set_mesh(mesh):
+        whole = whole_copies(stack, ("layers",))
+    assert tuple(whole.sharding.spec) == split
+    np.testing.assert_array_equal(whole, stack)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,6 +1,5 @@
 """Small functions on arrays: normalization, dropout, embedding lookup."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,21 +84,20 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
     return table_VD.at[ids_BT].get(out_sharding=lies).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(V: int, table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    return table_VD[ids_BT]
+def _rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of a table in any type, whose gradient is added up in float32."""
+    V, D = table_VD.shape
 
+    @jax.custom_vjp
+    def rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        return table_VD[ids_BT]
 
-def _rows_forward(V: int, table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return table_VD[ids_BT], ids_BT
+    def backward(ids_BT: jax.Array, gradient_BTD: jax.Array) -> tuple[jax.Array, None]:
+        sums_VD = jnp.zeros((V, D)).at[ids_BT].add(gradient_BTD.astype(jnp.float32))
+        return sums_VD.astype(gradient_BTD.dtype), None
 
-
-def _rows_backward(V: int, ids_BT: jax.Array, gradient_BTD: jax.Array) -> tuple[jax.Array, None]:
-    zeros_VD = jnp.zeros((V, gradient_BTD.shape[-1]), jnp.float32)
-    return zeros_VD.at[ids_BT].add(gradient_BTD.astype(jnp.float32)).astype(gradient_BTD.dtype), None
-
-
-_rows.defvjp(_rows_forward, _rows_backward)
+    rows.defvjp(lambda table_VD, ids_BT: (table_VD[ids_BT], ids_BT), backward)
+    return rows(table_VD, ids_BT)
 
 
 def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
@@ -119,10 +117,10 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Arr
     def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         table_VD, V = whole(table_VD.astype(dtype), table_lies), len(table_VD)
         if not tensor:
-            return _rows(V, table_VD, ids_BT)
+            return _rows(table_VD, ids_BT)
         ids_BT = ids_BT - V * jax.lax.axis_index(tensor)
         mine_BT = (ids_BT >= 0) & (ids_BT < V)
-        x_BTD = jnp.where(mine_BT[..., None], _rows(V, table_VD, jnp.where(mine_BT, ids_BT, 0)), 0)
+        x_BTD = jnp.where(mine_BT[..., None], _rows(table_VD, jnp.where(mine_BT, ids_BT, 0)), 0)
         return jax.lax.psum_scatter(x_BTD, tensor, scatter_dimension=1, tiled=True)
 
     in_specs = (table_lies, partition(("batch", "time")))

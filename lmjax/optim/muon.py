@@ -4,11 +4,9 @@ Jordan et al. 2024, kellerjordan.github.io/posts/muon.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lmjax import layout
 from lmjax.weights import Weight
@@ -41,18 +39,14 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     return x.mT if tall else x
 
 
-def orthogonalize(weight: Weight) -> optax.GradientTransformation:
-    """Replace the update of an unstacked weight, seen as a matrix [inputs, outputs], by 0.2 sqrt(max side) U V'.
+def orthogonalize(weight: Weight, update: jax.Array) -> jax.Array:
+    """0.2 sqrt(max side) U V' of the update of a matrix [inputs, outputs], and of each in a stack.
 
-    All heads of a projection form one matrix. On a mesh each device holds the whole matrix while it iterates.
+    All heads of a projection form one matrix. On a mesh a device holds whole matrices while it iterates: some of the
+    layers, where their number allows.
     """
-    sides = weight.fan_in, math.prod(weight.shape) // weight.fan_in
-    scale = ADAMW_RMS * math.sqrt(max(sides))
-
-    def update(updates: jax.Array, params: Any) -> jax.Array:
-        del params
-        whole = layout.constrain(updates, *(None for _ in weight.names))
-        step = scale * newton_schulz(whole.reshape(sides))
-        return layout.constrain(step.reshape(weight.shape), *weight.names)
-
-    return optax.stateless(update)
+    single, copies = weight.unstacked(), weight.shape[: len(weight.batch_axes)]
+    sides = single.fan_in, math.prod(single.shape) // single.fan_in
+    matrices = layout.whole_copies(update, weight.batch_axes).reshape(*copies, *sides)
+    step = ADAMW_RMS * math.sqrt(max(sides)) * newton_schulz(matrices)
+    return layout.constrain(step.reshape(weight.shape), *weight.names)

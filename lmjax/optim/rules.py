@@ -75,13 +75,18 @@ def muon(spec: Spec, hyper: Hyper) -> optax.GradientTransformation:
     def rule(weight: Weight) -> optax.GradientTransformation:
         if not is_hidden_matrix(weight):
             return adam(hyper)
-        return optax.chain(optax.trace(hyper["momentum"], nesterov=True), orthogonalize(weight))
+        return optax.chain(optax.trace(hyper["momentum"], nesterov=True))
+
+    def orthogonal(updates: Params, params: Params) -> Params:
+        del params
+        return map_weights(lambda weight, u: orthogonalize(weight, u) if is_hidden_matrix(weight) else u, spec, updates)
 
     def at_adam_rate(updates: Params, params: Params) -> Params:
         del params
         return map_weights(lambda weight, u: u if is_hidden_matrix(weight) else hyper["adam_rate"] * u, spec, updates)
 
-    return optax.chain(per_weight(rule, spec), decay(spec, hyper), optax.stateless(at_adam_rate))
+    steps = per_weight(rule, spec), optax.stateless(orthogonal), decay(spec, hyper), optax.stateless(at_adam_rate)
+    return optax.chain(*steps)
 
 
 OPTIMIZERS: dict[str, Callable[[Spec, Hyper], optax.GradientTransformation]] = {
