@@ -236,7 +236,7 @@ def test_every_optimizer_keeps_its_state_where_the_stages_are(cfgs: Cfgs, name: 
             optimizer.update, params, state, params, hyper(cfg, steps=10), jnp.int32(0), jnp.float32(1)
         )
     for got, want in zip(jax.tree.leaves(new), jax.tree.leaves(lying), strict=True):
-        assert got.sharding is None or got.sharding.spec == want.spec
+        assert got.sharding.spec == want.spec
 
 
 # Layers ------------------------------------------------------------------------------------------------------------
