@@ -237,17 +237,17 @@ def split_in_front(x: jax.Array, names: Names) -> jax.Array:
 
 
 def whole_copies(x: jax.Array, batch_axes: Names) -> jax.Array:
-    """Lay each copy in a stack whole on one device: the stack's first axis is spread over the devices that a copy was
-    split over, if they divide it; else all of them hold everything."""
+    """Lay each copy in a stack whole on one device: the stack's first axis is spread over as many of the mesh axes that
+    a copy was split over as divide it; along the others every device holds all of them."""
     mesh = current_mesh()
     if mesh is None:
         return x
-    axes = [mesh_axes(name) for name in batch_axes]
-    if axes:
-        spread = (*axes[0], *mesh_axes("embed"))
-        axes[0] = spread if x.shape[0] % math.prod(mesh.shape[axis] for axis in spread) == 0 else axes[0]
-    rest = (None for _ in range(x.ndim - len(axes)))
-    return jax.sharding.reshard(x, PartitionSpec(*(split or None for split in axes), *rest))
+    spec, front = jax.typeof(x).sharding.spec, [mesh_axes(name) for name in batch_axes]
+    spread = [axis for entry in spec[len(front) :] for axis in _axes(entry)] if front else []
+    while spread and len(x) % math.prod(mesh.shape[axis] for axis in (*front[0], *spread)):
+        spread.pop()
+    entries = [(*axes, *(spread if i == 0 else ())) or None for i, axes in enumerate(front)]
+    return jax.sharding.reshard(x, PartitionSpec(*entries, *(None for _ in range(x.ndim - len(front)))))
 
 
 def gather(params: Any, spec: Spec | None = None) -> Any:

@@ -286,15 +286,17 @@ def test_weights_and_moments_are_split_as_their_axes_say(cfgs: Cfgs) -> None:
         assert moments.count(sharding) >= 2 * list(declared.values()).count(sharding)
 
 
-@pytest.mark.parametrize(("layers", "split"), [(8, (("fsdp", "context"), None, None)), (6, (None, None, None))])
-def test_layers_are_spread_to_be_whole(layers: int, split: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize(
+    ("layers", "split"), [(8, ("fsdp", "context", "tensor")), (4, ("fsdp", "context")), (6, ("fsdp",)), (3, ())]
+)
+def test_layers_are_spread_to_be_whole(layers: int, split: tuple[str, ...]) -> None:
     """What Muon iterates on: without it every device would do all layers."""
-    mesh = make_mesh(MeshConfig(layout="fsdp+cp"))
+    mesh = make_mesh(MeshConfig(layout="fsdp+cp+tp"))
     lies = shardings({"w": Weight("layers | embed -> mlp", sizes=(layers, 16, 8))}, mesh)["w"]
     stack = jax.device_put(np.arange(layers * 128.0).reshape(layers, 16, 8), lies)
     with jax.set_mesh(mesh):
         whole = whole_copies(stack, ("layers",))
-    assert tuple(whole.sharding.spec) == split
+    assert whole.sharding.spec == jax.P(split or None, None, None)
     np.testing.assert_array_equal(whole, stack)
 
 
