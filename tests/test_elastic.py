@@ -140,7 +140,7 @@ def assert_stopped_together(workdir: Path, output: str, process: int, at: int) -
 
 PROCESSES = [
     Leg(1, 1, faults="kill@step:7", code=137),
-    Leg(2, 1, faults="kill@checkpoint.after_seal:1", code=137),
+    Leg(2, 1, faults="kill@checkpoint.after_seal:1:0", code=137),  # process 0 seals
     Leg(4, 1, "fsdp=2", faults="kill@step:20:3", code=137),
     Leg(1, 1),
 ]
