@@ -157,6 +157,7 @@ def prepare_process(topology: Topology) -> None:
         "TPU_ACCELERATOR_TYPE": "v5litepod-256",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # no TPU is used that others could need
     }.items():
         os.environ.setdefault(name, value)
 
