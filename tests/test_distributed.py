@@ -130,7 +130,8 @@ def test_a_tpu_vm_asks_the_metadata_server(metadata_server: str, monkeypatch: An
 
 LOCAL = [sys.executable, "-m", "launch", "local", "--processes=2", "--devices-per-process=2", "--"]
 SLURM_STEP = ["srun", "--nodes=2", "--ntasks=2", "env", "JAX_PLATFORMS=cpu", "JAX_NUM_CPU_DEVICES=2"]
-NEEDS_SLURM = [pytest.mark.slow, pytest.mark.skipif(shutil.which("srun") is None, reason="needs a Slurm of two nodes")]
+SLURM = shutil.which("sinfo") is not None and subprocess.run(["sinfo"], capture_output=True).returncode == 0
+NEEDS_SLURM = [pytest.mark.slow, pytest.mark.skipif(not SLURM, reason="needs a Slurm of two nodes that is up")]
 
 
 def start(launcher: list[str], *arguments: str) -> list[dict[str, Any]]:
