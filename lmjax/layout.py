@@ -16,7 +16,7 @@ docs/parallelism.md says what each costs and when to choose it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import jax
@@ -243,7 +243,7 @@ def whole_copies(x: jax.Array, batch_axes: Names) -> jax.Array:
     if mesh is None:
         return x
     spec, front = jax.typeof(x).sharding.spec, [mesh_axes(name) for name in batch_axes]
-    spread = [axis for entry in spec[len(front) :] for axis in _axes(entry)] if front else []
+    spread = _all_axes(spec[len(front) :]) if front else []
     while spread and len(x) % math.prod(mesh.shape[axis] for axis in (*front[0], *spread)):
         spread.pop()
     entries = [(*axes, *(spread if i == 0 else ())) or None for i, axes in enumerate(front)]
@@ -278,9 +278,10 @@ def gather(params: Any, spec: Spec | None = None) -> Any:
 
 
 def _gather_unreduced(w: jax.Array) -> jax.Array:
+    """One matrix, typed `reduced` over every mesh axis that tokens are split over: its gradient is then `unreduced`."""
     spec = jax.typeof(w).sharding.spec
     summed = {*mesh_axes("batch"), *mesh_axes("time")}
-    lies = PartitionSpec(*spec, reduced=summed - {axis for entry in spec for axis in _axes(entry)})
+    lies = PartitionSpec(*spec, reduced=summed - {*_all_axes(spec)})
     w = jax.sharding.reshard(w, lies)
     if not _gathered_dimensions(spec):
         return w
@@ -382,8 +383,7 @@ def add_up(gradients: Any, lies: Any, devices: tuple[str, ...]) -> Any:
     def one(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
         for i, axes in _gathered_dimensions(spec):
             gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=i, tiled=True)
-        scattered = {axis for entry in spec for axis in _axes(entry)}
-        return jax.lax.psum(gradient, tuple(axis for axis in devices if axis not in scattered))
+        return jax.lax.psum(gradient, tuple(axis for axis in devices if axis not in _all_axes(spec)))
 
     return gradients if lies is None else jax.tree.map(one, gradients, lies)
 
@@ -407,12 +407,10 @@ def per_stage(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any
     def stages_alone(spec: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(stages) if stages in _axes(spec[0] if spec else None) else PartitionSpec()
 
-    def without_stages(spec: PartitionSpec) -> PartitionSpec:
-        return PartitionSpec(*(tuple(axis for axis in _axes(entry) if axis != stages) or None for entry in spec))
-
     def on_stages(*arguments: Any) -> Any:
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arguments)
-        inside = jax.sharding.explicit_axes(function, axes=others, in_sharding=jax.tree.map(without_stages, specs))
+        inside_specs = jax.tree.map(lambda spec: _without(spec, (stages,)), specs)
+        inside = jax.sharding.explicit_axes(function, axes=others, in_sharding=inside_specs)
         run = jax.shard_map(
             inside,
             in_specs=jax.tree.map(stages_alone, specs),
@@ -430,6 +428,10 @@ def per_stage(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any
 def _axes(entry: Any) -> tuple[str, ...]:
     """The mesh axes in an entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _all_axes(entries: Iterable[Any]) -> list[str]:
+    return [axis for entry in entries for axis in _axes(entry)]
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], lying: tuple[Any, ...]) -> jax.Array:

@@ -160,7 +160,6 @@ def _sums_and_gradients(
 
     Devices along `tensor` compute one loss together; a gradient inside is that of the sum of all their losses.
     """
-
     head = whole(head, head_lies)
 
     def loss(head: Head, *inputs: Any) -> tuple[jax.Array, Sums]:

@@ -1,6 +1,10 @@
 """What every test may use: one tiny config for each family of decoders that one ModelConfig spans."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -104,6 +108,25 @@ def cfgs() -> dict[str, ModelConfig]:
 def cfg(request: pytest.FixtureRequest) -> ModelConfig:
     """Each family in turn."""
     return FAMILIES[request.param]
+
+
+@pytest.fixture
+def on_eight_devices() -> Callable[..., None]:
+    """Run the tests of a file in a process of its own: jax fixes its devices when it starts."""
+
+    def run(file: Path, *arguments: str) -> None:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-n0", "--durations=5", str(file), *arguments],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+            timeout=3600,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    return run
 
 
 @pytest.fixture(scope="module")

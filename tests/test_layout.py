@@ -1,9 +1,7 @@
 """Meshes. jax fixes its devices when it starts, so what needs eight of them runs in a process of its own."""
 
 import importlib.util
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -30,17 +28,8 @@ EIGHT_DEVICES = Path(__file__).parent / "eight_devices.py"
 
 
 @pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_eight_devices(marks: str) -> None:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "-m", marks, "--durations=5", str(EIGHT_DEVICES)],
-        cwd=EIGHT_DEVICES.parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_on_eight_devices(on_eight_devices: Callable[..., None], marks: str) -> None:
+    on_eight_devices(EIGHT_DEVICES, "-m", marks)
 
 
 def test_without_a_mesh_nothing_happens() -> None:

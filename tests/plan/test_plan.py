@@ -5,12 +5,11 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,17 +103,8 @@ def test_a_wrong_name_is_refused_with_the_nearest(name: str, message: str) -> No
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def test_on_eight_devices() -> None:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "--durations=5", str(Path(__file__).parent / "eight_devices.py")],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_on_eight_devices(on_eight_devices: Callable[..., None]) -> None:
+    on_eight_devices(Path(__file__).parent / "eight_devices.py")
 
 
 @pytest.mark.parametrize(("xla_peak", "beyond"), [(100, 0), (150, 0), (500, 350)])
