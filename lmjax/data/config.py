@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from lmjax.errors import ConfigError
-from lmjax.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, config_class
+from lmjax.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config_class
 
 
 @config_class
@@ -50,11 +50,15 @@ class PrepareConfig:
     newlines: Literal["keep", "unix"] = "keep"
     """`unix` turns CRLF and CR into LF."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    unknown: Literal["error", "replace", "skip"] = "error"
+    """Where the tokenizer of kind `file` cannot represent a text: stop, put its unknown symbol there, or leave the
+    document out (and count it)."""
     split: Literal["document", "tail"] = "document"
-    """`document` draws the validation documents with `seed`; `tail` makes the last characters of the one text it."""
+    """`document` draws the validation documents with `seed`; `tail` makes the last characters of the one text it. Where
+    documents are too few to draw from, the last characters of each are it."""
     valid_fraction: Fraction = 0.05
     """Share of the documents (`document`) or of the characters (`tail`) that becomes the validation split."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Draws the validation documents and the tokenizer's sample."""
     shard_tokens: PositiveInt = 1 << 26
     """A shard is closed with the first document that brings it to this many tokens."""
@@ -91,7 +95,7 @@ class DataConfig:
     documents: Literal["joined", "separate"] = "joined"
     """`joined`: one stream, documents told apart by endoftext alone. `separate`: rows carry segment ids, positions
     restart with each document, and the target that would cross into the next document has weight 0."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Fixes the order of documents and windows in every epoch."""
     prefetch: NonNegativeInt = 8
     """Batches made ahead by a background thread; 0 makes each when it is asked for."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -33,14 +34,33 @@ class Omitted:
     invalid: int = 0
 
 
-def read_corpus(files: tuple[InputFile, ...], cfg: PrepareConfig, report: Report, omitted: Omitted) -> Iterator[Text]:
+Division = Literal["document", "tail", "tails"]
+"""How validation text is split off: whole documents, drawn; the tail of the one text; or the tail of each text."""
+
+
+def division(files: tuple[InputFile, ...], cfg: PrepareConfig) -> Division:
+    """What `cfg.split` comes to: where no document would fall to validation, or none to training, the tail of each."""
+    if cfg.split == "tail" or not 0 < cfg.valid_fraction < 1:
+        return cfg.split
+    enough = documents_needed(cfg.valid_fraction)
+    cleaned = _cleaned(files, cfg, lambda n_bytes: None, Omitted())
+    found = sum(1 for _ in itertools.islice(cleaned, enough))
+    drawn = next(validation_documents(cfg.seed, cfg.valid_fraction))
+    return "document" if found > max(1, drawn) else "tails"
+
+
+def read_corpus(
+    files: tuple[InputFile, ...], cfg: PrepareConfig, how: Division, report: Report, omitted: Omitted
+) -> Iterator[Text]:
     """The corpus in order. A document without any text is left out; white space counts as text.
 
-    Raises DataError for `split=tail` on anything but one document.
+    Raises DataError for `tail` on anything but one document.
     """
     cleaned = _cleaned(files, cfg, report, omitted)
-    if cfg.split == "tail":
-        yield from _tail_split(cleaned, cfg.valid_fraction)
+    if how == "tail":
+        yield from _tails(_only_one(cleaned), cfg.valid_fraction)
+    elif how == "tails":
+        yield from _tails(cleaned, cfg.valid_fraction)
     else:
         chosen = validation_documents(cfg.seed, cfg.valid_fraction)
         next_chosen = next(chosen)
@@ -77,13 +97,18 @@ def _cleaned(
             omitted.empty += 1
 
 
-def _tail_split(documents: Iterator[tuple[str, str]], fraction: float) -> Iterator[Text]:
+def _only_one(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     first, second = next(documents, None), next(documents, None)
     if second is not None:
         raise DataError(f"prepare.split=tail takes one text, but {second[0]} follows; use prepare.split=document")
     if first is not None:
-        name, text = first
-        cut = int(len(text) * (1 - fraction))
+        yield first
+
+
+def _tails(documents: Iterator[tuple[str, str]], fraction: float) -> Iterator[Text]:
+    """Of each document the first characters for training, the last for validation."""
+    for name, text in documents:
+        cut = max(int(len(text) * (1 - fraction)), int(fraction < 1))
         parts: tuple[tuple[str, Split], ...] = ((text[:cut], "train"), (text[cut:], "valid"))
         yield from (Text(name, part, split) for part, split in parts if part)
 

@@ -1,8 +1,8 @@
 """Documents to token ids in parallel processes.
 
-A worker is a plain subprocess (`python -m lmjax.data.encoding TOKENIZER`) that answers requests on its standard input
-and ends with it. It starts quickly, whatever the caller's main module imports, and outlives nobody. Requests go round
-robin and answers are awaited in that order, so the result does not depend on the number of workers.
+A worker is a plain subprocess (`python -m lmjax.data.encoding TOKENIZER UNKNOWN`) that answers requests on its
+standard input and ends with it. It starts quickly, whatever the caller's main module imports, and outlives nobody.
+Requests go round robin and answers are awaited in that order, so the result does not depend on the number of workers.
 """
 
 import contextlib
@@ -14,13 +14,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Literal, cast
 
 import numpy as np
 
 from lmjax.data.shards import token_dtype
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 from lmjax.errors import DataError
+
+Unknown = Literal["error", "replace", "skip"]
+"""What becomes of a text that the tokenizer cannot represent: see `PrepareConfig.unknown`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Encoded:
     """int64 per document, of its text in UTF-8."""
     exact: np.ndarray
     """bool per document: it decodes to the text that was encoded."""
+    unknown: np.ndarray
+    """bool per document: the tokenizer cannot represent all of it. If it is left out for that, it has no token."""
 
 
 class DocumentError(DataError):
@@ -45,20 +50,28 @@ class DocumentError(DataError):
         self.index = index
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
-    """Encode the texts and check each by decoding it. Raises DocumentError naming a text by its index."""
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], unknown: Unknown = "error") -> Encoded:
+    """Encode the texts and check each by decoding it.
+
+    Raises DocumentError, naming a text by its index, for one that the tokenizer cannot represent, unless `unknown` says
+    to replace what it does not know, or to skip the text.
+    """
+    tokenizer.replaces_unknown = unknown == "replace"
     encoded = []
     for index, text in enumerate(texts):
         try:
             encoded.append(_encode_document(tokenizer, text))
         except DataError as error:
-            raise DocumentError(index, str(error)) from error
+            if unknown != "skip":
+                raise DocumentError(index, str(error)) from error
+            encoded.append((np.zeros(0, token_dtype(tokenizer.vocab_size)), True))
     tokens, exact = zip(*encoded, strict=True)
     return Encoded(
         tokens=np.concatenate(tokens),
         n_tokens=np.array([len(document) for document in tokens], np.int64),
         n_bytes=np.array([len(text.encode("utf-8")) for text in texts], np.int64),
         exact=np.array(exact, bool),
+        unknown=np.array([len(ids) == 0 or (ids == tokenizer.unknown_id).any() for ids in tokens], bool),
     )
 
 
@@ -74,7 +87,9 @@ def _encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]
     return np.concatenate(parts), spelled.digest() == hashlib.blake2b(text.encode("utf-8")).digest()
 
 
-def encode_batches(directory: os.PathLike[str], batches: Iterator[list[str]], workers: int) -> Iterator[Encoded]:
+def encode_batches(
+    directory: os.PathLike[str], batches: Iterator[list[str]], workers: int, unknown: Unknown
+) -> Iterator[Encoded]:
     """`encode_documents` of each batch, in order, by the tokenizer saved in `directory`.
 
     One worker means this process. Raises DocumentError as soon as its batch is due, DataError if a worker dies.
@@ -82,14 +97,14 @@ def encode_batches(directory: os.PathLike[str], batches: Iterator[list[str]], wo
     if workers == 1:
         tokenizer = load_tokenizer(directory)
         for batch in batches:
-            yield encode_documents(tokenizer, batch)
+            yield encode_documents(tokenizer, batch, unknown)
         return
     pool: list[_Worker] = []
     try:
         first = 0  # the oldest request still unanswered
         for number, batch in enumerate(batches):
             if number < workers:
-                pool.append(_Worker(directory))
+                pool.append(_Worker(directory, unknown))
             else:
                 yield pool[first % workers].receive()
                 first += 1
@@ -104,12 +119,12 @@ def encode_batches(directory: os.PathLike[str], batches: Iterator[list[str]], wo
 class _Worker:
     """A subprocess that encodes; one request at a time, so neither side ever waits on a full pipe."""
 
-    def __init__(self, directory: os.PathLike[str]):
+    def __init__(self, directory: os.PathLike[str], unknown: Unknown):
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "TOKENIZERS_PARALLELISM": "0",
         }
-        command = [sys.executable, "-m", "lmjax.data.encoding", os.fspath(directory)]
+        command = [sys.executable, "-m", "lmjax.data.encoding", os.fspath(directory), unknown]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def send(self, texts: list[str]) -> None:
@@ -153,7 +168,7 @@ def _read_request(stream: IO[bytes]) -> list[str]:
 
 def _write_response(stream: IO[bytes], result: Encoded) -> None:
     header = {"documents": len(result.n_tokens), "tokens": len(result.tokens), "dtype": result.tokens.dtype.name}
-    arrays = (result.tokens, result.n_tokens, result.n_bytes, result.exact)
+    arrays = (result.tokens, result.n_tokens, result.n_bytes, result.exact, result.unknown)
     _write_frame(stream, header, *(array.tobytes() for array in arrays))
 
 
@@ -171,6 +186,7 @@ def _read_response(stream: IO[bytes]) -> Encoded:
         n_tokens=array(documents, "int64"),
         n_bytes=array(documents, "int64"),
         exact=array(documents, "bool"),
+        unknown=array(documents, "bool"),
     )
 
 
@@ -195,17 +211,17 @@ def _read_exactly(stream: IO[bytes], size: int) -> bytes:
     return data
 
 
-def _serve(directory: str) -> None:
+def _serve(directory: str, unknown: Unknown) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it stops its workers
     tokenizer = load_tokenizer(directory)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             texts = _read_request(sys.stdin.buffer)
             try:
-                _write_response(sys.stdout.buffer, encode_documents(tokenizer, texts))
+                _write_response(sys.stdout.buffer, encode_documents(tokenizer, texts, unknown))
             except DocumentError as error:
                 _write_frame(sys.stdout.buffer, {"error": str(error), "document": error.index})
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(sys.argv[1], cast(Unknown, sys.argv[2]))

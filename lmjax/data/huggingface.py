@@ -36,7 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
         unknown = model.get("unk_token")
         if unknown is None and isinstance(model.get("unk_id"), int):  # a Unigram model names the id
             unknown = model["vocab"][model["unk_id"]][0]
-        self._unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
+        self.unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
         probe = self._tokenizer.encode("a", add_special_tokens=False).ids
         spelled = b"".join(self._spell(self._tokenizer.id_to_token(index)) for index in probe)
         self.prefix = b" " if spelled == b" " + self._tokenizer.decode(probe).encode("utf-8") else b""
@@ -62,8 +62,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        if self._unknown_id is not None and self._unknown_id in encoding.ids:
-            start, end = encoding.offsets[encoding.ids.index(self._unknown_id)]
+        if self.unknown_id is not None and self.unknown_id in encoding.ids and not self.replaces_unknown:
+            start, end = encoding.offsets[encoding.ids.index(self.unknown_id)]
             raise DataError(f"{text[start:end][:20]!r} is unknown to the tokenizer; use one with byte fallback")
         return encoding.ids
 

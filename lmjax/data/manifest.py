@@ -30,6 +30,9 @@ class ShardManifest:
     """UTF-8 bytes of the documents' text, which makes bits per byte exact."""
     inexact_documents: NonNegativeInt
     """Documents that decode to other text than was encoded: 0 with a lossless tokenizer."""
+    unknown_documents: NonNegativeInt = 0
+    """Documents that the tokenizer cannot represent in full: in which it put its unknown symbol, or that were left out
+    since the shard before."""
     tokens_hash: Hash
     documents_hash: Hash
     checksums_hash: Hash
@@ -72,9 +75,12 @@ class Manifest:
     """Documents without any text, left out."""
     invalid_documents: NonNegativeInt
     """Documents that were not UTF-8, left out as the recipe said."""
+    unknown_documents: NonNegativeInt = 0
+    """Documents that the tokenizer cannot represent in full, replaced in or left out as the recipe said."""
     splits: dict[Literal["train", "valid"], SplitManifest]
     recipe: dict[str, Any]
-    """The PrepareConfig and a hash of the input files' names and sizes: for the record, not part of `fingerprint`."""
+    """The PrepareConfig, hashes of the input files' names and sizes and of their content, and how validation text was
+    split off: for the record, not part of `fingerprint`."""
 
     @property
     def fingerprint(self) -> str:
@@ -124,7 +130,11 @@ def as_json(shard: ShardManifest) -> str:
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
-    return dataclasses.asdict(manifest)
+    content = dataclasses.asdict(manifest)
+    for counts in (content, *(shard for split in content["splits"].values() for shard in split["shards"])):
+        if not counts["unknown_documents"]:  # manifests of before do not have it, and are to keep their fingerprint
+            del counts["unknown_documents"]
+    return content
 
 
 def _hash(content: Mapping[str, Any]) -> str:

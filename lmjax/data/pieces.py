@@ -33,7 +33,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._processor.vocab_size()
         self.endoftext = _end_symbol(self._processor, endoftext, name)
         self.endoftext_id = self._processor.piece_to_id(self.endoftext)
-        self._unknown_id = self._processor.unk_id()
+        self.unknown_id = self._processor.unk_id()
         self._marker_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARKER.encode()]
         probe = self._processor.encode(_PROBE)
         spelled = self.decode_bytes(probe)
@@ -52,7 +52,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         ids = self._encode_between_cuts(text)
-        if self._unknown_id in ids:
+        if self.unknown_id in ids and not self.replaces_unknown:
             raise DataError(
                 f"character {self._first_unknown(text)!r} is unknown to the tokenizer; "
                 "use a model with byte fallback (kinds bpe and unigram have it)"
@@ -102,7 +102,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _first_unknown(self, text: str) -> str:
         pieces = self._processor.encode(text, return_type="proto").pieces
-        unknown = next((piece.surface for piece in pieces if piece.id == self._unknown_id), _MARKER)
+        unknown = next((piece.surface for piece in pieces if piece.id == self.unknown_id), _MARKER)
         return unknown[:1]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:

@@ -2,12 +2,13 @@
 
 The directory is finished when it holds a manifest, which is written last. Until then `preparing/` holds the recipe and
 a record of each finished shard; a run that was killed goes on after the last of them, and its result is the same byte
-for byte.
+for byte. Nothing is written over or deleted in a directory but what these records say was made by this recipe.
 """
 
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -18,26 +19,38 @@ from etils import epath
 from lmjax.data import storage
 from lmjax.data.clean import describe
 from lmjax.data.config import PrepareConfig
-from lmjax.data.corpus import Omitted, Split, Text, documents_needed, read_corpus, sample_passages
+from lmjax.data.corpus import (
+    Division,
+    Omitted,
+    Split,
+    Text,
+    division,
+    documents_needed,
+    read_corpus,
+    sample_passages,
+)
 from lmjax.data.encoding import DocumentError, Encoded, encode_batches
 from lmjax.data.manifest import FILE, Manifest, ShardManifest, SplitManifest, as_json, read_manifest, write_manifest
 from lmjax.data.progress import Progress, showing
 from lmjax.data.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, write_shard
-from lmjax.data.sources import InputFile, list_inputs
+from lmjax.data.sources import InputFile, contents, list_inputs, stamps
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lmjax.errors import DataError
 
 _PREPARING = "preparing"
 _RECIPE = "recipe.json"
 _SPLITS: tuple[Split, ...] = ("train", "valid")
+_OURS = re.compile(rf"((train|valid)-\d{{5,}}\.(tokens|documents|checksums)|{re.escape(FILE)})(\.tmp)?|{TOKENIZER}")
+_RECORDS = re.compile(rf"((train|valid)-\d{{5,}}\.json|tokenizer\.json|{re.escape(_RECIPE)})(\.tmp)?|lock")
 _BATCH_CHARS = 1 << 20  # what one request to a worker holds at least
 
 
 def prepare(cfg: PrepareConfig, path: str | os.PathLike[str], *, progress: bool = True) -> Manifest:
     """Make the data set that the recipe describes in the directory `path`, or finish making it.
 
-    A finished directory of the same recipe is left alone. Raises DataError for one of another recipe (naming what
-    differs), for bad input (naming file and place), and for a disk that is full.
+    A finished directory of the same recipe is left alone. Raises DataError for one of another recipe, finished or not
+    (naming what differs), for one that holds files of others under the names that are to be written, for bad input
+    (naming file and place), and for a disk that is full.
     """
     directory = storage.locate(path)
     if (directory / FILE).exists():
@@ -69,34 +82,45 @@ def _finished(cfg: PrepareConfig, directory: epath.Path) -> Manifest:
     wanted = recipe_of(cfg, files or ())
     if files is None:
         wanted["files"] = manifest.recipe.get("files")
-    if differing := _difference(manifest.recipe, wanted):
+    if differing := _difference(manifest.recipe, wanted) or _edited(manifest.recipe, files or ()):
         raise DataError(f"{directory} was prepared differently: {differing}; use a new directory or delete this one")
     return manifest
 
 
-def _difference(was: Any, wanted: Any, key: str = "") -> str:
-    """The first key at which two recipes differ, with both values; empty if they are equal."""
-    if isinstance(was, dict) and isinstance(wanted, dict):
-        for name in sorted(was.keys() | wanted.keys()):
-            if found := _difference(was.get(name), wanted.get(name), f"{key}.{name}" if key else name):
-                return found
+def _difference(was: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first choice in which two recipes differ, with both values; empty if they are equal.
+
+    What a recipe of an earlier version does not name has its default.
+    """
+    defaults = recipe_of(PrepareConfig(), ())
+    was = {**defaults, **was, "tokenizer": {**defaults["tokenizer"], **was.get("tokenizer", {})}}
+    pairs = {key: (was[key], value) for key, value in wanted.items() if key != "tokenizer"}
+    pairs |= {f"tokenizer.{key}": (was["tokenizer"][key], value) for key, value in wanted["tokenizer"].items()}
+    for key, (old, new) in sorted(pairs.items()):
+        if old != new:
+            return "the input files changed since" if key == "files" else f"{key} was {old!r}, now {new!r}"
+    return ""
+
+
+def _edited(was: dict[str, Any], files: tuple[InputFile, ...]) -> str:
+    """Says so where a file was edited without changing its size. Their times tell that they were not touched; those of
+    files that were are read. Recipes of earlier versions say neither."""
+    if not files or "contents" not in was or was["stamps"] == stamps(files) or was["contents"] == contents(files):
         return ""
-    if was == wanted:
-        return ""
-    return "the input files changed since" if key == "files" else f"{key} was {was!r}, now {wanted!r}"
+    return "the input files changed since"
 
 
 # Making ---------------------------------------------------------------------------------------------------------------
 
 
 def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...], progress: bool) -> Manifest:
-    recipe = recipe_of(cfg, files)
-    _continue_or_clear(directory, recipe)
-    tokenizer = _tokenizer(cfg, directory, files)
+    recipe = _begin_or_continue(cfg, directory, files)
+    how: Division = recipe["division"]
+    tokenizer = _tokenizer(cfg, directory, files, how)
     writers = {split: _Writer(directory, split, cfg.shard_tokens, tokenizer.vocab_size) for split in _SPLITS}
     omitted = Omitted()
     with showing(sum(file.size for file in files), progress) as shown:
-        _encode(cfg, directory, files, writers, omitted, shown)
+        _encode(cfg, directory, files, how, writers, omitted, shown)
     for writer in writers.values():
         writer.close()
     _check_splits(cfg, writers)
@@ -108,44 +132,84 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
         normalization=describe(cfg),
         empty_documents=omitted.empty,
         invalid_documents=omitted.invalid,
+        unknown_documents=sum(writer.unknown for writer in writers.values()),
         splits={split: SplitManifest.of(tuple(writer.shards)) for split, writer in writers.items() if writer.shards},
         recipe=recipe,
     )
     write_manifest(manifest, directory)
     if progress:
-        _warn_if_inexact(manifest)
-    with storage.reporting(directory, "write"):
-        (directory / _PREPARING).rmtree()
+        _say_what_was_done(manifest, cfg, how)
+    _remove_records(directory)
     return manifest
 
 
-def _continue_or_clear(directory: epath.Path, recipe: dict[str, Any]) -> None:
-    """Keep what an interrupted run of the same recipe finished; remove that of another."""
-    path = directory / _PREPARING / _RECIPE
-    if path.exists() and storage.read_bytes(path) == json.dumps(recipe).encode():
-        return
-    with storage.reporting(directory, "write"):
-        for file in (directory / _PREPARING).glob("*.json"):
-            file.unlink()
-        for split in _SPLITS:
-            for file in directory.glob(f"{split}-*"):
-                file.unlink()
+def _begin_or_continue(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...]) -> dict[str, Any]:
+    """The recipe as recorded: by an interrupted run, or now, once it is sure that no file of others is in the way.
+
+    Raises DataError where another recipe was begun: what it finished may have taken days, and is not ours to delete.
+    """
+    path, recipe = directory / _PREPARING / _RECIPE, recipe_of(cfg, files)
+    if path.exists():
+        was = _read_recipe(path)
+        if differing := _difference(was, recipe) or _edited(was, files):
+            raise DataError(
+                f"{directory} holds a half-made data set of another recipe: {differing}; finish that one, delete the "
+                "directory, or use another"
+            )
+        return {"division": cfg.split, **was}
+    if foreign := _foreign(directory):
+        raise DataError(f"{directory} holds {foreign}, which no prepare has made there; use a new directory")
+    recipe |= {"contents": contents(files), "stamps": stamps(files), "division": division(files, cfg)}
     storage.write_atomically(path, json.dumps(recipe).encode())
+    return recipe
 
 
-def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...]) -> Tokenizer:
+def _read_recipe(path: epath.Path) -> dict[str, Any]:
+    try:
+        recipe = json.loads(storage.read_bytes(path))
+        if not isinstance(recipe, dict) or not isinstance(recipe.get("tokenizer"), dict):
+            raise ValueError("not a recipe")
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); delete the directory, or use another") from error
+    return recipe
+
+
+def _foreign(directory: epath.Path) -> str | None:
+    """A file or folder, of a name that is to be written, that is there before anything was."""
+    records = directory / _PREPARING
+    begun = ("lock", f"{_RECIPE}.tmp")  # by a run that was killed before it had a recipe
+    found = [f"{_PREPARING}/{file.name}" for file in records.iterdir() if _RECORDS.fullmatch(file.name)]
+    found = [name for name in found if name.removeprefix(f"{_PREPARING}/") not in begun]
+    found += [file.name for file in directory.iterdir() if _OURS.fullmatch(file.name)]
+    return min(found, default=None)
+
+
+def _remove_records(directory: epath.Path) -> None:
+    records = directory / _PREPARING
+    with storage.reporting(directory, "write"):
+        for file in records.iterdir():
+            if _RECORDS.fullmatch(file.name):
+                file.unlink()
+        if not any(records.iterdir()):
+            records.rmdir()
+
+
+def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...], how: Division) -> Tokenizer:
     """The tokenizer of an interrupted run, or one made now, saved in the directory."""
     home = directory / TOKENIZER
     marker = directory / _PREPARING / "tokenizer.json"
     if not marker.exists():
-        texts = read_corpus(files, cfg, _ignore, Omitted())
+        texts = read_corpus(files, cfg, how, _ignore, Omitted())
         learns = cfg.tokenizer.kind in ("bpe", "unigram")
         sample = (
             sample_passages(texts, cfg.tokenizer.sample_bytes, cfg.seed) if learns else (item.text for item in texts)
         )
         train_tokenizer(cfg.tokenizer, sample).save(home)
         storage.write_atomically(marker, b"{}")
-    return load_tokenizer(home)
+    tokenizer = load_tokenizer(home)
+    if cfg.unknown == "replace" and cfg.tokenizer.kind == "file" and tokenizer.unknown_id is None:
+        raise DataError(f"prepare.unknown=replace: {cfg.tokenizer.path} has no symbol for the unknown; use skip")
+    return tokenizer
 
 
 def _ignore(n_bytes: int) -> None:
@@ -156,6 +220,7 @@ def _encode(
     cfg: PrepareConfig,
     directory: epath.Path,
     files: tuple[InputFile, ...],
+    how: Division,
     writers: dict[Split, "_Writer"],
     omitted: Omitted,
     progress: Progress,
@@ -164,21 +229,23 @@ def _encode(
     waiting: list[list[Text]] = []  # batches that were sent but have not come back, oldest first
 
     def batches() -> Iterator[list[str]]:
-        for batch in _batched(_unfinished(read_corpus(files, cfg, progress.read, omitted), writers)):
+        for batch in _batched(_unfinished(read_corpus(files, cfg, how, progress.read, omitted), writers)):
             waiting.append(batch)
             yield [item.text for item in batch]
 
     try:
-        for encoded in encode_batches(directory / TOKENIZER, batches(), cfg.workers or _cpu_count()):
+        for encoded in encode_batches(directory / TOKENIZER, batches(), cfg.workers or _cpu_count(), cfg.unknown):
             batch = waiting.pop(0)
             _write(batch, encoded, writers)
             progress.encoded(len(batch), len(encoded.tokens))
     except DocumentError as error:
-        raise DataError(f"{waiting[0][error.index].name}: {error}") from error
+        raise DataError(
+            f"{waiting[0][error.index].name}: {error}; or set prepare.unknown to replace or skip"
+        ) from error
 
 
 def _unfinished(texts: Iterator[Text], writers: dict[Split, "_Writer"]) -> Iterator[Text]:
-    done = {split: sum(shard.documents for shard in writer.shards) for split, writer in writers.items()}
+    done = {split: writer.resumed for split, writer in writers.items()}
     for item in texts:
         if done[item.split]:
             done[item.split] -= 1
@@ -203,7 +270,8 @@ def _write(batch: list[Text], encoded: Encoded, writers: dict[Split, "_Writer"])
     ends = np.cumsum(encoded.n_tokens)
     for index, item in enumerate(batch):
         tokens = encoded.tokens[ends[index] - encoded.n_tokens[index] : ends[index]]
-        writers[item.split].add(tokens, int(encoded.n_bytes[index]), bool(encoded.exact[index]))
+        unknown = bool(encoded.unknown[index])
+        writers[item.split].add(tokens, int(encoded.n_bytes[index]), bool(encoded.exact[index]), unknown)
 
 
 def _cpu_count() -> int:
@@ -219,15 +287,24 @@ class _Writer:
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(vocab_size)
         self.shards: list[ShardManifest] = []
+        self.unknown = 0
+        """Documents that the tokenizer cannot represent in full, those of the shards included."""
+        self.resumed = 0
+        """Documents that an interrupted run is done with."""
         self._resume()
         self._start_shard()
 
     def _start_shard(self) -> None:
         self._documents: list[np.ndarray] = []
-        self._tokens = self._text_bytes = self._inexact = 0
+        self._tokens = self._text_bytes = self._inexact = self._unknown = self._left_out = 0
 
-    def add(self, tokens: np.ndarray, text_bytes: int, exact: bool) -> None:
-        """The next document, endoftext included."""
+    def add(self, tokens: np.ndarray, text_bytes: int, exact: bool, unknown: bool) -> None:
+        """The next document, endoftext included; without any token it is left out, and counted."""
+        self._unknown += unknown
+        self.unknown += unknown
+        if len(tokens) == 0:
+            self._left_out += 1
+            return
         self._documents.append(tokens)
         self._tokens += len(tokens)
         self._text_bytes += text_bytes
@@ -241,8 +318,9 @@ class _Writer:
             return
         ends = np.cumsum([len(document) for document in self._documents])
         tokens = np.concatenate(self._documents)
-        shard = write_shard(self._directory, self._name(), tokens, ends, self._text_bytes, self._inexact)
-        storage.write_atomically(self._record(shard.name), as_json(shard).encode())
+        shard = write_shard(self._directory, self._name(), tokens, ends, self._text_bytes, self._inexact, self._unknown)
+        record = json.loads(as_json(shard)) | {"left_out": self._left_out}
+        storage.write_atomically(self._record(shard.name), json.dumps(record, sort_keys=True).encode())
         self.shards.append(shard)
         self._start_shard()
 
@@ -255,10 +333,14 @@ class _Writer:
     def _resume(self) -> None:
         """Take over the shards of an interrupted run, as long as their files are there in full."""
         while (record := self._record(self._name())).exists():
-            shard = ShardManifest(**json.loads(storage.read_bytes(record)))
+            values = json.loads(storage.read_bytes(record))
+            left_out = values.pop("left_out", 0)
+            shard = ShardManifest(**values)
             if not self._is_intact(shard):
                 break
             self.shards.append(shard)
+            self.unknown += shard.unknown_documents
+            self.resumed += shard.documents + left_out
 
     def _is_intact(self, shard: ShardManifest) -> bool:
         sizes = shard_sizes(shard, self._dtype)
@@ -269,11 +351,24 @@ class _Writer:
         )
 
 
-def _warn_if_inexact(manifest: Manifest) -> None:
-    inexact = sum(split.inexact_documents for split in manifest.splits.values())
-    if inexact:
-        total = sum(split.documents for split in manifest.splits.values())
+def _say_what_was_done(manifest: Manifest, cfg: PrepareConfig, how: Division) -> None:
+    """What was not as one might think, on stderr."""
+    total = sum(split.documents for split in manifest.splits.values())
+    if inexact := sum(split.inexact_documents for split in manifest.splits.values()):
         print(f"note: {inexact} of {total} documents decode to other text: the tokenizer is lossy", file=sys.stderr)
+    if manifest.unknown_documents:
+        what = "were left out" if cfg.unknown == "skip" else "hold its unknown symbol now"
+        print(
+            f"note: {manifest.unknown_documents} documents, which the tokenizer cannot represent in full, {what}; a "
+            "tokenizer with byte fallback (kinds bpe and unigram have it) keeps every text",
+            file=sys.stderr,
+        )
+    if how == "tails":
+        print(
+            f"note: too few documents to draw some for validation (sure from {documents_needed(cfg.valid_fraction)}): "
+            f"the last {cfg.valid_fraction:.1%} of each are it",
+            file=sys.stderr,
+        )
 
 
 def _check_splits(cfg: PrepareConfig, writers: dict[Split, _Writer]) -> None:

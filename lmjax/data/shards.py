@@ -40,7 +40,13 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 
 
 def write_shard(
-    directory: epath.Path, name: str, tokens: np.ndarray, document_ends: np.ndarray, text_bytes: int, inexact: int
+    directory: epath.Path,
+    name: str,
+    tokens: np.ndarray,
+    document_ends: np.ndarray,
+    text_bytes: int,
+    inexact: int = 0,
+    unknown: int = 0,
 ) -> ShardManifest:
     """Write a shard's files, each atomically, and return its record."""
     content = np.ascontiguousarray(tokens).data.cast("B")
@@ -54,6 +60,7 @@ def write_shard(
         documents=len(document_ends),
         text_bytes=text_bytes,
         inexact_documents=inexact,
+        unknown_documents=unknown,
         tokens_hash=storage.hash_bytes(content),
         documents_hash=storage.hash_bytes(ends),
         checksums_hash=storage.hash_bytes(checksums),

@@ -1,7 +1,8 @@
 """Text to token ids and back: the protocol, and loading, saving and training by kind.
 
 Three promises hold for every tokenizer here.
-- A token that stands for "unknown" is never emitted: encoding raises a DataError that names the character.
+- A token that stands for "unknown" is not emitted unless `replaces_unknown` asks for it: encoding raises a DataError
+  that names the character.
 - endoftext is the loader's mark between documents. Text that merely spells it is encoded as ordinary text, and decoding
   renders it as nothing, so `decode(encode(x)) == x` for every text that a lossless tokenizer is given.
 - The same content has the same `hash`, which data sets and checkpoints carry.
@@ -43,6 +44,10 @@ class Tokenizer(Protocol):
     prefix: bytes = b""
     """What encoding puts in front of every text and decoding takes away again: the space of many SentencePiece models.
     `decode_bytes`, which may start anywhere in a text, leaves it."""
+    unknown_id: int | None = None
+    """The id of the symbol for what the tokenizer cannot represent, if it has one."""
+    replaces_unknown: bool = False
+    """Whether encoding puts that symbol there instead of refusing the text."""
     begin_id: int | None = None
     """What a model trained elsewhere reads before every text. Ours read endoftext, and only where a text is empty."""
     stop_ids: tuple[int, ...] = ()
@@ -83,10 +88,6 @@ class Tokenizer(Protocol):
         For text that a template wrote: whoever may put text into one can write symbols, too.
         """
         return self.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""

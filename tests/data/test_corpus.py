@@ -15,7 +15,7 @@ def corpus(tmp_path, texts, **recipe):
         (tmp_path / f"{number:04d}.txt").write_bytes(text.encode())
     cfg = PrepareConfig(inputs=(f"{tmp_path}/*.txt",), **recipe)
     omitted = Omitted()
-    return list(read_corpus(list_inputs(cfg.inputs), cfg, lambda n_bytes: None, omitted)), omitted
+    return list(read_corpus(list_inputs(cfg.inputs), cfg, cfg.split, lambda n_bytes: None, omitted)), omitted
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 0.5, 0.77, 1.0])

@@ -1,5 +1,6 @@
 """Preparing: the same bytes however it was run, nothing lost, nothing passed over in silence."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from lmjax.data.config import PrepareConfig, TokenizerConfig
+from lmjax.data.manifest import read_manifest, write_manifest
 from lmjax.data.prepare import prepare
 from lmjax.data.shards import open_dataset, verify_dataset
 from lmjax.errors import DataError
@@ -144,16 +146,111 @@ def test_finished_is_left_alone_and_another_recipe_refused(prepared, tmp_path, n
     prepare(cfg, path)  # the text is not needed any more
 
 
-def test_another_recipe_starts_an_unfinished_directory_afresh(tmp_path, numbered_texts, monkeypatch):
+def test_a_half_made_data_set_of_another_recipe_is_left_alone(tmp_path, numbered_texts, monkeypatch):
     (tmp_path / "a.txt").write_text("\n".join(numbered_texts))
     recipe = {"inputs": (f"{tmp_path}/*.txt",), "document_separator": "\n", "valid_fraction": 0.0, "workers": 1}
-    target = tmp_path / "data"
-    interrupt(PrepareConfig(**recipe, tokenizer=BYTES, shard_tokens=2000), target, monkeypatch)
-    assert len(list(target.glob("train-*.tokens"))) > 10
-    cfg = PrepareConfig(**recipe, tokenizer=TokenizerConfig(kind="chars"), shard_tokens=30_000)
+    target, cfg = tmp_path / "data", PrepareConfig(**recipe, tokenizer=BYTES, shard_tokens=2000)
+    interrupt(cfg, target, monkeypatch)
+    half = files_of(target)
+    assert len([name for name in half if name.endswith(".tokens")]) > 10
+    other = PrepareConfig(**recipe, tokenizer=TokenizerConfig(kind="chars"), shard_tokens=30_000)
+    with pytest.raises(DataError, match=r"half-made data set of another recipe: shard_tokens was 2000, now 30000"):
+        prepare(other, target, progress=False)
+    assert files_of(target) == half
     prepare(cfg, target, progress=False)
     prepare(cfg, tmp_path / "fresh", progress=False)
     assert files_of(target) == files_of(tmp_path / "fresh")
+
+
+def test_inputs_in_the_output_directory_stay_as_they_are(tmp_path, numbered_texts):
+    """Published data come as train-00000-of-00002.jsonl and the like."""
+    names = ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "valid-00000.jsonl", "notes.txt"]
+    for name in names:
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in numbered_texts))
+    before = files_of(tmp_path)
+    cfg = PrepareConfig(inputs=(f"{tmp_path}/*-0*.jsonl",), tokenizer=BYTES, workers=1)
+    prepare(cfg, tmp_path, progress=False)
+    assert {name: content for name, content in files_of(tmp_path).items() if name in names} == before
+    assert not (tmp_path / "preparing").exists()
+    verify_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train-00000.tokens",
+        "valid-00007.documents",
+        "train-00000.checksums.tmp",
+        "tokenizer/tokenizer.model",
+        "preparing/recipe.json",
+        "preparing/train-00000.json",
+    ],
+)
+def test_files_of_others_under_names_to_be_written_are_not_touched(tmp_path, name):
+    (tmp_path / "a.txt").write_text("some text of one's own\n" * 100)
+    target = tmp_path / "data"
+    (target / name).parent.mkdir(parents=True)
+    (target / name).write_text("somebody's work")
+    cfg = PrepareConfig(inputs=(f"{tmp_path}/a.txt",), tokenizer=BYTES, workers=1)
+    with pytest.raises(DataError, match=r"which no prepare has made there|is damaged"):
+        prepare(cfg, target, progress=False)
+    assert {file: text for file, text in files_of(target).items() if file != "preparing/lock"} == {
+        name: b"somebody's work"
+    }
+
+
+def test_what_lies_beside_the_records_stays(tmp_path):
+    (tmp_path / "a.txt").write_text("some text of one's own\n" * 100)
+    (tmp_path / "data" / "preparing").mkdir(parents=True)
+    (tmp_path / "data" / "preparing" / "notes.md").write_text("somebody's work")
+    prepare(PrepareConfig(inputs=(f"{tmp_path}/a.txt",), tokenizer=BYTES, workers=1), tmp_path / "data", progress=False)
+    assert [path.name for path in (tmp_path / "data" / "preparing").iterdir()] == ["notes.md"]
+
+
+def test_an_input_edited_at_equal_size_has_changed(prepared, tmp_path, numbered_texts, monkeypatch):
+    path, source = prepared(numbered_texts), tmp_path / "data.jsonl"
+    cfg = PrepareConfig(inputs=(str(source),), tokenizer=BYTES, valid_fraction=0.0, workers=1)
+    content = source.read_bytes()
+    source.write_bytes(content)  # touched, not changed
+    prepare(cfg, path, progress=False)
+    source.write_bytes(content.replace(b"document 7", b"document 8", 1))
+    assert source.stat().st_size == len(content)
+    with pytest.raises(DataError, match="the input files changed since"):
+        prepare(cfg, path, progress=False)
+    source.write_bytes(content)
+    interrupt(cfg, tmp_path / "half", monkeypatch)
+    source.write_bytes(content.replace(b"document 7", b"document 8", 1))
+    with pytest.raises(DataError, match="the input files changed since"):
+        prepare(cfg, tmp_path / "half", progress=False)
+
+
+def test_data_sets_of_earlier_versions_are_finished_still(prepared, tmp_path, numbered_texts):
+    """Their recipes name neither the inputs' content nor settings that came later."""
+    path = prepared(numbered_texts)
+    manifest = read_manifest(path)
+    known = {k: v for k, v in manifest.recipe.items() if k not in ("contents", "stamps", "division", "unknown")}
+    write_manifest(dataclasses.replace(manifest, recipe=known), path)
+    assert "unknown_documents" not in (path / "manifest.json").read_text()
+    cfg = PrepareConfig(inputs=(str(tmp_path / "data.jsonl"),), tokenizer=BYTES, valid_fraction=0.0)
+    assert prepare(cfg, path).fingerprint == manifest.fingerprint
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_of_few_documents_the_end_of_each_is_for_validation(tmp_path, capsys, count):
+    texts = [f"poem {number}: " + "word " * 200 + f"end {number}" for number in range(count)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    cfg = PrepareConfig(inputs=(f"{tmp_path}/*.txt",), tokenizer=BYTES, seed=1, workers=1)
+    manifest = prepare(cfg, tmp_path / "data")
+    assert "the last 5.0% of each are it" in capsys.readouterr().err
+    dataset = open_dataset(tmp_path / "data")
+    tokenizer = dataset.tokenizer()
+    parts = [
+        [tokenizer.decode(ids[:-1].tolist()) for ids in documents_of(dataset.split(s))] for s in ("train", "valid")
+    ]
+    assert [first + last for first, last in zip(*parts, strict=True)] == texts
+    assert all(len(last) == pytest.approx(0.05 * len(text), abs=1) for last, text in zip(parts[1], texts, strict=True))
+    assert prepare(cfg, tmp_path / "data").fingerprint == manifest.fingerprint  # the same recipe still
 
 
 @pytest.mark.parametrize(
@@ -199,6 +296,37 @@ def test_a_document_that_cannot_be_encoded_is_named(tmp_path, reference, workers
     )
     with pytest.raises(DataError, match=r"a\.jsonl, line 3: character 'س' is unknown to the tokenizer"):
         prepare(cfg, tmp_path / "data", progress=False)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("unknown", ["replace", "skip"])
+def test_what_a_tokenizer_does_not_know_is_replaced_or_skipped_and_counted(
+    tmp_path, reference, monkeypatch, capsys, workers, unknown
+):
+    texts = [f"plain words {number}" + " سلام" * (number % 3 == 1) for number in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = reference / "tokenizers" / "t5_cc_all.32000.100extra.model"
+    cfg = PrepareConfig(
+        inputs=(str(tmp_path / "a.jsonl"),),
+        tokenizer=TokenizerConfig(kind="file", path=str(model)),
+        unknown=unknown,
+        valid_fraction=0.2,
+        shard_tokens=20,
+        workers=workers,
+    )
+    manifest = prepare(cfg, tmp_path / "data")
+    assert "note: 10 documents, which the tokenizer cannot represent in full" in capsys.readouterr().err
+    assert manifest.unknown_documents == 10
+    assert sum(split.documents for split in manifest.splits.values()) == (30 if unknown == "replace" else 20)
+    dataset = verify_dataset(tmp_path / "data")
+    tokenizer = dataset.tokenizer()
+    ids = np.concatenate([shard.tokens for name in ("train", "valid") for shard in dataset.split(name).shards])
+    assert (ids == tokenizer.unknown_id).sum() == (10 if unknown == "replace" else 0)
+    interrupt(cfg, tmp_path / "half", monkeypatch)
+    for last in (tmp_path / "half" / "preparing").glob("*-00002.json"):
+        last.unlink()  # as if killed before
+    prepare(cfg, tmp_path / "half", progress=False)
+    assert files_of(tmp_path / "half") == files_of(tmp_path / "data")
 
 
 def test_a_lossy_tokenizer_is_told_by_its_count(tmp_path, reference, capsys):
