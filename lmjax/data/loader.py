@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from lmjax.data import storage
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig, SourceConfig
-from lmjax.data.mixture import Mixture
+from lmjax.data.mixture import SHORTEST, Mixture, close_resolution
 from lmjax.data.shards import Dataset, TokenSplit, open_dataset, verify_dataset
 from lmjax.data.windows import Windows, as_batch
 from lmjax.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 _ORDER = 1  # raised whenever the order of samples changes for the same config and data
 _ENDLESS = 1 << 48
@@ -34,6 +37,8 @@ class Origin(TypedDict):
 
     sample: int
     cursors: dict[str, int]
+    resolution: NotRequired[int]
+    """Of the mixture's shares, where it is not the shortest."""
 
 
 class LoaderState(TypedDict):
@@ -44,6 +49,7 @@ class LoaderState(TypedDict):
     next_sample: int
     origin: Origin
     sources: dict[str, Position]
+    """Those that the mixture has had before and has no more are kept: they may come back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Loader:
         rows: the numbers of those rows of it that this process makes; all by default.
         start: a sample index, or the `state` of a loader to go on from.
         allow_data_change: take a state of other data or another mixture: a source whose own order is unchanged goes on
-            where it was, any other starts from its beginning, and the fingerprint is a new one.
+            where it was, also if it was away in between, any other starts from its beginning, with a warning, and the
+            fingerprint is a new one.
 
     Raises DataError for a data set that is missing, damaged, or not the one of the state; for sources of different
     tokenizers; ConfigError for a config without sources.
@@ -87,12 +94,16 @@ class Loader:
         self.batch_size = batch_size
         self._rows = np.arange(batch_size) if rows is None else rows
         self._sources = _open_sources(cfg)
+        self._weights = tuple(cfg.sources[source.name].weight for source in self._sources)
         self.next_sample, self._origin = self._resume(start, allow_data_change)
+        known = {} if isinstance(start, int) else start["sources"]
+        self._away = {name: position for name, position in known.items() if name not in cfg.sources}
         self.fingerprint = self._fingerprint(self._origin)
         self._mixture = Mixture(
-            [cfg.sources[source.name].weight for source in self._sources],
+            self._weights,
             self._origin["sample"],
             [self._origin["cursors"][source.name] for source in self._sources],
+            self._origin.get("resolution", SHORTEST),
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -132,7 +143,8 @@ class Loader:
             fingerprint=self.fingerprint,
             next_sample=next_sample,
             origin=self._origin,
-            sources={
+            sources=self._away
+            | {
                 source.name: Position(order=source.order, cursor=cursor)
                 for source, cursor in zip(self._sources, cursors, strict=True)
             },
@@ -163,7 +175,7 @@ class Loader:
     def _resume(self, start: LoaderState | int, allow_data_change: bool) -> tuple[int, Origin]:
         """The sample to go on with, and the mixture's origin."""
         if isinstance(start, int):
-            return start, Origin(sample=0, cursors={source.name: 0 for source in self._sources})
+            return start, self._new_origin(0, {source.name: 0 for source in self._sources})
         origin, next_sample = start["origin"], start["next_sample"]
         same_sources = origin["cursors"].keys() == {source.name for source in self._sources}
         found = self._fingerprint(origin)
@@ -176,7 +188,12 @@ class Loader:
                 "on with other data by --allow-data-change"
             )
         cursors = {source.name: _carried_cursor(source, start["sources"]) for source in self._sources}
-        return next_sample, Origin(sample=next_sample, cursors=cursors)
+        return next_sample, self._new_origin(next_sample, cursors)
+
+    def _new_origin(self, sample: int, cursors: dict[str, int]) -> Origin:
+        resolution = close_resolution(self._weights)
+        origin = Origin(sample=sample, cursors=cursors)
+        return origin if resolution == SHORTEST else {**origin, "resolution": resolution}
 
 
 class _BatchGroups:
@@ -206,8 +223,14 @@ def _rows_of(batch: Batch, low: int, high: int) -> Batch:
 
 
 def _carried_cursor(source: _Source, positions: Mapping[str, Position]) -> int:
+    """Where the source goes on: where it was, if it is the same. Says so if it is not."""
     position = positions.get(source.name)
-    return position["cursor"] if position is not None and position["order"] == source.order else 0
+    if position is None:
+        return 0
+    if position["order"] != source.order:
+        logger.warning("data.sources.%s is not what it was: it starts from its beginning", source.name)
+        return 0
+    return position["cursor"]
 
 
 def _open_sources(cfg: DataConfig) -> list[_Source]:

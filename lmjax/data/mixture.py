@@ -7,55 +7,80 @@ the first n, for every n; then it repeats.
 
 import fractions
 import functools
+import heapq
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-_LONGEST_PERIOD = 1 << 16
+SHORTEST, LONGEST = 1 << 16, 1 << 20
+_CLOSE = 1e-3  # how far, as a part of itself, rounding may take a share from its weight
 
 
 class Mixture:
     """Sample -> (source, cursor), where a source's cursor counts the samples that were taken from it.
 
-    `shares / period` are the weights, exactly if they are ratios of integers with a small sum (as 0.7 and 0.3 are), to
-    1/65536 otherwise. From sample `origin` on, the order starts afresh with the given cursors, which is how a mixture
-    is changed in mid-run.
+    `shares / period` are the weights, exactly if they are ratios of integers with a small sum (as 0.7 and 0.3 are). If
+    not, they are rounded to a `resolution` of 2^16 to 2^20: the first that brings every share within 1/1000 of itself.
+    From sample `origin` on, the order starts afresh with the given cursors, which is how a mixture is changed in
+    mid-run.
     """
 
-    def __init__(self, weights: Sequence[float], origin: int = 0, cursors: Sequence[int] | None = None):
-        self.shares = _shares(tuple(weights))
+    def __init__(
+        self,
+        weights: Sequence[float],
+        origin: int = 0,
+        cursors: Sequence[int] | None = None,
+        resolution: int | None = None,
+    ):
+        self.resolution = resolution or close_resolution(tuple(weights))
+        self.shares = _shares(tuple(weights), self.resolution)
         self.period = sum(self.shares)
         self._origin = origin
         self._cursors = np.array(cursors if cursors is not None else [0] * len(weights), np.int64)
-        self._order = _balanced_order(self.shares)
-        taken = self._order[:, None] == np.arange(len(weights))
-        self._taken_before = np.concatenate([np.zeros((1, len(weights)), np.int64), np.cumsum(taken, axis=0)])
+        self._order, self._rank = _balanced_order(self.shares)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source (an index) and the cursor in it, of each global sample index (int64, from `origin` on)."""
         periods, place = np.divmod(samples - self._origin, self.period)
         source = self._order[place]
         shares = np.array(self.shares, np.int64)[source]
-        return source, self._cursors[source] + periods * shares + self._taken_before[place, source]
+        return source, self._cursors[source] + periods * shares + self._rank[place]
 
     def cursors(self, sample: int) -> list[int]:
         """How much of each source the samples before `sample` took, what the given cursors say included."""
         periods, place = divmod(sample - self._origin, self.period)
-        return (self._cursors + periods * np.array(self.shares, np.int64) + self._taken_before[place]).tolist()
+        taken = np.bincount(self._order[:place], minlength=len(self.shares))
+        return (self._cursors + periods * np.array(self.shares, np.int64) + taken).tolist()
 
 
-def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
+@functools.cache
+def close_resolution(weights: tuple[float, ...]) -> int:
+    """The shortest period, a power of 2, in which rounding takes no share further than 1/1000 of itself, or LONGEST."""
+    exact = [fractions.Fraction(repr(float(weight))) for weight in weights]
+    resolution = SHORTEST
+    while resolution < LONGEST:
+        shares = _shares(weights, resolution)
+        worst = max(
+            abs(share * sum(exact) / (weight * sum(shares)) - 1) for share, weight in zip(shares, exact, strict=True)
+        )
+        if worst <= _CLOSE:
+            break
+        resolution *= 2
+    return resolution
+
+
+def _shares(weights: tuple[float, ...], resolution: int) -> tuple[int, ...]:
     """Integers in the ratio of the weights: the smallest exact ones if their sum is small, else rounded ones."""
     exact = [fractions.Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     numbers = [int(weight * scale) for weight in exact]
     divisor = math.gcd(*numbers)
-    if sum(numbers) // divisor <= _LONGEST_PERIOD:
+    if sum(numbers) // divisor <= resolution:
         return tuple(number // divisor for number in numbers)
-    ideal = [fractions.Fraction(number * _LONGEST_PERIOD, sum(numbers)) for number in numbers]
+    ideal = [fractions.Fraction(number * resolution, sum(numbers)) for number in numbers]
     shares = [max(1, int(share)) for share in ideal]  # every source is read at last
-    missing = _LONGEST_PERIOD - sum(shares)
+    missing = resolution - sum(shares)
     by_remainder = sorted(range(len(ideal)), key=lambda index: (int(ideal[index]) - ideal[index], index))
     for index in by_remainder[: max(missing, 0)]:
         shares[index] += 1
@@ -64,23 +89,31 @@ def _shares(weights: tuple[float, ...]) -> tuple[int, ...]:
 
 
 @functools.cache
-def _balanced_order(shares: tuple[int, ...]) -> np.ndarray:
-    """int32 [period]: the source of each sample.
+def _balanced_order(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(the source of each sample, int32 [period]; how many samples of it came before in the period, int64 [period]).
 
     Of the sources that have earned a sample (their share so far exceeds what they had by 1/(2k - 2) or more, for k
-    sources), the one goes next whose claim would first grow too large.
+    sources), the one goes next whose claim would first grow too large. When that is, and when a source has earned its
+    next sample, depends on how many it had alone: so both wait in heaps.
     """
     period, slack = sum(shares), 2 * len(shares) - 2
-    taken = [0] * len(shares)
-    order = np.zeros(period, np.int32)
-    if slack:
-        for step in range(period):
-            claims = [(share * (step + 1) - period * had) * slack for share, had in zip(shares, taken, strict=True)]
-            deadlines = [
-                ((slack - 1) * period - claim) / share if claim >= period else math.inf
-                for claim, share in zip(claims, shares, strict=True)
-            ]
-            chosen = deadlines.index(min(deadlines))
-            taken[chosen] += 1
-            order[step] = chosen
-    return order
+    order, rank = np.zeros(period, np.int32), np.arange(period)
+    if not slack:
+        return order, rank
+
+    def earned(source: int, had: int) -> tuple[int, int, int]:
+        return -(-period * (slack * had + 1) // (slack * shares[source])) - 1, source, had
+
+    waiting = [earned(source, 0) for source in range(len(shares))]
+    heapq.heapify(waiting)
+    ready: list[tuple[int, float, int, int]] = []
+    for step in range(period):
+        while waiting and waiting[0][0] <= step:
+            _, source, had = heapq.heappop(waiting)
+            # As a whole number and a rest: the rests of different times are too far apart to be rounded to one.
+            whole, rest = divmod(period * (slack - 1 + slack * had), shares[source])
+            heapq.heappush(ready, (whole, rest / shares[source], source, had))
+        _, _, source, had = heapq.heappop(ready)
+        order[step], rank[step] = source, had
+        heapq.heappush(waiting, earned(source, had + 1))
+    return order, rank

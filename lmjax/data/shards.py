@@ -8,6 +8,7 @@ A shard is three flat little-endian files.
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 import zlib
@@ -112,12 +113,13 @@ class TokenSplit:
         self._unchecked = np.ones(self._block_starts[-1], bool)
 
     def take(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The tokens of the spans [start, start + length), end to end; a span lies within one shard.
+        """The tokens of the spans [start, start + length), end to end; every span must lie within one shard.
 
         Raises DataError for a damaged block and for an id outside the vocabulary.
         """
         shard_of_span = np.searchsorted(self.shard_starts, starts, side="right") - 1
         inside = starts - self.shard_starts[shard_of_span]
+        assert (starts + lengths <= self.shard_starts[shard_of_span + 1]).all(), "a span leaves its shard"
         self._check(shard_of_span, inside, lengths)
         order = np.argsort(shard_of_span, kind="stable")  # shard by shard: one gather from each
         where = _spans(inside[order], lengths[order])
@@ -132,6 +134,12 @@ class TokenSplit:
         tokens = np.empty_like(found)
         tokens[_spans((np.cumsum(lengths) - lengths)[order], lengths[order])] = found
         return tokens
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document, the endoftext that closes it left out, in the order of the shards."""
+        for start, end in itertools.pairwise(self.document_starts):
+            if end - start > 1:
+                yield self.take(np.array([start]), np.array([end - start - 1]))
 
     def _groups(self, shard_of_span: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[Shard, int, int]]:
         """The runs of equal shards, as ranges of tokens."""

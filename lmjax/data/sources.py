@@ -54,21 +54,13 @@ def list_inputs(patterns: Sequence[str]) -> tuple[InputFile, ...]:
 
 def contents(files: Sequence[InputFile]) -> str:
     """A hash of what the files hold. Of those in buckets, which are not read for it, of their sizes and times."""
-    parts = (_stamp(file) if storage.is_remote(file.path) else storage.hash_file(file.path) for file in files)
-    return storage.hash_bytes("\n".join(parts).encode())
+    read = (storage.stamp if storage.is_remote(file.path) else storage.hash_file for file in files)
+    return storage.hash_bytes("\n".join(of(file.path) for of, file in zip(read, files, strict=True)).encode())
 
 
 def stamps(files: Sequence[InputFile]) -> str:
     """A hash of the files' sizes and times: as long as it is the same, nobody has touched them."""
-    return storage.hash_bytes("\n".join(map(_stamp, files)).encode())
-
-
-def _stamp(file: InputFile) -> str:
-    with storage.reporting(file.path):
-        if storage.is_remote(file.path):
-            return f"{file.size} {file.path.stat().mtime}"
-        found = os.stat(file.path)
-        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    return storage.hash_bytes("\n".join(storage.stamp(file.path) for file in files).encode())
 
 
 def _matching(pattern: str) -> list[InputFile]:

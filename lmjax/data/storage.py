@@ -87,13 +87,8 @@ def hash_file(path: epath.Path, copy_to: BinaryIO | None = None) -> str:
     return digest.hexdigest()
 
 
-def fetch(source: epath.Path, target: epath.Path, size: int, expected_hash: str) -> None:
-    """Copy a file to local disk, hashed on the way, unless that was done before.
-
-    Raises DataError if the content does not have the expected hash.
-    """
-    if has_size(target, size):
-        return
+def fetch(source: epath.Path, target: epath.Path, expected_hash: str) -> None:
+    """Copy a file to local disk, hashed on the way. Raises DataError if the content does not have the expected hash."""
     draft = target.parent / (target.name + ".tmp")
     with reporting(target, "write"), draft.open("wb") as file:
         found = hash_file(source, copy_to=file)
@@ -101,6 +96,16 @@ def fetch(source: epath.Path, target: epath.Path, size: int, expected_hash: str)
         draft.unlink()
         raise DataError(f"{source} is damaged: its hash is not the manifest's; prepare the data set again")
     draft.replace(target)
+
+
+def stamp(path: epath.Path) -> str:
+    """A file's size and times: as long as they are the same, nobody has written to it."""
+    with reporting(path):
+        if is_remote(path):
+            found = path.stat()
+            return f"{found.length} {found.mtime}"
+        local = os.stat(path)
+        return f"{local.st_size} {local.st_mtime_ns} {local.st_ctime_ns}"
 
 
 def has_size(path: epath.Path, size: int) -> bool:

@@ -137,6 +137,34 @@ def test_a_changed_mixture_carries_on_where_its_sources_were(cfg, two_sources, p
         Loader(cfg, batch_size=8, start=loader.state(480))
 
 
+def test_a_source_that_comes_back_goes_on_where_it_was(cfg, two_sources, caplog):
+    state = Loader(cfg, batch_size=8).state(400)
+    alone = dataclasses.replace(cfg, sources={"a": two_sources["a"]})
+    without = Loader(alone, batch_size=8, start=state, allow_data_change=True)
+    state = json.loads(json.dumps(without.state(500)))
+    back = Loader(cfg, batch_size=8, start=state, allow_data_change=True)
+    assert {name: p["cursor"] for name, p in back.state(500)["sources"].items()} == {"a": 400, "b": 100}
+    assert not caplog.records
+    other = dataclasses.replace(cfg, sources=two_sources | {"b": two_sources["a"]})  # not what it was
+    fresh = Loader(other, batch_size=8, start=state, allow_data_change=True)
+    assert fresh.state(500)["sources"]["b"]["cursor"] == 0
+    assert "data.sources.b is not what it was" in caplog.text
+
+
+def test_a_mixture_keeps_its_resolution(cfg, two_sources):
+    """What was rounded to 2^16 shares by an earlier version stays so; a finer one says so in its state."""
+    weights = {"a": 1.0, "b": 1e-5 / 3}
+    sources = {n: dataclasses.replace(s, weight=weights[n]) for n, s in two_sources.items()}
+    fine = Loader(dataclasses.replace(cfg, sources=sources), batch_size=8)
+    state = fine.state(100)
+    assert state["origin"]["resolution"] == 1 << 20
+    assert Loader(fine._cfg, batch_size=8, start=state).fingerprint == fine.fingerprint
+    earlier = {"sample": 0, "cursors": {"a": 0, "b": 0}}
+    state = {**state, "origin": earlier, "fingerprint": fine._fingerprint(earlier)}
+    assert Loader(fine._cfg, batch_size=8, start=state)._mixture.period == 1 << 16
+    assert "resolution" not in Loader(cfg, batch_size=8).state(1)["origin"]
+
+
 def test_damage_found_in_the_background_comes_out_as_our_error(two_sources):
     cfg = DataConfig(sources={"a": two_sources["a"]}, seq_len=32, prefetch=4)
     loader = Loader(cfg, batch_size=8)

@@ -1,5 +1,7 @@
 """The mixture: in proportion after every sample, by random access."""
 
+import zlib
+
 import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
@@ -27,8 +29,28 @@ def test_awkward_weights_keep_their_shares():
     cursors = np.array(mixture.cursors(1_000_000_007))
     assert cursors.sum() == 1_000_000_007
     assert np.abs(cursors / 1_000_000_007 - weights).max() < 1 / 65536
-    assert Mixture([1e-9, 1.0]).shares == (1, 65535)  # every source is read at last
+    assert Mixture([1e-9, 1.0]).shares == (1, (1 << 20) - 1)  # every source is read at last
+    assert Mixture([1e-9, 1.0], resolution=1 << 16).shares == (1, 65535)
     assert Mixture([0.7, 0.3]).shares == (7, 3) and Mixture([2.0, 6.0, 2.0]).shares == (1, 3, 1)
+
+
+def test_of_many_sources_each_has_its_share():
+    """Within 1/1000 of itself, and at every moment within one sample."""
+    weights = np.random.default_rng(1).uniform(0.05, 1, 200)
+    mixture = Mixture(weights.tolist())
+    share = weights / weights.sum()
+    assert np.abs(np.array(mixture.shares) / mixture.period / share - 1).max() < 1e-3
+    source, _ = mixture.locate(np.arange(20_000))
+    counts = np.bincount(source, minlength=200)
+    assert np.abs(counts - 20_000 * np.array(mixture.shares) / mixture.period).max() < 1
+
+
+def test_an_order_of_before_stays():
+    """Runs of earlier versions go on in a mixture of 2^16 shares."""
+    weights = [0.123456789, 0.00012, 0.3, 0.7, 0.0456]
+    source, cursor = Mixture(weights, resolution=1 << 16).locate(np.arange(1 << 17))
+    assert zlib.crc32(source.astype("<i4").tobytes()) == 3668470879
+    assert Mixture([0.7, 0.3], resolution=1 << 16).resolution == Mixture([0.7, 0.3]).resolution
 
 
 @given(start=st.integers(0, 10**12), weights=weights_lists)

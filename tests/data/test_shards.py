@@ -178,6 +178,16 @@ def test_splits_and_directories_that_are_not_there(prepared, tmp_path):
         open_dataset("s3://bucket/data")
 
 
+def test_a_span_that_leaves_its_shard_is_refused(dataset):
+    split = open_dataset(dataset).split("train")
+    assert len(split.shards) > 1
+    with pytest.raises(AssertionError, match="leaves its shard"):
+        split.take(np.array([0]), np.array([split.n_tokens]))
+    shards = np.concatenate([shard.tokens for shard in split.shards])
+    end = open_dataset(dataset).manifest.endoftext_id
+    assert np.array_equal(np.concatenate([*split.documents()]), shards[shards != end])
+
+
 def test_the_type_holds_the_vocabulary():
     assert [token_dtype(size) for size in (2, 65_536, 65_537, 1 << 31)] == ["uint16", "uint16", "uint32", "uint32"]
     with pytest.raises(DataError, match="must fit int32"):
@@ -195,6 +205,13 @@ def test_staging_copies_checks_and_reuses(dataset, tmp_path, monkeypatch):
     again = verify_dataset(dataset, cache=cache)
     changed = [path.name for path in again.path.glob("train-*") if before[path.name] != os.stat(path).st_mtime_ns]
     assert changed == ["train-00001.tokens"]
+    damaged = staged.path / "train-00002.tokens"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")  # of the right size
+    verify_dataset(dataset, cache=cache)
+    monkeypatch.setattr("lmjax.data.storage.hash_file", None)  # what nobody has touched is not read again
+    open_dataset(dataset, cache=cache)
+    monkeypatch.undo()
+    monkeypatch.setattr("lmjax.data.storage.is_remote", lambda path: str(path).startswith(str(dataset)))
 
     tokens = dataset / "train-00000.tokens"
     tokens.write_bytes(b"\1" + tokens.read_bytes()[1:])
