@@ -160,6 +160,10 @@ def numbers_of(study: Study, inputs: Inputs) -> dict:
         ],
         "absent": study.absent,
         "warnings": study.warnings,
+        "left_out": [
+            {"reason": reason, "budgets": list(budgets), "fits": fits}
+            for (reason, budgets), fits in study.left_out.items()
+        ],
         "disagreement": study.disagreement,
     }
 

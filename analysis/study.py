@@ -59,6 +59,17 @@ class Study:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def left_out(self) -> dict[tuple[str, tuple[float, ...]], list[str]]:
+        """Budgets whose runs gave approach 2 no optimum: (why, budgets) -> the fits of which that is true."""
+        found: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+        for method, fit in self.isoflops.items():
+            for axis, vertices in (("N", fit.params_vertices), ("D", fit.tokens_vertices)):
+                for flag in sorted({v.flag for v in vertices} - {""}):
+                    budgets = tuple(v.budget for v in vertices if v.flag == flag)
+                    found.setdefault((flag, budgets), []).append(f"{method} in {axis}")
+        return found
+
+    @property
     def disagreement(self) -> str:
         """Which methods' intervals for N*(target) do not meet; empty when all do."""
         bounded = [(e, e.params.interval) for e in self.estimates if e.params.interval is not None]
@@ -219,8 +230,10 @@ def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> l
         if repeated:
             found.append(f"{repeated} runs repeat data; only the repeats figure accounts for it: fit the others alone")
     for method, fit in isoflops.items():
-        for axis, vertices in (("N", fit.params_vertices), ("D", fit.tokens_vertices)):
-            for flag in sorted({v.flag for v in vertices} - {""}):
-                flagged = ", ".join(f"{v.budget:.3g}" for v in vertices if v.flag == flag)
-                found.append(f"{method} in {axis}, {flag} at budget {flagged}")
+        without = [sum(not v.used for v in vertices) for vertices in (fit.params_vertices, fit.tokens_vertices)]
+        if any(without):
+            found.append(
+                f"{method}: of {len(fit.params_vertices)} budgets {without[0]} in N and {without[1]} in D have no "
+                "optimum that can be used (too few sizes, or none inside the grid)"
+            )
     return found

@@ -7,7 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -94,10 +94,11 @@ def flops_label(convention: str) -> str:
 
 
 def colours_of(values, name: str = "viridis"):
-    """One colour a value, on a log scale, and the mappable for a colour bar."""
+    """One colour a value, on a log scale, and the mappable for a colour bar; the map without its pale yellow end."""
     values = np.asarray(values, dtype=np.float64)
     low, high = values.min(), values.max()
-    mappable = mpl.cm.ScalarMappable(LogNorm(low, high if high > low else low * 1.01), name)
+    colours = ListedColormap(mpl.colormaps[name](np.linspace(0.0, 0.92, 256)))
+    mappable = mpl.cm.ScalarMappable(LogNorm(low, high if high > low else low * 1.01), colours)
     return mappable.to_rgba(values), mappable
 
 

@@ -9,7 +9,7 @@ from analysis.isoflop import MIN_POINTS, lowest_per_size
 from analysis.study import Study
 
 MOST_CURVES = 60
-MOST_NAMED = 12  # budgets in a legend; more are a colour bar
+MOST_NAMED = 14  # budgets whose curves carry a label; of more, every second, third ... does
 
 
 def training_curves(study: Study) -> Drawing:
@@ -45,11 +45,14 @@ def isoflop(study: Study) -> Drawing:
     )
     for axes, column, vertices, optima in sides:
         colours, mappable = style.colours_of([v.budget for v in vertices])
+        named = {v.budget for v in vertices[:: -(-len(vertices) // MOST_NAMED)]}
         used = [v.budget for v in vertices if v.used]
         for vertex, colour in zip(vertices, colours, strict=True):
             mine = study.budgets == vertex.budget
             sizes, loss = study.runs.column(column)[mine], study.runs.column("loss")[mine]
-            axes.plot(sizes, loss, "o", color=colour, label=f"{vertex.budget:.2g}")
+            axes.plot(sizes, loss, "o", color=colour)
+            if vertex.budget in named:
+                _name_curve(axes, sizes, loss, f"{vertex.budget:.2g}")
             rows.append(pd.DataFrame({"axis": column, "budget": vertex.budget, "size": sizes, "loss": loss}))
             if vertex.points >= MIN_POINTS:
                 log_sizes, lowest = lowest_per_size(sizes, loss)
@@ -61,17 +64,23 @@ def isoflop(study: Study) -> Drawing:
                 axes.plot(ends, [vertex.loss] * 2, color="black", linewidth=1.0)
                 axes.plot(vertex.optimum, vertex.loss, "*", color=colour, markeredgecolor="black", markersize=10)
         style.log_axes(axes)
+        axes.set_xlim(right=1.6 * axes.get_xlim()[1])  # room for the names
     _clip_losses(panels, study.runs.column("loss"))
     panels[0].set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
     panels[1].set(xlabel=style.TOKENS)
-    if len(fit.params_vertices) <= MOST_NAMED:
-        figure.legend(*panels[0].get_legend_handles_labels(), title=style.FLOPS, loc="outside right upper")
-    else:
-        figure.colorbar(mappable, ax=panels, label=style.FLOPS)
+    figure.colorbar(mappable, ax=panels, label=style.FLOPS)
     return Drawing(
         figure,
         pd.concat(rows, ignore_index=True),
         "IsoFLOP slices with their parabolas; stars: optima, bars: 95% intervals under noise.",
+    )
+
+
+def _name_curve(axes, sizes, loss, name: str) -> None:
+    """Beside its largest size."""
+    last = np.argmax(sizes)
+    axes.annotate(
+        name, (sizes[last], loss[last]), (4, 0), textcoords="offset points", va="center", fontsize=6, clip_on=True
     )
 
 
@@ -95,6 +104,8 @@ def isoloss_slices(study: Study) -> Drawing:
         mine = study.budgets == budget
         axes.plot(params[mine], loss[mine], "o", color=colour)
         x = np.geomspace(params[mine].min() / 1.3, params[mine].max() * 1.3, 80)
+        if budget in budgets[:: -(-len(budgets) // MOST_NAMED)]:
+            _name_curve(axes, params[mine], loss[mine], f"{budget:.2g}")
         fitted = study.huber.surface.loss(x, budget / (6.0 * x))
         axes.plot(x, fitted, color=colour, linewidth=1.0)
         rows.append(pd.DataFrame({"budget": budget, "kind": "run", "params": params[mine], "loss": loss[mine]}))
