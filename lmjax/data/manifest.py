@@ -48,6 +48,16 @@ class SplitManifest:
     inexact_documents: NonNegativeInt
     shards: tuple[ShardManifest, ...]
 
+    @property
+    def hash(self) -> str:
+        """Names the content: that of the token files in order."""
+        return storage.hash_bytes(*(shard.tokens_hash.encode() for shard in self.shards))
+
+    @property
+    def digest(self) -> str:
+        """The first 16 hex digits of `hash`, to stand beside the numbers that were measured on this split."""
+        return self.hash[:16]
+
     @classmethod
     def of(cls, shards: tuple[ShardManifest, ...]) -> "SplitManifest":
         """The split that these shards make."""
