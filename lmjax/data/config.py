@@ -37,8 +37,8 @@ class PrepareConfig:
     """A recipe: from text to a directory of token shards. Everything here but `workers` fixes the result."""
 
     inputs: tuple[str, ...] = ("stdlib:",)
-    """Files by glob: .txt, .txt.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; `stdlib:` is the source code of the
-    running Python's standard library, a corpus that every machine has."""
+    """Files by glob, or folders with all that is in them: .txt, .txt.gz, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet;
+    `stdlib:` is the source code of the running Python's standard library, a corpus that every machine has."""
     text_key: str = "text"
     """The field of a JSON line, or the column of a Parquet file, that holds the text."""
     document_separator: str | None = None
