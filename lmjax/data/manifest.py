@@ -104,7 +104,8 @@ def write_manifest(manifest: Manifest, directory: epath.Path) -> None:
     """Write it, with its fingerprint and a seal over everything, atomically: from now on the data set exists."""
     content = _as_json(manifest) | {"fingerprint": manifest.fingerprint}
     text = json.dumps(content | {"seal": _hash(content)}, indent=2, sort_keys=True, ensure_ascii=False)
-    storage.write_atomically(directory / FILE, text.encode("utf-8"))
+    # The names of input files need not be UTF-8; JSON spells what is not as \udcXX, as backslashreplace does.
+    storage.write_atomically(directory / FILE, text.encode("utf-8", "backslashreplace"))
 
 
 def read_manifest(directory: epath.Path) -> Manifest:

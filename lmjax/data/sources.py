@@ -73,7 +73,10 @@ def _matching(pattern: str) -> list[InputFile]:
     with storage.reporting(path):
         if path.is_dir() and not storage.is_remote(path):
             return _below(Path(path))
-        found = [path] if path.exists() else sorted(_glob(pattern))
+        try:
+            found = [path] if path.exists() else sorted(_glob(pattern))
+        except ValueError as error:
+            raise DataError(f"{pattern!r} is not a glob: {error}") from error
         files = [InputFile(path, os.fspath(path), path.stat().length) for path in found if not path.is_dir()]
     if not files:
         hint = "a directory: add a glob such as /*.txt" if found else "nothing matches"
@@ -161,7 +164,7 @@ def _read_text(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[
     if separator is None:
         yield _document(file.name, data, 0, cfg)
         return
-    mark = separator.encode()
+    mark = separator.encode("utf-8", "surrogateescape")  # the command line may give any bytes
     offset = 0
     for number, part in enumerate(data.split(mark), 1):
         yield _document(f"{file.name}, document {number}", part, offset, cfg)

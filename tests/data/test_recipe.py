@@ -1,6 +1,7 @@
 """The recipe from the command line, and as a part of a run's config."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lmjax.__main__ import parse
 from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.data.manifest import Manifest
 from lmjax.data.shards import open_dataset
-from lmjax.errors import ConfigError
+from lmjax.errors import ConfigError, LmjaxError
 
 # For every setting of a recipe an argument that gives it another value than its default.
 ARGUMENTS: dict[str, Any] = {
@@ -94,6 +95,26 @@ def test_seeds_that_do_not_fit_are_refused_by_name(cls: type, seed: int) -> None
 
     with pytest.raises(ConfigError, match=f"seed={seed}: input should be"):
         validated(cls, {"seed": seed})
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("**.txt", "**.txt"),
+        ("http://host/a.txt", "known are local paths, gs://, s3://"),
+        ("", "a path is empty"),
+        ("--out=", "a path is empty"),
+        ("--vocab=2147483648", "vocab=2147483648: input should be less than"),
+        ("--valid-fraction=1e-300", "valid_fraction=1e-300 is less than"),
+        ("--sample-bytes=9223372036854775808", "sample_bytes=9223372036854775808: input should be less than"),
+    ],
+)
+def test_what_cannot_be_meant_is_the_users_mistake_and_no_bug(tmp_path: Path, argument: str, message: str) -> None:
+    out = [] if argument.startswith("--out") else [f"--out={tmp_path}/out"]
+    arguments = parse(["prepare", *([] if not argument.startswith("--") else ["stdlib:"]), *out, argument])
+    with pytest.raises(LmjaxError, match=re.escape(message)):
+        arguments.function(arguments)
+    assert not any(tmp_path.iterdir())
 
 
 def test_how_many_processes_prepare_is_no_part_of_a_run(tmp_path: Path) -> None:
