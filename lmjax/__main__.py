@@ -76,11 +76,10 @@ def _plan_arguments(sub: Parser) -> None:
 
 
 def _prepare_arguments(sub: Parser) -> None:
-    sub.add_argument("inputs", nargs="+", help="files by glob (.txt .jsonl .jsonl.gz .jsonl.zst .parquet) or stdlib:")
+    sub.add_argument(
+        "inputs", nargs="+", help="files by glob (.txt .jsonl .jsonl.gz .jsonl.zst .parquet), folders, or stdlib:"
+    )
     sub.add_argument("--out", required=True, help="the directory to write")
-    sub.add_argument("--tokenizer", default="bpe", choices=["bpe", "unigram", "bytes", "chars"])
-    sub.add_argument("--tokenizer-file", help="a SentencePiece .model or a Hugging Face tokenizer.json instead")
-    sub.add_argument("--vocab", type=int, default=32_000, help="vocabulary size to train")
     sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")
     sub.add_argument("--document-separator", help="splits .txt files into documents")
     sub.add_argument("--invalid-utf8", default="error", choices=["error", "replace", "skip"])
@@ -89,7 +88,21 @@ def _prepare_arguments(sub: Parser) -> None:
     sub.add_argument("--split", default="document", choices=["document", "tail"])
     sub.add_argument("--valid-fraction", type=float, default=0.05)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--shard-tokens", type=int, default=1 << 26, help="how many make a shard")
     sub.add_argument("--workers", type=int, help="processes; default: one per CPU")
+    tokenizer = sub.add_argument_group("tokenizer")
+    kind = tokenizer.add_mutually_exclusive_group()
+    kind.add_argument("--tokenizer", default="bpe", choices=["bpe", "unigram", "bytes", "chars"])
+    kind.add_argument("--tokenizer-file", help="a SentencePiece .model or a Hugging Face tokenizer.json instead")
+    tokenizer.add_argument("--vocab", type=int, default=32_000, help="vocabulary size to train")
+    tokenizer.add_argument("--sample-bytes", type=int, default=100_000_000, help="text to train it on at most")
+    tokenizer.add_argument("--endoftext", metavar="SYMBOL", help="of a --tokenizer-file: what ends a document")
+    tokenizer.add_argument(
+        "--unknown",
+        default="error",
+        choices=["error", "replace", "skip"],
+        help="where a --tokenizer-file does not know a character: stop, put its unknown symbol, leave the document out",
+    )
 
 
 def _evaluate_arguments(sub: Parser) -> None:

@@ -94,6 +94,8 @@ def prepare(arguments: Arguments) -> int:
         "kind": "file" if arguments.tokenizer_file else arguments.tokenizer,
         "path": arguments.tokenizer_file,
         "vocab": arguments.vocab,
+        "sample_bytes": arguments.sample_bytes,
+        "endoftext": arguments.endoftext,
     }
     fields = {field.name for field in dataclasses.fields(PrepareConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}

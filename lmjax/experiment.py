@@ -21,7 +21,7 @@ from lmjax.data.shards import Dataset, TokenSplit, open_dataset
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 from lmjax.data.windows import as_batch, document_batches, evaluation_batches
 from lmjax.errors import ConfigError, DataError
-from lmjax.evaluate.compression import primed_xz_bits_per_byte, xz_bits_per_byte
+from lmjax.evaluate import compression
 from lmjax.evaluate.likelihood import Evaluation, evaluate, macro_average
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
@@ -85,7 +85,21 @@ def open_data(cfg: Config) -> Data:
     for name, other in others:
         if other.manifest.tokenizer_hash != tokenizer.hash:
             raise DataError(f"data sources '{first}' and '{name}' were prepared with different tokenizers")
+    if cfg.train.compression_baseline:
+        _check_compressible(datasets)
     return Data(datasets, tokenizer)
+
+
+def _check_compressible(datasets: Mapping[str, Dataset]) -> None:
+    """Raises DataError now, rather than after training, for validation text that is too long for xz."""
+    most = compression.LARGEST - _PRIMING_BYTES
+    for name, dataset in datasets.items():
+        valid = dataset.manifest.splits.get("valid")
+        if valid is not None and valid.text_bytes > most:
+            raise DataError(
+                f"the validation text of data source '{name}' has {valid.text_bytes:,} bytes, more than the {most:,} "
+                "that xz can be given; set train.compression_baseline=False"
+            )
 
 
 def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
@@ -353,8 +367,8 @@ def compression_baselines(data: Data) -> dict[str, float]:
             continue
         train = split_text(dataset.split("train"), data.tokenizer, limit=_PRIMING_BYTES)
         valid = split_text(dataset.split("valid"), data.tokenizer)
-        baselines[f"val/{name}/xz_bpb"] = xz_bits_per_byte(valid)
-        baselines[f"val/{name}/xz_primed_bpb"] = primed_xz_bits_per_byte(train, valid)
+        baselines[f"val/{name}/xz_bpb"] = compression.xz_bits_per_byte(valid)
+        baselines[f"val/{name}/xz_primed_bpb"] = compression.primed_xz_bits_per_byte(train, valid)
     return baselines
 
 

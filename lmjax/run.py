@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import json
 import time
@@ -41,6 +42,7 @@ _FREE = (
     "data.prefetch",
     "data.verify",
     "data.cache",
+    "data.sources.*.prepare.workers",
     "model.attention",
     "model.remat",
     "model.unroll",
@@ -107,12 +109,16 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     changed = configs.differences(configs.from_json(path), cfg)
     if cfg.model.vocab is None:  # the saved config has it filled in from the data, which has its own check
         changed.pop("model.vocab", None)
-    fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and key not in _FREE}
+    fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and not _is_free(key)}
     if fixed:
         shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in list(fixed.items())[:5])
         raise ConfigError(
             f"{workdir} holds a run of another config: {shown}; use another --workdir, or --allow-config-change"
         )
+
+
+def _is_free(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in _FREE)
 
 
 @contextlib.contextmanager

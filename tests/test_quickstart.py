@@ -23,3 +23,18 @@ def test_the_quickstart_trains_evaluates_samples_and_reports(tmp_path: Path) -> 
     assert "bits per byte" in (workdir / "report.md").read_text()
     sample = (workdir / "samples" / "60.txt").read_text()
     assert sample.startswith("def") and sample.strip() in output
+
+
+def test_a_folder_of_text_is_one_command_away_from_a_model(tmp_path: Path) -> None:
+    """One short text in another script: too few documents to draw from, too little for learned pieces."""
+    (tmp_path / "my text").mkdir()
+    (tmp_path / "my text" / "poem.txt").write_text("بشنو این نی چون شکایت می‌کند از جدایی‌ها حکایت می‌کند\n" * 200)
+    config, workdir = ROOT / "configs" / "own_text.py", tmp_path / "run"
+    small = ["--config.model.layers=1", "--config.train.steps=2", "--config.optimizer.schedule.warmup=1"]
+    command = [sys.executable, "-m", "lmjax", "train", f"--config={config}:my text", f"--workdir={workdir}", *small]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "too few documents to draw some for validation" in done.stderr
+    assert (tmp_path / "data" / "my-text" / "manifest.json").exists()
+    assert json.loads((workdir / "summary.json").read_text())["val/own/loss"] > 0
+    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "is finished" in again.stdout

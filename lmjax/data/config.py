@@ -1,10 +1,14 @@
 """What to prepare, how to cut it into tokens, and what a training run reads of it."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from lmjax.errors import ConfigError
-from lmjax.schema import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config_class
+from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, config_class
+
+_LEAST = 1e-9  # share of the documents that can be for validation
 
 
 @config_class
@@ -14,7 +18,7 @@ class TokenizerConfig:
     kind: Literal["bpe", "unigram", "bytes", "chars", "file"] = "bpe"
     """SentencePiece trained here (bpe, unigram), raw bytes, the characters that occur (in any document, those for
     validation included), or a file."""
-    vocab: PositiveInt = 32_000
+    vocab: Annotated[int, Field(gt=0, lt=2**31)] = 32_000
     """Vocabulary size of the trained kinds, the 256 bytes and three symbols included."""
     sample_bytes: PositiveInt = 100_000_000
     """Text that bpe and unigram learn from: a random sample of passages of the training documents.
@@ -37,8 +41,8 @@ class PrepareConfig:
     """A recipe: from text to a directory of token shards. Everything here but `workers` fixes the result."""
 
     inputs: tuple[str, ...] = ("stdlib:",)
-    """Files by glob: .txt, .txt.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; `stdlib:` is the source code of the
-    running Python's standard library, a corpus that every machine has."""
+    """Files by glob, or folders with all that is in them: .txt, .txt.gz, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet;
+    `stdlib:` is the source code of the running Python's standard library, a corpus that every machine has."""
     text_key: str = "text"
     """The field of a JSON line, or the column of a Parquet file, that holds the text."""
     document_separator: str | None = None
@@ -56,7 +60,7 @@ class PrepareConfig:
     split: Literal["document", "tail"] = "document"
     """`document` draws the validation documents with `seed`; `tail` makes the last characters of the one text it. Where
     documents are too few to draw from, the last characters of each are it."""
-    valid_fraction: Fraction = 0.05
+    valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the documents (`document`) or of the characters (`tail`) that becomes the validation split."""
     seed: Seed = 0
     """Draws the validation documents and the tokenizer's sample."""
@@ -68,6 +72,10 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise ConfigError("prepare.inputs is empty: name at least one file, glob or `stdlib:`")
+        if 0 < self.valid_fraction < _LEAST:
+            raise ConfigError(
+                f"prepare.valid_fraction={self.valid_fraction} is less than one document of a billion; 0 is for none"
+            )
         if self.document_separator == "":
             raise ConfigError("prepare.document_separator is empty: give a string such as '\\n\\n', or None")
 

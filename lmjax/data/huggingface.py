@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lmjax.data.tokenizer import ENDOFTEXT, Tokenizer, bytes_of
+from lmjax.data.tokenizer import ENDOFTEXT, NAME_ENDOFTEXT, Tokenizer, bytes_of
 from lmjax.errors import DataError
 
 _CUSTOMARY_ENDS = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
@@ -52,7 +52,7 @@ class HuggingFaceTokenizer(Tokenizer):
         for symbol in candidates:
             if self._tokenizer.token_to_id(symbol) is not None:
                 return symbol
-        raise DataError(f"{name} has no symbol {' or '.join(candidates)}; name its end of text in tokenizer.endoftext")
+        raise DataError(f"{name} has no symbol {' or '.join(candidates)}; {NAME_ENDOFTEXT}")
 
     def content(self) -> bytes:
         return self._content

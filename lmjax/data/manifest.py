@@ -48,6 +48,16 @@ class SplitManifest:
     inexact_documents: NonNegativeInt
     shards: tuple[ShardManifest, ...]
 
+    @property
+    def hash(self) -> str:
+        """Names the content: that of the token files in order."""
+        return storage.hash_bytes(*(shard.tokens_hash.encode() for shard in self.shards))
+
+    @property
+    def digest(self) -> str:
+        """The first 16 hex digits of `hash`, to stand beside the numbers that were measured on this split."""
+        return self.hash[:16]
+
     @classmethod
     def of(cls, shards: tuple[ShardManifest, ...]) -> "SplitManifest":
         """The split that these shards make."""
@@ -94,7 +104,8 @@ def write_manifest(manifest: Manifest, directory: epath.Path) -> None:
     """Write it, with its fingerprint and a seal over everything, atomically: from now on the data set exists."""
     content = _as_json(manifest) | {"fingerprint": manifest.fingerprint}
     text = json.dumps(content | {"seal": _hash(content)}, indent=2, sort_keys=True, ensure_ascii=False)
-    storage.write_atomically(directory / FILE, text.encode("utf-8"))
+    # The names of input files need not be UTF-8; JSON spells what is not as \udcXX, as backslashreplace does.
+    storage.write_atomically(directory / FILE, text.encode("utf-8", "backslashreplace"))
 
 
 def read_manifest(directory: epath.Path) -> Manifest:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.sections import sections
-from lmjax.data.tokenizer import ENDOFTEXT, NO_TEXT, Tokenizer, bytes_of
+from lmjax.data.tokenizer import ENDOFTEXT, NAME_ENDOFTEXT, NO_TEXT, Tokenizer, bytes_of
 from lmjax.errors import DataError
 
 _MARKER = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
@@ -197,4 +197,4 @@ def _end_symbol(processor: "sentencepiece.SentencePieceProcessor", wanted: str |
     for symbol in candidates:
         if processor.id_to_piece(processor.piece_to_id(symbol)) == symbol:
             return symbol
-    raise DataError(f"{name} has no symbol {' or '.join(candidates)}; name its end of text in tokenizer.endoftext")
+    raise DataError(f"{name} has no symbol {' or '.join(candidates)}; {NAME_ENDOFTEXT}")

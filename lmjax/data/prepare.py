@@ -5,18 +5,15 @@ a record of each finished shard; a run that was killed goes on after the last of
 for byte. Nothing is written over or deleted in a directory but what these records say was made by this recipe.
 """
 
-import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from etils import epath
 
-from lmjax.data import storage
+from lmjax.data import records, storage
 from lmjax.data.clean import describe
 from lmjax.data.config import PrepareConfig
 from lmjax.data.corpus import (
@@ -24,7 +21,6 @@ from lmjax.data.corpus import (
     Omitted,
     Split,
     Text,
-    division,
     documents_needed,
     read_corpus,
     sample_passages,
@@ -33,15 +29,11 @@ from lmjax.data.encoding import DocumentError, Encoded, encode_batches
 from lmjax.data.manifest import FILE, Manifest, ShardManifest, SplitManifest, as_json, read_manifest, write_manifest
 from lmjax.data.progress import Progress, showing
 from lmjax.data.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, write_shard
-from lmjax.data.sources import InputFile, contents, list_inputs, stamps
+from lmjax.data.sources import InputFile, list_inputs
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lmjax.errors import DataError
 
-_PREPARING = "preparing"
-_RECIPE = "recipe.json"
 _SPLITS: tuple[Split, ...] = ("train", "valid")
-_OURS = re.compile(rf"((train|valid)-\d{{5,}}\.(tokens|documents|checksums)|{re.escape(FILE)})(\.tmp)?|{TOKENIZER}")
-_RECORDS = re.compile(rf"((train|valid)-\d{{5,}}\.json|tokenizer\.json|{re.escape(_RECIPE)})(\.tmp)?|lock")
 _BATCH_CHARS = 1 << 20  # what one request to a worker holds at least
 
 
@@ -56,20 +48,13 @@ def prepare(cfg: PrepareConfig, path: str | os.PathLike[str], *, progress: bool 
     if (directory / FILE).exists():
         return _finished(cfg, directory)
     files = list_inputs(cfg.inputs)
+    _check_given_tokenizer(cfg)
     with storage.reporting(directory, "write"):
-        (directory / _PREPARING).mkdir(parents=True, exist_ok=True)
-    with storage.locked(directory / _PREPARING):
+        (directory / records.FOLDER).mkdir(parents=True, exist_ok=True)
+    with storage.locked(directory / records.FOLDER):
         if (directory / FILE).exists():  # another process made it while this one waited
             return _finished(cfg, directory)
         return _make(cfg, directory, files, progress)
-
-
-def recipe_of(cfg: PrepareConfig, files: tuple[InputFile, ...]) -> dict[str, Any]:
-    """The choices that fix the result, and a hash of the input files' names and sizes, as JSON."""
-    choices = dataclasses.asdict(cfg)
-    del choices["workers"]
-    listing = "\n".join(f"{file.path.name} {file.size}" for file in files)
-    return json.loads(json.dumps(choices | {"files": storage.hash_bytes(listing.encode("utf-8", "surrogateescape"))}))
 
 
 def _finished(cfg: PrepareConfig, directory: epath.Path) -> Manifest:
@@ -79,42 +64,31 @@ def _finished(cfg: PrepareConfig, directory: epath.Path) -> Manifest:
         files = list_inputs(cfg.inputs)
     except DataError:
         files = None
-    wanted = recipe_of(cfg, files or ())
+    wanted = records.recipe_of(cfg, files or ())
     if files is None:
         wanted["files"] = manifest.recipe.get("files")
-    if differing := _difference(manifest.recipe, wanted) or _edited(manifest.recipe, files or ()):
+    differing = records.difference(manifest.recipe, wanted) or records.edited(manifest.recipe, files or ())
+    if not differing and cfg.tokenizer.path is not None and storage.locate(cfg.tokenizer.path).exists():
+        changed = train_tokenizer(cfg.tokenizer, ()).hash != manifest.tokenizer_hash
+        differing = f"{cfg.tokenizer.path} changed since" if changed else ""
+    if differing:
         raise DataError(f"{directory} was prepared differently: {differing}; use a new directory or delete this one")
     return manifest
 
 
-def _difference(was: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first choice in which two recipes differ, with both values; empty if they are equal.
-
-    What a recipe of an earlier version does not name has its default.
-    """
-    defaults = recipe_of(PrepareConfig(), ())
-    was = {**defaults, **was, "tokenizer": {**defaults["tokenizer"], **was.get("tokenizer", {})}}
-    pairs = {key: (was[key], value) for key, value in wanted.items() if key != "tokenizer"}
-    pairs |= {f"tokenizer.{key}": (was["tokenizer"][key], value) for key, value in wanted["tokenizer"].items()}
-    for key, (old, new) in sorted(pairs.items()):
-        if old != new:
-            return "the input files changed since" if key == "files" else f"{key} was {old!r}, now {new!r}"
-    return ""
-
-
-def _edited(was: dict[str, Any], files: tuple[InputFile, ...]) -> str:
-    """Says so where a file was edited without changing its size. Their times tell that they were not touched; those of
-    files that were are read. Recipes of earlier versions say neither."""
-    if not files or "contents" not in was or was["stamps"] == stamps(files) or was["contents"] == contents(files):
-        return ""
-    return "the input files changed since"
+def _check_given_tokenizer(cfg: PrepareConfig) -> None:
+    """Raises DataError, before any text is read, for a tokenizer file that is not there or cannot do what is asked."""
+    if cfg.tokenizer.kind == "file":
+        tokenizer = train_tokenizer(cfg.tokenizer, ())
+        if cfg.unknown == "replace" and tokenizer.unknown_id is None:
+            raise DataError(f"prepare.unknown=replace: {cfg.tokenizer.path} has no symbol for the unknown; use skip")
 
 
 # Making ---------------------------------------------------------------------------------------------------------------
 
 
 def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...], progress: bool) -> Manifest:
-    recipe = _begin_or_continue(cfg, directory, files)
+    recipe = records.begin_or_continue(cfg, directory, files)
     how: Division = recipe["division"]
     tokenizer = _tokenizer(cfg, directory, files, how)
     writers = {split: _Writer(directory, split, cfg.shard_tokens, tokenizer.vocab_size) for split in _SPLITS}
@@ -139,65 +113,14 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
     write_manifest(manifest, directory)
     if progress:
         _say_what_was_done(manifest, cfg, how)
-    _remove_records(directory)
+    records.remove(directory)
     return manifest
-
-
-def _begin_or_continue(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...]) -> dict[str, Any]:
-    """The recipe as recorded: by an interrupted run, or now, once it is sure that no file of others is in the way.
-
-    Raises DataError where another recipe was begun: what it finished may have taken days, and is not ours to delete.
-    """
-    path, recipe = directory / _PREPARING / _RECIPE, recipe_of(cfg, files)
-    if path.exists():
-        was = _read_recipe(path)
-        if differing := _difference(was, recipe) or _edited(was, files):
-            raise DataError(
-                f"{directory} holds a half-made data set of another recipe: {differing}; finish that one, delete the "
-                "directory, or use another"
-            )
-        return {"division": cfg.split, **was}
-    if foreign := _foreign(directory):
-        raise DataError(f"{directory} holds {foreign}, which no prepare has made there; use a new directory")
-    recipe |= {"contents": contents(files), "stamps": stamps(files), "division": division(files, cfg)}
-    storage.write_atomically(path, json.dumps(recipe).encode())
-    return recipe
-
-
-def _read_recipe(path: epath.Path) -> dict[str, Any]:
-    try:
-        recipe = json.loads(storage.read_bytes(path))
-        if not isinstance(recipe, dict) or not isinstance(recipe.get("tokenizer"), dict):
-            raise ValueError("not a recipe")
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); delete the directory, or use another") from error
-    return recipe
-
-
-def _foreign(directory: epath.Path) -> str | None:
-    """A file or folder, of a name that is to be written, that is there before anything was."""
-    records = directory / _PREPARING
-    begun = ("lock", f"{_RECIPE}.tmp")  # by a run that was killed before it had a recipe
-    found = [f"{_PREPARING}/{file.name}" for file in records.iterdir() if _RECORDS.fullmatch(file.name)]
-    found = [name for name in found if name.removeprefix(f"{_PREPARING}/") not in begun]
-    found += [file.name for file in directory.iterdir() if _OURS.fullmatch(file.name)]
-    return min(found, default=None)
-
-
-def _remove_records(directory: epath.Path) -> None:
-    records = directory / _PREPARING
-    with storage.reporting(directory, "write"):
-        for file in records.iterdir():
-            if _RECORDS.fullmatch(file.name):
-                file.unlink()
-        if not any(records.iterdir()):
-            records.rmdir()
 
 
 def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...], how: Division) -> Tokenizer:
     """The tokenizer of an interrupted run, or one made now, saved in the directory."""
     home = directory / TOKENIZER
-    marker = directory / _PREPARING / "tokenizer.json"
+    marker = directory / records.FOLDER / records.TOKENIZER_DONE
     if not marker.exists():
         texts = read_corpus(files, cfg, how, _ignore, Omitted())
         learns = cfg.tokenizer.kind in ("bpe", "unigram")
@@ -207,8 +130,8 @@ def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile
         train_tokenizer(cfg.tokenizer, sample).save(home)
         storage.write_atomically(marker, b"{}")
     tokenizer = load_tokenizer(home)
-    if cfg.unknown == "replace" and cfg.tokenizer.kind == "file" and tokenizer.unknown_id is None:
-        raise DataError(f"prepare.unknown=replace: {cfg.tokenizer.path} has no symbol for the unknown; use skip")
+    if cfg.tokenizer.kind == "file" and train_tokenizer(cfg.tokenizer, ()).hash != tokenizer.hash:
+        raise DataError(f"{cfg.tokenizer.path} changed since {directory} was begun; delete that directory")
     return tokenizer
 
 
@@ -328,7 +251,7 @@ class _Writer:
         return f"{self._split}-{len(self.shards):05d}"
 
     def _record(self, name: str) -> epath.Path:
-        return self._directory / _PREPARING / f"{name}.json"
+        return self._directory / records.FOLDER / f"{name}.json"
 
     def _resume(self) -> None:
         """Take over the shards of an interrupted run, as long as their files are there in full."""

@@ -105,8 +105,8 @@ class TokenSplit:
         self.vocab_size = vocab_size
         self.shards = [Shard(directory, shard, dtype) for shard in manifest.shards]
         self.shard_starts = np.cumsum([0] + [shard.tokens for shard in manifest.shards])
-        self.hash = storage.hash_bytes(*(shard.tokens_hash.encode() for shard in manifest.shards))
-        """Names the content: that of the token files in order."""
+        self.hash, self.digest = manifest.hash, manifest.digest
+        """Names of the content: see SplitManifest."""
         self.document_starts = _document_starts(directory, manifest)
         """int64 [n_documents + 1]: where each document starts in the sequence; last, where the sequence ends."""
         self._block_starts = np.cumsum([0] + [len(shard.checksums) for shard in self.shards])

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import logging
 import os
 import re
 import sysconfig
@@ -16,6 +17,8 @@ from etils import epath
 from lmjax.data import storage
 from lmjax.data.config import PrepareConfig
 from lmjax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 STDLIB = "stdlib:"
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
@@ -44,7 +47,7 @@ class Document(NamedTuple):
 
 
 def list_inputs(patterns: Sequence[str]) -> tuple[InputFile, ...]:
-    """The files that the patterns match, each once, sorted within a pattern.
+    """The files that the patterns match, each once, sorted within a pattern; of a folder all that are text.
 
     Raises DataError for a pattern that matches no file and for a file of no known kind.
     """
@@ -68,7 +71,12 @@ def _matching(pattern: str) -> list[InputFile]:
         return _standard_library(Path(sysconfig.get_paths()["stdlib"]))
     path = storage.locate(pattern)
     with storage.reporting(path):
-        found = [path] if path.exists() else sorted(_glob(pattern))
+        if path.is_dir() and not storage.is_remote(path):
+            return _below(Path(path))
+        try:
+            found = [path] if path.exists() else sorted(_glob(pattern))
+        except ValueError as error:
+            raise DataError(f"{pattern!r} is not a glob: {error}") from error
         files = [InputFile(path, os.fspath(path), path.stat().length) for path in found if not path.is_dir()]
     if not files:
         hint = "a directory: add a glob such as /*.txt" if found else "nothing matches"
@@ -76,6 +84,19 @@ def _matching(pattern: str) -> list[InputFile]:
     for file in files:
         _reader(file)
     return files
+
+
+def _below(folder: Path) -> list[InputFile]:
+    """The files of known kinds in a folder and its folders, but for hidden ones. Says how many others there are."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    shown = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    known = [path for path in shown if _kind(path.name)]
+    if not known:
+        raise DataError(f"no input files in {folder} and its folders; known kinds are {', '.join(_READERS)}")
+    if others := [path.suffix or path.name for path in shown if not _kind(path.name)]:
+        kinds = ", ".join(sorted(set(others))[:8])
+        logger.warning("%s: files of other kinds are left out: %d (%s)", folder, len(others), kinds)
+    return [InputFile(epath.Path(path), os.fspath(path), path.stat().st_size) for path in known]
 
 
 def _glob(pattern: str) -> Iterator[epath.Path]:
@@ -124,11 +145,17 @@ def read_documents(files: Sequence[InputFile], cfg: PrepareConfig, report: Repor
             yield from _reader(file)(file, cfg, report)
 
 
-def _reader(file: InputFile) -> Callable[[InputFile, PrepareConfig, Report], Iterator[Document]]:
-    for suffix, reader in _READERS.items():
-        if file.name.endswith(suffix):
-            return reader
-    raise DataError(f"{file.name}: unknown kind of input; known are {', '.join(_READERS)}")
+Reader = Callable[[InputFile, PrepareConfig, Report], Iterator[Document]]
+
+
+def _reader(file: InputFile) -> Reader:
+    if (reader := _kind(file.name)) is None:
+        raise DataError(f"{file.name}: unknown kind of input; known are {', '.join(_READERS)}")
+    return reader
+
+
+def _kind(name: str) -> Reader | None:
+    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
 
 
 def _read_text(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
@@ -137,7 +164,7 @@ def _read_text(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[
     if separator is None:
         yield _document(file.name, data, 0, cfg)
         return
-    mark = separator.encode()
+    mark = separator.encode("utf-8", "surrogateescape")  # the command line may give any bytes
     offset = 0
     for number, part in enumerate(data.split(mark), 1):
         yield _document(f"{file.name}, document {number}", part, offset, cfg)
@@ -198,7 +225,7 @@ def _parquet_document(name: str, value: bytes | None, cfg: PrepareConfig) -> Doc
     return _document(name, value, 0, cfg)
 
 
-_READERS: dict[str, Callable[[InputFile, PrepareConfig, Report], Iterator[Document]]] = {
+_READERS: dict[str, Reader] = {
     ".txt": _read_text,
     ".txt.gz": _read_text,
     ".py": _read_text,

@@ -16,7 +16,14 @@ _CHUNK_BYTES = 1 << 22
 
 
 def locate(path: str | os.PathLike[str]) -> epath.Path:
-    """`path` with ~ expanded; DataError if it is in a bucket whose package is not installed."""
+    """`path` with ~ expanded; DataError if it is empty, or in a bucket whose package is not installed."""
+    if not os.fspath(path):
+        raise DataError("a path is empty; name a file or a directory (is a variable of the shell unset?)")
+    scheme, mark, _ = os.fspath(path).partition("://")
+    if mark and scheme not in _EXTRAS:
+        raise DataError(
+            f"cannot read {os.fspath(path)}: known are local paths, {', '.join(f'{x}://' for x in _EXTRAS)}"
+        )
     located = epath.Path(path).expanduser()
     if is_remote(located):
         with reporting(located):
@@ -135,7 +142,7 @@ def locked(directory: epath.Path) -> Iterator[None]:
     import fcntl
 
     with reporting(directory, "write"):
-        file = (directory / "lock").open("wb")
+        file = (directory / "lock").open("ab")  # not "wb": a file of this name may be somebody's
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -24,6 +24,7 @@ from lmjax.data.sections import sections
 from lmjax.errors import DataError
 
 ENDOFTEXT = "<|endoftext|>"
+NAME_ENDOFTEXT = "name its end of text in tokenizer.endoftext (prepare --endoftext=SYMBOL)"
 NO_TEXT = "no text to train the tokenizer on: the documents are empty"
 _DESCRIPTION = "tokenizer.description.json"
 _USE = "use"  # how a model uses the tokenizer: part of the description's file, not of the hash

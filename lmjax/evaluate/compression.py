@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lmjax.errors import DataError
 
-_SMALLEST, _LARGEST = 1 << 12, 3 << 29  # dictionaries that the xz format allows, bytes
+_SMALLEST, LARGEST = 1 << 12, 3 << 29  # dictionaries that the xz format allows, bytes
 
 
 def xz_bits_per_byte(data: bytes) -> float:
@@ -25,8 +25,8 @@ def primed_xz_bits_per_byte(train: bytes, data: bytes) -> float:
     both together are longer than the largest dictionary (1.5 GiB).
     """
     _require(data)
-    if len(train) + len(data) > _LARGEST:
-        raise DataError(f"{len(train) + len(data)} bytes do not fit xz's dictionary ({_LARGEST}); prime it with less")
+    if len(train) + len(data) > LARGEST:
+        raise DataError(f"{len(train) + len(data)} bytes do not fit xz's dictionary ({LARGEST}); prime it with less")
     with ThreadPoolExecutor() as pool:  # lzma releases the interpreter's lock
         both, alone = pool.map(_compressed_size, [train + data, train])
     return 8 * (both - alone) / len(data)
@@ -38,6 +38,6 @@ def _require(data: bytes) -> None:
 
 
 def _compressed_size(data: bytes) -> int:
-    dictionary = min(max(len(data), _SMALLEST), _LARGEST)
+    dictionary = min(max(len(data), _SMALLEST), LARGEST)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}]
     return len(lzma.compress(data, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=filters))

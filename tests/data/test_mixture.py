@@ -48,7 +48,7 @@ def test_of_many_sources_each_has_its_share():
 def test_an_order_of_before_stays():
     """Runs of earlier versions go on in a mixture of 2^16 shares."""
     weights = [0.123456789, 0.00012, 0.3, 0.7, 0.0456]
-    source, cursor = Mixture(weights, resolution=1 << 16).locate(np.arange(1 << 17))
+    source, _ = Mixture(weights, resolution=1 << 16).locate(np.arange(1 << 17))
     assert zlib.crc32(source.astype("<i4").tobytes()) == 3668470879
     assert Mixture([0.7, 0.3], resolution=1 << 16).resolution == Mixture([0.7, 0.3]).resolution
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -42,6 +43,19 @@ def test_opening_reads_no_tokens(dataset, monkeypatch):
     split = open_dataset(dataset).split("train")
     assert split.n_tokens == sum(len(shard.tokens) for shard in split.shards)
     assert split._unchecked.all()
+
+
+def test_the_digest_of_a_split_names_its_content(prepared, numbered_texts):
+    """Wherever the data set lies, and of each split its own; one character makes another."""
+    recipe = {"valid_fraction": 0.1, "shard_tokens": 13_000}
+    first, copy = (open_dataset(prepared(numbered_texts, name=name, **recipe)) for name in ("first", "copy"))
+    other = open_dataset(prepared([*numbered_texts[:-1], "another"], name="other", **recipe))
+    digests = {dataset.split(name).digest for dataset in (first, other) for name in ("train", "valid")}
+    assert all(re.fullmatch("[0-9a-f]{16}", digest) for digest in digests)
+    assert [copy.split(name).digest for name in ("train", "valid")] == [
+        first.manifest.splits[name].digest for name in ("train", "valid")
+    ]
+    assert len(digests) == 3 and first.split("valid").digest == other.split("valid").digest
 
 
 def damage(path, how):

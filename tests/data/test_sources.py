@@ -174,14 +174,20 @@ def test_missing_inputs_are_named(tmp_path):
         read(tmp_path / "*.jsonl")
     with pytest.raises(DataError, match="nothing matches"):
         read(tmp_path / "absent" / "*.jsonl")
-    with pytest.raises(DataError, match=r"add a glob such as /\*\.txt"):
+    with pytest.raises(DataError, match=r"no input files in .* and its folders; known kinds are \.txt"):
         read(tmp_path)
     (tmp_path / "a.doc").write_text("x")
     with pytest.raises(DataError, match=r"a\.doc: unknown kind of input; known are \.txt"):
         read(tmp_path / "a.doc")
-    (tmp_path / "b.txt").mkdir()
-    with pytest.raises(DataError, match="directory"):
-        read(tmp_path / "b.txt")
+
+
+def test_a_folder_is_all_the_text_in_it(tmp_path, caplog):
+    for name in ("b.txt", "a/z.txt", "a/y.jsonl", "a/notes.md", "a/LICENSE", ".git/c.txt", ".d.txt", "e.txt/f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
+    assert read(tmp_path) == ["a/y.jsonl", "a/z.txt", "b.txt", "e.txt/f.txt"]
+    assert "files of other kinds are left out: 2 (.md, LICENSE)" in caplog.text
+    assert read(tmp_path / "a") == ["a/y.jsonl", "a/z.txt"]
 
 
 def test_buckets_without_their_extra(tmp_path):

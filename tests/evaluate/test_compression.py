@@ -2,12 +2,17 @@
 
 import lzma
 import random
+from pathlib import Path
 
 import pytest
 
+from lmjax import experiment
+from lmjax.config import Config
+from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.errors import DataError
 from lmjax.evaluate import compression
 from lmjax.evaluate.compression import primed_xz_bits_per_byte, xz_bits_per_byte
+from lmjax.train.config import TrainConfig
 
 WORDS = [f"{'bcdfghklmnprst'[i % 14]}{'aeiou'[i % 5]}{'lmnrst'[i % 6]}{i % 17}" for i in range(400)]
 
@@ -42,6 +47,31 @@ def test_what_cannot_be_compressed_is_refused(monkeypatch: pytest.MonkeyPatch) -
         xz_bits_per_byte(b"")
     with pytest.raises(DataError, match="no text to compress"):
         primed_xz_bits_per_byte(b"abc", b"")
-    monkeypatch.setattr(compression, "_LARGEST", 1 << 13)
+    monkeypatch.setattr(compression, "LARGEST", 1 << 13)
     with pytest.raises(DataError, match="do not fit xz's dictionary"):
         primed_xz_bits_per_byte(bytes(1 << 13), b"abc")
+
+
+def test_it_reads_all_shards_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a text is cut into shards, xz says the same of it; and what is too long is refused before training."""
+    for number in range(40):
+        (tmp_path / f"{number:02d}.txt").write_bytes(prose(number, 300))
+    found = {}
+    for shard_tokens in (1 << 26, 9_000):
+        recipe = PrepareConfig(
+            inputs=(f"{tmp_path}/*.txt",),
+            tokenizer=TokenizerConfig(kind="bytes"),
+            valid_fraction=0.3,
+            shard_tokens=shard_tokens,
+            workers=1,
+        )
+        source = SourceConfig(path=f"{tmp_path}/{shard_tokens}", prepare=recipe)
+        cfg = Config(data=DataConfig(sources={"a": source}), train=TrainConfig(compression_baseline=True))
+        data = experiment.open_data(cfg)
+        assert len(data.datasets["a"].split("valid").shards) == (2 if shard_tokens == 9_000 else 1)
+        found[shard_tokens] = experiment.compression_baselines(data)
+    one, several = found.values()
+    assert one.keys() == {"val/a/xz_bpb", "val/a/xz_primed_bpb"} and one == several
+    monkeypatch.setattr(compression, "LARGEST", (1 << 27) + 1000)
+    with pytest.raises(DataError, match=r"'a' has .* bytes, more than the 1,000 .* train.compression_baseline=False"):
+        experiment.open_data(cfg)
