@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 
 from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
@@ -74,7 +75,7 @@ def matrix_products(jaxpr: Any, times: int = 1, in_kernel: bool = False) -> Iter
             trips = equation.params["length"]
         elif kernel:
             trips = math.prod(equation.params["grid_mapping"].grid)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from matrix_products(inner, times * trips, in_kernel or kernel)
 
 
