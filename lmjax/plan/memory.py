@@ -100,7 +100,8 @@ def saved_for_backward(jaxpr: Any) -> float:
         if equation.primitive.name == "scan":
             total += sum(local_bytes(variable.aval) for variable in equation.outvars[equation.params["num_carry"] :])
         if equation.primitive.name != "pallas_call":
-            total += sum(map(saved_for_backward, jax.extend.core.jaxprs_in_params(equation.params)))
+            together = max if equation.primitive.name == "cond" else sum  # of a switch one branch runs
+            total += together(map(saved_for_backward, jax.extend.core.jaxprs_in_params(equation.params)))
     return total
 
 
