@@ -263,7 +263,8 @@ def embed_tokens(
     x_BTD = lookup_tokens(params["embed"], tokens_BT, cfg.dtype) * jnp.asarray(cfg.embed_scale, cfg.dtype)
     where_BT = constrain(where_BT, "batch" if len(where_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":
-        x_BTD = x_BTD + lookup(gather(params["position"]), where_BT, cfg.dtype)
+        # In float32, since the gradient of a position is a sum over the batch.
+        x_BTD = (x_BTD + lookup(gather(params["position"]), where_BT, jnp.float32)).astype(cfg.dtype)
     if cfg.position == "sinusoidal":
         x_BTD = x_BTD + sinusoidal(where_BT, cfg.embed).astype(cfg.dtype)
     if cfg.embed_norm:
