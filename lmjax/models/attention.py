@@ -76,9 +76,16 @@ def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
     return per_device(local, (heads, kv_heads, kv_heads), heads)(q_BTNH, k_BSKH, v_BSKH)
 
 
+def _compute_capability() -> tuple[int, ...]:
+    """Of our own GPU: (9, 0) is Hopper. (0,) where there is none."""
+    return tuple(map(int, getattr(jax.local_devices()[0], "compute_capability", "0").split(".")))
+
+
 def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    H, limit = q_BTNH.shape[-1], 256 if _compute_capability() >= (9, 0) else 128
     checks = {
         "needs an NVIDIA GPU": platform() != "gpu",
+        f"needs a head size divisible by 8, at most {limit} on this GPU, not {H}": H % 8 > 0 or limit < H,
         f"computes in 16 bit, not {q_BTNH.dtype}: set model.dtype=bfloat16": q_BTNH.dtype.itemsize != 2,
         "has no softcap": score.softcap is not None,
         "has no ALiBi": score.slopes_N is not None,

@@ -55,7 +55,7 @@ def test_no_sum_is_long_in_16_bits(cfg: ModelConfig) -> None:
 
 
 def sums_of(jaxpr: Any) -> Iterator[tuple[str, Any, float]]:
-    """(how, type, how many terms a result has at most) of each sum but matrix products, which keep theirs in float32."""
+    """(how, type, terms of a result) of each sum but matrix products, which keep theirs in float32."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in ("reduce_sum", "cumsum", "scatter-add", "reduce_window_sum"):
@@ -77,7 +77,7 @@ def test_a_bias_counts_every_token() -> None:
 def test_gradients_in_16_bits_are_those_in_float32(cfg: ModelConfig) -> None:
     """Of every weight over 16,384 tokens, to what activations in bfloat16 leave of it.
 
-    A bias of all keys alike has no gradient but where they are rotated: what is small beside all others is not compared.
+    A bias of all keys alike has no gradient but where they are rotated: what is small beside the others is left out.
     """
     B, T = 2048, 8
     cfg = replace(with_capacity(cfg)[0], layers=len(cfg.pattern) + cfg.moe.dense_first, context=T)
