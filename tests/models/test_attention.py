@@ -121,8 +121,10 @@ def test_cudnn_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("size", "capability", "able"),
-    [(64, "8.0", True), (128, "8.0", True), (136, "8.0", False), (256, "8.9", False)]
-    + [(256, "9.0", True), (256, "10.0", True), (264, "9.0", False), (6, "9.0", False), (100, "9.0", False)],
+    [
+        *((64, "8.0", True), (128, "8.0", True), (136, "8.0", False), (256, "8.9", False), (256, "9.0", True)),
+        *((256, "10.0", True), (264, "9.0", False), (6, "9.0", False), (100, "9.0", False)),
+    ],
 )
 def test_cudnn_refuses_head_sizes_that_it_cannot_do(
     monkeypatch: pytest.MonkeyPatch, size: int, capability: str, able: bool

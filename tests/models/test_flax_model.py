@@ -136,9 +136,9 @@ class NnxAttention(nnx.Module):
 def test_heads_biases_and_the_head_are_what_they_are(framework: str, use_bias: bool) -> None:
     """Decay leaves biases of any rank alone, Muon takes hidden matrices of any rank and not the head."""
     if framework == "linen":
-        model, params = from_linen(LinenAttention(use_bias), TOKENS_BT, jax.random.key(0))
+        model, _ = from_linen(LinenAttention(use_bias), TOKENS_BT, jax.random.key(0))
     else:
-        model, params = from_nnx(NnxAttention(use_bias, nnx.Rngs(0)))
+        model, _ = from_nnx(NnxAttention(use_bias, nnx.Rngs(0)))
     spec = by_path(model.spec)
     for name, (kind, inputs, outputs) in ATTENTION.items():
         if use_bias or kind != "bias":

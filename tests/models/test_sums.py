@@ -74,13 +74,23 @@ def test_a_bias_counts_every_token() -> None:
     np.testing.assert_array_equal(dbias_F, 64 * 1024)
 
 
-def test_gradients_in_16_bits_are_those_in_float32(cfg: ModelConfig) -> None:
+def test_gradients_in_16_bits_are_those_in_float32(cfgs: dict[str, ModelConfig]) -> None:
+    check_gradients(cfgs["olmo2"])
+
+
+@pytest.mark.slow
+def test_gradients_of_every_family_in_16_bits_are_those_in_float32(cfg: ModelConfig) -> None:
+    check_gradients(cfg)
+
+
+def check_gradients(cfg: ModelConfig) -> None:
     """Of every weight over 16,384 tokens, to what activations in bfloat16 leave of it.
 
     A bias of all keys alike has no gradient but where they are rotated: what is small beside the others is left out.
     """
     B, T = 2048, 8
-    cfg = replace(with_capacity(cfg)[0], layers=len(cfg.pattern) + cfg.moe.dense_first, context=T)
+    cfg = with_capacity(cfg)[0]
+    cfg = replace(cfg, layers=len(cfg.pattern) + cfg.moe.dense_first, context=T)
     function, spec = gradient(cfg, B, T)
     spread = map_weights(lambda weight: replace(weight, init=normal(0.05)), spec)  # for biases to matter
     params = jax.jit(lambda key: jax.tree.map(jnp.add, initialize(spec, key), initialize(spread, key)))(
