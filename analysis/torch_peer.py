@@ -42,14 +42,15 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(D, bias=bias), nn.LayerNorm(D, bias=bias)
         self.qkv, self.output = nn.Linear(D, 3 * D, bias=bias), nn.Linear(D, D, bias=bias)
         self.up, self.down = nn.Linear(D, cfg.mlp, bias=bias), nn.Linear(cfg.mlp, D, bias=bias)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout, self.attention_dropout = nn.Dropout(cfg.dropout), cfg.attention_dropout
 
     def forward(self, x_BTD: Any) -> Any:
         q_BNTH, k_BNTH, v_BNTH = (
             y_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for y_BTD in self.qkv(self.attention_norm(x_BTD)).chunk(3, dim=-1)
         )
-        y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
+        rate = self.attention_dropout if self.training else 0.0
+        y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, dropout_p=rate, is_causal=True)
         x_BTD = x_BTD + self.dropout(self.output(y_BNTH.transpose(1, 2).flatten(2)))
         return x_BTD + self.dropout(self.down(self.activation(self.up(self.mlp_norm(x_BTD)))))
 

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.embed_norm = True
     config.model.activation = "relu"
     config.model.bias = True
-    config.model.dropout = 0.1
+    config.model.dropout, config.model.attention_dropout = 0.1, 0.1
     config.model.residual_init_scale = 1.0
 
     config.optimizer.learning_rate = 2e-4

@@ -3,7 +3,8 @@
 Reproduces  nanoGPT's presets for shakespeare_char (github.com/karpathy/nanoGPT): `cpu` (4 layers, d 128, context 64,
             batch 12, 2000 steps), reported 1.88 nats per character by sampling; `gpu` (6 layers, d 384, context 256,
             batch 64, 5000 steps, dropout 0.2), reported 1.4697. nanoGPT also drops attention weights; here dropout
-            acts on embeddings and on the outputs of attention and mlp. `modern` has the cpu preset's size and steps
+            acts on embeddings and on the outputs of attention and mlp (--config.model.attention_dropout=0.2 adds
+            that, without flash attention). `modern` has the cpu preset's size and steps
             with rotary positions, RMSNorm and Muon.
 Costs       cpu and modern: about a minute on 2 CPU cores. gpu: minutes on one GPU.
 Command     lmjax train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare \\

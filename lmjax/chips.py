@@ -31,6 +31,8 @@ GIB = 2**30
 
 # By the words of `jax.Device.device_kind` that tell a chip apart; the first that matches counts.
 CHIPS: dict[str, Chip] = {
+    "GB300": Chip(2.5e15),  # NVIDIA GB300 NVL72 data sheet: 5000 with sparsity
+    "B300": Chip(2.25e15),  # NVIDIA HGX B300 data sheet: 4500 with sparsity
     "GB200": Chip(2.5e15),  # NVIDIA GB200 NVL72 data sheet: 5000 with sparsity
     "B200": Chip(2.25e15),  # NVIDIA HGX B200 data sheet: 4500 with sparsity
     "H200 NVL": Chip(8.355e14),  # NVIDIA H200 data sheet: 1671 with sparsity
@@ -61,9 +63,13 @@ CHIPS: dict[str, Chip] = {
     "TPU7x": Chip(1.1535e15, 94.75 * GIB, 3.69e12, 100e9, 6.25e9),  # Ironwood: a device is one of its two chiplets
 }
 
+# What jax calls some of them as well (jax's pallas/mosaic/tpu_info.py and mesh_utils.py).
+OTHER_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite", "TPU7": "TPU7x"}
+
 
 def chip(device_kind: str) -> Chip | None:
     """What we know of a device, or None where we know nothing (a CPU)."""
+    device_kind = OTHER_NAMES.get(device_kind, device_kind)
     return next((chip for name, chip in CHIPS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 

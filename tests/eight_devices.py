@@ -107,6 +107,7 @@ ACCUMULATING = replace(CONFIG, model=MIXTURE, train=replace(CONFIG.train, microb
 CONFIGS = {
     "dense": CONFIG,
     "capacity": ACCUMULATING,
+    "dropping": replace(CONFIG, model=replace(MODEL, attention_dropout=0.2)),
     "dropless": replace(ACCUMULATING, model=replace(MIXTURE, moe=replace(MIXTURE.moe, dispatch="dropless"))),
 }
 Cfgs = dict[str, ModelConfig]
@@ -160,7 +161,7 @@ def check_step(experiment: Experiment, model: str = "dense") -> TrainState:
     for path, want in expected_gradients.items():
         np.testing.assert_allclose(gradients[path], want, rtol=0, atol=1e-4 * np.abs(want).max(), err_msg=path)
     assert jax.tree.map(lambda x: x.sharding, state) == parts.shardings(experiment)
-    if model != "capacity":  # for which every device gathers whole rows
+    if model not in ("capacity", "dropping"):  # for which every device gathers whole rows
         check_budget(experiment, collectives(program.as_text()))
     return state
 
@@ -228,6 +229,11 @@ def test_every_layout_computes_what_one_device_does(layout: str, tmp_path: Path)
     assert jax.tree.map(lambda x: x.sharding, restored) == parts.shardings(run)
     for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("layout", ["fsdp+cp+tp", pytest.param("dp+cp+tp", marks=pytest.mark.slow)])
+def test_attention_weights_are_dropped_as_on_one_device(layout: str) -> None:
+    check_step(experiment(layout, "dropping"), "dropping")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -149,5 +150,5 @@ def test_all_logits_at_once_never_exist() -> None:
 def largest_array(jaxpr: Any) -> int:
     """Elements of the largest array with a vocabulary axis, loops and all that they stack included."""
     sizes = [v.aval.size for equation in jaxpr.eqns for v in equation.outvars if V in v.aval.shape]
-    inner = [largest_array(j) for equation in jaxpr.eqns for j in jax.core.jaxprs_in_params(equation.params)]
+    inner = [largest_array(j) for equation in jaxpr.eqns for j in jax.extend.core.jaxprs_in_params(equation.params)]
     return max(sizes + inner, default=0)

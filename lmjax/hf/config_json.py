@@ -170,7 +170,7 @@ def write_config(cfg: ModelConfig, family: Family, dtype: str) -> Json:
     return values | {"torch_dtype": dtype, "use_cache": True}
 
 
-_TRAINING = ("dropout", "embed_dropout", "init_std", "embed_init_std", "residual_init_scale")
+_TRAINING = ("dropout", "attention_dropout", "embed_dropout", "init_std", "embed_init_std", "residual_init_scale")
 _MACHINE = ("attention", "dtype", "remat", "unroll")
 
 

@@ -44,8 +44,8 @@ _AXES = {
 }
 _NORMS = [name for name in _AXES if name.endswith("norm/scale")]
 # Settings that change no number that a trained model computes, or are compared by their sizes.
-_FREE = ("kv_heads", "head_dim", "attention", "dropout", "embed_dropout", "dtype", "remat", "unroll", "init_std",
-         "embed_init_std", "residual_init_scale")  # fmt: skip
+_FREE = ("kv_heads", "head_dim", "attention", "dropout", "attention_dropout", "embed_dropout", "dtype", "remat",
+         "unroll", "init_std", "embed_init_std", "residual_init_scale")  # fmt: skip
 _ORDER = {0: list(_AXES), 1: _NORMS + [name for name in _AXES if name not in _NORMS and name != "rotations"]}
 
 

@@ -22,6 +22,7 @@ from lmjax.models.ring import ring
 from lmjax.models.scores import Mask, Score, distance, scores, visible
 
 _HEADS, _KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+_NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
 _BY_INDEX = "orders keys by index: it cannot decode from a cache, nor share rows over mesh.context"
 
 
@@ -40,6 +41,7 @@ def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mas
     # backward pass, where the sum's gradient comes from [T, H] (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
     p_BKGTS = jnp.exp(s_BKGTS - jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True)))
     sum_BTKG = jnp.einsum("BKGTS->BTKG", p_BKGTS)
+    p_BKGTS = p_BKGTS if score.dropout is None else score.dropout.apply(p_BKGTS)
     y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
     return (y_BTKGH / sum_BTKG[..., None]).astype(v_BSKH.dtype).reshape(B, T, N, H)
 
@@ -61,7 +63,7 @@ def _xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, sc
 
 
 def _xla_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
-    return "has no softcap" if score.softcap is not None else None
+    return "has no softcap" if score.softcap is not None else _NO_DROPOUT if score.dropout is not None else None
 
 
 def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
@@ -76,12 +78,20 @@ def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
     return per_device(local, (heads, kv_heads, kv_heads), heads)(q_BTNH, k_BSKH, v_BSKH)
 
 
+def _compute_capability() -> tuple[int, ...]:
+    """Of our own GPU: (9, 0) is Hopper. (0,) where there is none."""
+    return tuple(map(int, getattr(jax.local_devices()[0], "compute_capability", "0").split(".")))
+
+
 def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    H, limit = q_BTNH.shape[-1], 256 if _compute_capability() >= (9, 0) else 128
     checks = {
         "needs an NVIDIA GPU": platform() != "gpu",
+        f"needs a head size divisible by 8, at most {limit} on this GPU, not {H}": H % 8 > 0 or limit < H,
         f"computes in 16 bit, not {q_BTNH.dtype}: set model.dtype=bfloat16": q_BTNH.dtype.itemsize != 2,
         "has no softcap": score.softcap is not None,
         "has no ALiBi": score.slopes_N is not None,
+        _NO_DROPOUT: score.dropout is not None,
         "cannot keep documents apart": mask.segments_BT is not None,
         _BY_INDEX: mask.key_positions_BS is not None,
     }
@@ -124,8 +134,8 @@ def _splash_kernel(T: int, heads: int, window: int | None, cap: float | None) ->
 
 
 def _splash_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
-    if score.slopes_N is not None:
-        return "has no ALiBi"
+    if score.slopes_N is not None or score.dropout is not None:
+        return "has no ALiBi" if score.dropout is None else _NO_DROPOUT
     if mask.key_positions_BS is not None:
         return _BY_INDEX
     if q_BTNH.shape[1] % _SPLASH_BLOCK:
@@ -134,8 +144,8 @@ def _splash_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
 
 
 def _ring_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
-    if score.slopes_N is not None:
-        return "has no ALiBi"
+    if score.slopes_N is not None or score.dropout is not None:
+        return "has no ALiBi" if score.dropout is None else _NO_DROPOUT
     return _BY_INDEX if mask.key_positions_BS is not None else None
 
 

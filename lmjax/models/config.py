@@ -162,6 +162,8 @@ class ModelConfig:
     """Normalize after adding embeddings and positions."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """On the output of every attention and mlp."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On the weights that softmax gives the keys. The reference alone can do it, and holds them all."""
     embed_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     init_std: PositiveFloat | None = None

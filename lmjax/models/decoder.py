@@ -19,8 +19,9 @@ from lmjax.models import moe
 from lmjax.models.activations import softcap
 from lmjax.models.attention import Mask, Score, attention
 from lmjax.models.config import AttentionKind, LayerKind, ModelConfig, Segments, dominant, layer_index
+from lmjax.models.dropout import PairDropout, dropout, site_key
 from lmjax.models.flops import attention_flops
-from lmjax.models.layers import dropout, lookup, lookup_tokens, norm, norm_weights, rms_norm
+from lmjax.models.layers import lookup, lookup_tokens, norm, norm_weights, rms_norm
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp, mlp_weights
 from lmjax.models.model import Cache, Model
@@ -37,7 +38,7 @@ from lmjax.models.position import (
 from lmjax.models.remat import REMAT
 from lmjax.weights import Initializer, Params, Spec, Weight, bind, fan_in, map_weights, normal, stacked, zeros
 
-EMBED_SITE, ATTENTION_SITE, MLP_SITE = 0, 1, 2  # where dropout acts: part of a mask's name
+EMBED_SITE, ATTENTION_SITE, MLP_SITE, WEIGHTS_SITE = 0, 1, 2, 3  # where dropout acts: part of a mask's name
 
 
 def build(cfg: ModelConfig, *, microbatches: int | None = None) -> Model:
@@ -167,7 +168,7 @@ def block(
 
     def attend(h_BTD: jax.Array) -> jax.Array:
         nonlocal cache
-        y_BTD, cache = self_attention(p["attention"], h_BTD, context, cache, cfg, kind)
+        y_BTD, cache = self_attention(p["attention"], h_BTD, context, cache, cfg, kind, layer)
         return y_BTD
 
     def transform(h_BTD: jax.Array) -> jax.Array:
@@ -189,6 +190,7 @@ def self_attention(
     cache: caches.LayerCache | None,
     cfg: ModelConfig,
     kind: LayerKind,
+    layer: int | jax.Array,
 ) -> tuple[jax.Array, caches.LayerCache | None]:
     """Project, place, compare, mix; with a cache, keys and values of earlier tokens come from it."""
     q_BTNH = linear(x_BTD, p["query"], p.get("query_bias"))
@@ -204,6 +206,7 @@ def self_attention(
         scale=cfg.attention_scale or cfg.dims["head_dim"] ** -0.5,
         softcap=cfg.attention_softcap,
         slopes_N=alibi_slopes(cfg.heads) if cfg.position == "alibi" else None,
+        dropout=pair_dropout(context.keys_B, cfg.attention_dropout, layer),
     )
     mask = Mask(cfg.window_of(kind), context.segments_BT)
     if cache is not None:
@@ -213,6 +216,13 @@ def self_attention(
         mask = Mask(mask.window, None, context.positions_BT, seen.positions_BS)
     y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, score, cfg.attention)
     return linear(y_BTNH, p["output"], p.get("output_bias"), contract=2), cache
+
+
+def pair_dropout(keys_B: jax.Array | None, rate: float, layer: int | jax.Array) -> PairDropout | None:
+    """None in evaluation, too: `keys_B` None."""
+    if keys_B is None or rate == 0:
+        return None
+    return PairDropout(rate, jax.vmap(lambda key: site_key(key, layer, WEIGHTS_SITE))(keys_B))
 
 
 # The whole --------------------------------------------------------------------------------------------------------
@@ -263,7 +273,8 @@ def embed_tokens(
     x_BTD = lookup_tokens(params["embed"], tokens_BT, cfg.dtype) * jnp.asarray(cfg.embed_scale, cfg.dtype)
     where_BT = constrain(where_BT, "batch" if len(where_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":
-        x_BTD = x_BTD + lookup(gather(params["position"]), where_BT, cfg.dtype)
+        # In float32, since the gradient of a position is a sum over the batch.
+        x_BTD = (x_BTD + lookup(gather(params["position"]), where_BT, jnp.float32)).astype(cfg.dtype)
     if cfg.position == "sinusoidal":
         x_BTD = x_BTD + sinusoidal(where_BT, cfg.embed).astype(cfg.dtype)
     if cfg.embed_norm:

@@ -5,11 +5,13 @@ may see), and exact without causality (every query counts every key), which equa
 A backward pass costs two forward passes; recomputation (remat) is not counted.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 
 from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
@@ -65,7 +67,11 @@ class Product(NamedTuple):
 
 
 def matrix_products(jaxpr: Any, times: int = 1, in_kernel: bool = False) -> Iterator[Product]:
-    """Every matrix product of a program. A kernel's grid counts whole, tiles that it skips included."""
+    """Every matrix product that a program runs.
+
+    Of the branches of a switch that with most FLOPs counts: which one runs, only the run knows. A kernel's grid counts
+    whole, tiles that it skips included, and a loop whose rounds the data decides as one round.
+    """
     for equation in jaxpr.eqns:
         if equation.primitive.name in _PRODUCT_FLOPS:
             yield Product(equation, times, in_kernel)
@@ -74,8 +80,13 @@ def matrix_products(jaxpr: Any, times: int = 1, in_kernel: bool = False) -> Iter
             trips = equation.params["length"]
         elif kernel:
             trips = math.prod(equation.params["grid_mapping"].grid)
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from matrix_products(inner, times * trips, in_kernel or kernel)
+        inner = [
+            list(matrix_products(program, times * trips, in_kernel or kernel))
+            for program in jax.extend.core.jaxprs_in_params(equation.params)
+        ]
+        if equation.primitive.name == "cond":
+            inner = [max(inner, key=lambda products: sum(map(product_flops, products)))]
+        yield from itertools.chain.from_iterable(inner)
 
 
 def product_flops(product: Product, shape_of: Callable[[Any], tuple[int, ...]] = lambda aval: aval.shape) -> int:

@@ -1,14 +1,13 @@
-"""Small functions on arrays: normalization, dropout, embedding lookup."""
+"""Small functions on arrays: normalization, embedding lookup."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec
 
-from lmjax.layout import constrain, current_mesh, mesh_axes, partition, per_device, token_order, whole
+from lmjax.layout import current_mesh, mesh_axes, partition, per_device, whole
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
 
@@ -43,37 +42,6 @@ def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: 
         y = y - jnp.mean(y, axis=axes, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + epsilon) * scale
     return (y if bias is None else y + bias).astype(x.dtype)
-
-
-def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: float, layer: int | jax.Array, site: int) -> jax.Array:
-    """Zero a share `rate` of the entries and scale up the rest; `keys_B` None means evaluation.
-
-    A mask is named by (sample, layer, site) and by nothing else: accumulation, mesh and resume leave it identical.
-    """
-    if keys_B is None or rate == 0:
-        return x_BTD
-
-    def one(key: jax.Array, x_TD: jax.Array) -> jax.Array:
-        site_key = jax.random.fold_in(jax.random.fold_in(key, layer), site)
-        return jnp.where(bernoulli(site_key, 1 - rate, *x_TD.shape), x_TD / (1 - rate), 0)
-
-    return jax.vmap(one)(keys_B, x_BTD)
-
-
-def bernoulli(key: jax.Array, p: float, T: int, D: int) -> jax.Array:
-    """`jax.random.bernoulli(key, p, (T, D))` of a row's tokens, as they lie in the residual stream.
-
-    On a mesh every device draws the bits of its own tokens. Entry i of threefry's stream depends on i alone, so they
-    are the bits of a single device, whatever order the tokens are in.
-    """
-    if current_mesh() is None:
-        return jax.random.bernoulli(key, p, (T, D))
-    assert T * D < 1 << 32, "the upper half of threefry's counter is taken to be 0"
-    tokens_T = constrain(token_order(T), "residual_time").astype(jnp.uint32)
-    count_TD = tokens_T[:, None] * jnp.uint32(D) + jnp.arange(D, dtype=jnp.uint32)
-    high, low = threefry2x32_p.bind(*jax.random.key_data(key), jnp.zeros_like(count_TD), count_TD)
-    one_to_two_TD = jax.lax.bitcast_convert_type((high ^ low) >> 9 | jnp.uint32(0x3F800000), jnp.float32)
-    return one_to_two_TD - 1 < p
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:

@@ -17,11 +17,17 @@ def linear(
     """x[*rows, *in] @ w[*in, *out] + bias[*out] -> [*rows, *out], contracting the `contract` axes named in.
 
     `dtype` is the result's type (default: that of x); the sum itself is kept at least in float32 by XLA. On a mesh rows
-    stay where they are and outputs lie as the weight's.
+    stay where they are and outputs lie as the weight's. The bias is float32.
     """
     dtype = dtype or x.dtype
     y = _flat(x, w, contract, dtype) if current_mesh() is None else _on_mesh(x, w, contract, dtype)
-    return y if bias is None else y + bias.astype(dtype)
+    return y if bias is None else add_bias(y, bias)
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y + a float32 bias for all rows alike, in y's type, added in float32: so the bias's gradient, a sum over all
+    rows, is added up in float32. In bfloat16 a sum of equal terms stops growing at 256 of them."""
+    return (y.astype(bias.dtype) + bias).astype(y.dtype)
 
 
 def _flat(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:

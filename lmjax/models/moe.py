@@ -27,7 +27,7 @@ from lmjax.models.attention import platform
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.exchange import routes, send, send_back
 from lmjax.models.grouped import grouped_dot
-from lmjax.models.linear import linear
+from lmjax.models.linear import add_bias, linear
 from lmjax.models.mlp import feed_forward, mlp, mlp_weights
 from lmjax.weights import Initializer, Params, Spec, Weight, map_weights, zeros
 
@@ -90,7 +90,8 @@ def mixture(
     if cfg.moe.shared_mlp is not None:
         shared_BTD = mlp(p["shared"], x_BTD, cfg)
         if cfg.moe.shared_gate:
-            shared_BTD = jax.nn.sigmoid(linear(x_BTD, p["shared_gate"])) * shared_BTD
+            gate_BT1 = jax.nn.sigmoid(linear(x_BTD, p["shared_gate"], dtype=jnp.float32))  # whose gradient sums over D
+            shared_BTD = (gate_BT1 * shared_BTD).astype(x_BTD.dtype)
         y_BTD = y_BTD + shared_BTD
     return y_BTD, tally
 
@@ -242,7 +243,7 @@ def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
     def project(x_ERI: jax.Array, name: str) -> jax.Array:
         y_ERO = jnp.einsum("ERI,EIO->ERO", x_ERI, p[name], preferred_element_type=x_ERI.dtype)
         bias_EO = p.get(f"{name}_bias")
-        return y_ERO if bias_EO is None else y_ERO + bias_EO[:, None].astype(x_ERI.dtype)
+        return y_ERO if bias_EO is None else add_bias(y_ERO, bias_EO[:, None])
 
     y_ERD = feed_forward(project, x_ERD, cfg) if shards("experts") == 1 else _exchanged(project, x_ERD, cfg)
     y_BSD = y_ERD.reshape(E, B, C, D).swapaxes(0, 1).reshape(B, E * C, D)

@@ -167,31 +167,51 @@ def _go_round(rule: Rule, visit: Visit, queries: Queries, state: Any, keys: Keys
     """
     if rule.devices == 1:
         return visit(queries, state, keys, gradient)
-    to_next = [(device, (device + 1) % rule.devices) for device in range(rule.devices)]
 
-    def pass_on(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, to_next), tree)
-
-    def body(carry: Any, number: jax.Array) -> tuple[Any, None]:
+    def compare(carry: Any, number: Any, hop: int) -> Any:
         state, keys, gradient = carry
-        following = pass_on(keys)  # on their way while these are compared
-        state, gradient = _meet(rule, visit, number, queries, state, keys, gradient)
-        return (state, following, pass_on(gradient)), None
+        following = _pass_on(rule, keys, hop)  # on their way while these are compared
+        meet = visit if number is None else functools.partial(_meet, rule, visit, number)
+        state, gradient = meet(queries, state, keys, gradient)
+        return state, following, _pass_on(rule, gradient, hop)
 
-    # Tied to data: the masks of all rounds, which depend on none, would else be computed for all layers and kept.
-    rounds, _ = jax.lax.optimization_barrier((jnp.arange(rule.devices), queries.q_BTNH))
-    (state, keys, gradient), _ = jax.lax.scan(body, (state, keys, gradient), rounds[:-1])
-    state, gradient = _meet(rule, visit, rounds[-1], queries, state, keys, gradient)
-    return state, pass_on(gradient)
+    stretches = _stretches(rule, queries.q_BTNH.shape[1] // 2)
+    ends = [*(stretch[0] for stretch in stretches), rule.devices]
+    carry = compare((state, keys, gradient), None, ends[0])
+    for stretch, end in zip(stretches, ends[1:], strict=True):
+        # Tied to data: the masks of all rounds, which depend on none, would else be computed for all layers and kept.
+        rounds, _ = jax.lax.optimization_barrier((jnp.asarray(stretch), queries.q_BTNH))
+        carry, _ = jax.lax.scan(lambda carry, number: (compare(carry, number, 1), None), carry, rounds[:-1])
+        carry = compare(carry, rounds[-1], end - stretch[-1])
+    state, _, gradient = carry
+    return state, gradient
+
+
+def _pass_on(rule: Rule, tree: Any, hop: int) -> Any:
+    """To the device `hop` places further on."""
+    if hop == rule.devices:
+        return tree
+    pairs = [(device, (device + hop) % rule.devices) for device in range(rule.devices)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, pairs), tree)
+
+
+def _stretches(rule: Rule, chunk: int) -> list[list[int]]:
+    """The rounds after the first, in which each device has its own keys, cut where keys pass by whom they are far from.
+
+    In a window of w chunks those are the w rounds after the first, from the early chunks before, and the last w, from
+    the late ones; all rounds without one. Nobody waits in the rounds between: the keys make one long hop.
+    """
+    apart = rule.devices if rule.window is None else 1 + (rule.window - 2) // chunk  # chunks, of tokens that can meet
+    if 2 * apart >= rule.devices - 1:
+        return [list(range(1, rule.devices))]
+    numbers = [list(range(1, apart + 1)), list(range(rule.devices - apart, rule.devices))]
+    return [stretch for stretch in numbers if stretch]
 
 
 def _meet(
     rule: Rule, visit: Visit, number: Any, queries: Queries, state: Any, keys: Keys, gradient: Any
 ) -> tuple[Any, Any]:
-    """Compare queries with the keys of the device `number` places back, as far as they can see each other."""
-
-    def own(queries: Queries, state: Any, keys: Keys, gradient: Any) -> tuple[Any, Any]:
-        return visit(queries, state, keys, gradient)
+    """Compare queries with the keys of the device `number` > 0 places back, as far as they can see each other."""
 
     def early_keys(queries: Queries, state: Any, keys: Keys, gradient: Any) -> tuple[Any, Any]:
         early, late = _halves(gradient)
@@ -207,11 +227,11 @@ def _meet(
         return state, gradient
 
     me = jax.lax.axis_index(AXIS)
-    which = jnp.where(number == 0, 0, jnp.where(number <= me, 1, 2))
+    which = jnp.where(number <= me, 0, 1)
     if rule.window is not None:
         near = visible(_mask(rule, queries, keys)._replace(segments_BT=None), *_lengths(queries, keys))
-        which = jnp.where(jnp.any(near), which, 3)
-    branches = (own, early_keys, late_queries, far_apart)
+        which = jnp.where(jnp.any(near), which, 2)
+    branches = (early_keys, late_queries, far_apart)
     return jax.lax.switch(which, branches, queries, state, keys, gradient)
 
 

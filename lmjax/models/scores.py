@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.models.activations import softcap
+from lmjax.models.dropout import PairDropout
 
 
 class Mask(NamedTuple):
@@ -31,6 +32,7 @@ class Score(NamedTuple):
     softcap: float | None = None
     slopes_N: np.ndarray | None = None
     """ALiBi: subtract slope * distance."""
+    dropout: PairDropout | None = None
 
 
 def distance(mask: Mask, T: int, S: int) -> jax.Array:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 
 from lmjax.experiment import device_bytes
 from lmjax.plan.roofline import local_bytes, local_shape
@@ -99,7 +100,8 @@ def saved_for_backward(jaxpr: Any) -> float:
         if equation.primitive.name == "scan":
             total += sum(local_bytes(variable.aval) for variable in equation.outvars[equation.params["num_carry"] :])
         if equation.primitive.name != "pallas_call":
-            total += sum(map(saved_for_backward, jax.core.jaxprs_in_params(equation.params)))
+            together = max if equation.primitive.name == "cond" else sum  # of a switch one branch runs
+            total += together(map(saved_for_backward, jax.extend.core.jaxprs_in_params(equation.params)))
     return total
 
 
@@ -107,7 +109,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation
         if equation.primitive.name != "pallas_call":  # whose own values never leave the chip
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from _equations(inner)
 
 

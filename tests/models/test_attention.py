@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,27 @@ def test_cudnn_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> 
     assert refuses(q_BTNH, Mask(), ALIBI) == "has no ALiBi"
     assert refuses(q_BTNH, Mask(segments_BT=SEGMENTS_BT), Score(1.0)) == "cannot keep documents apart"
     assert "cannot decode from a cache" in str(refuses(q_BTNH, Mask(None, None, positions, positions), Score(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("size", "capability", "able"),
+    [
+        *((64, "8.0", True), (128, "8.0", True), (136, "8.0", False), (256, "8.9", False), (256, "9.0", True)),
+        *((256, "10.0", True), (264, "9.0", False), (6, "9.0", False), (100, "9.0", False)),
+    ],
+)
+def test_cudnn_refuses_head_sizes_that_it_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, size: int, capability: str, able: bool
+) -> None:
+    """Those of jax's own check, check_is_flash_attention; then another backend is chosen."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    q_BTNH = jnp.ones((1, 8, 2, size), jnp.bfloat16)
+    refusal = BACKENDS["cudnn"].refuses(q_BTNH, Mask(), Score(1.0))
+    assert (refusal is None) == able
+    if not able:
+        assert f"not {size}" in str(refusal)
+        np.testing.assert_array_equal(attention(q_BTNH, q_BTNH, q_BTNH, Mask(), Score(1.0)), q_BTNH)
 
 
 # Masks by position, and the ring buffer ---------------------------------------------------------------------------

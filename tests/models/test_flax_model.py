@@ -12,14 +12,15 @@ from flax import linen, nnx
 
 from lmjax.data.batch import Batch
 from lmjax.metrics import finish
-from lmjax.models.flax_model import from_linen, from_nnx
+from lmjax.models.flax_model import declare, from_linen, from_nnx
 from lmjax.models.model import Model
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig, hyper
+from lmjax.optim.muon import is_hidden_matrix
 from lmjax.train.objective import LossConfig, language_model
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import make_step
-from lmjax.weights import Params, Weight, by_path, count
+from lmjax.weights import Params, Weight, by_path, count, decays
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -99,6 +100,90 @@ def test_spec_says_what_each_array_is(case: Case) -> None:
     matrices = [weight for weight in spec.values() if weight.kind == "matmul"]
     assert sorted(weight.fan_in for weight in matrices) == [D, F]
     assert count(model.spec).matmul == D * F + F * V
+
+
+N, H = 2, 4
+ATTENTION = {
+    "query/kernel": ("matmul", (D,), (N, H)),
+    "query/bias": ("bias", (), (N, H)),
+    "out/kernel": ("matmul", (N, H), (D,)),
+    "out/bias": ("bias", (), (D,)),
+}
+
+
+class LinenAttention(linen.Module):
+    use_bias: bool
+
+    @linen.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        x_BTD = linen.Embed(V, D, name="embed")(tokens_BT) + self.param("position_embed", linen.zeros, (1, 1, D))
+        x_BTD = linen.MultiHeadDotProductAttention(N, name="mix", use_bias=self.use_bias)(x_BTD)
+        return linen.Dense(V, name="embed_to_vocab")(linen.Dense(D, name="mlp")(x_BTD))
+
+
+class NnxAttention(nnx.Module):
+    def __init__(self, use_bias: bool, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(V, D, rngs=rngs)
+        self.mix = nnx.MultiHeadAttention(N, D, decode=False, use_bias=use_bias, rngs=rngs)
+        self.embed_to_vocab, self.mlp = nnx.Linear(D, V, rngs=rngs), nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return self.embed_to_vocab(self.mlp(self.mix(self.embed(tokens_BT))))
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_heads_biases_and_the_head_are_what_they_are(framework: str, use_bias: bool) -> None:
+    """Decay leaves biases of any rank alone, Muon takes hidden matrices of any rank and not the head."""
+    if framework == "linen":
+        model, _ = from_linen(LinenAttention(use_bias), TOKENS_BT, jax.random.key(0))
+    else:
+        model, _ = from_nnx(NnxAttention(use_bias, nnx.Rngs(0)))
+    spec = by_path(model.spec)
+    for name, (kind, inputs, outputs) in ATTENTION.items():
+        if use_bias or kind != "bias":
+            weight = spec[f"mix/{name}"]
+            sizes = dict(zip(weight.names, weight.shape, strict=True))
+            found = tuple(tuple(sizes[axis] for axis in axes) for axes in (weight.in_axes, weight.out_axes))
+            assert (weight.kind, *found) == (kind, inputs, outputs)
+    assert not [path for path, weight in spec.items() if decays(weight) == path.endswith("bias")]
+    hidden = {path for path, weight in spec.items() if is_hidden_matrix(weight)}
+    assert hidden == {*(f"mix/{part}/kernel" for part in ("query", "key", "value", "out")), "mlp/kernel"}
+    assert "vocab" in spec["embed_to_vocab/kernel"].out_axes
+    tables = {path for path, weight in spec.items() if weight.kind == "lookup"}
+    assert tables == {"embed/embedding", "position_embed"} & {*spec}
+    assert not any(weight.tied for weight in spec.values())
+
+
+def test_a_table_that_is_the_head_counts_as_one() -> None:
+    class Tied(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.embed = nnx.Embed(V, D, rngs=rngs)
+
+        def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+            return self.embed.attend(self.embed(tokens_BT))
+
+    model, _ = from_nnx(Tied(nnx.Rngs(0)))
+    assert count(model.spec).matmul == count(model.spec).total == V * D
+
+
+def test_a_declaration_overrides_what_names_and_shapes_tell() -> None:
+    params = {"mixer": jnp.ones((3, D, F)), "odd": {"kernel": jnp.ones((D, V))}, "tail": {"kernel": jnp.ones((D, V))}}
+    both = by_path(declare(params, V))
+    assert not any(is_hidden_matrix(both[path]) for path in ("odd/kernel", "tail/kernel")), "either may be the head"
+    given = {
+        "mixer": "mixers | embed -> wide",
+        "odd/kernel": Weight("odd -> even"),
+        "tail/kernel": Weight("-> a b", "bias"),
+    }
+    spec = by_path(declare(params, V, given))
+    assert spec["mixer"].batch_axes == ("mixers",) and spec["mixer"].fan_in == D
+    assert is_hidden_matrix(spec["odd/kernel"]) and not decays(spec["tail/kernel"])
+    assert spec["mixer"].shape == (3, D, F)
+    with pytest.raises(ValueError, match="declared names tale, which is no param; there are mixer, odd/kernel"):
+        declare(params, V, {"tale": "-> a"})
+    with pytest.raises(ValueError, match=r"declared\['mixer'\] has the axes 'a -> b', the param \(3, 8, 16\)"):
+        declare(params, V, {"mixer": "a -> b"})
 
 
 def test_what_a_module_would_ignore_is_refused() -> None:

@@ -13,7 +13,9 @@ from lmjax import experiment as parts
 from lmjax.collectives import Collective, by_kind, collectives
 from lmjax.config import Config, parse
 from lmjax.errors import ConfigError
-from lmjax.plan import step, topology
+from lmjax.models.flops import sequence_flops
+from lmjax.plan import roofline, step, topology
+from lmjax.weights import count
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -83,6 +85,40 @@ def test_fsdp_gathers_weights_for_each_pass(fsdp: step.Plan) -> None:
     norms = (2 * LAYERS + 1) * EMBED
     assert sent["reduce-scatter"] == OTHERS * 4 * (total - norms)
     assert 0 <= sent["all-reduce"] - 2 * OTHERS * 4 * norms < 200  # metrics
+
+
+@pytest.mark.parametrize(("devices", "window"), [(2, None), (4, None), (8, None), (8, 3), (8, 1), (4, 16)])
+def test_a_ring_computes_what_its_busiest_device_does(devices: int, window: int | None) -> None:
+    """All pairs of its own tokens, and half of all with each device whose keys are near: here by plain loops.
+
+    The closed form counts 6 products per pair, forward and backward; a ring computes the scores once more, and dy . y.
+    """
+    cfg = config(layout="fsdp+cp", context=devices)
+    local = {"pattern": ("local",), "window": window} if window else {}
+    experiment = parts.assemble(replace(cfg, model=replace(cfg.model, remat="none", **local)), jax.devices())
+    with parts.entered(experiment.mesh):
+        arguments = parts.abstract_state(experiment), {}, parts.abstract_batch(experiment)
+        program = parts.jitted_step(experiment).trace(*arguments).jaxpr.jaxpr
+    own, busiest = T // devices, 0.0
+    for me in range(devices):
+        others = [you for you in range(devices) if you != me and sees_any(me, you, T // (2 * devices), devices, window)]
+        busiest = max(busiest, own * own * (1 + len(others) / 2))
+    counts, flops = count(experiment.model.spec), sequence_flops(experiment.model, T)
+    matmuls, full = (BATCH / 8 * n for n in (6 * counts.matmul * T, flops.full))
+    executed = roofline.work(program, visible=1.0, state_bytes=0.0).flops
+    assert executed == matmuls + 2 * (BATCH * devices // 8) * LAYERS * EMBED * (7 * busiest + own)
+    if window is None:
+        dots = 2 * BATCH // 8 * LAYERS * EMBED * T
+        assert executed == pytest.approx(matmuls + 7 / 6 * (full - matmuls) * (devices + 1) / (2 * devices) + dots)
+
+
+def sees_any(me: int, you: int, chunk: int, devices: int, window: int | None) -> bool:
+    """Whether a query of one device sees a key of another, which have an early and a late chunk each."""
+
+    def places(device: int) -> list[int]:
+        return [chunk * part + i for part in (device, 2 * devices - 1 - device) for i in range(chunk)]
+
+    return any(0 <= t - s < (window or T) for t in places(me) for s in places(you))
 
 
 def test_data_parallel_sums_gradients() -> None:

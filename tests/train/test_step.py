@@ -12,7 +12,7 @@ from lmjax.data.batch import Batch
 from lmjax.metrics import finish
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
-from lmjax.models.layers import dropout
+from lmjax.models.dropout import dropout
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig, hyper
 from lmjax.train.objective import LossConfig, Objective, language_model

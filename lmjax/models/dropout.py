@@ -1,0 +1,72 @@
+"""Dropout whose masks have names: (sample, layer, site) says which entries are zeroed, on whatever devices they lie."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
+
+from lmjax.layout import constrain, current_mesh, token_order
+
+
+def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: float, layer: int | jax.Array, site: int) -> jax.Array:
+    """Zero a share `rate` of the entries and scale up the rest; `keys_B` None means evaluation.
+
+    A mask is named by (sample, layer, site) and by nothing else: accumulation, mesh and resume leave it identical.
+    """
+    if keys_B is None or rate == 0:
+        return x_BTD
+
+    def one(key: jax.Array, x_TD: jax.Array) -> jax.Array:
+        return jnp.where(bernoulli(site_key(key, layer, site), 1 - rate, *x_TD.shape), x_TD / (1 - rate), 0)
+
+    return jax.vmap(one)(keys_B, x_BTD)
+
+
+def site_key(key: jax.Array, layer: int | jax.Array, site: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, layer), site)
+
+
+def bernoulli(key: jax.Array, p: float, T: int, D: int) -> jax.Array:
+    """`jax.random.bernoulli(key, p, (T, D))` of a row's tokens, as they lie in the residual stream.
+
+    On a mesh every device draws the bits of its own tokens. Entry i of threefry's stream depends on i alone, so they
+    are the bits of a single device, whatever order the tokens are in.
+    """
+    if current_mesh() is None:
+        return jax.random.bernoulli(key, p, (T, D))
+    assert T * D < 1 << 32, "the upper half of threefry's counter is taken to be 0"
+    tokens_T = constrain(token_order(T), "residual_time").astype(jnp.uint32)
+    count_TD = tokens_T[:, None] * jnp.uint32(D) + jnp.arange(D, dtype=jnp.uint32)
+    high, low = threefry2x32_p.bind(*jax.random.key_data(key), jnp.zeros_like(count_TD), count_TD)
+    return _uniform(high ^ low) < p
+
+
+def _uniform(bits: jax.Array) -> jax.Array:
+    """uint32 -> float32 in [0, 1), as `jax.random.uniform` makes them."""
+    return jax.lax.bitcast_convert_type(bits >> 9 | jnp.uint32(0x3F800000), jnp.float32) - 1
+
+
+class PairDropout(NamedTuple):
+    """Zero a share of what a query takes from its keys, and scale up the rest: of the weights, after the softmax."""
+
+    rate: float
+    keys_B: jax.Array
+    """Named by sample, layer and site."""
+
+    def apply(self, p_BKGTS: jax.Array) -> jax.Array:
+        """Of a whole row's keys. Entry (t, s) of head n is the n-th stream's at t S + s, wherever it is computed."""
+        K, G, T, S = p_BKGTS.shape[1:]
+        assert T * S < 1 << 32, "a head has a stream of 2^32 entries"
+        head_KG = constrain(jnp.arange(K * G, dtype=jnp.uint32).reshape(K, G), "kv_heads", None)
+        query_T, key_S = constrain(token_order(T), "time").astype(jnp.uint32), token_order(S).astype(jnp.uint32)
+        place_TS = query_T[:, None] * jnp.uint32(S) + key_S
+
+        def one(key: jax.Array, p_KGTS: jax.Array) -> jax.Array:
+            nothing = jnp.zeros_like(p_KGTS, dtype=jnp.uint32)
+            high, place = nothing + head_KG[:, :, None, None], nothing + place_TS
+            bits = functools.reduce(jnp.bitwise_xor, threefry2x32_p.bind(*jax.random.key_data(key), high, place))
+            return jnp.where(_uniform(bits) < 1 - self.rate, p_KGTS / (1 - self.rate), 0)
+
+        return jax.vmap(one)(self.keys_B, p_BKGTS)
