@@ -23,7 +23,7 @@ from lmjax.checkpoint import CheckpointConfig
 from lmjax.data.config import DataConfig
 from lmjax.errors import ConfigError
 from lmjax.layout import MeshConfig
-from lmjax.models.config import ModelConfig
+from lmjax.models.config import ModelConfig, require_learning
 from lmjax.optim.config import OptimizerConfig
 from lmjax.schema import config_class, validated
 from lmjax.tracking import TrackingConfig
@@ -85,11 +85,13 @@ def parse(tree: Mapping[str, Any]) -> Config:
 
 
 def load(location: str, overrides: Iterable[str] = ()) -> Config:
-    """The config of `path.py[:argument]` with overrides `a.b=value` applied and everything checked."""
+    """The config to train, of `path.py[:argument]` with overrides `a.b=value` applied and everything checked."""
     tree = _run_config_file(location)
     for override in overrides:
         _apply_override(tree, override)
-    return parse(tree.to_dict())
+    cfg = parse(tree.to_dict())
+    require_learning(cfg.model)
+    return cfg
 
 
 def _run_config_file(location: str) -> ConfigDict:
