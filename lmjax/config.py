@@ -168,9 +168,12 @@ def from_json(path: epath.PathLike) -> Config:
     """The resolved config of a work directory: what resuming, evaluating and generating read. Runs no code."""
     path = epath.Path(path)
     try:
-        return parse(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable config ({_one_line(error)}); is it a work directory?") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not a readable config (it holds no JSON object); is it a work directory?")
+    return parse(tree)
 
 
 def digest(cfg: Config, *more: str) -> str:

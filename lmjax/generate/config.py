@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from lmjax.errors import ConfigError
-from lmjax.schema import Fraction, NonNegativeFloat, PositiveInt, Seed, config_class
+from lmjax.schema import Fraction, NonNegativeFloat, Seed, config_class
 
 LEAST_TEMPERATURE = 1e-20
 """Logits divided by less may leave float32, and infinite ones tie."""
@@ -45,7 +45,7 @@ class GenerateConfig:
     repetition_penalty: Annotated[float, Field(ge=1e-10, le=1e10)] = 1.0
     """Above 1, tokens already in the prompt or the text become less probable."""
 
-    beams: PositiveInt = 1
+    beams: Annotated[int, Field(gt=0, le=1 << 16)] = 1
     """Hypotheses that beam search keeps per prompt."""
     length_penalty: NonNegativeFloat = 0.6
     """Exponent of the length that beam search divides log-probabilities by: 0 favours short texts."""
