@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -24,6 +25,30 @@ def step_range(text: str) -> tuple[int, int]:
     if not (first.isdigit() and last.isdigit() and 2 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"'{text}' is not FIRST:LAST with 2 <= FIRST <= LAST")
     return int(first), int(last)
+
+
+def count(text: str) -> int:
+    """A number of things that arrays are made for."""
+    if not (text.isdecimal() and 0 < int(text[:20]) <= 1 << 24):
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not an integer from 1 to {1 << 24}")
+    return int(text)
+
+
+def gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a size above 0")
+    return size
+
+
+def path(text: str) -> str:
+    """Not empty, which would mean the current directory."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("it is empty, or no path")
+    return text
 
 
 def parser() -> Parser:
@@ -110,8 +135,8 @@ def _evaluate_arguments(sub: Parser) -> None:
     sub.add_argument("--step", type=int, help="default: the newest checkpoint")
     sub.add_argument("--data", action="append", metavar="DIR", help="prepared data set(s); default: the run's own")
     sub.add_argument("--split", default="valid", choices=["train", "valid"])
-    sub.add_argument("--batch", type=int, default=16, help="rows at a time; changes speed, not results")
-    sub.add_argument("--seq-len", type=int, help="default: as in training")
+    sub.add_argument("--batch", type=count, default=16, help="rows at a time; changes speed, not results")
+    sub.add_argument("--seq-len", type=count, help="default: as in training")
     sub.add_argument(
         "--documents",
         choices=["joined", "separate", "alone", "cut"],
@@ -128,7 +153,7 @@ def _generate_arguments(sub: Parser) -> None:
     sub.add_argument("--chat", action="store_true", help="answer the prompt, by the model's chat template")
     sub.add_argument("--system", metavar="TEXT", help="with --chat: the message that stands before the prompt")
     sub.add_argument("--tokens", type=int, default=128, help="how many to generate at most")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    sub.add_argument("--temperature", type=float, help="0 is greedy, and no draw is truncated; default: 0.8")
     sub.add_argument("--top-k", type=int)
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--min-p", type=float, default=0.0)
@@ -140,17 +165,15 @@ def _generate_arguments(sub: Parser) -> None:
 
 def _convert_arguments(sub: Parser) -> None:
     direction = sub.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from-hf", metavar="DIR", help="read a Hugging Face checkpoint into --workdir")
-    direction.add_argument("--from-llama2c", metavar="FILE.bin", help="read a llama2.c model into --workdir")
+    direction.add_argument("--from-hf", type=path, metavar="DIR", help="read a Hugging Face checkpoint into --workdir")
+    direction.add_argument("--from-llama2c", type=path, metavar="FILE.bin", help="read a llama2.c model into --workdir")
     direction.add_argument("--to-hf", action="store_true", help="write the model of --workdir to --out")
-    sub.add_argument("--workdir", required=True, help="the work directory to make, or a trained run")
+    sub.add_argument("--workdir", type=path, required=True, help="the work directory to make, or a trained run")
     sub.add_argument("--tokenizer", metavar="FILE", help="of --from-llama2c: its vocabulary, .bin or .model")
     sub.add_argument("--out", metavar="DIR", help="where --to-hf writes")
     sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")
-    sub.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of --to-hf's files"
-    )
-    sub.add_argument("--shard-gb", type=float, default=5.0, help="largest file that --to-hf writes, in 1e9 bytes")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of --to-hf's files; default: float32")
+    sub.add_argument("--shard-gb", type=gigabytes, help="largest file that --to-hf writes, in 1e9 bytes; default: 5")
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -450,7 +450,7 @@ def _compare(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, An
 
 def _step_directories(directory: epath.Path) -> list[epath.Path]:
     """Step directories, sealed or not, in the order of their steps."""
-    if not directory.exists():
+    if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
 

@@ -4,12 +4,14 @@ Heavy imports wait until a command needs them, so that `--help` and a mistyped a
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lmjax.errors import CheckpointError, ConfigError, StallError
@@ -117,14 +119,15 @@ def evaluate(arguments: Arguments) -> int:
             f"{arguments.workdir} names no data set: give --data=DIR, made by lmjax prepare TEXT --out=DIR "
             f"--tokenizer-file={arguments.workdir}/tokenizer"
         )
-    results = experiment.evaluate_trained(
-        trained,
-        paths,
-        split=arguments.split,
-        batch=arguments.batch,
-        seq_len=arguments.seq_len or trained.cfg.data.seq_len,
-        documents=arguments.documents,
-    )
+    with _within_memory("--batch or --seq-len"):
+        results = experiment.evaluate_trained(
+            trained,
+            paths,
+            split=arguments.split,
+            batch=arguments.batch,
+            seq_len=arguments.seq_len or trained.cfg.data.seq_len,
+            documents=arguments.documents,
+        )
     if arguments.json:
         print(json.dumps({path: dataclasses.asdict(result) for path, result in results.items()}, indent=1))
         return 0
@@ -145,25 +148,40 @@ def generate(arguments: Arguments) -> int:
     from lmjax.generate import decode
     from lmjax.generate.config import GenerateConfig
 
-    trained = experiment.load_trained(arguments.workdir, arguments.step)
+    if arguments.system is not None and not arguments.chat:
+        raise ConfigError("--system stands before a conversation: add --chat, or leave it out")
     fields = {field.name for field in dataclasses.fields(GenerateConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
-    if arguments.beams > 1:
-        given["temperature"] = 0.0
+    if arguments.temperature is None:
+        given["temperature"] = 0.8 if arguments.beams == 1 else 0.0
     cfg = validated(GenerateConfig, given | {"stop_at_endoftext": not arguments.ignore_endoftext})
+    trained = experiment.load_trained(arguments.workdir, arguments.step)
     prompts = arguments.prompt or [""]
     asked = _conversations(arguments, trained.tokenizer) if arguments.chat else prompts
     shown = [""] * len(prompts) if arguments.chat else prompts
-    if len(prompts) == 1 and cfg.beams == 1:
-        print(shown[0], end="", flush=True)
-        for piece in decode.stream(trained.model, trained.params, trained.tokenizer, asked[0], cfg):
-            print(piece, end="", flush=True)
-        print()
-        return 0
-    generations = decode.generate(trained.model, trained.params, trained.tokenizer, asked, cfg)
+    with _within_memory("--tokens, --beams or the number of prompts"):
+        if len(prompts) == 1 and cfg.beams == 1:
+            pieces = decode.stream(trained.model, trained.params, trained.tokenizer, asked[0], cfg)
+            print(shown[0], end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()
+            return 0
+        generations = decode.generate(trained.model, trained.params, trained.tokenizer, asked, cfg)
     for prompt, opening, generation in zip(prompts, shown, generations, strict=True):
         print(f"--- {prompt!r}\n{opening}{generation.text}")
     return 0
+
+
+@contextlib.contextmanager
+def _within_memory(flags: str) -> Iterator[None]:
+    """Sizes that the machine cannot hold are the user's to lower, not a bug."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(f"this takes more memory than there is; lower {flags}") from error
 
 
 def _conversations(arguments: Arguments, tokenizer: "Tokenizer") -> list[list[int]]:
@@ -185,18 +203,18 @@ def convert(arguments: Arguments) -> int:
     from lmjax.models import decoder
     from lmjax.weights import count
 
+    _check_direction(arguments)
     if arguments.to_hf:
-        if arguments.out is None:
-            raise ConfigError("--to-hf needs --out=DIR, the directory to write")
-        shard_bytes = round(arguments.shard_gb * 1e9)
         files = convert.to_hf(
-            arguments.workdir, arguments.out, step=arguments.step, dtype=arguments.dtype, shard_bytes=shard_bytes
+            arguments.workdir,
+            arguments.out,
+            step=arguments.step,
+            dtype=arguments.dtype or "float32",
+            shard_bytes=max(1, round((arguments.shard_gb or 5.0) * 1e9)),
         )
         print(f"{arguments.out}: {', '.join(files)}")
         return 0
     if arguments.from_llama2c:
-        if arguments.tokenizer is None:
-            raise ConfigError("--from-llama2c needs --tokenizer=FILE: the vocabulary, a .bin or a SentencePiece .model")
         imported = convert.from_llama2c(arguments.from_llama2c, arguments.tokenizer, arguments.workdir)
     else:
         imported = convert.from_hf(arguments.from_hf, arguments.workdir)
@@ -204,6 +222,26 @@ def convert(arguments: Arguments) -> int:
     if imported.tokenizer is None:
         print("the checkpoint brings no tokenizer; put one into the work directory's tokenizer/")
     return 0
+
+
+def _check_direction(arguments: Arguments) -> None:
+    """Raise ConfigError for a flag that the direction needs, or that it would not read."""
+    read = {"to_hf": ("out", "step", "dtype", "shard_gb"), "from_llama2c": ("tokenizer",), "from_hf": ()}
+    needed = {
+        "to_hf": ("out", "--out=DIR, the directory to write"),
+        "from_llama2c": ("tokenizer", "--tokenizer=FILE: the vocabulary, a .bin or a SentencePiece .model"),
+    }
+    direction = next(name for name in read if getattr(arguments, name))
+    for other, flags in read.items():
+        for flag in flags:
+            if other != direction and getattr(arguments, flag) is not None:
+                raise ConfigError(f"{_flag(flag)} belongs to {_flag(other)}: {_flag(direction)} has no use for it")
+    if direction in needed and not getattr(arguments, needed[direction][0]):
+        raise ConfigError(f"{_flag(direction)} needs {needed[direction][1]}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def inspect(arguments: Arguments) -> int:

@@ -23,7 +23,7 @@ from lmjax.checkpoint import CheckpointConfig
 from lmjax.data.config import DataConfig
 from lmjax.errors import ConfigError
 from lmjax.layout import MeshConfig
-from lmjax.models.config import ModelConfig
+from lmjax.models.config import ModelConfig, require_learning
 from lmjax.optim.config import OptimizerConfig
 from lmjax.schema import config_class, validated
 from lmjax.tracking import TrackingConfig
@@ -85,11 +85,13 @@ def parse(tree: Mapping[str, Any]) -> Config:
 
 
 def load(location: str, overrides: Iterable[str] = ()) -> Config:
-    """The config of `path.py[:argument]` with overrides `a.b=value` applied and everything checked."""
+    """The config to train, of `path.py[:argument]` with overrides `a.b=value` applied and everything checked."""
     tree = _run_config_file(location)
     for override in overrides:
         _apply_override(tree, override)
-    return parse(tree.to_dict())
+    cfg = parse(tree.to_dict())
+    require_learning(cfg.model)
+    return cfg
 
 
 def _run_config_file(location: str) -> ConfigDict:
@@ -166,9 +168,12 @@ def from_json(path: epath.PathLike) -> Config:
     """The resolved config of a work directory: what resuming, evaluating and generating read. Runs no code."""
     path = epath.Path(path)
     try:
-        return parse(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable config ({_one_line(error)}); is it a work directory?") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not a readable config (it holds no JSON object); is it a work directory?")
+    return parse(tree)
 
 
 def digest(cfg: Config, *more: str) -> str:

@@ -46,10 +46,12 @@ def from_llama2c(path: str, tokenizer: str, workdir: str) -> Imported:
 
 
 def new_workdir(workdir: str) -> epath.Path:
-    """Where a model may be written to. Raises CheckpointError for a directory that holds one, or is not writable."""
+    """Where a model may be written to. Raises CheckpointError for a directory that is not empty, or not writable."""
     target = epath.Path(workdir)
     if (target / "config.json").exists() or (target / "checkpoints").exists():
         raise CheckpointError(f"--workdir={workdir} holds a run already; choose another")
+    if target.is_dir() and any(target.iterdir()):
+        raise CheckpointError(f"--workdir={workdir} holds other files; choose a new or empty directory")
     make_workdir(target)
     return target
 

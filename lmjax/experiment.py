@@ -26,7 +26,7 @@ from lmjax.evaluate.likelihood import Evaluation, evaluate, macro_average
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
 from lmjax.models import decoder
-from lmjax.models.config import ModelConfig, dominant
+from lmjax.models.config import ModelConfig, dominant, require_learning
 from lmjax.models.model import Model
 from lmjax.optim.config import hyper
 from lmjax.optim.optimizers import Optimizer, build, state_shardings
@@ -50,6 +50,7 @@ class Experiment(NamedTuple):
 
 def assemble(cfg: Config, devices: list[Any] | None = None) -> Experiment:
     """The parts of a run, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
+    require_learning(cfg.model)
     model = decoder.build(cfg.model, microbatches=cfg.train.microbatches)
     return Experiment(
         cfg=cfg,

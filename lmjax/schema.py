@@ -1,6 +1,7 @@
 """The one decorator that makes a config class: frozen, typed, closed, validated on construction."""
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -24,12 +25,15 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def validated(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+def validated(cls: type[T], values: Mapping[str, Any], where: str = "", *, strict: bool = False) -> T:
     """A config object of nested plain values. Raises ConfigError naming the first key that does not fit.
 
-    `where` goes before the key in the message, as in `config.` or `--`.
+    `where` goes before the key in the message, as in `config.` or `--`. If `strict`, values have the types of JSON:
+    neither '4' nor true is a number.
     """
     try:
+        if strict:
+            return pydantic.TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
         return pydantic.TypeAdapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(_describe(error, where)) from None

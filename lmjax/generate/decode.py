@@ -110,6 +110,7 @@ def stream(
 
     Raises ConfigError as `generate`, and for beam search, whose text is known only at the end.
     """
+    assert chunk > 0, chunk
     if cfg.beams > 1:
         raise ConfigError(f"beam search (beams={cfg.beams}) cannot stream; set beams=1")
     tokens_BT, lengths_B = _pad([_read(prompt, tokenizer)], tokenizer.endoftext_id)
@@ -206,6 +207,8 @@ def advance(
         return state, jax.lax.dynamic_update_slice(ids_BO, state.token_B[:, None], (0, i)), i + 1
 
     ids_BO = jnp.full((state.token_B.shape[0], tokens), stops_S[0], jnp.int32)
+    if tokens == 0:  # the loop's body would be traced, and no token fits into an empty array
+        return state, ids_BO
     state, ids_BO, _ = jax.lax.while_loop(unfinished, body, (state, ids_BO, jnp.zeros((), jnp.int32)))
     return state, ids_BO
 
@@ -260,8 +263,12 @@ def _decode(
 
 
 def row_keys(seed: int, rows: int) -> jax.Array:
-    """One key per row, by its place among the prompts."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(rows))
+    """One key per row, by its place among the prompts. `seed` has up to 64 bits."""
+    high, low = divmod(seed, 1 << 32)
+    key = jax.random.key(low)  # which takes 32 bits, and of more only the lowest
+    if high:
+        key = jax.random.fold_in(key, high)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
 
 
 def _program(cfg: GenerateConfig) -> GenerateConfig:
@@ -320,8 +327,18 @@ def _check(spec: Spec, tokens_BT: np.ndarray, prompt: int, tokens: int) -> None:
                 f"a prompt has token {tokens_BT.max()}, and the model's table only {weight.shape[0]} rows; leave that "
                 "symbol out, or use the tokenizer that the model was trained with"
             )
-        if weight.in_axes == ("context",) and prompt + tokens > weight.shape[0]:
-            raise ConfigError(
-                f"a prompt of {prompt} tokens and tokens={tokens} new ones are longer than the position table: "
-                f"model.context={weight.shape[0]}; ask for at most {max(0, weight.shape[0] - prompt)} tokens"
-            )
+        if weight.in_axes == ("context",):
+            _check_positions(prompt, tokens, context=weight.shape[0])
+
+
+def _check_positions(prompt: int, tokens: int, *, context: int) -> None:
+    """The last new token is not read again, so it needs no position."""
+    if prompt > context:
+        raise ConfigError(
+            f"a prompt of {prompt} tokens is longer than the position table: model.context={context}; shorten it"
+        )
+    if prompt + tokens - 1 > context:
+        raise ConfigError(
+            f"a prompt of {prompt} tokens and tokens={tokens} new ones are longer than the position table: "
+            f"model.context={context}; ask for at most {context - prompt + 1} tokens"
+        )

@@ -131,7 +131,9 @@ def read_config(values: Json, family: Family, where: str) -> ModelConfig:
     for name, why in REFUSED.items():
         if fields.has(name):
             raise fields.refuse(name, why)
-    architectures = values.get("architectures") or [family.architecture]
+    architectures = values.get("architectures")
+    if architectures is None or architectures == []:
+        architectures = [family.architecture]
     without_head = re.sub("(ForCausalLM|LMHeadModel)$", "Model", family.architecture)
     if not isinstance(architectures, list) or not any(
         one in architectures for one in (family.architecture, without_head)
@@ -152,7 +154,7 @@ def read_config(values: Json, family: Family, where: str) -> ModelConfig:
         names = ", ".join(f"{name}={json.dumps(values[name])[:40]}" for name in unknown)
         logger.warning("%s: left out, since models of type %s do not read: %s", where, family.model_type, names)
     try:
-        return validated(ModelConfig, settings)
+        return validated(ModelConfig, settings, strict=True)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

@@ -47,20 +47,31 @@ def write_checkpoint(
 ) -> list[str]:
     """Write what transformers reads; the names of the files. config.json comes last.
 
-    Raises ConfigError for a model that no family computes, CheckpointError for a directory that holds one already.
+    Raises ConfigError for a model that no family computes, CheckpointError for a directory that is not empty or cannot
+    be written.
     """
     family = family_for(imported.model)
     values = write_config(imported.model, family, dtype)
-    if (directory / CONFIG).exists():
-        raise CheckpointError(f"{directory} holds a checkpoint already; choose another --out")
+    _require_empty(directory)
     beside: dict[str, bytes] = {}
     if imported.tokenizer is not None:
         beside = tokenizer_files(imported.tokenizer, imported.files, imported.model.context)
         first, *others = imported.tokenizer.stop_ids or (imported.tokenizer.endoftext_id,)
         values |= {"bos_token_id": imported.tokenizer.begin_id, "eos_token_id": [first, *others] if others else first}
-    directory.mkdir(parents=True, exist_ok=True)
-    files = write_params(directory, imported.params, family, imported.model, dtype=dtype, shard_bytes=shard_bytes)
-    for name, content in beside.items():
-        (directory / name).write_bytes(content)
-    (directory / CONFIG).write_text(json.dumps(values, indent=2))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        files = write_params(directory, imported.params, family, imported.model, dtype=dtype, shard_bytes=shard_bytes)
+        for name, content in beside.items():
+            (directory / name).write_bytes(content)
+        (directory / CONFIG).write_text(json.dumps(values, indent=2))
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written ({error.strerror or error}); choose another") from None
     return [*files, *beside, CONFIG]
+
+
+def _require_empty(directory: Path) -> None:
+    """Nothing is written over or mixed with other files: half of an export, without its config.json, neither."""
+    if (directory / CONFIG).exists():
+        raise CheckpointError(f"{directory} holds a checkpoint already; choose another --out")
+    if directory.is_dir() and any(directory.iterdir()):
+        raise CheckpointError(f"{directory} holds other files; choose a new or empty --out")

@@ -1,5 +1,6 @@
 """Parts of config.json where fields hang together: activation, biases, windows, rotary positions, scales."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,10 +41,10 @@ def activation(name: str) -> Rule:
 
 
 def _read_llama_bias(fields: Fields) -> dict[str, Any]:
-    attention, mlp = fields.take("attention_bias"), fields.take("mlp_bias")
+    attention, mlp = boolean(fields, "attention_bias"), boolean(fields, "mlp_bias")
     if mlp and not attention:
         raise fields.refuse("mlp_bias", "without attention_bias is not supported")
-    return {"bias": bool(attention and mlp), "attention_bias": bool(attention and not mlp)}
+    return {"bias": attention and mlp, "attention_bias": attention and not mlp}
 
 
 LLAMA_BIAS = Rule(
@@ -70,8 +71,18 @@ def _types(cfg: ModelConfig) -> list[str]:
     return ["sliding_attention" if kind.attention == "local" else "full_attention" for kind in cfg.kinds]
 
 
+def _size(fields: Fields) -> int | None:
+    """Of the window, if there is one; a field that nothing uses must make sense, too."""
+    return None if fields.take("sliding_window") is None else integer(fields, "sliding_window")
+
+
+def _switched_size(fields: Fields) -> int | None:
+    use, window = boolean(fields, "use_sliding_window"), _size(fields)
+    return window if use else None
+
+
 def _read_one_window(fields: Fields) -> dict[str, Any]:
-    window = fields.take("sliding_window")
+    window = _size(fields)
     return _window(("global",) if window is None else ("local",), window)
 
 
@@ -80,9 +91,8 @@ ONE_WINDOW = Rule(_read_one_window, lambda cfg: {"sliding_window": cfg.window})
 
 
 def _read_switched_window(fields: Fields) -> dict[str, Any]:
-    use, window = fields.take("use_sliding_window"), fields.take("sliding_window")
-    slides = use and window is not None
-    return _window(("local",) if slides else ("global",), window)
+    window = _switched_size(fields)
+    return _window(("global",) if window is None else ("local",), window)
 
 
 # Qwen 3 MoE: the same, with a switch.
@@ -93,15 +103,11 @@ SWITCHED_WINDOW = Rule(
 
 
 def _read_late_windows(fields: Fields) -> dict[str, Any]:
-    use, window, first = (fields.take(name) for name in ("use_sliding_window", "sliding_window", "max_window_layers"))
+    window, first = _switched_size(fields), integer(fields, "max_window_layers", least=0)
     layers, types = integer(fields, "num_hidden_layers"), fields.take("layer_types")
-    slides = use and window is not None
     if types is None:
-        pattern = _late_pattern(layers, first if slides else layers)
-    else:
-        pattern = shortest_period(_kinds(fields, types))
-        window = window if slides else None
-    return _window(pattern, window)
+        return _window(_late_pattern(layers, layers if window is None else first), window)
+    return _window(shortest_period(_kinds(fields, types)), window)
 
 
 def _late_pattern(layers: int, first: int) -> tuple[str, ...]:
@@ -133,8 +139,8 @@ def periodic_windows(period: int) -> Rule:
         for name in ("sliding_window_pattern", "_sliding_window_pattern"):
             length = integer(fields, name) if fields.has(name) else length
         if types is not None:
-            return _window(shortest_period(_kinds(fields, types)), fields.take("sliding_window"))
-        return _window(("local",) * (length - 1) + ("global",), fields.take("sliding_window"))
+            return _window(shortest_period(_kinds(fields, types)), _size(fields))
+        return _window(("local",) * (length - 1) + ("global",), _size(fields))
 
     def write(cfg: ModelConfig) -> Json:
         return {"sliding_window": cfg.window, "layer_types": _types(cfg)}
@@ -154,8 +160,9 @@ MIXTRAL = Rule(_read_mixtral, lambda cfg: {"num_local_experts": cfg.moe.experts,
 
 def _read_qwen_moe(fields: Fields) -> dict[str, Any]:
     layers, step = integer(fields, "num_hidden_layers"), integer(fields, "decoder_sparse_step")
-    dense = fields.take("mlp_only_layers") or []
-    if not isinstance(dense, list):
+    dense = fields.take("mlp_only_layers")
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise fields.refuse("mlp_only_layers", "is not a list of layers")
     experts = "num_local_experts" if fields.has("num_local_experts") else "num_experts"  # transformers 5, and before
     kinds = ["dense" if i in dense or (i + 1) % step else "moe" for i in range(layers)]
@@ -210,6 +217,8 @@ _OUR_SCALING = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn
 def _scaling(fields: Fields, name: str, values: Json) -> tuple[float | None, dict[str, Any]]:
     """(theta if it stands here, settings of RopeConfig) of a rope_scaling or rope_parameters object."""
     values = {key: value for key, value in values.items() if value is not None}
+    for key in set(values) - {"rope_type", "type", "truncate"}:
+        _require_number(fields, f"{name}.{key}", values[key])
     theta = values.pop("rope_theta", None)
     kinds = {str(values.pop(key)) for key in ("rope_type", "type") if key in values}
     kind = kinds.pop() if kinds else "default"
@@ -231,13 +240,18 @@ def _scaling(fields: Fields, name: str, values: Json) -> tuple[float | None, dic
     return theta, {"scaling": _OUR_SCALING[kind], **settings}
 
 
+def _require_number(fields: Fields, name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{fields.where}: {name}={json.dumps(value)[:80]} is not a number")
+
+
 def _rope_object(fields: Fields) -> tuple[str, Json]:
     """The one of the two names of this object that is there; older files say rope_scaling."""
     old, new = fields.take("rope_scaling"), fields.take("rope_parameters")
-    name, value = ("rope_scaling", old) if old else ("rope_parameters", new or {})
-    if not isinstance(value, dict):
-        raise fields.refuse(name, "is not an object")
-    return name, value
+    for name, value in {"rope_scaling": old, "rope_parameters": new}.items():
+        if not isinstance(value, dict | None):
+            raise fields.refuse(name, "is not an object")
+    return ("rope_scaling", old) if old else ("rope_parameters", new or {})
 
 
 def _read_rope(fields: Fields) -> dict[str, Any]:
@@ -266,7 +280,8 @@ def _read_two_ropes(fields: Fields) -> dict[str, Any]:
         if not set(values) <= {*kinds} or not all(isinstance(one, dict) for one in values.values()):
             raise fields.refuse(name, f"must hold an object for each of {' and '.join(kinds)}")
         values, local = (dict(values.get(kind, {})) for kind in kinds)
-        local_theta = local.pop("rope_theta", None) or local_theta
+        inside = local.pop("rope_theta", None)
+        local_theta = local_theta if inside is None else inside
         if local.pop("rope_type", "default") != "default" or local:
             raise fields.refuse(name, "is not supported: sliding_attention must not be scaled")
     inside, settings = _scaling(fields, name, values)
@@ -301,12 +316,20 @@ def optional(name: str, ours: str, otherwise: Callable[[Fields], Any]) -> Rule:
     return Rule(read, lambda cfg: {name: cfg.dims[ours]})
 
 
-def integer(fields: Fields, name: str) -> int:
+def integer(fields: Fields, name: str, *, least: int = 1) -> int:
     """A field that others are computed from."""
     value = fields.take(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
-        raise fields.refuse(name, f"is not an integer from 1 to {_LARGEST}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
+        raise fields.refuse(name, f"is not an integer from {least} to {_LARGEST}")
     return value
+
+
+def boolean(fields: Fields, name: str) -> bool:
+    """A switch; null is off."""
+    value = fields.take(name)
+    if not isinstance(value, bool | None):
+        raise fields.refuse(name, "is neither true nor false")
+    return bool(value)
 
 
 KV_HEADS = optional("num_key_value_heads", "kv_heads", lambda fields: integer(fields, "num_attention_heads"))

@@ -90,11 +90,6 @@ class MoeConfig:
             return
         if self.top_k > self.experts:
             raise ConfigError(f"model.moe.top_k={self.top_k} is more than model.moe.experts={self.experts}")
-        if self.top_k == 1 and self.normalize:
-            raise ConfigError(
-                "model.moe.top_k=1 with normalize gives every chosen expert the weight 1, from which no router learns; "
-                "set model.moe.normalize=False"
-            )
         if "moe" not in self.pattern:
             raise ConfigError("model.moe.pattern names no 'moe' layer; e.g. ('moe',) or ('dense', 'moe')")
         if self.shared_gate and self.shared_mlp is None:
@@ -247,6 +242,15 @@ class ModelConfig:
 
     def window_of(self, kind: LayerKind) -> int | None:
         return self.window if kind.attention == "local" else None
+
+
+def require_learning(cfg: ModelConfig) -> None:
+    """Raise ConfigError for a model that computes well but would not learn: a matter of training it alone."""
+    if cfg.moe.experts is not None and cfg.moe.top_k == 1 and cfg.moe.normalize:
+        raise ConfigError(
+            "model.moe.top_k=1 with normalize gives every chosen expert the weight 1, from which no router learns; "
+            "set model.moe.normalize=False"
+        )
 
 
 def _periods(kinds: tuple[LayerKind, ...], period: int) -> Segments:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from lmjax.generate.config import Temperature
 from lmjax.schema import PositiveFloat, PositiveInt, config_class
 from lmjax.train.objective import LossConfig
 
@@ -17,7 +18,7 @@ class SampleConfig:
     prompts: tuple[str, ...] = ("",)
     """What the texts begin with. One device holds the whole model to write them: with none it need not."""
     tokens: PositiveInt = 128
-    temperature: PositiveFloat = 0.8
+    temperature: Annotated[Temperature, Field(gt=0)] = 0.8
 
 
 @config_class

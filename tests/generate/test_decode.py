@@ -122,6 +122,14 @@ def test_equal_prompts_and_seeds_draw_different_texts() -> None:
     assert first != generate(model, params, TOKENIZER, ["same"], dataclasses.replace(cfg, seed=1))[0]
 
 
+def test_all_bits_of_a_seed_count() -> None:
+    seeds = [0, 1, 5, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1]
+    keys = [tuple(np.asarray(jax.random.key_data(decode.row_keys(seed, 1))).ravel()) for seed in seeds]
+    assert len(set(keys)) == len(seeds)
+    for seed, key in zip(seeds[:5], keys, strict=False):  # as they always were
+        np.testing.assert_array_equal(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 0)), key)
+
+
 def test_no_prompts_no_texts() -> None:
     assert generate(*build(), TOKENIZER, [], GREEDY) == []
 
@@ -182,14 +190,41 @@ def test_any_of_several_tokens_ends_a_row() -> None:
 # Lengths ----------------------------------------------------------------------------------------------------------
 
 
-def test_learned_positions_end_with_their_table() -> None:
-    model, params = build(ModelConfig(**SMALL, context=16, position="learned"))
-    cfg = dataclasses.replace(GREEDY, tokens=10)
-    assert len(generate(model, params, TOKENIZER, ["123456"], cfg)[0].ids) == 10
-    with pytest.raises(ConfigError, match=r"prompt of 7 tokens and tokens=10 .* model.context=16; .* at most 9"):
-        generate(model, params, TOKENIZER, ["1", "1234567"], cfg)
-    with pytest.raises(ConfigError, match=r"model.context=16"):
-        stream(model, params, TOKENIZER, "1234567", cfg)
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("prompts", [["", "abcdefghi"], ["c"]], ids=["uneven", "alone"])
+def test_few_tokens_are_the_first_of_many(prompts: list[str], tokens: int) -> None:
+    model, params = build()
+    cfg = dataclasses.replace(GREEDY, tokens=tokens)
+    rows = generate(model, params, TOKENIZER, prompts, cfg)
+    longer = generate(model, params, TOKENIZER, prompts, GREEDY)
+    assert [row.ids for row in rows] == [row.ids[:tokens] for row in longer]
+    assert "".join(stream(model, params, TOKENIZER, prompts[0], cfg, chunk=1)) == rows[0].text
+
+
+def test_one_token_is_the_same_with_beams() -> None:
+    cfg = dataclasses.replace(GREEDY, tokens=1)
+    rows = generate(*build(), TOKENIZER, PROMPTS, cfg)
+    assert rows == generate(*build(), TOKENIZER, PROMPTS, dataclasses.replace(cfg, beams=2))
+
+
+@pytest.mark.parametrize(("context", "beams"), [(16, 1), (10, 1), (10, 2)])
+def test_learned_positions_are_used_to_the_last(context: int, beams: int) -> None:
+    """A text of the table's length has one more token after it, which needs no position."""
+    model, params = build(ModelConfig(**SMALL, context=context, position="learned"))
+    for prompt in ("1234567", "1" * context):
+        room = context - len(prompt) + 1
+        cfg = GenerateConfig(tokens=room, temperature=0, beams=beams, stop_at_endoftext=False)
+        (row,) = generate(model, params, TOKENIZER, [prompt], cfg)
+        assert len(row.ids) == room
+        if beams == 1:
+            assert "".join(stream(model, params, TOKENIZER, prompt, cfg, chunk=3)) == row.text
+            text_1T = np.array([[*prompt.encode(), *row.ids[:-1]]])
+            assert int(model.logits(params, text_1T)[0, -1].argmax()) == row.ids[-1]
+        more = dataclasses.replace(cfg, tokens=room + 1)
+        with pytest.raises(ConfigError, match=rf"model.context={context}; ask for at most {room} tokens"):
+            generate(model, params, TOKENIZER, ["1", prompt], more)
+    with pytest.raises(ConfigError, match=rf"prompt of {context + 1} tokens .* model.context={context}; shorten it"):
+        stream(model, params, TOKENIZER, "1" * (context + 1), dataclasses.replace(GREEDY, tokens=1))
 
 
 def test_a_token_beyond_the_table_is_refused() -> None:

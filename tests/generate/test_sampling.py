@@ -120,6 +120,14 @@ def test_zero_temperature_is_greedy() -> None:
     np.testing.assert_array_equal(chosen_B, random_logits().argmax(axis=1))
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-10])
+def test_a_low_temperature_is_nearly_greedy(temperature: float) -> None:
+    logits_BV = 1e4 * random_logits()
+    keys_B = jax.vmap(jax.random.key)(jnp.arange(B))
+    chosen_B = sample(logits_BV, keys_B, GenerateConfig(temperature=temperature), None)
+    assert chosen_B.tolist() == logits_BV.argmax(axis=-1).tolist()
+
+
 def test_tokens_are_drawn_with_their_probabilities() -> None:
     """Chi-square over 20,000 draws; a wrong distribution of this shape would score in the hundreds."""
     draws, cfg = 20_000, GenerateConfig(temperature=0.8, top_k=12, top_p=0.95)
@@ -144,7 +152,22 @@ def test_a_row_draws_with_its_own_key() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"beams": 4}, "does not sample"), ({"beams": 4, "temperature": 0, "repetition_penalty": 1.1}, "no repetition")],
+    [
+        ({"beams": 4}, "does not sample"),
+        ({"beams": 4, "temperature": 0, "repetition_penalty": 1.1}, "no repetition_penalty; set repetition_penalty=1"),
+        ({"beams": 4, "temperature": 0, "top_k": 3}, "no top_k; set top_k=None"),
+        ({"beams": 4, "temperature": 0, "top_p": 0.9}, "no top_p; set top_p=1"),
+        ({"beams": 4, "temperature": 0, "min_p": 0.1}, "no min_p; set min_p=0"),
+        ({"beams": 4, "temperature": 0, "length_penalty": 1e3}, "length_penalty=1000.0 divides texts of tokens=200"),
+        ({"temperature": 1e-40}, "1e-40 is below 1e-20"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"tokens": 0}, "tokens"),
+        ({"tokens": 2**31}, "tokens"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+    ],
 )
 def test_settings_that_contradict_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 
 from lmjax import __main__ as program
+from lmjax import commands
 from lmjax.data.alphabets import ByteTokenizer
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizer import train_tokenizer
-from lmjax.errors import CheckpointError, ConfigError
+from lmjax.errors import CheckpointError, ConfigError, LmjaxError
 from lmjax.experiment import load_trained
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
@@ -123,6 +125,111 @@ def test_a_run_is_not_written_over(theirs: Path, workdir: Path) -> None:
 def test_one_direction_at_a_time(workdir: Path, arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"not allowed with|required|needs --out"):
         lmjax("convert", f"--workdir={workdir}", *arguments)
+
+
+MISTAKES = [
+    "generate --workdir=RUN --system=x --prompt=y",
+    "generate --workdir=RUN --beams=2 --temperature=0.9",
+    "generate --workdir=RUN --beams=2 --top-k=3",
+    "generate --workdir=RUN --beams=2 --min-p=0.3",
+    "generate --workdir=RUN --beams=100000000000000",
+    "generate --workdir=RUN --tokens=0",
+    "generate --workdir=RUN --tokens=99999999999",
+    "generate --workdir=RUN --seed=-1",
+    "generate --workdir=RUN --seed=18446744073709551616",
+    "generate --workdir=RUN --temperature=nan",
+    "generate --workdir=RUN --temperature=1e-40",
+    "generate --workdir=RUN --step=7",
+    "generate --workdir=RUN --step=-1",
+    "generate --workdir=FILE",
+    "generate --workdir=EMPTY",
+    "generate --workdir=GARBAGE",
+    "generate --workdir=LIST",
+    "generate --workdir=UNREADABLE --prompt=x",
+    "evaluate --workdir=RUN",
+    "evaluate --workdir=RUN --data=EMPTY",
+    "evaluate --workdir=RUN --data=FILE",
+    "evaluate --workdir=RUN --data=RUN",
+    "evaluate --workdir=RUN --batch=0",
+    "evaluate --workdir=RUN --batch=-3",
+    "evaluate --workdir=RUN --seq-len=0",
+    "evaluate --workdir=RUN --seq-len=99999999999999999999",
+    "evaluate --workdir=RUN --seq-len=" + "9" * 5000,
+    "evaluate --workdir=FILE",
+    "inspect FILE",
+    "inspect EMPTY",
+    "inspect missing",
+    "inspect RUN --step=9",
+    "verify FILE",
+    "verify EMPTY",
+    "verify missing",
+    "convert --from-hf=THEIRS --workdir=NEW --out=x",
+    "convert --from-hf=THEIRS --workdir=NEW --step=0",
+    "convert --from-hf=THEIRS --workdir=NEW --dtype=float32",
+    "convert --from-hf=THEIRS --workdir=NEW --shard-gb=5",
+    "convert --from-hf=THEIRS --workdir=NEW --tokenizer=FILE",
+    "convert --from-hf=THEIRS --workdir=THEIRS",
+    "convert --from-hf=THEIRS --workdir=FILE",
+    "convert --from-hf=THEIRS --workdir=OCCUPIED",
+    "convert --from-hf=FILE --workdir=NEW",
+    "convert --from-hf= --workdir=NEW",
+    "convert --from-hf=THEIRS --workdir=",
+    "convert --from-llama2c=EMPTY --tokenizer=FILE --workdir=NEW",
+    "convert --from-llama2c=FILE --tokenizer=FILE --workdir=NEW",
+    "convert --from-llama2c=FILE --workdir=NEW",
+    "convert --to-hf --workdir=RUN --out=NEW --tokenizer=FILE",
+    "convert --to-hf --workdir=RUN --out=FILE",
+    "convert --to-hf --workdir=RUN --out=RUN",
+    "convert --to-hf --workdir=RUN --out=OCCUPIED",
+    "convert --to-hf --workdir=RUN --out=FILE/below",
+    "convert --to-hf --workdir=RUN --out=NEW --step=4",
+    "convert --to-hf --workdir=RUN --out=NEW --shard-gb=0",
+    "convert --to-hf --workdir=RUN --out=NEW --shard-gb=nan",
+    "convert --to-hf --workdir=RUN --out=NEW --shard-gb=inf",
+    "convert --to-hf --workdir=EMPTY --out=NEW",
+    "convert --to-hf --workdir=FILE --out=NEW",
+]
+
+
+@pytest.fixture(scope="module")
+def places(theirs: Path, workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("places")
+    found = {name: root / name.lower() for name in ("EMPTY", "GARBAGE", "LIST", "OCCUPIED", "FILE", "NEW")}
+    for name in ("EMPTY", "GARBAGE", "LIST", "OCCUPIED"):
+        found[name].mkdir()
+    found["FILE"].write_text("a file")
+    (found["GARBAGE"] / "config.json").write_bytes(b"\xff\xfe\x00")
+    (found["LIST"] / "config.json").write_text("[1]")
+    (found["OCCUPIED"] / "model.safetensors").write_text("somebody's")
+    unreadable = Path(shutil.copytree(workdir, root / "unreadable"))
+    (unreadable / "tokenizer" / "tokenizer.json").write_bytes(b"\x80")
+    return found | {"THEIRS": theirs, "RUN": workdir, "UNREADABLE": unreadable}
+
+
+@pytest.mark.parametrize("words", MISTAKES, ids=lambda words: words[:60])
+def test_a_mistake_is_no_bug_and_changes_nothing(words: str, places: dict[str, Path]) -> None:
+    """Each is told in one line, and no file that was there is changed."""
+    for name, path in places.items():
+        words = words.replace(f"={name}", f"={path}").replace(f" {name}", f" {path}")
+    before = contents(places)
+    with pytest.raises(LmjaxError) as caught:
+        lmjax(*words.split(" "))
+    assert caught.value.exit_code in (2, 3, 4)
+    assert contents(places).items() >= before.items()
+
+
+def contents(places: dict[str, Path]) -> dict[Path, bytes]:
+    files = (one for path in places.values() for one in [path, *path.rglob("*")] if one.is_file())
+    return {path: path.read_bytes() for path in files}
+
+
+def test_no_memory_is_no_bug() -> None:
+    for error in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        with pytest.raises(ConfigError, match="more memory than there is; lower --tokens"), \
+                commands._within_memory("--tokens"):  # fmt: skip
+            raise error
+    with pytest.raises(RuntimeError, match="other"), commands._within_memory("--tokens"):
+        raise RuntimeError("other")
 
 
 TEXT = "def f(x):\n    return  'naïve  café' \t# 1234 déjà vu\n\n" * 3

@@ -91,6 +91,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mixtral",
         {**SIZES, "num_local_experts": 5, "sliding_window": WINDOW, "rope_parameters": LINEAR},
     ),
+    "mixtral, one expert a token": (
+        "mixtral",
+        {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": None},
+    ),
     "qwen3_moe": (
         "qwen3_moe",
         {

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lmjax.errors import CheckpointError, ConfigError, DataError, LmjaxError
-from lmjax.hf.families import family_for
+from lmjax.hf.config_json import REQUIRED, Family, read_config
+from lmjax.hf.families import FAMILIES, family_for
 from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
@@ -106,6 +107,67 @@ def test_the_sound_one_is_read(good: Path) -> None:
 def test_fields_of_config_json(copy: Path, changes: dict[str, Any], message: str) -> None:
     edit_json(copy / "config.json", lambda values: values.update(changes))
     refused(copy, LmjaxError, message)  # type: ignore[type-abstract]
+
+
+_SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "use_sliding_window": True,
+    "sliding_window": 4,
+    "max_window_layers": 1,
+}
+_GPT2 = {"vocab_size": 61, "n_positions": 128, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_inner": 40}
+WRONG = ("4", [], {}, True, -1)
+STRANGE = (None, 0, 2**70, 10**400, 1e308)
+EMPTY = ({"rope_scaling": {}}, {"rope_parameters": {}}, {"mlp_only_layers": []}, {"architectures": []},
+         {"pruned_heads": {}})  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_field_of_a_wrong_type(family: Family) -> None:
+    """A text, a list, an object, a switch or a negative number in place of a number, and so on, is refused in one line;
+    nothing, no field at all, and numbers beyond any bound are refused or read."""
+    sizes = _GPT2 if family.model_type == "gpt2" else _SMALL
+    read = {**family.defaults, **dict.fromkeys([*REQUIRED, *family.required, "architectures"])}
+    sound = {name: size for name, size in sizes.items() if name in {**family.fields, **family.defaults}}
+    read_config(sound, family, "config.json")
+    for name in {**sound, **read}.keys() - family.irrelevant:
+        accepted = (*REQUIRED.get(name, ()), *family.required.get(name, ()))
+        same = type(sound.get(name, family.defaults.get(name)))
+        for value in WRONG:
+            if is_read(sound | {name: value}, family):
+                right = value != -1 and type(value) is same
+                assert value in accepted or right or {name: value} in EMPTY, f"{name}={value!r} was read"
+        for value in STRANGE:
+            is_read(sound | {name: value}, family)
+        is_read({key: value for key, value in sound.items() if key != name}, family)
+
+
+@pytest.mark.parametrize("key", ["factor", "rope_theta", "attention_factor", "beta_fast", "partial_rotary_factor"])
+def test_every_number_of_a_rotation_of_a_wrong_type(key: str) -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0}
+    for name in ("rope_scaling", "rope_parameters"):
+        assert is_read(_SMALL | {name: rope}, FAMILIES["llama"])
+        for value in WRONG:
+            assert not is_read(_SMALL | {name: rope | {key: value}}, FAMILIES["llama"]), f"{name}.{key}={value!r}"
+        for value in STRANGE:
+            is_read(_SMALL | {name: rope | {key: value}}, FAMILIES["llama"])
+
+
+def is_read(values: dict[str, Any], family: Family) -> bool:
+    """Whether the config.json is read; otherwise it is refused as a user's mistake is."""
+    try:
+        read_config(values, family, "config.json")
+    except ConfigError as error:
+        assert str(error).startswith("config.json") and "\n" not in str(error)
+        return False
+    return True
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000, "\x00\x01"])

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax import experiment
 from lmjax.checkpoint import CheckpointConfig, Checkpoints
+from lmjax.config import Config, load
 from lmjax.data.batch import Batch
 from lmjax.errors import ConfigError
 from lmjax.metrics import finish
@@ -416,7 +418,6 @@ def test_which_layers_are_mixtures() -> None:
     [
         ({"top_k": 3}, "model.moe has settings but no experts"),
         ({"experts": 2, "top_k": 3}, r"model\.moe\.top_k=3 is more than model\.moe\.experts=2"),
-        ({"experts": 2, "top_k": 1}, "from which no router learns"),
         ({"experts": 2, "pattern": ("dense",)}, "names no 'moe' layer"),
         ({"experts": 2, "pattern": ()}, "names no 'moe' layer"),
         ({"experts": 2, "dense_first": 2}, r"leaves all of model\.layers=2 dense"),
@@ -426,3 +427,15 @@ def test_which_layers_are_mixtures() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=message):
         ModelConfig(**SIZES, moe=MoeConfig(**settings))
+
+
+def test_a_router_that_cannot_learn_is_refused_for_training_alone(tmp_path: Path) -> None:
+    cfg = ModelConfig(**SIZES, moe=MoeConfig(experts=2, top_k=1))
+    decoder.build(cfg)
+    with pytest.raises(ConfigError, match="from which no router learns"):
+        experiment.assemble(Config(model=cfg))
+    (tmp_path / "one.py").write_text("from lmjax.config import default_config as get_config\n")
+    overrides = ["model.moe.experts=2", "model.moe.top_k=1"]
+    with pytest.raises(ConfigError, match="from which no router learns"):
+        load(f"{tmp_path}/one.py", overrides)
+    load(f"{tmp_path}/one.py", [*overrides, "model.moe.normalize=False"])
