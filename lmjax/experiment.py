@@ -312,11 +312,11 @@ def evaluate_documents(
     return evaluate(model, params, batches, n_tokens=split.n_tokens - split.n_documents, n_bytes=split.n_bytes)
 
 
-def evaluation_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
-    """`val/<set>/loss` and so on; of several sets also their macro average."""
+def evaluation_metrics(results: Mapping[str, Evaluation], family: str = "val") -> dict[str, float]:
+    """`<family>/<set>/loss` and so on; of several sets also their macro average."""
     named = dict(results) | ({"macro": macro_average(results)} if len(results) > 1 else {})
     return {
-        f"val/{name}/{field}": value
+        f"{family}/{name}/{field}": value
         for name, result in named.items()
         for field, value in {
             "loss": result.loss,

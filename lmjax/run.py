@@ -23,6 +23,7 @@ from lmjax.data.loader import Loader
 from lmjax.data.storage import is_remote
 from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, DataError, NumericalError, StallError
 from lmjax.experiment import Data, Experiment
+from lmjax.evaluate.likelihood import Evaluation
 from lmjax.ledger import Ledger, joined_crc, row_crcs
 from lmjax.models.flops import sequence_flops
 from lmjax.optim.config import hyper
@@ -363,9 +364,19 @@ class Run:
         ]
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        train_cfg = self.cfg.train
-        limit = None if step == train_cfg.steps else train_cfg.evaluate_batches
-        results = {
+        """Score the same batches every time, as `val/`; at the end also the whole sets, as `val_full/`."""
+        limit = self.cfg.train.evaluate_batches
+        results = self.score(step, state, limit)
+        metrics = parts.evaluation_metrics(results)
+        if step == self.cfg.train.steps:
+            whole = results if limit is None else self.score(step, state, None)
+            metrics |= parts.evaluation_metrics(whole, "val_full")
+        self.evaluations[step] = metrics
+        self.trackers.log(step, {**self.accounting.totals(step), **metrics})
+
+    def score(self, step: int, state: TrainState, limit: int | None) -> dict[str, Evaluation]:
+        """Every validation set, or its first `limit` batches, under the parameters of `step`."""
+        return {
             name: parts.evaluate_split(
                 self.scorer,
                 state.params,
@@ -378,8 +389,6 @@ class Run:
             )
             for name, split in self.validation.items()
         }
-        self.evaluations[step] = parts.evaluation_metrics(results)
-        self.trackers.log(step, {**self.accounting.totals(step), **self.evaluations[step]})
 
     def sample(self, step: int, state: TrainState) -> None:
         if not self.cfg.train.sample.prompts:
@@ -399,7 +408,8 @@ class Run:
             "config": configs.digest(self.cfg),
             **self.accounting.totals(step),
         }
-        losses = [value for key, value in self.evaluations.get(step, {}).items() if key.endswith("/loss")]
+        scores = self.evaluations.get(step, {}).items()
+        losses = [value for key, value in scores if key.startswith("val/") and key.endswith("/loss")]
         self.checkpoints.save(step, state, meta, value=float(np.mean(losses)) if losses else None)
 
     def profile(self) -> list[Periodic]:
@@ -466,7 +476,7 @@ class Run:
 
     def print_summary(self, summary: dict[str, Any]) -> None:
         for key, value in summary.items():
-            if key.startswith("val/"):
+            if key.startswith(("val/", "val_full/")):
                 print(f"{key} {value:.4f}")
         if self.cfg.train.sample.prompts:
             print((self.workdir / "samples" / f"{summary['step']}.txt").read_text())

@@ -194,7 +194,8 @@ class ConsoleTracker:
             self._task = self._progress.add_task("", total=self._steps, completed=info["step"], text="compiling")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        evaluation = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("val/"))
+        scores = {name: value for name, value in values.items() if name.startswith(("val/", "val_full/"))}
+        evaluation = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         if evaluation:
             self._print(f"step {step}  {evaluation}")
         text = _line(values)

@@ -35,7 +35,7 @@ class TrainConfig:
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations; one is always made at the end."""
     evaluate_batches: PositiveInt | None = None
-    """Batches per evaluation during training; the final one always sees the whole set."""
+    """Batches per evaluation, always the same (`val/`); at the end the whole set is scored, too (`val_full/`)."""
     evaluate_batch: PositiveInt | None = None
     """Sequences per evaluation batch; None means `batch`."""
     sample: SampleConfig = SampleConfig()
