@@ -1,8 +1,8 @@
 """One finished run as its parts: configuration, summary, and history rows. Workdirs and wandb are read into this.
 
 The keys are those of `metrics.jsonl` and `summary.json` of a training work directory: `step`, `tokens`, `flops`,
-`train/loss`, `val/<set>/loss` (maybe of a part of the set, the same at every step), `val_full/<set>/loss` (at the end, of
-the whole set), `optim/lr`, `params/total`, ...
+`train/loss`, `val/<set>/loss` (maybe of a part of the set, the same at every step), `val_full/<set>/loss` (at the
+end, of the whole set), `optim/lr`, `params/total`, ...
 """
 
 import re

@@ -3,7 +3,8 @@
     config file (Python: it is code, run it only if you trust it) -> ConfigDict -> overrides -> Config
 
 A config file starts from `default_config()`, where a misspelt key is an error at once, and changes what it needs. The
-typed `Config` checks types, ranges, choices and what fields demand of each other, once, before a device is touched.
+typed `Config` checks types, ranges, choices and what fields demand of each other, once, before a device is touched, and
+before JAX is imported, which takes a second: the schema reads the names that it chooses from in the source.
 """
 
 import ast
@@ -19,10 +20,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from etils import epath
 from ml_collections import ConfigDict
 
-from lmjax.checkpoint import CheckpointConfig
+from lmjax.checkpoint_config import CheckpointConfig
 from lmjax.data.config import DataConfig
 from lmjax.errors import ConfigError
-from lmjax.layout import MeshConfig
+from lmjax.mesh_config import MeshConfig
 from lmjax.models.config import ModelConfig
 from lmjax.optim.config import OptimizerConfig
 from lmjax.schema import config_class, validated

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -22,8 +23,8 @@ from lmjax.data.batch import Batch
 from lmjax.data.loader import Loader
 from lmjax.data.storage import is_remote
 from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, DataError, NumericalError, StallError
-from lmjax.experiment import Data, Experiment
 from lmjax.evaluate.likelihood import Evaluation
+from lmjax.experiment import Data, Experiment
 from lmjax.ledger import Ledger, joined_crc, row_crcs
 from lmjax.models.flops import sequence_flops
 from lmjax.optim.config import hyper
@@ -33,6 +34,8 @@ from lmjax.train.loop import Accounting, Periodic, Reader, train
 from lmjax.train.report import write_report
 from lmjax.train.state import TrainState
 from lmjax.weights import count
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -71,6 +74,7 @@ def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
         make_workdir(workdir)
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
         data = parts.open_data(cfg)
+        parts.check_sample(cfg.train.sample, data.tokenizer)
         experiment = parts.assemble(parts.with_vocab(cfg, data.tokenizer))
         with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
             return Run(experiment, data, workdir, options, preemption, watchdog).train()
@@ -396,7 +400,11 @@ class Run:
         params = parts.on_one_device(self.experiment.mesh, state.params)
         if not distributed.leads():
             return
-        text = parts.sample_text(self.experiment.model, params, self.data.tokenizer, self.cfg.train.sample)
+        try:
+            text = parts.sample_text(self.experiment.model, params, self.data.tokenizer, self.cfg.train.sample)
+        except Exception as error:  # a text to look at; what was trained is worth more
+            logger.warning("no sample at step %d: %s: %s", step, type(error).__name__, " ".join(str(error).split()))
+            return
         (self.workdir / "samples").mkdir(exist_ok=True)
         (self.workdir / "samples" / f"{step}.txt").write_text(text)
 
@@ -478,8 +486,9 @@ class Run:
         for key, value in summary.items():
             if key.startswith(("val/", "val_full/")):
                 print(f"{key} {value:.4f}")
-        if self.cfg.train.sample.prompts:
-            print((self.workdir / "samples" / f"{summary['step']}.txt").read_text())
+        sample = self.workdir / "samples" / f"{summary['step']}.txt"
+        if sample.exists():
+            print(sample.read_text())
 
     # Tracking
 

@@ -206,6 +206,8 @@ def advance(
         return state, jax.lax.dynamic_update_slice(ids_BO, state.token_B[:, None], (0, i)), i + 1
 
     ids_BO = jnp.full((state.token_B.shape[0], tokens), stops_S[0], jnp.int32)
+    if tokens == 0:  # the loop's body would be traced, and no token fits into an empty array
+        return state, ids_BO
     state, ids_BO, _ = jax.lax.while_loop(unfinished, body, (state, ids_BO, jnp.zeros((), jnp.int32)))
     return state, ids_BO
 

@@ -4,8 +4,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lmjax.schema import PositiveFloat, PositiveInt, config_class
-from lmjax.train.objective import LossConfig
+from lmjax.schema import NonNegativeFloat, PositiveFloat, PositiveInt, config_class, names_in, one_of
+
+
+@config_class
+class LossConfig:
+    """What next-token prediction minimizes."""
+
+    name: Annotated[str, one_of(names_in("lmjax.losses", "TOKEN_LOSSES"))] = "cross_entropy"
+    chunk: PositiveInt = 256
+    """Positions per row whose logits exist at a time."""
+    z_weight: NonNegativeFloat = 0.0
+    """Weight of logsumexp(logits)^2, which keeps logits from drifting (PaLM used 1e-4)."""
 
 
 @config_class
@@ -16,7 +26,8 @@ class SampleConfig:
     """Steps between samples; one is always made at the end."""
     prompts: tuple[str, ...] = ("",)
     """What the texts begin with. One device holds the whole model to write them: with none it need not."""
-    tokens: PositiveInt = 128
+    tokens: Annotated[int, Field(gt=0, le=1 << 24)] = 128
+    """How many to write at most; beyond a learned table of positions the text goes on from the table's newest half."""
     temperature: PositiveFloat = 0.8
 
 

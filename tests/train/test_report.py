@@ -41,7 +41,6 @@ class Clock:
         values = {"val/main/loss": loss, "val/main/bpb": loss / 2, "val/main/loss_stderr": 0.01}
         self.write(step=step, tokens=1024 * step, flops=10**6 * step, **values)
 
-
     def evaluate_whole(self, step: int, loss: float) -> None:
         values = {"val_full/main/loss": loss, "val_full/main/bpb": loss / 2}
         self.write(step=step, tokens=1024 * step, flops=10**6 * step, **values)
