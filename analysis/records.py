@@ -1,9 +1,11 @@
 """One finished run as its parts: configuration, summary, and history rows. Workdirs and wandb are read into this.
 
 The keys are those of `metrics.jsonl` and `summary.json` of a training work directory: `step`, `tokens`, `flops`,
-`train/loss`, `val/<set>/loss`, `optim/lr`, `params/total`, ...
+`train/loss`, `val/<set>/loss` (maybe of a part of the set, the same at every step), `val_full/<set>/loss` (at the
+end, of the whole set), `optim/lr`, `params/total`, ...
 """
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,8 +32,14 @@ class RunRecord:
         )
 
     def final(self, key: str) -> float:
-        """The summary's value, or else the last one logged; NaN when there is neither."""
-        values = [self.summary.get(key)] + [row.get(key) for row in reversed(self.history)]
+        """The summary's value, or else the last one logged; NaN when there is neither.
+
+        Of a validation score that of the whole set goes first, where it was taken: what is logged along the way
+        (`val/`) may be of a part of the set.
+        """
+        whole = re.sub("^val/", "val_full/", key)
+        rows = [self.summary, *reversed(self.history)]
+        values = [row.get(name) for name in dict.fromkeys([whole, key]) for row in rows]
         return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)), np.nan)
 
 

@@ -17,7 +17,7 @@ from analysis.records import RunRecord, merge_history
 # The LevelDB log format: blocks of 32 KiB, records cut into fragments of these types, each behind 7 bytes of header.
 BLOCK, HEADER = 32768, 7
 FULL, FIRST, LAST = 1, 2, 4
-FAMILIES = ("train/", "val/", "optim/", "perf/", "data/")
+FAMILIES = ("train/", "val/", "val_full/", "optim/", "perf/", "data/")
 COUNTERS = ("_step", "tokens", "flops")
 
 

@@ -16,9 +16,12 @@ from ml_collections import ConfigDict
 
 from lmjax.config import as_config_dict, default_config
 from lmjax.data.config import PrepareConfig, SourceConfig, TokenizerConfig
+from lmjax.errors import ConfigError
 
 
 def get_config(preset: str = "cpu") -> ConfigDict:
+    if preset not in PRESETS:
+        raise ConfigError(f"shakespeare_char.py:{preset}: the presets are {', '.join(PRESETS)}")
     config = default_config()
     recipe = PrepareConfig(
         inputs=("input.txt",),
@@ -27,7 +30,7 @@ def get_config(preset: str = "cpu") -> ConfigDict:
         valid_fraction=0.1,
     )
     config.data.sources = {"shakespeare": as_config_dict(SourceConfig(path="data/shakespeare_char", prepare=recipe))}
-    {"cpu": cpu, "gpu": gpu, "modern": modern}[preset](config)
+    PRESETS[preset](config)
     config.data.seq_len = config.model.context
     return config
 
@@ -76,3 +79,6 @@ def gpu(config: ConfigDict) -> None:
     config.model.dtype = "bfloat16"
     config.train.batch = 64
     config.train.steps = 5000
+
+
+PRESETS = {"cpu": cpu, "gpu": gpu, "modern": modern}

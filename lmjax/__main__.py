@@ -217,7 +217,6 @@ def main() -> NoReturn:
         arguments = parse(argv)
         if arguments.command in ("train", "evaluate", "generate"):
             runtime.tune_allocator()
-            runtime.enable_compile_cache()
         if arguments.command == "convert":
             runtime.return_freed_memory()
         return arguments.function(arguments)

@@ -37,9 +37,9 @@ import numpy as np
 from etils import epath
 
 from lmjax import distributed, seal
+from lmjax.checkpoint_config import CheckpointConfig as CheckpointConfig
 from lmjax.errors import CheckpointError, StallError
 from lmjax.runtime import fault
-from lmjax.schema import NonNegativeInt, PositiveInt, config_class
 from lmjax.seal import Manifest
 
 logger = logging.getLogger(__name__)
@@ -70,22 +70,6 @@ def one_array_at_a_time(arrays: Any) -> Iterator[None]:
     context.array.saving.storage_options.chunk_byte_size = _PIECE_BYTES
     with context:
         yield
-
-
-@config_class
-class CheckpointConfig:
-    """When to save and what to keep."""
-
-    every: PositiveInt | None = 1000
-    """Steps between checkpoints; None saves only at the end and when preempted."""
-    keep_last: PositiveInt = 2
-    """Newest checkpoints kept."""
-    keep_every: PositiveInt | None = None
-    """Checkpoints whose step is a multiple of this are kept for ever."""
-    keep_best: NonNegativeInt = 0
-    """Checkpoints with the lowest validation loss that are kept."""
-    verify: bool = True
-    """Hash every file again after sealing and before restoring (about 3 s per GB); else only sizes are compared."""
 
 
 class Checkpoints:

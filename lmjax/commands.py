@@ -28,6 +28,7 @@ def train(arguments: Arguments) -> int:
     from lmjax import config, runtime
 
     cfg = config.load(arguments.config, arguments.overrides)
+    runtime.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
     if arguments.dry_run:
         from lmjax import dry_run
 
@@ -59,16 +60,18 @@ def train(arguments: Arguments) -> int:
 
 def plan(arguments: Arguments) -> int:
     """Compile the train step for hardware that is not here: memory, FLOPs, network, time, price."""
+    from lmjax import config
     from lmjax.plan import topology
 
     target = topology.parse(arguments.topology)
+    cfg = config.load(arguments.config, arguments.overrides)
     topology.prepare_process(target)
 
-    from lmjax import config, dry_run
+    from lmjax import dry_run
     from lmjax.plan import search, step, table
 
     devices = topology.devices(target)
-    cfg = dry_run.with_known_vocab(config.load(arguments.config, arguments.overrides))
+    cfg = dry_run.with_known_vocab(cfg)
     if arguments.search:
         found = search.search(cfg, target, devices, seconds=60 * arguments.minutes)
         print(json.dumps(table.search_as_json(found), indent=1) if arguments.json else table.search_text(found))
@@ -110,8 +113,9 @@ def prepare(arguments: Arguments) -> int:
 
 def evaluate(arguments: Arguments) -> int:
     """Loss, perplexity, bits per byte and accuracy of a trained model on a prepared data set."""
-    from lmjax import experiment
+    from lmjax import experiment, runtime
 
+    runtime.enable_compile_cache()
     trained = experiment.load_trained(arguments.workdir, arguments.step)
     paths = arguments.data or [source.path for source in trained.cfg.data.sources.values()]
     if not paths:
@@ -144,12 +148,13 @@ def evaluate(arguments: Arguments) -> int:
 
 def generate(arguments: Arguments) -> int:
     """Text from a trained model."""
-    from lmjax import experiment
+    from lmjax import experiment, runtime
     from lmjax.generate import decode
     from lmjax.generate.config import GenerateConfig
 
     if arguments.system is not None and not arguments.chat:
         raise ConfigError("--system stands before a conversation: add --chat, or leave it out")
+    runtime.enable_compile_cache()
     fields = {field.name for field in dataclasses.fields(GenerateConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
     if arguments.temperature is None:

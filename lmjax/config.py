@@ -3,7 +3,8 @@
     config file (Python: it is code, run it only if you trust it) -> ConfigDict -> overrides -> Config
 
 A config file starts from `default_config()`, where a misspelt key is an error at once, and changes what it needs. The
-typed `Config` checks types, ranges, choices and what fields demand of each other, once, before a device is touched.
+typed `Config` checks types, ranges, choices and what fields demand of each other, once, before a device is touched, and
+before JAX is imported, which takes a second: the schema reads the names that it chooses from in the source.
 """
 
 import ast
@@ -13,16 +14,16 @@ import hashlib
 import importlib.util
 import json
 import types
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from lmjax.checkpoint import CheckpointConfig
+from lmjax.checkpoint_config import CheckpointConfig
 from lmjax.data.config import DataConfig
 from lmjax.errors import ConfigError
-from lmjax.layout import MeshConfig
+from lmjax.mesh_config import MeshConfig
 from lmjax.models.config import ModelConfig, require_learning
 from lmjax.optim.config import OptimizerConfig
 from lmjax.schema import config_class, validated
@@ -131,14 +132,36 @@ def _apply_override(tree: ConfigDict, override: str) -> None:
     *parents, name = path.split(".")
     node = tree
     for depth, parent in enumerate(parents):
-        node = _child(node, parent, path, ".".join(parents[:depth]))
+        above, here = parents[:depth], parents[: depth + 1]
+        if _child(node, parent, path, ".".join(above)) is None and (group := _group(here)):
+            with node.ignore_type():
+                node[parent] = as_config_dict(group())  # its first setting switches a group on
+        node = node[parent]
         if not isinstance(node, ConfigDict):
-            raise ConfigError(f"--config.{path}: '{'.'.join(parents[: depth + 1])}' has no keys below it")
-    old = _child(node, name, path, ".".join(parents))
-    if isinstance(old, ConfigDict):
+            raise ConfigError(f"--config.{path}: '{'.'.join(here)}' has no keys below it")
+    old, kinds = _child(node, name, path, ".".join(parents)), _kinds([*parents, name])
+    off = text == "None" and types.NoneType in kinds
+    if isinstance(old, ConfigDict) and not off:
         raise ConfigError(f"--config.{path} is a group of settings; set one of {', '.join(sorted(old))}")
     with node.ignore_type():
-        node[name] = text if isinstance(old, str) else _literal(text)
+        node[name] = None if off else text if str in kinds or isinstance(old, str) else _literal(text)
+
+
+def _kinds(path: Sequence[str]) -> tuple[Any, ...]:
+    """What the schema lets a setting or group be: `(X, NoneType)` for an `X | None`, nothing for an unknown key."""
+    hint: Any = Config
+    for depth, name in enumerate(path):
+        if get_origin(hint) is dict:
+            hint = get_args(hint)[1]
+        else:
+            group = _group(path[:depth])
+            hint = None if group is None else get_type_hints(group).get(name)
+    return get_args(hint) if get_origin(hint) in (types.UnionType, Union) else () if hint is None else (hint,)
+
+
+def _group(path: Sequence[str]) -> Any:
+    """The class of the group of settings at `path`; None for a single setting."""
+    return next((kind for kind in _kinds(path) if dataclasses.is_dataclass(kind)), None)
 
 
 def _child(node: ConfigDict, name: str, path: str, parent: str) -> Any:

@@ -25,16 +25,18 @@ from lmjax.evaluate import compression
 from lmjax.evaluate.likelihood import Evaluation, evaluate, macro_average
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
+from lmjax.generate.slide import generate_past
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig, dominant, require_learning
 from lmjax.models.model import Model
 from lmjax.optim.config import hyper
 from lmjax.optim.optimizers import Optimizer, build, state_shardings
+from lmjax.schema import validated
 from lmjax.train.config import SampleConfig
 from lmjax.train.objective import Objective, language_model
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import Step, make_step
-from lmjax.weights import Params, abstract, initialize
+from lmjax.weights import Params, abstract, by_path, initialize
 
 
 class Experiment(NamedTuple):
@@ -327,11 +329,11 @@ def evaluate_documents(
     return evaluate(model, params, batches, n_tokens=split.n_tokens - split.n_documents, n_bytes=split.n_bytes)
 
 
-def evaluation_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
-    """`val/<set>/loss` and so on; of several sets also their macro average."""
+def evaluation_metrics(results: Mapping[str, Evaluation], family: str = "val") -> dict[str, float]:
+    """`<family>/<set>/loss` and so on; of several sets also their macro average."""
     named = dict(results) | ({"macro": macro_average(results)} if len(results) > 1 else {})
     return {
-        f"val/{name}/{field}": value
+        f"{family}/{name}/{field}": value
         for name, result in named.items()
         for field, value in {
             "loss": result.loss,
@@ -347,11 +349,32 @@ def on_one_device(mesh: jax.sharding.Mesh | None, params: Params) -> Params:
     return jax.tree.map(lambda x: everywhere(mesh, x).addressable_data(0), params)
 
 
+def check_sample(cfg: SampleConfig, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError for prompts and settings that no sample can be made with: before the first step."""
+    _sample_settings(cfg)
+    for prompt in cfg.prompts:
+        try:
+            tokenizer.encode(prompt)
+        except DataError as error:
+            raise ConfigError(f"train.sample.prompts: {prompt!r}: {error}; change it, or set no prompts: ()") from None
+
+
 def sample_text(model: Model, params: Params, tokenizer: Tokenizer, cfg: SampleConfig) -> str:
-    """A text for every prompt, generated on the one device that the weights are on."""
-    settings = GenerateConfig(tokens=cfg.tokens, temperature=cfg.temperature)
-    generations = generate(model, params, tokenizer, cfg.prompts, settings)
-    return "\n\n".join(prompt + one.text for prompt, one in zip(cfg.prompts, generations, strict=True))
+    """A text for every prompt, generated on the one device that the weights are on.
+
+    It may be longer than a learned table of positions: see generate/slide.py.
+    """
+    tables = [weight.shape[0] for weight in by_path(model.spec).values() if weight.in_axes == ("context",)]
+    settings = _sample_settings(cfg)
+    if tables:
+        texts = generate_past(model, params, tokenizer, cfg.prompts, settings, context=min(tables))
+    else:
+        texts = [one.text for one in generate(model, params, tokenizer, cfg.prompts, settings)]
+    return "\n\n".join(prompt + text for prompt, text in zip(cfg.prompts, texts, strict=True))
+
+
+def _sample_settings(cfg: SampleConfig) -> GenerateConfig:
+    return validated(GenerateConfig, {"tokens": cfg.tokens, "temperature": cfg.temperature}, "train.sample.")
 
 
 _PRIMING_BYTES = 1 << 27  # of training text that xz reads first: it takes 22 times as much memory

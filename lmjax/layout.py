@@ -17,7 +17,7 @@ docs/parallelism.md says what each costs and when to choose it.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lmjax.errors import ConfigError
-from lmjax.schema import PositiveInt, config_class, one_of
+from lmjax.mesh_config import MeshConfig as MeshConfig
 from lmjax.weights import Spec, Weight, map_weights
 
 Names = tuple[str | None, ...]
@@ -72,28 +72,6 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "fsdp+pp": ("fsdp", "pipeline"),
     "dp+pp+tp": ("data", "pipeline", "tensor"),
 }
-
-
-@config_class
-class MeshConfig:
-    """How the devices share the work: a layout by name, and sizes of single axes where its own do not suit."""
-
-    layout: Annotated[str, one_of(LAYOUTS)] = "dp"
-    """Axes to split over. The first takes every device that the others leave over; the others have 2, unless given."""
-    slices: PositiveInt | None = None
-    """Groups of devices joined by a data-centre network alone (TPU slices); each has copies of the weights."""
-    data: PositiveInt | None = None
-    """Copies of the model."""
-    pipeline: PositiveInt | None = None
-    """Stages that the layers are spread over."""
-    fsdp: PositiveInt | None = None
-    """Devices that share one copy of the weights."""
-    expert: PositiveInt | None = None
-    """Devices that share the experts."""
-    context: PositiveInt | None = None
-    """Devices that share the tokens of one row, and the weights."""
-    tensor: PositiveInt | None = None
-    """Devices that share the heads and mlp columns of one layer."""
 
 
 # The mesh ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import functools
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,7 @@ from lmjax.data.batch import Batch
 from lmjax.data.loader import Loader
 from lmjax.data.storage import is_remote
 from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, DataError, NumericalError, StallError
+from lmjax.evaluate.likelihood import Evaluation
 from lmjax.experiment import Data, Experiment
 from lmjax.ledger import Ledger, joined_crc, row_crcs
 from lmjax.models.flops import sequence_flops
@@ -33,6 +35,8 @@ from lmjax.train.loop import Accounting, Periodic, Reader, train
 from lmjax.train.report import write_report
 from lmjax.train.state import TrainState
 from lmjax.weights import count
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -72,6 +76,7 @@ def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
         make_workdir(workdir)
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
         data = parts.open_data(cfg)
+        parts.check_sample(cfg.train.sample, data.tokenizer)
         experiment = parts.assemble(parts.with_vocab(cfg, data.tokenizer))
         with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
             return Run(experiment, data, workdir, options, preemption, watchdog).train()
@@ -369,9 +374,19 @@ class Run:
         ]
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        train_cfg = self.cfg.train
-        limit = None if step == train_cfg.steps else train_cfg.evaluate_batches
-        results = {
+        """Score the same batches every time, as `val/`; at the end also the whole sets, as `val_full/`."""
+        limit = self.cfg.train.evaluate_batches
+        results = self.score(step, state, limit)
+        metrics = parts.evaluation_metrics(results)
+        if step == self.cfg.train.steps:
+            whole = results if limit is None else self.score(step, state, None)
+            metrics |= parts.evaluation_metrics(whole, "val_full")
+        self.evaluations[step] = metrics
+        self.trackers.log(step, {**self.accounting.totals(step), **metrics})
+
+    def score(self, step: int, state: TrainState, limit: int | None) -> dict[str, Evaluation]:
+        """Every validation set, or its first `limit` batches, under the parameters of `step`."""
+        return {
             name: parts.evaluate_split(
                 self.scorer,
                 state.params,
@@ -384,8 +399,6 @@ class Run:
             )
             for name, split in self.validation.items()
         }
-        self.evaluations[step] = parts.evaluation_metrics(results)
-        self.trackers.log(step, {**self.accounting.totals(step), **self.evaluations[step]})
 
     def sample(self, step: int, state: TrainState) -> None:
         if not self.cfg.train.sample.prompts:
@@ -393,7 +406,11 @@ class Run:
         params = parts.on_one_device(self.experiment.mesh, state.params)
         if not distributed.leads():
             return
-        text = parts.sample_text(self.experiment.model, params, self.data.tokenizer, self.cfg.train.sample)
+        try:
+            text = parts.sample_text(self.experiment.model, params, self.data.tokenizer, self.cfg.train.sample)
+        except Exception as error:  # a text to look at; what was trained is worth more
+            logger.warning("no sample at step %d: %s: %s", step, type(error).__name__, " ".join(str(error).split()))
+            return
         (self.workdir / "samples").mkdir(exist_ok=True)
         (self.workdir / "samples" / f"{step}.txt").write_text(text)
 
@@ -405,7 +422,8 @@ class Run:
             "config": configs.digest(self.cfg),
             **self.accounting.totals(step),
         }
-        losses = [value for key, value in self.evaluations.get(step, {}).items() if key.endswith("/loss")]
+        scores = self.evaluations.get(step, {}).items()
+        losses = [value for key, value in scores if key.startswith("val/") and key.endswith("/loss")]
         self.checkpoints.save(step, state, meta, value=float(np.mean(losses)) if losses else None)
 
     def profile(self) -> list[Periodic]:
@@ -472,10 +490,11 @@ class Run:
 
     def print_summary(self, summary: dict[str, Any]) -> None:
         for key, value in summary.items():
-            if key.startswith("val/"):
+            if key.startswith(("val/", "val_full/")):
                 print(f"{key} {value:.4f}")
-        if self.cfg.train.sample.prompts:
-            print((self.workdir / "samples" / f"{summary['step']}.txt").read_text())
+        sample = self.workdir / "samples" / f"{summary['step']}.txt"
+        if sample.exists():
+            print(sample.read_text())
 
     # Tracking
 

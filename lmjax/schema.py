@@ -1,8 +1,11 @@
 """The one decorator that makes a config class: frozen, typed, closed, validated on construction."""
 
+import ast
 import difflib
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
@@ -61,6 +64,17 @@ def one_of(names: Iterable[str]) -> pydantic.AfterValidator:
 
     check.choices = choices  # type: ignore[attr-defined]  # for docs/config_page.py
     return pydantic.AfterValidator(check)
+
+
+def names_in(module: str, registry: str) -> list[str]:
+    """The keys of a dict that a module defines, read from its source: to import it may take a second, for JAX."""
+    found = importlib.util.find_spec(module)
+    assert found is not None and found.origin is not None, module
+    for node in ast.parse(Path(found.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == registry:
+            assert isinstance(node.value, ast.Dict), registry
+            return [ast.literal_eval(key) for key in node.value.keys if key is not None]
+    raise AssertionError(f"{module} has no {registry}")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -95,18 +95,21 @@ class Trackers:
 # --- Secrets ----------------------------------------------------------------------------------------------------------
 
 REDACTED = "<redacted>"
-_SECRET_NAME = re.compile(r"token(?!i[sz])|key|secret|passw|credential", re.IGNORECASE)
-_SECRET_FLAG = re.compile(r"(-[\w.\-]*(?:token(?!i[sz])|key|secret|passw|credential)[\w.\-]*[= ])(\S+)", re.IGNORECASE)
+# Counted tokens and the key under which a text lies are settings. Of the environment, which is not ours, all is hidden.
+_SECRET_WORDS = r"(?:token(?!s\b|i[sz])|(?<!text[_-])key|secret|passw|credential)"
+_SECRET_NAME = re.compile(_SECRET_WORDS, re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"token(?!i[sz])|key|secret|passw|credential", re.IGNORECASE)
+_SECRET_FLAG = re.compile(rf"(-[\w.\-]*{_SECRET_WORDS}[\w.\-]*[= ])(\S+)", re.IGNORECASE)
 
 
 def redact(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy without secrets, for everything that leaves the process.
 
-    Hidden are text under a name with token, key, secret, password or credential in it (numbers there, such as a count
-    of tokens, are no secrets), command-line flags of such names, and the value of any environment variable so named
-    wherever it occurs.
+    Hidden are text under a name with token, key, secret, password or credential in it (numbers there are no secrets,
+    nor is what our own settings hold: `tokens`, `text_key`, `tokenizer`), command-line flags of such names, and the
+    value of any environment variable so named wherever it occurs.
     """
-    known = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+    known = [value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= 8]
 
     def clean(value: Any, secret: bool) -> Any:
         if isinstance(value, Mapping):
@@ -191,7 +194,8 @@ class ConsoleTracker:
             self._task = self._progress.add_task("", total=self._steps, completed=info["step"], text="compiling")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        evaluation = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("val/"))
+        scores = {name: value for name, value in values.items() if name.startswith(("val/", "val_full/"))}
+        evaluation = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         if evaluation:
             self._print(f"step {step}  {evaluation}")
         text = _line(values)

@@ -1,26 +1,112 @@
 """Every config file loads, is what its schema allows, and says what it is for."""
 
 import ast
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
+from lmjax import runtime
 from lmjax.config import load
-from lmjax.errors import ConfigError
+from lmjax.errors import DONE, ConfigError
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
+from lmjax.run import Options, run
 from lmjax.weights import count
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.glob("*.py"))
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_configs_load_and_open_with_what_they_reproduce(path: Path) -> None:
     load(str(path))
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     positions = [text.find(f"\n{heading}") for heading in ("Reproduces", "Costs", "Command")]
     assert -1 not in positions and positions == sorted(positions)
     assert f"--config=configs/{path.name}" in text
+
+
+def arms(path: Path) -> list[str]:
+    """The arguments that a config file takes, as it tells who gives a wrong one."""
+    if "get_config()" in path.read_text():
+        return [""]
+    with pytest.raises(ConfigError, match=r"the \w+ are ") as refused:
+        load(f"{path}:?")
+    return [f":{arm}" for arm in str(refused.value).rpartition(" are ")[2].split(", ")]
+
+
+ARMS = [f"{path}{arm}" for path in FILES for arm in arms(path)]
+
+# What is left of a model: its kinds of layers. What is left as shipped: data, optimizer, evaluation, samples.
+TINY = [
+    "data.seq_len=16",
+    "model.context=16",
+    "model.layers=2",
+    "model.embed=16",
+    "model.heads=2",
+    "model.head_dim=8",
+    "model.mlp=24",
+    "model.vocab=None",
+    "optimizer.schedule.warmup=1",
+    "train.steps=1",
+    "train.batch=2",
+    "train.evaluate_batch=2",
+    "train.evaluate_batches=1",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("text")
+    for i in range(8):
+        (directory / f"{i}.txt").write_text(
+            f"All {i} of them speak:\nbefore we proceed any further, hear me speak.\n" * 9
+        )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Iterator[None]:
+    """Made tiny, the sizes of a config are one model: its programs are compiled for the first of them."""
+    runtime.enable_compile_cache(str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.mark.parametrize("location", ARMS, ids=lambda location: Path(location).name)
+def test_every_config_runs_to_its_end(location: str, text: Path, tmp_path: Path, compiled_once: None) -> None:
+    shipped = load(location, ["model.vocab=512"])
+    settings = list(TINY)
+    if shipped.model.kv_heads is not None:
+        settings.append("model.kv_heads=1")
+    if shipped.model.moe.experts is not None:
+        settings.append("model.moe.mlp=8")
+    for name, source in shipped.data.sources.items():
+        kind = source.prepare.tokenizer.kind if source.prepare is not None else "bytes"
+        recipe = f"data.sources.{name}.prepare"
+        settings += [
+            f"data.sources.{name}.path={tmp_path / name}",
+            f"{recipe}.inputs=('{text}/*.txt',)",
+            f"{recipe}.tokenizer.kind={'chars' if kind == 'chars' else 'bytes'}",
+            f"{recipe}.valid_fraction=0.2",
+            f"{recipe}.split=document",
+        ]
+    cfg = load(location, settings)
+    assert (cfg.train.sample, cfg.train.compression_baseline) == (
+        shipped.train.sample,
+        shipped.train.compression_baseline,
+    )
+    workdir = tmp_path / "run"
+    assert run(cfg, workdir, Options()) == DONE
+    summary = json.loads((workdir / "summary.json").read_text())
+    for name in cfg.data.sources:
+        assert summary[f"val_full/{name}/loss"] > 0 and summary[f"val/{name}/loss"] > 0
+    sample = (workdir / "samples" / "1.txt").read_text()
+    assert sample.startswith(cfg.train.sample.prompts[0]) and f"```\n{sample}" in (workdir / "report.md").read_text()
 
 
 def test_the_mixture_and_the_dense_model_cost_the_same() -> None:

@@ -24,7 +24,8 @@ PROGRAMS = [
 FLOORS: list[set[str]] = [
     {"errors"},
     {"schema", "weights", "metrics", "seal", "chips", "collectives", "lifeline"},
-    {"layout", "jsonl", "distributed"},
+    {"mesh_config", "checkpoint_config", "jsonl", "distributed"},
+    {"layout"},
     {"runtime"},
     {"ledger", "tracking"},
     {"models", "optim", "data"},

@@ -1,5 +1,6 @@
 """Metrics, the ledger and the views of them."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lmjax import jsonl, tracking
+from lmjax.config import Config
+from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.errors import CheckpointError
 from lmjax.jsonl import JsonLines, read_lines
 from lmjax.ledger import Ledger, check_ledger, effective_history, joined_crc, read_ledger, row_crcs
@@ -241,6 +245,44 @@ def test_redaction(monkeypatch: Any) -> None:
         f"use {REDACTED} now",
     ]
     assert info["config"]["api_key"] == "a"  # type: ignore[index]
+
+
+def settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a config object, a source with a recipe among them, by its path."""
+    if not dataclasses.is_dataclass(value) and not isinstance(value, dict):
+        yield path, value
+        return
+    children = value if isinstance(value, dict) else {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    for name, child in children.items():
+        yield from settings(child, f"{path}.{name}" if path else name)
+
+
+RECIPE = PrepareConfig(text_key="body", tokenizer=TokenizerConfig(kind="file", path="spm.model", endoftext="</s>"))
+WHOLE = Config(data=DataConfig(sources={"text": SourceConfig(path="data/text", prepare=RECIPE)}))
+
+
+def test_no_setting_of_ours_is_taken_for_a_secret() -> None:
+    cfg = dataclasses.asdict(WHOLE)
+    assert json.dumps(redact(cfg)) == json.dumps(cfg)
+    for path, value in settings(WHOLE):
+        for flag in (f"--config.{path}={value}", f"--config.{path} {value}", f"--{path.rpartition('.')[2]} {value}"):
+            command = f"lmjax train {flag} --api_key=canary"
+            assert redact({"command": command})["command"] == command.replace("canary", REDACTED)
+            dashed = command.replace("_", "-")
+            assert redact({"command": dashed})["command"] == dashed.replace("canary", REDACTED)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "GITHUB_TOKENS", "MY_TEXT_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"])
+def test_secrets_of_the_environment_are_hidden_wherever_they_occur(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv(name, "canary-0123456789")
+    clean = redact({"config": {"data": {"text_key": "canary-0123456789"}}, "command": "x --tokens=canary-0123456789"})
+    assert "canary" not in json.dumps(clean)
+
+
+@pytest.mark.parametrize("flag", ["--hf-token", "--api_key", "--config.x.secret_key", "--password", "--keys", "-token"])
+def test_secret_flags_are_hidden(flag: str) -> None:
+    for between in "= ":
+        assert redact({"command": f"x {flag}{between}canary y"})["command"] == f"x {flag}{between}{REDACTED} y"
 
 
 def test_secrets_reach_no_file(tmp_path: Path) -> None:

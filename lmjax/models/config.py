@@ -6,10 +6,16 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from lmjax.errors import ConfigError
-from lmjax.models.activations import ACTIVATIONS
-from lmjax.models.attention import BACKENDS
-from lmjax.models.remat import REMAT
-from lmjax.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config_class, one_of
+from lmjax.schema import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    config_class,
+    names_in,
+    one_of,
+)
 
 AttentionKind = Literal["global", "local"]
 MlpKind = Literal["dense", "moe"]
@@ -119,7 +125,7 @@ class ModelConfig:
     mlp: PositiveInt = 512
     moe: MoeConfig = MoeConfig()
 
-    activation: Annotated[str, one_of(ACTIVATIONS)] = "gelu"
+    activation: Annotated[str, one_of(names_in("lmjax.models.activations", "ACTIVATIONS"))] = "gelu"
     gated: bool = False
     """Multiply the activation by a second projection (SwiGLU, GeGLU)."""
     norm: Literal["rms", "layer"] = "rms"
@@ -141,7 +147,7 @@ class ModelConfig:
 
     position: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     rope: RopeConfig = RopeConfig()
-    attention: Annotated[str, one_of(["auto", *BACKENDS])] = "auto"
+    attention: Annotated[str, one_of(["auto", *names_in("lmjax.models.attention", "BACKENDS")])] = "auto"
     """auto: ring where devices share rows; splash on TPU, cudnn on GPU where they can do what is asked; else
     reference."""
     attention_scale: PositiveFloat | None = None
@@ -169,7 +175,7 @@ class ModelConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmuls; weights are stored in float32."""
-    remat: Annotated[str, one_of(REMAT)] = "none"
+    remat: Annotated[str, one_of(names_in("lmjax.models.remat", "REMAT"))] = "none"
     """What the backward pass finds saved: everything, the outputs of weight matmuls, or only each period's input."""
     unroll: Fraction = 0.0
     """Fraction of a segment's repeats that the layer scan unrolls: 1 compiles longer and may run faster. On a mesh, all

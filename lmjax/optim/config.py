@@ -1,14 +1,14 @@
 """What a user sets about the optimizer, and the same as traced scalars."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import jax.numpy as jnp
 from pydantic import Field
 
 from lmjax.errors import ConfigError
-from lmjax.optim.rules import OPTIMIZERS
-from lmjax.optim.schedules import SCHEDULES, Hyper
-from lmjax.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, config_class, one_of
+from lmjax.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, config_class, names_in, one_of
+
+if TYPE_CHECKING:
+    from lmjax.optim.schedules import Hyper
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -17,7 +17,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class ScheduleConfig:
     """The learning rate over time, relative to its peak; formulas in schedules.py."""
 
-    name: Annotated[str, one_of(SCHEDULES)] = "cosine"
+    name: Annotated[str, one_of(names_in("lmjax.optim.schedules", "SCHEDULES"))] = "cosine"
     warmup: NonNegativeInt = 100
     """Updates of linear warmup."""
     final_fraction: Fraction = 0.1
@@ -30,7 +30,7 @@ class ScheduleConfig:
 class OptimizerConfig:
     """One optimizer and all scalars any of them reads; formulas in rules.py."""
 
-    name: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
+    name: Annotated[str, one_of(names_in("lmjax.optim.rules", "OPTIMIZERS"))] = "adamw"
     learning_rate: PositiveFloat = 1e-3
     """The peak; for muon, of the hidden matrices."""
     weight_decay: NonNegativeFloat = 0.1
@@ -50,11 +50,13 @@ class OptimizerConfig:
     schedule: ScheduleConfig = ScheduleConfig()
 
 
-def hyper(cfg: OptimizerConfig, *, steps: int, seed: int = 0) -> Hyper:
+def hyper(cfg: OptimizerConfig, *, steps: int, seed: int = 0) -> "Hyper":
     """All scalar hyperparameters of a run of `steps` updates, as arrays that the compiled step takes as input.
 
     Raises ConfigError when the schedule's phases do not fit into `steps`.
     """
+    import jax.numpy as jnp
+
     check(cfg.schedule, steps)
     scalars = {
         "learning_rate": cfg.learning_rate,

@@ -5,8 +5,18 @@ from typing import Annotated
 from pydantic import Field
 
 from lmjax.generate.config import Temperature
-from lmjax.schema import PositiveFloat, PositiveInt, config_class
-from lmjax.train.objective import LossConfig
+from lmjax.schema import NonNegativeFloat, PositiveFloat, PositiveInt, config_class, names_in, one_of
+
+
+@config_class
+class LossConfig:
+    """What next-token prediction minimizes."""
+
+    name: Annotated[str, one_of(names_in("lmjax.losses", "TOKEN_LOSSES"))] = "cross_entropy"
+    chunk: PositiveInt = 256
+    """Positions per row whose logits exist at a time."""
+    z_weight: NonNegativeFloat = 0.0
+    """Weight of logsumexp(logits)^2, which keeps logits from drifting (PaLM used 1e-4)."""
 
 
 @config_class
@@ -17,7 +27,8 @@ class SampleConfig:
     """Steps between samples; one is always made at the end."""
     prompts: tuple[str, ...] = ("",)
     """What the texts begin with. One device holds the whole model to write them: with none it need not."""
-    tokens: PositiveInt = 128
+    tokens: Annotated[int, Field(gt=0, le=1 << 24)] = 128
+    """How many to write at most; beyond a learned table of positions the text goes on from the table's newest half."""
     temperature: Annotated[Temperature, Field(gt=0)] = 0.8
 
 
@@ -36,7 +47,7 @@ class TrainConfig:
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations; one is always made at the end."""
     evaluate_batches: PositiveInt | None = None
-    """Batches per evaluation during training; the final one always sees the whole set."""
+    """Batches per evaluation, always the same (`val/`); at the end the whole set is scored, too (`val_full/`)."""
     evaluate_batch: PositiveInt | None = None
     """Sequences per evaluation batch; None means `batch`."""
     sample: SampleConfig = SampleConfig()

@@ -1,16 +1,16 @@
 """What a train step minimizes. Pretraining, fine-tuning and policy learning differ in their objective alone."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lmjax.data.batch import Batch
-from lmjax.losses import TOKEN_LOSSES, chunked_token_sums
+from lmjax.losses import chunked_token_sums
 from lmjax.metrics import Metrics
 from lmjax.models.model import Model
-from lmjax.schema import NonNegativeFloat, PositiveInt, config_class, one_of
+from lmjax.train.config import LossConfig as LossConfig
 from lmjax.weights import Params
 
 Keys = jax.Array | None  # one per sample, [B]
@@ -27,17 +27,6 @@ class Objective(NamedTuple):
     """(params, frozen, buffers, batch, keys_B) -> (loss sum, metrics as (sum, weight), new buffers)"""
     settle: Callable[[Params, Metrics], tuple[Params, Metrics]] = lambda params, metrics: (params, metrics)
     """After an update, with the metrics of the whole batch: see `Model.settle`."""
-
-
-@config_class
-class LossConfig:
-    """What next-token prediction minimizes."""
-
-    name: Annotated[str, one_of(TOKEN_LOSSES)] = "cross_entropy"
-    chunk: PositiveInt = 256
-    """Positions per row whose logits exist at a time."""
-    z_weight: NonNegativeFloat = 0.0
-    """Weight of logsumexp(logits)^2, which keeps logits from drifting (PaLM used 1e-4)."""
 
 
 def language_model(model: Model, cfg: LossConfig) -> Objective:

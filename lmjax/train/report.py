@@ -138,7 +138,7 @@ def _reproduce(record: Record, defaults: Mapping[str, Any] | None) -> str:
     text = f"## Reproduce\n\n```\n{start.get('command', '')}\n```\n\n"
     text += _table(["", ""], [[name.replace("_", " "), value] for name, value in facts.items()])
     if defaults is not None:
-        before, after = _flat(defaults), _flat(record.config)
+        before, after = _flat(json.loads(json.dumps(defaults))), _flat(record.config)  # both with lists for tuples
         changed = [
             [f"`{k}`", before.get(k), after.get(k)] for k in {**before, **after} if before.get(k) != after.get(k)
         ]
@@ -157,6 +157,9 @@ def _results(record: Record) -> str:
         rows += [
             [name, which, step, loss, bpb.get(step)] for which, (step, _, loss) in (("final", final), ("best", best))
         ]
+        whole_bpb = {step: value for step, _, value in record.series(f"val_full/{name}/bpb")}
+        for step, _, loss in record.series(f"val_full/{name}/loss")[-1:]:
+            rows.append([name, "final, whole set", step, loss, whole_bpb.get(step)])
     text = "## Results\n\n"
     training = record.series("train/loss")
     if training:
@@ -366,10 +369,12 @@ def plot_loss(record: Record) -> bytes:
         axes.plot(tokens, smoothed, color="C0", linewidth=1.6, label="train (smoothed)")
     levels = smoothed[len(smoothed) // 50 :]
     for number, name in enumerate(record.validation_sets, 1):
-        points = record.series(f"val/{name}/loss")
-        label = f"validation: {name}, {points[-1][2]:.3f} at the end" if points else name
-        axes.plot([t for _, t, _ in points], [x for *_, x in points], f"C{number}o-", markersize=4, label=label)
-        levels += [loss for *_, loss in points]
+        for family, what, style in (("val", "", "o-"), ("val_full", ", whole set", "D")):
+            if points := record.series(f"{family}/{name}/loss"):
+                label = f"validation: {name}{what}, {points[-1][2]:.3f} at the end"
+                style = f"C{number}{style}"
+                axes.plot([t for _, t, _ in points], [x for *_, x in points], style, markersize=4, label=label)
+                levels += [loss for *_, loss in points]
     levels = [level for level in levels if np.isfinite(level)]
     if levels:  # the first few steps start so high that they would flatten the rest
         margin = 0.05 * (max(levels) - min(levels)) + 1e-3

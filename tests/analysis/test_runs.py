@@ -265,6 +265,20 @@ def test_work_directories_become_one_row_a_run(tmp_path):
     assert other.column("flops") == pytest.approx([7 * 1e8 * 3e9, 7 * 2e8 * 3e9])
 
 
+def test_the_score_of_the_whole_set_goes_before_that_of_a_part(tmp_path):
+    for i, whole in enumerate((3.2, None)):
+        run = workdir(tmp_path, f"run{i}", size=1e8 * (1 + i))
+        summary = json.loads((run / "summary.json").read_text())
+        scores = {"val/text/loss": 2.9, "val/text/loss_stderr": 0.02}
+        full = {"val_full/text/loss": whole, "val_full/text/loss_stderr": 0.001} if whole else {}
+        (run / "summary.json").write_text(json.dumps({**summary, **scores, **full}))
+    runs = load_runs(tmp_path)
+    assert runs.loss_name == "val/text/loss"
+    assert runs.column("loss").tolist() == [3.2, 2.9]
+    assert runs.table["loss_stderr"].tolist() == [0.001, 0.02]
+    assert runs.curves.groupby("run")["loss"].min().tolist() == [2.9, 2.9]  # a curve is of one set
+
+
 def test_the_n_of_mixtures_is_what_a_token_passes_through(tmp_path):
     for name, active in (("dense", None), ("mixture", 0.5e8)):
         summary = workdir(tmp_path, name) / "summary.json"

@@ -41,6 +41,10 @@ class Clock:
         values = {"val/main/loss": loss, "val/main/bpb": loss / 2, "val/main/loss_stderr": 0.01}
         self.write(step=step, tokens=1024 * step, flops=10**6 * step, **values)
 
+    def evaluate_whole(self, step: int, loss: float) -> None:
+        values = {"val_full/main/loss": loss, "val_full/main/bpb": loss / 2}
+        self.write(step=step, tokens=1024 * step, flops=10**6 * step, **values)
+
 
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
@@ -63,6 +67,29 @@ def workdir(tmp_path: Path) -> Path:
     (workdir / "samples" / "90.txt").write_text("old")
     (workdir / "samples" / "400.txt").write_text("def f():\n    return 1")
     return workdir
+
+
+def test_the_whole_set_is_a_point_of_its_own(workdir: Path) -> None:
+    without = plot_loss(read_record(workdir))
+    Clock(workdir).evaluate_whole(400, 1.3)
+    write_report(workdir)
+    text = (workdir / "report.md").read_text()
+    for line in (
+        "| main | final | 400 | 1.6000 | 0.8000 |",
+        "| main | best | 300 | 1.4000 | 0.7000 |",
+        "| main | final, whole set | 400 | 1.3000 | 0.6500 |",
+    ):
+        assert line in text
+    assert read_record(workdir).validation_sets == ["main"]
+    assert plot_loss(read_record(workdir)) != without
+
+
+def test_a_list_in_json_is_the_tuple_that_it_was(workdir: Path) -> None:
+    """config.json knows no tuples."""
+    (workdir / "config.json").write_text(json.dumps(CONFIG | {"model": {"pattern": ["global"], "dims": [[1, 2], [3]]}}))
+    write_report(workdir, defaults=CONFIG | {"model": {"pattern": ("global",), "dims": ((1, 2), (4,))}})
+    text = (workdir / "report.md").read_text()
+    assert "`model.pattern`" not in text and "| `model.dims` | [[1, 2], [4]] | [[1, 2], [3]] |" in text
 
 
 def test_the_report_says_what_there_is_to_say(workdir: Path) -> None:
