@@ -28,6 +28,7 @@ from analysis.columns import canonical, find_column, listed, loss_unit
 from analysis.hyperparameters import cells_of
 from analysis.records import RunRecord, choose_loss, table_of
 from analysis.sources import read_records
+from analysis.steps import CURVE_COLUMNS, curves_of, last_steps, refuse_curves
 from analysis.surface import FLOPS_PER_PARAM_TOKEN
 
 # Which N and C a fit uses: the flag's value -> the column.
@@ -38,7 +39,6 @@ PARAM_COUNTS = {
     "active": "params_active",
 }
 FLOP_COUNTS = {"6nd": "flops_6nd", "exact": "flops_exact"}
-CURVE_COLUMNS = ["run", "step", "tokens", "flops", "loss"]
 # What runs of one (N, D) may differ in, and some be better for; seeds are luck.
 SETTINGS = ("learning_rate", "batch_tokens", "schedule")
 
@@ -145,11 +145,16 @@ def load_runs(
         table["run"] = table.index.astype(str)
     if unknown := [run for run in exclude if run not in set(table["run"])]:
         raise ValueError(f"{name}: no run is named {', '.join(unknown)}: change --exclude")
+    _derive_settings(table, notes)
     parts = dict(list(table.groupby("stage", sort=False))) if "stage" in table else {"": table}
     loaded = {
         stage: _checked(part, exclude, records, params, flops, exclude_invalid, name, loss_name, [*notes])
         for stage, part in parts.items()
     }
+    if not records:
+        told_apart = "run" in chosen or ("step" not in table and find_column(raw, "run", chosen) is not None)
+        for runs in loaded.values():
+            refuse_curves(runs.table, told_apart, name)
     loaded = {stage: replace(runs, loss_unit=unit) for stage, runs in loaded.items()}
     last, runs = list(loaded.items())[-1]
     if len(loaded) == 1:
@@ -157,6 +162,16 @@ def load_runs(
     note = f"of {len(loaded)} stages ({', '.join(loaded)}) the laws are those of the last, {last}"
     whole = hashlib.sha256("".join(stage.sha256 for stage in loaded.values()).encode()).hexdigest()
     return replace(runs, stages=loaded, notes=(*runs.notes, note), sha256=whole)
+
+
+def _derive_settings(table: pd.DataFrame, notes: list[str]) -> None:
+    """The batch in tokens from sequences and their length, the unique tokens from epochs, where a table has those."""
+    if "batch_tokens" not in table and {"batch_sequences", "sequence_length"} <= set(table):
+        table["batch_tokens"] = table["batch_sequences"] * table["sequence_length"]
+        notes.append("batch_tokens was derived as batch size x sequence length")
+    if "unique_tokens" not in table and {"tokens", "epochs"} <= set(table) and (table["epochs"] > 1.001).any():
+        table["unique_tokens"] = table["tokens"] / table["epochs"].clip(lower=1.0)
+        notes.append("unique_tokens was derived as tokens / epochs")
 
 
 def _checked(
@@ -170,13 +185,13 @@ def _checked(
     params_convention = _choose_count(table, "params", params, PARAM_COUNTS, source)
     flops_convention = _choose_count(table, "flops", flops, FLOP_COUNTS, source)
     check_one_convention(table, source)
-    history, table = table, _last_steps(table, notes)
+    table, history = last_steps(table, notes)
     unfinished = exclude_unfinished(table)
     table = table.drop(index=[i for _, index in unfinished for i in index])
     invalid = invalid_rows(table, exclude_invalid, source)
     table = table.drop(index={i for _, index in invalid for i in index})
     exclusions = [*([("named by --exclude", named)] if len(named) else []), *unfinished, *invalid]
-    flops_convention = _complete(table, flops_convention, notes, source)
+    params_convention, flops_convention = _complete(table, (params_convention, flops_convention), notes, source)
     if not records:
         check_units(table, source)
     check_labels(table, notes, source)
@@ -185,7 +200,7 @@ def _checked(
         raise ValueError(f"{source}: no usable run is left: {'; '.join(r for r, _ in exclusions) or 'it is empty'}")
     return Runs(
         table=table.reset_index(drop=True),
-        curves=_record_curves(records, loss_name, table) if records else _table_curves(history, table),
+        curves=_record_curves(records, loss_name, table) if records else curves_of(history, table),
         source=source,
         params_convention=params_convention,
         flops_convention=flops_convention,
@@ -262,18 +277,8 @@ def _choose_count(table: pd.DataFrame, name: str, choice: str | None, counts: di
     return "absent"
 
 
-def _last_steps(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Of a table of logged steps, each run's last with a loss; a table of runs as it is."""
-    named = {"run", "step"} <= set(table)
-    if not named or not table["run"].duplicated().any() or table.duplicated(["run", "step"]).any():
-        return table
-    notes.append(f"{len(table)} rows are steps of {table['run'].nunique()} runs: each run's last loss counts")
-    order = table.assign(known=table["loss"].notna()).sort_values(["known", "step"])
-    return order.groupby("run").tail(1).sort_index().drop(columns="known")
-
-
-def _complete(table: pd.DataFrame, convention: str, notes: list[str], source: str) -> str:
-    """Derive the one missing of N, D, C from the other two by C = 6ND."""
+def _complete(table: pd.DataFrame, conventions: tuple[str, str], notes: list[str], source: str) -> tuple[str, str]:
+    """Derive the one missing of N, D, C from the other two by C = 6ND; returns how N and C are counted then."""
     absent = [name for name in ("params", "tokens", "flops") if name not in table or table[name].isna().all()]
     if len(absent) > 1:
         raise ValueError(
@@ -284,12 +289,13 @@ def _complete(table: pd.DataFrame, convention: str, notes: list[str], source: st
         notes.append(f"{name} was derived by C = 6ND")
     if absent == ["flops"]:
         table["flops"] = FLOPS_PER_PARAM_TOKEN * table["params"] * table["tokens"]
-        return "6nd"
+        return conventions[0], "6nd"
     if absent == ["tokens"]:
         table["tokens"] = table["flops"] / (FLOPS_PER_PARAM_TOKEN * table["params"])
     if absent == ["params"]:
         table["params"] = table["flops"] / (FLOPS_PER_PARAM_TOKEN * table["tokens"])
-    return convention
+        return "C / 6D", conventions[1]
+    return conventions
 
 
 def _record_curves(records: list[RunRecord], loss: str, table: pd.DataFrame) -> pd.DataFrame:
@@ -303,14 +309,3 @@ def _record_curves(records: list[RunRecord], loss: str, table: pd.DataFrame) -> 
             curve["flops"] *= flops[record.name] / counted if counted > 0 else 1.0
             series.append(curve)
     return pd.concat(series, ignore_index=True)[CURVE_COLUMNS]
-
-
-def _table_curves(history: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """The logged losses in a table of steps; FLOPs follow the tokens where a step has none of its own."""
-    if len(history) == len(table) or not {"run", "step", "tokens"} <= set(history):
-        return pd.DataFrame(columns=CURVE_COLUMNS)
-    curves = history[history["run"].isin(table["run"])].dropna(subset=["loss", "tokens"])
-    ends = table.set_index("run")[["flops", "tokens"]].loc[curves["run"]].reset_index(drop=True)
-    derived = (ends["flops"] / ends["tokens"]).to_numpy() * curves["tokens"].to_numpy()
-    flops = curves["flops"].fillna(pd.Series(derived, curves.index)) if "flops" in curves else derived
-    return curves.assign(flops=flops)[CURVE_COLUMNS].reset_index(drop=True)

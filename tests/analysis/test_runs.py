@@ -164,6 +164,25 @@ OTHERS = {
 }  # fmt: skip
 
 
+OTHERS |= {
+    "llama": lambda t: t.drop(columns="params").rename(
+        columns={"flops": "compute_budget", "tokens": "training_tokens", "loss": "validation_loss"}
+    ),
+    "prefixed": lambda t: t.assign(flops=t["flops"] / 1e18, tokens=t["tokens"] / 1e9).rename(
+        columns={"flops": "Training exaFLOPs", "tokens": "Tokens in billions", "loss": "loss (nats)"}
+    ),
+    "words": lambda t: t.assign(
+        params=[f"{n / 1e9:.9f} billion" for n in t["params"]], tokens=t["tokens"] / 1e6
+    ).rename(columns={"params": "# Parameters", "tokens": "Million tokens", "loss": " Final Loss "}),
+    "megatron": lambda t: t.drop(columns="flops").assign(batch="small").rename(
+        columns={"tokens": "consumed_train_tokens", "params": "trainable_params", "loss": "lm loss"}
+    ),
+    "marin": lambda t: t.assign(flops=t["flops"] / 1e9).rename(
+        columns={"params": "parameter_count", "flops": "throughput/total_gflops", "loss": "eval/loss"}
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", OTHERS)
 def test_tables_shaped_like_others_read_the_same(tmp_path, shape):
     runs = load_runs(written(tmp_path, OTHERS[shape](table())))
@@ -186,7 +205,7 @@ def test_semicolons_and_tabs_are_read(tmp_path):
         (lambda t: t.assign(params=t["params"] / 1e6), "tokens / params is"),
         (lambda t: t.drop(columns="flops").assign(params=t["params"] / 1e6), "tokens / params is"),
         (lambda t: t.drop(columns="flops").assign(tokens=t["tokens"] / 1e9), "tokens is 409.9 at most"),
-        (lambda t: t.assign(ppl=np.exp(t["loss"])).drop(columns="loss"), "no column for loss"),
+        (lambda t: t.assign(ppl=np.exp(t["loss"])).drop(columns="loss"), "'ppl' is a perplexity"),
     ],
 )
 def test_sizes_in_unnamed_units_are_refused(tmp_path, capsys, change, says):
@@ -212,6 +231,64 @@ def test_a_table_of_steps_is_its_last_steps_and_their_curves(tmp_path):
     runs = load_runs(written(tmp_path, frame))
     assert sorted(runs.column("loss")) == pytest.approx(sorted(table()["loss"])) and len(runs.curves) == 63 * 4
     assert runs.curves["flops"].max() == pytest.approx(table()["flops"].max())
+
+
+def curves(**changes) -> pd.DataFrame:
+    """Losses along the training of twelve runs, two rates at each of six sizes; nothing names the runs."""
+    frames = []
+    for size in np.geomspace(1e7, 1e9, 6):
+        for rate in (1e-3, 2e-3):
+            step = np.arange(1, 51)
+            tokens = step * 4e8 * (size / 1e8) ** 0.5
+            frame = {"N": size, "lr": rate, "current_steps": step, "tokens": tokens, "loss": EPOCH.loss(size, tokens)}
+            frames.append(pd.DataFrame(frame))
+    table = pd.concat(frames, ignore_index=True)
+    table["loss"] += 0.1 * table["lr"] / 1e-3
+    return table.assign(**changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"id": range(600)}], ids=["unnamed", "rows numbered"])
+def test_curves_are_not_taken_for_runs(tmp_path, capsys, changes):
+    says = refusal(tmp_path, capsys, curves(**changes))
+    assert "600 rows of 6 sizes" in says and "--columns=run=COLUMN" in says
+
+
+def test_curves_without_a_step_column_are_not_taken_for_runs(tmp_path, capsys):
+    assert "points of loss curves" in refusal(tmp_path, capsys, curves().drop(columns="current_steps"))
+
+
+@pytest.mark.parametrize("step", ["current_steps", "iterations", "tokens"])
+def test_the_columns_that_tell_runs_apart_repair_a_table_of_curves(tmp_path, step):
+    frame = curves().rename(columns={"current_steps": step}) if step != "tokens" else curves()
+    runs = load_runs(written(tmp_path, frame), columns={"run": "N+lr"})
+    last = curves().groupby(["N", "lr"])["tokens"].max().sort_values()
+    assert sorted(runs.column("tokens")) == pytest.approx(list(last)) and len(runs.curves) == 600
+    with pytest.raises(ValueError, match="no column 'rate' for run"):
+        load_runs(written(tmp_path, frame), columns={"run": "N+rate"})
+
+
+def test_runs_of_many_durations_are_read_when_they_are_named(tmp_path):
+    frame = curves(name=[f"run{i}" for i in range(600)]).drop(columns="current_steps")
+    assert len(load_runs(written(tmp_path, frame)).table) == 600
+
+
+def test_a_short_runs_length_is_no_step_of_a_curve(tmp_path):
+    """Nine sizes by name, each trained seven times from scratch."""
+    frame = table(name=[f"size{i % 7}" for i in range(63)], steps=lambda t: t["tokens"] / 1e5)
+    assert len(load_runs(written(tmp_path, frame)).table) == 63
+
+
+def test_batches_in_sequences_and_epochs_are_derived(tmp_path):
+    frame = table(batch_size=512, seq_len=2048, epochs=4.0)
+    runs = load_runs(written(tmp_path, frame))
+    assert (runs.column("batch_tokens") == 2**20).all()
+    assert runs.column("unique_tokens") == pytest.approx(frame["tokens"] / 4)
+
+
+def test_what_was_derived_is_not_called_absent(tmp_path):
+    for column, counted in (("params", ("C / 6D", "as labelled")), ("flops", ("as labelled", "6nd"))):
+        runs = load_runs(written(tmp_path, table().drop(columns=column)))
+        assert (runs.params_convention, runs.flops_convention) == counted
 
 
 def test_copies_of_rows_are_noted(tmp_path):
