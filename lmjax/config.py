@@ -48,6 +48,13 @@ class Config:
             raise ConfigError(
                 f"data.seq_len={self.data.seq_len} is longer than the position table model.context={self.model.context}"
             )
+        for name, source in self.data.sources.items():
+            learned = source.learning.tokenizer.vocab if source.learning else 0
+            if self.model.vocab is not None and self.model.vocab < learned:
+                raise ConfigError(
+                    f"model.vocab={self.model.vocab} is smaller than the {learned} tokens that the recipe of "
+                    f"data.sources.{name} learns; leave it unset"
+                )
         if self.train.batch % self.train.microbatches:
             raise ConfigError(
                 f"train.batch={self.train.batch} is not divisible by train.microbatches={self.train.microbatches}"

@@ -1,6 +1,7 @@
 """What to prepare, how to cut it into tokens, and what a training run reads of it."""
 
 import dataclasses
+import itertools
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -91,6 +92,12 @@ class SourceConfig:
     prepare: PrepareConfig | None = None
     """The recipe to prepare the directory by, if nothing is there yet."""
 
+    @property
+    def learning(self) -> PrepareConfig | None:
+        """The recipe, if it trains a tokenizer of its own, of `tokenizer.vocab` tokens."""
+        learns = self.prepare is not None and self.prepare.tokenizer.kind in ("bpe", "unigram")
+        return self.prepare if learns else None
+
 
 @config_class
 class DataConfig:
@@ -112,3 +119,12 @@ class DataConfig:
     is checked against its checksum when it is first read."""
     cache: str = "~/.cache/lmjax/data"
     """Where data sets from buckets are staged."""
+
+    def __post_init__(self) -> None:
+        learning = [(name, s.path, s.learning.inputs) for name, s in self.sources.items() if s.learning]
+        for (first, path, inputs), (name, _, others) in itertools.pairwise(learning):
+            if inputs != others:
+                raise ConfigError(
+                    f"data.sources.{first} and {name} would each learn a tokenizer, but all sources share one: give "
+                    f"the recipe of {name} tokenizer.kind=file and tokenizer.path={path}/tokenizer"
+                )

@@ -13,6 +13,8 @@ from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, Tokenizer
 from lmjax.data.manifest import Manifest
 from lmjax.data.shards import open_dataset
 from lmjax.errors import ConfigError, LmjaxError
+from lmjax.models.config import ModelConfig
+from lmjax.schema import validated
 
 # For every setting of a recipe an argument that gives it another value than its default.
 ARGUMENTS: dict[str, Any] = {
@@ -91,8 +93,6 @@ def test_a_foreign_end_of_text_can_be_named(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("seed", [2**64, -1])
 @pytest.mark.parametrize("cls", [DataConfig, PrepareConfig])
 def test_seeds_that_do_not_fit_are_refused_by_name(cls: type, seed: int) -> None:
-    from lmjax.schema import validated
-
     with pytest.raises(ConfigError, match=f"seed={seed}: input should be"):
         validated(cls, {"seed": seed})
 
@@ -129,3 +129,18 @@ def test_how_many_processes_prepare_is_no_part_of_a_run(tmp_path: Path) -> None:
         run.check_unchanged(tmp_path, with_recipe(seed=1), allow=False)
     with pytest.raises(ConfigError, match=r"tokenizer.kind was 'bpe', now 'chars'"):
         run.check_unchanged(tmp_path, with_recipe(tokenizer=TokenizerConfig(kind="chars")), allow=False)
+
+
+def test_tokenizers_that_cannot_fit_are_refused_before_they_are_learned() -> None:
+    sources = {
+        name: SourceConfig(path=f"data/{name}", prepare=PrepareConfig(inputs=(f"{name}.txt",))) for name in ("a", "b")
+    }
+    message = r"would each learn a tokenizer.* recipe of b tokenizer.kind=file and tokenizer.path=data/a/tokenizer"
+    with pytest.raises(ConfigError, match=message):
+        validated(DataConfig, {"sources": sources})
+    shared = TokenizerConfig(kind="file", path="data/a/tokenizer")
+    sources["b"] = SourceConfig(path="data/b", prepare=PrepareConfig(inputs=("b.txt",), tokenizer=shared))
+    data = DataConfig(sources=sources)
+    config.Config(data=data, model=ModelConfig(vocab=32_000))
+    with pytest.raises(ConfigError, match=r"model.vocab=31999 is smaller than the 32000 tokens .*sources.a learns"):
+        validated(config.Config, {"data": data, "model": {"vocab": 31_999}})
