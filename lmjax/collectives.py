@@ -54,6 +54,8 @@ class _Call(NamedTuple):
     first: int = 0
     """Where the repetition starts to count: after the rounds that XLA has taken out of the loop."""
     fused: bool = False
+    branches: tuple[str, ...] = ()
+    """Of a switch, one of which runs: `computation` is the first."""
 
 
 class _Computation(NamedTuple):
@@ -70,12 +72,14 @@ def collectives(text: str) -> list[Collective]:
     A TPU program may spread one collective over several fusions, to overlap it with work: these count once. An
     all-reduce in a fusion named for the slice that follows it is a reduce-scatter, and is called that. A ragged
     all-to-all, whose bytes the data decides, counts as one of equal parts. A loop whose rounds the data decides, with
-    no bound in its condition, counts once, and so does its condition.
+    no bound in its condition, counts once, and so does its condition. Of a switch the branch that sends most counts.
     """
     computations, entry = _computations(text)
-    found: dict[Any, Collective] = {}
 
-    def visit(name: str, times: int, fused: bool) -> None:
+    def sent(name: str) -> float:
+        return sum(one.sent for one in visit({}, name, 1, False).values())
+
+    def visit(found: dict[Any, Collective], name: str, times: int, fused: bool) -> dict[Any, Collective]:
         for identity, one in computations[name].collectives:
             if len(one.group) > 1:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else one.kind
@@ -85,12 +89,13 @@ def collectives(text: str) -> list[Collective]:
             rounds = 1
             if call.condition is not None:
                 rounds = max([1, *(bound - call.first for bound in computations[call.condition].bounds)])
-                visit(call.condition, times * rounds, fused)
-            if call.computation in computations:
-                visit(call.computation, times * rounds, fused or call.fused)
+                visit(found, call.condition, times * rounds, fused)
+            computation = max(call.branches, key=sent) if call.branches else call.computation
+            if computation in computations:
+                visit(found, computation, times * rounds, fused or call.fused)
+        return found
 
-    visit(entry, 1, False)
-    return list(found.values())
+    return list(visit({}, entry, 1, False).values())
 
 
 _CONSTANT = re.compile(r"^[su]\d+\[\]\S* constant\((\d+)\)")
@@ -167,8 +172,18 @@ def _calls(instruction: str, defined: Mapping[str, str]) -> Iterator[_Call]:
         yield _Call(loop[3], condition=loop[2], first=_first(loop[1], defined))
     for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction):
         yield _Call(name, fused=" fusion(" in instruction)
-    for names in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", instruction):
-        yield from (_Call(name.strip().lstrip("%")) for name in names.split(","))
+    for names in re.findall(r"called_computations=\{([^}]*)\}", instruction):
+        yield from map(_Call, _names(names))
+    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction)
+    branches = branches or re.search(r"true_computation=([^,]*, false_computation=[^,]*)", instruction)
+    if branches:
+        names = _names(branches[1].replace("false_computation=", ""))
+        yield _Call(names[0], branches=tuple(names))
+
+
+def _names(listed: str) -> list[str]:
+    """`%a, %b` -> a, b"""
+    return [name.strip().lstrip("%") for name in listed.split(",")]
 
 
 def _first(name: str, defined: Mapping[str, str]) -> int:

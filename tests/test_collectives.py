@@ -119,6 +119,20 @@ def test_a_loop_whose_rounds_the_data_decides_counts_once() -> None:
     assert times == ({1, 12}, {1}) and len(collectives(unbounded)) == len(collectives(TPU))
 
 
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%none, %little, %much}", "true_computation=%much, false_computation=%little"]
+)
+def test_of_a_switch_the_branch_that_sends_most_counts(branches: str) -> None:
+    sums = "".join(
+        f"%{name} (p: f32[{size}]) -> f32[{size}] {{\n  %r.{size} = f32[{size}]{{0}} all-reduce(%p), "
+        f"channel_id={size}, replica_groups={{{{0,1}}}}, to_apply=%add\n}}\n\n"
+        for name, size in (("little", 5), ("much", 7))
+    )
+    switch = f"ENTRY %main (a: f32[5]) -> f32[] {{\n  %c = f32[] conditional(%i, %a, %b), {branches}\n}}\n"
+    text = f"HloModule one, num_partitions=2\n\n{sums}%none (p: f32[5]) -> f32[5] {{\n}}\n\n{switch}"
+    assert [one.bytes for one in collectives(text)] == [28]
+
+
 def test_another_text_is_refused() -> None:
     with pytest.raises(AssertionError, match="ENTRY"):
         collectives("module @jit_step {}")

@@ -218,6 +218,22 @@ def test_one_device_executes_what_the_declaration_counts(tiny: step.Plan) -> Non
     assert (found.fastest, found.slowest) == (2.0, 3.5)
 
 
+def test_of_a_switch_the_costliest_branch_counts() -> None:
+    """In a loop, of FLOPs, of bytes moved, and of what a backward pass finds saved."""
+
+    def branch(rounds: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: jax.lax.scan(lambda x, _: (x @ x, x), x, length=rounds)[0]
+
+    def loop(x: jax.Array) -> jax.Array:
+        branches = [branch(1), branch(3), lambda x: x]
+        return jax.lax.fori_loop(0, 5, lambda i, x: jax.lax.switch(i % 3, branches, x), x)
+
+    program = jax.make_jaxpr(loop)(jnp.ones((4, 4))).jaxpr
+    found = roofline.work(program, visible=1.0, state_bytes=0.0)
+    assert found == (5 * 3 * 2 * 4**3, 5 * 3 * 3 * 4 * 4 * 4)
+    assert memory.saved_for_backward(program) == 3 * 4 * 4 * 4
+
+
 ROW, COLUMNS, ALL = slice(0, 16), slice(0, 128), slice(0, 256)
 
 
