@@ -20,6 +20,7 @@ import numpy as np
 
 from analysis import cells, compare, design, forecast, report
 from analysis.estimates import Options
+from analysis.hyperparameters import NEAR_OPTIMAL
 from analysis.parametric import fit_parametric
 from analysis.runs import load_runs, naming
 from analysis.simulate import EPOCH
@@ -126,6 +127,14 @@ def _add_report(commands) -> None:
     parser.add_argument("--target", type=_positive, required=True, help="FLOPs to extrapolate to")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", type=_numbers, help="isoFLOP budgets; by default found in the data")
+    parser.add_argument("--vertices-beyond-grid", action="store_true", help="approach 2 uses them, too")
+    parser.add_argument(
+        "--near-optimal",
+        type=_share,
+        default=NEAR_OPTIMAL,
+        metavar="SHARE",
+        help="settings at most this far above a cell's lowest loss make the laws of rate and batch",
+    )
     parser.add_argument("--level", type=_share, default=0.95, help="of the intervals")
     parser.add_argument("--replicates", type=int, default=1000, help="of every bootstrap")
     parser.add_argument("--seed", type=int, default=42)
@@ -135,7 +144,10 @@ def _add_report(commands) -> None:
 def _report(parsed) -> None:
     if parsed.replicates < 100:
         raise ValueError(f"--replicates={parsed.replicates} is too few for an interval: use at least 100")
-    options = Options(parsed.target, parsed.level, parsed.replicates, parsed.seed, parsed.budgets)
+    options = Options(
+        parsed.target, parsed.level, parsed.replicates, parsed.seed, parsed.budgets,
+        interior_only=not parsed.vertices_beyond_grid, near_optimal=parsed.near_optimal,
+    )  # fmt: skip
     study = report.write_report(report.Inputs(parsed.runs, options, _selection(parsed)), parsed.out)
     columns = ["method", "params_exponent", "params_exponent_low", "params_exponent_high", "params", "tokens", "loss"]
     print(compare.as_text(report.estimates_table(study)[columns]))

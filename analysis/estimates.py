@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
 from analysis import envelope, isoflop
-from analysis.hyperparameters import HyperparameterLaw, fit_hyperparameter_law
+from analysis.hyperparameters import NEAR_OPTIMAL, HyperparameterLaw, fit_hyperparameter_law
 from analysis.parametric import ParametricFit, fit_replicates
 from analysis.surface import Surface
 from analysis.uncertainty import (
@@ -23,17 +24,25 @@ from analysis.variable_projection import ProjectionFit
 # Sharp enough that replicates are least-absolute-deviation fits to three digits, smooth enough for Newton's method.
 LAD_REPLICATE_DELTA = 1e-6
 SETTING_LAWS = {"learning_rate": "law of the learning rate", "batch_tokens": "law of the batch size"}
+# What the law that estimates use is of, as in Step Law (arXiv 2503.04715); the report shows the others beside it.
+REGRESSORS = {"learning_rate": ("params", "tokens"), "batch_tokens": ("tokens",)}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks: `target` in FLOPs; isoFLOP `budgets` in FLOPs, or none to find them in the data."""
+    """What the user asks: `target` in FLOPs; isoFLOP `budgets` in FLOPs, or none to find them in the data.
+
+    With `interior_only` false a parabola's vertex beyond the sizes tried takes part in approach 2, as in some published
+    fits. Settings within `near_optimal` (a share) of a cell's lowest loss make the laws of the learning rate and batch.
+    """
 
     target: float
     level: float = 0.95
     replicates: int = 1000
     seed: int = 42
     budgets: tuple[float, ...] | None = None
+    interior_only: bool = True
+    near_optimal: float = NEAR_OPTIMAL
 
 
 @dataclass(frozen=True)
@@ -61,18 +70,29 @@ class Estimate:
     batch_tokens: Quantity | None = None
 
 
-def fit_settings(runs, absent: dict[str, str]) -> dict[str, HyperparameterLaw]:
-    """Laws of the settings in SETTING_LAWS that the runs tried; why others are missing goes to `absent`."""
-    laws = {}
+def fit_settings(runs, near_optimal: float, absent: dict[str, str]) -> dict[str, list[HyperparameterLaw]]:
+    """Laws of the settings in SETTING_LAWS that the runs tried: pooled and by cells, each of N and D and of D alone.
+
+    The first of a setting is the one to use; why others are missing goes to `absent`.
+    """
+    laws: dict[str, list[HyperparameterLaw]] = {}
     for name, law in SETTING_LAWS.items():
         tried = runs.table.dropna(subset=[name]) if name in runs.table else runs.table.iloc[:0]
         if not len(tried) or tried[name].nunique() < 3:
             absent[law] = f"fewer than three values of {name} were tried"
             continue
-        try:
-            laws[name] = fit_hyperparameter_law(*(tried[c] for c in ("params", "tokens", name, "loss")))
-        except ValueError as error:
-            absent[law] = str(error)
+        columns = [tried[c] for c in ("params", "tokens", name, "loss")]
+        forms = sorted((("params", "tokens"), ("tokens",)), key=lambda form, name=name: form != REGRESSORS[name])
+        for regressors, pooled in product(forms, (True, False)):
+            try:
+                fit = fit_hyperparameter_law(*columns, regressors=regressors, pooled=pooled, tolerance=near_optimal)
+            except ValueError as error:
+                absent.setdefault(law, str(error))
+                continue
+            if (fit.regressors, pooled) not in [(other.regressors, other.pooled) for other in laws.get(name, [])]:
+                laws.setdefault(name, []).append(fit)
+        if name in laws:
+            absent.pop(law, None)
     return laws
 
 
@@ -157,7 +177,7 @@ def fit_isoflops(runs, options, budgets, estimates, absent):
     for method in ("parabola", "akima"):
         name = f"approach 2 ({method})"
         try:
-            fit = isoflop.fit_isoflop(params, tokens, loss, budgets, method=method)
+            fit = isoflop.fit_isoflop(params, tokens, loss, budgets, method=method, interior_only=options.interior_only)
             replicates = isoflop.noise_replicates(
                 params, tokens, loss, budgets, fit, replicates=options.replicates, seed=options.seed
             )

@@ -1,9 +1,12 @@
-"""Power laws for the best learning rate or batch size, x* = k N^p D^q (as Step Law, DeepSeek LLM fit them).
+"""Power laws for the best learning rate or batch size, x* = k N^p D^q, or k D^q alone.
 
-At each (N, D) the runs within 0.25% of the lowest loss are near-optimal; ln x* is the mean of their ln x. An optimum
-at the end of the tried values is no optimum: it is flagged and left out.
+At each (N, D) the runs within a tolerance of the lowest loss are near-optimal. A law goes either through one point a
+cell, the mean of their ln x, or through all of them pooled, as Step Law does (arXiv 2503.04715: the learning rate on N
+and D, the batch on D alone). Cells then weigh by how flat they are, and those that are flat towards large values raise
+the law. An optimum at the end of the tried values is no optimum: its cell is flagged and left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +27,7 @@ class CellOptimum:
     loss: float  # the lowest
     tried: int
     flag: str
+    near: tuple[float, ...]  # the near-optimal values themselves
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class HyperparameterLaw:
     covariance: np.ndarray  # (3, 3) of the first three fields
     freedom: int  # cells used, less the coefficients fitted
     cells: tuple[CellOptimum, ...]
+    pooled: bool  # through every near-optimal value, not one mean a cell
+    tolerance: float  # near-optimal: at most this share above the cell's lowest loss
+
+    @property
+    def regressors(self) -> str:
+        """What the law is of: `N, D`, or that of the two which it uses."""
+        return ", ".join(name for name, row in (("N", 1), ("D", 2)) if self.covariance[row, row] > 0)
 
     def __call__(self, params, tokens):
         return np.exp(
@@ -64,15 +75,15 @@ def _groups_of(values: np.ndarray) -> np.ndarray:
     return groups
 
 
-def find_optima(params, tokens, values, loss) -> tuple[CellOptimum, ...]:
-    """The near-optimal value at each (N, D) cell, all arguments (runs,)."""
+def find_optima(params, tokens, values, loss, tolerance: float = NEAR_OPTIMAL) -> tuple[CellOptimum, ...]:
+    """The near-optimal value at each (N, D) cell, all columns (runs,)."""
     columns = [np.asarray(x, dtype=np.float64) for x in (params, tokens, values, loss)]
     cells = cells_of(*columns[:2])
-    return tuple(_cell(*(column[cells == cell] for column in columns)) for cell in np.unique(cells))
+    return tuple(_cell(*(column[cells == cell] for column in columns), tolerance) for cell in np.unique(cells))
 
 
-def _cell(params, tokens, values, loss) -> CellOptimum:
-    near = loss <= loss.min() * (1.0 + NEAR_OPTIMAL)
+def _cell(params, tokens, values, loss, tolerance: float) -> CellOptimum:
+    near = loss <= loss.min() * (1.0 + tolerance)
     tried = np.unique(values)
     best = values[np.argmin(loss)]
     flag = ""
@@ -81,31 +92,60 @@ def _cell(params, tokens, values, loss) -> CellOptimum:
     elif best in (tried[0], tried[-1]):
         flag = "optimum at the edge of the values tried"
     value = float(np.exp(np.log(values[near]).mean()))
-    return CellOptimum(float(params[0]), float(tokens[0]), value, float(loss.min()), len(tried), flag)
+    near_values = tuple(values[near].tolist())
+    return CellOptimum(float(params[0]), float(tokens[0]), value, float(loss.min()), len(tried), flag, near_values)
 
 
-def fit_hyperparameter_law(params, tokens, values, loss) -> HyperparameterLaw:
-    """Least squares of ln x* on ln N and ln D over the unflagged cells; `values` and the others are (runs,).
+def fit_hyperparameter_law(
+    params,
+    tokens,
+    values,
+    loss,
+    *,
+    regressors: Sequence[str] = ("params", "tokens"),
+    pooled: bool = False,
+    tolerance: float = NEAR_OPTIMAL,
+) -> HyperparameterLaw:
+    """Least squares of ln x* on the logarithms of `regressors` over the unflagged cells; all columns are (runs,).
 
+    One point a cell, or, `pooled`, one a near-optimal run. These are no evidence of their own: intervals take a cell's
+    points as one, by the sandwich estimator over cells with its small-sample factor (Cameron & Miller 2015, eq. 11-12).
     Raises ValueError when too few cells have an interior optimum to fit the axes that vary.
     """
-    cells = find_optima(params, tokens, values, loss)
+    cells = find_optima(params, tokens, values, loss, tolerance)
     used = [cell for cell in cells if not cell.flag]
-    log_n, log_d = (np.log([getattr(cell, axis) for cell in used]) for axis in ("params", "tokens"))
-    columns = [np.ones(len(used)), log_n, log_d]
-    # An axis that does not vary, or varies with the other, cannot have an exponent of its own.
-    free = [0] + [i for i in (1, 2) if len(used) and np.ptp(columns[i]) > 0.02]
-    if len(free) == 3 and abs(np.corrcoef(log_n, log_d)[0, 1]) > 0.999:
-        free = [0, 1]
+    free = _free_columns(used, regressors)
     if len(used) < len(free) + 1 or len(free) == 1:
         flags = "; ".join(sorted({cell.flag for cell in cells if cell.flag})) or "one cell size only"
         raise ValueError(f"{len(used)} of {len(cells)} cells have an interior optimum, too few for a law ({flags})")
-    design = np.stack([columns[i] for i in free], axis=1)
-    target = np.log([cell.value for cell in used])
+    points = [(index, value) for index, cell in enumerate(used) for value in (cell.near if pooled else [cell.value])]
+    which, values = (np.array(column) for column in zip(*points, strict=True))
+    design, target = _columns(used)[free].T[which], np.log(values)
     found = np.linalg.lstsq(design, target, rcond=None)[0]
-    freedom = len(used) - len(free)
-    residual_sd = float(np.sqrt(np.sum((target - design @ found) ** 2) / freedom))
+    residual, freedom = target - design @ found, len(used) - len(free)
+    residual_sd = float(np.sqrt(np.sum(residual**2) / (len(target) - len(free))))
+    inverse = np.linalg.inv(design.T @ design)
+    if pooled:
+        scores = np.stack([design[which == i].T @ residual[which == i] for i in range(len(used))])
+        factor = len(used) / (len(used) - 1) * (len(target) - 1) / (len(target) - len(free))
+        spread = factor * inverse @ (scores.T @ scores) @ inverse
+    else:
+        spread = residual_sd**2 * inverse
     full, covariance = np.zeros(3), np.zeros((3, 3))
-    full[free], covariance[np.ix_(free, free)] = found, residual_sd**2 * np.linalg.inv(design.T @ design)
-    constant, params_exponent, tokens_exponent = (float(x) for x in full)
-    return HyperparameterLaw(constant, params_exponent, tokens_exponent, residual_sd, covariance, freedom, cells)
+    full[free], covariance[np.ix_(free, free)] = found, spread
+    return HyperparameterLaw(*map(float, full), residual_sd, covariance, freedom, cells, pooled, tolerance)
+
+
+def _columns(cells: list[CellOptimum]) -> np.ndarray:
+    """1, ln N, ln D of the cells, (3, cells)."""
+    return np.array(
+        [np.ones(len(cells)), *(np.log([getattr(c, axis) for c in cells]) for axis in ("params", "tokens"))]
+    )
+
+
+def _free_columns(cells: list[CellOptimum], regressors: Sequence[str]) -> list[int]:
+    """Which columns have a coefficient. An axis that does not vary, or varies with the other, has none of its own."""
+    columns = _columns(cells)
+    wanted = [place for place, name in ((1, "params"), (2, "tokens")) if name in regressors]
+    free = [0] + [place for place in wanted if len(cells) and np.ptp(columns[place]) > 0.02]
+    return [0, 1] if len(free) == 3 and abs(np.corrcoef(columns[1:])[0, 1]) > 0.999 else free

@@ -45,6 +45,7 @@ class IsoFlopFit:
     params_vertices: tuple[Vertex, ...]
     tokens_vertices: tuple[Vertex, ...]
     residual_sd: float  # nats, pooled over the parabolas with their degrees of freedom removed
+    interior_only: bool = True  # whether vertices beyond the sizes tried were left out
 
 
 def assign_budgets(flops, budgets=None, tolerance: float = BUDGET_TOLERANCE) -> np.ndarray:
@@ -117,7 +118,8 @@ def fit_isoflop(
             )
         laws.append(fit_power_law([v.budget for v in used], [v.optimum for v in used]))
         vertices.append(found)
-    return IsoFlopFit(method, laws[0], laws[1], vertices[0], vertices[1], pooled_residual_sd(params, loss, budgets))
+    noise = pooled_residual_sd(params, loss, budgets)
+    return IsoFlopFit(method, laws[0], laws[1], vertices[0], vertices[1], noise, interior_only)
 
 
 def find_vertex(
@@ -230,30 +232,30 @@ def noise_replicates(
         trusted = [vertex for vertex in vertices if vertex.used]
         for vertex in trusted:
             here, log_optimum = budgets == vertex.budget, np.log(vertex.optimum)
-            found.append(_replicate_optima(sizes[here], loss[here], noise_KR[:, here], log_optimum, fit.method))
+            found.append(_replicate_optima(sizes[here], loss[here], noise_KR[:, here], log_optimum, fit))
         log_optima = np.stack(found, axis=1)
         laws.append(fit_power_law([vertex.budget for vertex in trusted], np.exp(log_optima)))
         all_optima.append(np.exp(log_optima))
     return IsoFlopReplicates(laws[0], laws[1], all_optima[0], all_optima[1], np.array(used))
 
 
-def _replicate_optima(sizes, loss, noise_KM, log_optimum: float, method: str) -> np.ndarray:
+def _replicate_optima(sizes, loss, noise_KM, log_optimum: float, fit: IsoFlopFit) -> np.ndarray:
     """ln of the optima of noisy copies (K,), about `log_optimum`; NaN where a copy has none."""
     smooth = np.polynomial.Polynomial.fit(np.log(sizes), loss, 2)(np.log(sizes))
-    of_smooth = _optima_of_runs(sizes, smooth[None], method)[0]
+    of_smooth = _optima_of_runs(sizes, smooth[None], fit)[0]
     if np.isnan(of_smooth):
         smooth, of_smooth = loss, log_optimum
     # A diverged run can make the noise estimate larger than a loss, and no loss is negative.
-    copies = _optima_of_runs(sizes, np.maximum(smooth + noise_KM, 0.1 * loss), method)
+    copies = _optima_of_runs(sizes, np.maximum(smooth + noise_KM, 0.1 * loss), fit)
     return log_optimum + copies - of_smooth
 
 
-def _optima_of_runs(sizes, losses_KM, method: str) -> np.ndarray:
+def _optima_of_runs(sizes, losses_KM, fit: IsoFlopFit) -> np.ndarray:
     """ln of the optimum (K,) of each curve, whose sizes may repeat."""
     distinct, which = np.unique(sizes, return_inverse=True)
     lowest_KM = np.full((len(losses_KM), len(distinct)), np.inf)
     np.minimum.at(lowest_KM.T, which, losses_KM.T)
-    return optima(np.log(distinct), lowest_KM, method)[0]
+    return optima(np.log(distinct), lowest_KM, fit.method, fit.interior_only)[0]
 
 
 def noise_weighted_law(budgets, log_optima_KB, grid_gaps_B) -> tuple[PowerLaw, PowerLaw, np.ndarray]:

@@ -3,6 +3,8 @@
 Two forms, on top of a surface fitted to runs that repeat nothing:
 effective data (Muennighoff et al. 2023, arXiv 2305.16264, eq. 5 and 7): with R_D = D / U - 1 repeats,
     D' = U + U R_D* (1 - exp(-R_D / R_D*)), and likewise N' from N and U_N, the optimal N for U tokens;
+    by least squares of ln L, and as published by its Huber loss (delta = 1e-3), which a few runs that diverged from
+    too many epochs do not move;
 additive penalty (after Lovelace et al. 2026, arXiv 2605.01640): L = E + A / N^alpha + B / D^beta
     + P R_D^delta (N / U)^kappa, which can rise with further epochs, as the first form cannot.
 """
@@ -12,18 +14,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq, least_squares, minimize_scalar
+from scipy.special import huber
 from scipy.stats import chi2
 
+from analysis.hyperparameters import cells_of
 from analysis.surface import Surface
 from analysis.uncertainty import Interval
 
 # Half-lives are searched in this range of ln R*: below, repeats are worthless; above, as good as new.
 LOG_HALF_LIFE = (-3.0, 8.0)
+GRID = 23
 
 
 @dataclass(frozen=True)
 class EffectiveDataFit:
-    """R_D* and R_N* with profile-likelihood intervals; an end at the edge of the search means unbounded."""
+    """R_D* and R_N* with profile-likelihood intervals; unbounded ends are 0 and infinite."""
 
     surface: Surface
     data_half_life: float  # R_D*, repeats
@@ -31,6 +36,7 @@ class EffectiveDataFit:
     data_interval: Interval
     params_interval: Interval
     residual_sd: float  # of ln L
+    delta: float | None  # corner of the Huber loss of ln L; None for least squares
 
     def loss(self, params, tokens, unique):
         """Nats per token."""
@@ -73,17 +79,22 @@ def _log_optimal_params(surface: Surface, log_tokens):
     return (balance + surface.beta * log_tokens) / surface.alpha
 
 
-def fit_effective_data(surface: Surface, params, tokens, unique, loss, level: float = 0.95) -> EffectiveDataFit:
-    """Least squares in ln L over (R_D*, R_N*), given the surface of unrepeated data.
+def fit_effective_data(
+    surface: Surface, params, tokens, unique, loss, level: float = 0.95, delta: float | None = None
+) -> EffectiveDataFit:
+    """(R_D*, R_N*) by least squares in ln L, or its Huber loss of corner `delta`, given the surface of unrepeated data.
 
     Raises ValueError when fewer than four runs repeat data.
     """
     params, tokens, unique, loss = _repeated_runs(params, tokens, unique, loss)
     log_loss = np.log(loss)
 
-    def misfit(log_data: float, log_params: float) -> float:
+    def residuals(log_data: float, log_params: float) -> np.ndarray:
         predicted = effective_loss(surface, params, tokens, unique, np.exp(log_data), np.exp(log_params))
-        return float(np.sum((np.log(predicted) - log_loss) ** 2))
+        return np.log(predicted) - log_loss
+
+    def misfit(log_data: float, log_params: float) -> float:
+        return _misfit(residuals(log_data, log_params), delta)
 
     def over_params(log_data: float) -> tuple[float, float]:
         return _minimum(lambda log_params: misfit(log_data, log_params))
@@ -93,15 +104,50 @@ def fit_effective_data(surface: Surface, params, tokens, unique, loss, level: fl
 
     log_data, least = _minimum(lambda x: over_params(x)[1])
     log_params = over_params(log_data)[0]
-    variance = max(least / (len(loss) - 2), 1e-30)
+    left, (data_unit, params_unit) = (
+        residuals(log_data, log_params),
+        _likelihood_units(residuals, (log_data, log_params), cells_of(params, unique), delta),
+    )
     return EffectiveDataFit(
         surface=surface,
         data_half_life=float(np.exp(log_data)),
         params_half_life=float(np.exp(log_params)),
-        data_interval=_profile_interval(lambda x: over_params(x)[1], log_data, least, variance, level),
-        params_interval=_profile_interval(lambda x: over_data(x)[1], log_params, least, variance, level),
-        residual_sd=float(np.sqrt(variance)),
+        data_interval=_profile_interval(lambda x: over_params(x)[1], log_data, least, data_unit, level),
+        params_interval=_profile_interval(lambda x: over_data(x)[1], log_params, least, params_unit, level),
+        residual_sd=float(np.sqrt(np.sum(left**2) / (len(loss) - 2))),
+        delta=delta,
     )
+
+
+def _misfit(residual, delta: float | None) -> float:
+    """Sum of squares, or twice that of the Huber loss, which is the same where residuals are small."""
+    square = np.sum(residual**2) if delta is None else 2.0 * np.sum(huber(delta, residual))
+    return float(square)
+
+
+def _likelihood_units(residuals: Callable, at: tuple[float, float], cells, delta: float | None) -> np.ndarray:
+    """What of the misfit is one unit of a squared standard normal, for each parameter, (2,).
+
+    Residuals grow with the epochs and are alike in runs of one size on the same data, `cells` (runs,), as the surface
+    is off by the same there. So a drop of the profile is scaled by the sandwich variance of the parameter over that
+    which the misfit's curvature claims (Chandler & Bate 2007, section 3), and by no less than for even, independent
+    noise. The curvature of a corner sharper than the noise is that of one as wide as the noise, its height in share.
+    """
+    steps = 1e-3 * np.eye(2)
+    gradient_RP = np.stack([(residuals(*(at + h)) - residuals(*(at - h))) / 2e-3 for h in steps], axis=1)
+    told = np.abs(gradient_RP).max(axis=1) > 1e-9  # runs that repeat nothing say nothing of half-lives
+    residual, gradient_RP, cells = residuals(*at)[told], gradient_RP[told], cells[told]
+    pull, bend = residual, np.ones(len(residual))
+    if delta is not None:
+        width = max(delta, float(np.median(np.abs(residual))))
+        pull, bend = np.clip(residual, -delta, delta), (np.abs(residual) <= width) * delta / width
+    groups = [cells == cell for cell in np.unique(cells)]
+    scores_CP = np.stack([pull[mine] @ gradient_RP[mine] for mine in groups])
+    inverse = np.linalg.pinv((gradient_RP.T * bend) @ gradient_RP, rcond=1e-12)
+    sandwich = inverse @ (scores_CP.T @ scores_CP) @ inverse * len(groups) / max(len(groups) - 1, 1)
+    even = max(float(np.sum(pull**2)) / max(len(residual) - 2, 1) / bend.mean(), 1e-30)
+    claimed = np.diag(inverse)
+    return np.maximum(np.divide(np.diag(sandwich), claimed, out=np.zeros(2), where=claimed > 0), even)
 
 
 def fit_penalty(surface: Surface, params, tokens, unique, loss) -> PenaltyFit:
@@ -136,20 +182,25 @@ def _repeated_runs(params, tokens, unique, loss):
 
 def _minimum(function: Callable[[float], float]) -> tuple[float, float]:
     """Argument and value of the least of a one-dimensional function over ln R*."""
-    grid = np.linspace(*LOG_HALF_LIFE, 23)
+    grid = np.linspace(*LOG_HALF_LIFE, GRID)
     best = int(np.argmin([function(x) for x in grid]))
     bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     found = minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-4})
     return float(found.x), float(found.fun)
 
 
-def _profile_interval(profile, centre: float, least: float, variance: float, level: float) -> Interval:
-    """Where the profile misfit is within the chi-square quantile of its least value; unbounded ends are 0 and inf."""
+def _profile_interval(profile, centre: float, least: float, unit: float, level: float) -> Interval:
+    """The hull of where the profile misfit is within the chi-square quantile of its least value.
+
+    A profile may have several valleys: the ends are those of the outermost that counts. Unbounded ends are 0 and inf.
+    """
 
     def excess(x: float) -> float:
-        return profile(x) - least - variance * chi2.ppf(level, 1)
+        return profile(x) - least - unit * chi2.ppf(level, 1)
 
-    floor, ceiling = LOG_HALF_LIFE
-    low = 0.0 if excess(floor) <= 0 else float(np.exp(brentq(excess, floor, centre, xtol=1e-3)))
-    high = np.inf if excess(ceiling) <= 0 else float(np.exp(brentq(excess, centre, ceiling, xtol=1e-3)))
+    grid = np.unique(np.append(np.linspace(*LOG_HALF_LIFE, GRID), centre))
+    inside = [x for x in grid if x == centre or excess(x) <= 0]
+    below, above = grid[grid < inside[0]], grid[grid > inside[-1]]
+    low = float(np.exp(brentq(excess, below[-1], inside[0], xtol=1e-3))) if len(below) else 0.0
+    high = float(np.exp(brentq(excess, inside[-1], above[0], xtol=1e-3))) if len(above) else np.inf
     return Interval(low, high, level, "profile likelihood")

@@ -144,6 +144,7 @@ def numbers_of(study: Study, inputs: Inputs) -> dict:
             "kaplan": asdict(study.kaplan),
             "overtraining": asdict(study.overtraining),
             **{name: _law(law) for name, law in study.settings.items()},
+            "settings_laws": {name: [_law(law) for law in laws] for name, laws in study.settings_laws.items()},
         },
         "optimizer": {
             "starts": huber.starts,
@@ -171,7 +172,8 @@ def numbers_of(study: Study, inputs: Inputs) -> dict:
 def _law(law: HyperparameterLaw) -> dict:
     used = sum(not cell.flag for cell in law.cells)
     names = ("log_coefficient", "params_exponent", "tokens_exponent", "residual_sd")
-    return {**{name: getattr(law, name) for name in names}, "cells": len(law.cells), "cells_used": used}
+    form = {"regressors": law.regressors, "pooled": law.pooled, "tolerance": law.tolerance}
+    return {**form, **{name: getattr(law, name) for name in names}, "cells": len(law.cells), "cells_used": used}
 
 
 def _plain(value):

@@ -52,7 +52,7 @@ class Study:
     envelope: envelope.EnvelopeFit | None
     envelope_replicates: PowerLaw | None
     hold_outs: list[HoldOut]
-    settings: dict[str, HyperparameterLaw]  # of learning_rate and batch_tokens, where the runs tried several
+    settings_laws: dict[str, list[HyperparameterLaw]]  # of learning_rate and batch_tokens, where the runs tried several
     estimates: list[Estimate]
     stages: dict[str, list[Estimate]]  # of each stage of correction, when the table has several
     absent: dict[str, str] = field(default_factory=dict)  # method -> why it could not be used
@@ -68,6 +68,11 @@ class Study:
                     budgets = tuple(v.budget for v in vertices if v.flag == flag)
                     found.setdefault((flag, budgets), []).append(f"{method} in {axis}")
         return found
+
+    @property
+    def settings(self) -> dict[str, HyperparameterLaw]:
+        """Of the laws of each setting the one that estimates and the next run use."""
+        return {name: laws[0] for name, laws in self.settings_laws.items()}
 
     @property
     def disagreement(self) -> str:
@@ -110,7 +115,8 @@ def _study(trials: Runs, runs: Runs, options: Options) -> Study:
     budgets = isoflop.assign_budgets(runs.column("flops"), options.budgets)
     isoflops, isoflop_replicates = fit_isoflops(runs, options, budgets, estimates, absent)
     envelope_fit, envelope_replicates = fit_envelope(runs, options, projection.residual_sd, estimates, absent)
-    settings = fit_settings(trials, absent)
+    settings_laws = fit_settings(trials, options.near_optimal, absent)
+    settings = {name: laws[0] for name, laws in settings_laws.items()}
     return Study(
         runs=runs,
         trials=trials,
@@ -128,7 +134,7 @@ def _study(trials: Runs, runs: Runs, options: Options) -> Study:
         envelope=envelope_fit,
         envelope_replicates=envelope_replicates,
         hold_outs=hold_outs(params, tokens, loss),
-        settings=settings,
+        settings_laws=settings_laws,
         estimates=[with_settings(estimate, settings, options.level) for estimate in estimates],
         stages={name: _stage_estimates(stage.tuned(), options) for name, stage in trials.stages.items()},
         absent=absent,

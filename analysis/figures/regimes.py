@@ -7,8 +7,8 @@ from analysis.figures import style
 from analysis.figures.style import Drawing, NotApplicableError
 from analysis.inference import inference_optimum
 from analysis.overtraining import fit_error_law, overtraining_penalty, resample_error_law
-from analysis.parametric import fit_parametric, standard_starts
-from analysis.repeats import fit_effective_data
+from analysis.parametric import HUBER_DELTA, fit_parametric, standard_starts
+from analysis.repeats import EffectiveDataFit, fit_effective_data
 from analysis.study import Study
 
 ERROR_REPLICATES = 500
@@ -75,7 +75,8 @@ def repeats(study: Study) -> Drawing:
     once = tokens <= 1.001 * unique_each
     try:
         surface = fit_parametric(params[once], tokens[once], observed[once], starts=standard_starts()[::9]).surface
-        fit = fit_effective_data(surface, params, tokens, unique_each, observed)
+        columns = (params, tokens, unique_each, observed)
+        squares, fit = (fit_effective_data(surface, *columns, delta=delta) for delta in (None, HUBER_DELTA))
     except ValueError as error:
         raise NotApplicableError(str(error)) from None
     unique = float(known["unique_tokens"].median())
@@ -98,11 +99,16 @@ def repeats(study: Study) -> Drawing:
     panels[1].clabel(lines, fmt="%.2f", fontsize=6.5)
     style.log_axes(panels[1], y=True)
     panels[1].set(xlabel="epochs", ylabel=style.PARAMS)
-    low, high = fit.data_interval.low, fit.data_interval.high
     caption = (
-        f"Repeated data: R_D* = {fit.data_half_life:.3g} [{low:.3g}, {high:.3g}], R_N* = {fit.params_half_life:.3g}."
+        f"Repeated data, drawn by Huber: {_half_lives(fit)} (as published, arXiv 2305.16264); "
+        f"by least squares: {_half_lives(squares)}."
     )
     return Drawing(figure, pd.concat(rows, ignore_index=True), caption)
+
+
+def _half_lives(fit: EffectiveDataFit) -> str:
+    told = (("R_D*", fit.data_half_life, fit.data_interval), ("R_N*", fit.params_half_life, fit.params_interval))
+    return ", ".join(f"{name} = {value:.3g} [{ends.low:.3g}, {ends.high:.3g}]" for name, value, ends in told)
 
 
 def downstream_error(study: Study) -> Drawing:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from analysis.figures import style
 from analysis.figures.style import Drawing, NotApplicableError
-from analysis.hyperparameters import NEAR_OPTIMAL, HyperparameterLaw, cells_of
+from analysis.hyperparameters import HyperparameterLaw, cells_of
 from analysis.study import Study
 
 LABELS = {"learning_rate": "learning rate", "batch_tokens": "batch (tokens)"}
@@ -25,7 +25,7 @@ def learning_rate_batch(study: Study) -> Drawing:
     figure, panels = style.new_figure(columns=columns, rows=-(-len(chosen) // columns), width=4.4, height=3.1)
     rows = []
     for axes, cell in zip(np.atleast_1d(panels), chosen, strict=False):
-        colours = _heat_map(axes, cell)
+        colours = _heat_map(axes, cell, study.options.near_optimal)
         axes.set_title(
             f"N {cell['params'].iloc[0]:.2g}, D {cell['tokens'].iloc[0]:.2g}, lowest {cell['loss'].min():.3f}"
         )
@@ -33,19 +33,22 @@ def learning_rate_batch(study: Study) -> Drawing:
     for axes in np.atleast_1d(panels)[len(chosen) :]:
         axes.set_visible(False)
     figure.colorbar(colours, ax=panels, label="loss above the lowest of the cell (%)", extend="max")
-    caption = f"Loss by learning rate and batch; star: the lowest, lines: {100 * NEAR_OPTIMAL:g}% and 1% above it."
+    near = f"{100 * study.options.near_optimal:g}%"
+    caption = f"Loss by learning rate and batch; star: the lowest, lines: {near} and 1% above it."
     return Drawing(figure, pd.concat(rows, ignore_index=True), caption)
 
 
-def _heat_map(axes: Axes, cell: pd.DataFrame):
+def _heat_map(axes: Axes, cell: pd.DataFrame, near_optimal: float):
     grid = cell.pivot_table(index="batch_tokens", columns="learning_rate", values="loss", aggfunc="mean")
     rates, batches = grid.columns.to_numpy(), grid.index.to_numpy()
     excess = np.ma.masked_invalid(100 * (grid.to_numpy() / np.nanmin(grid.to_numpy()) - 1.0))
     colours = axes.pcolormesh(
         _edges(rates), _edges(batches), excess, cmap="viridis_r", vmin=0.0, vmax=min(LARGEST_EXCESS, excess.max())
     )
-    if excess.max() > 100 * NEAR_OPTIMAL:
-        axes.contour(rates, batches, excess, levels=[100 * NEAR_OPTIMAL, 1.0], colors="white", linewidths=(1.4, 0.8))
+    if excess.max() > 100 * near_optimal:
+        axes.contour(
+            rates, batches, excess, levels=sorted({100 * near_optimal, 1.0}), colors="white", linewidths=(1.4, 0.8)
+        )
     row, column = np.unravel_index(excess.argmin(), excess.shape)
     axes.plot(rates[column], batches[row], "*", color=style.COLOURS[1], markeredgecolor="black", markersize=12)
     axes.grid(visible=False)
@@ -78,7 +81,7 @@ def hyperparameters(study: Study) -> Drawing:
         ):
             _optima(axes, study, law, name, axis, other)
             axes.set(xlabel=label, ylabel=f"near-optimal {LABELS[name]}")
-        rows.append(pd.DataFrame([vars(cell) for cell in law.cells]).assign(setting=name))
+        rows.append(pd.DataFrame([vars(cell) for cell in law.cells]).drop(columns="near").assign(setting=name))
     caption = "Near-optimal settings; hollow: at the edge of the values tried, not fitted. Stars: at the target."
     return Drawing(figure, pd.concat(rows, ignore_index=True), caption)
 
@@ -124,5 +127,6 @@ def _optima(axes: Axes, study: Study, law: HyperparameterLaw, name: str, axis: s
     reach = [[quantity.value - quantity.interval.low], [quantity.interval.high - quantity.value]]
     axes.errorbar(target, quantity.value, reach, fmt="*", color=style.COLOURS[1], markersize=10, capsize=3)
     style.log_axes(axes, y=True)
-    title = f"$N^{{{law.params_exponent:.2f}}} D^{{{law.tokens_exponent:.2f}}}$"
+    powers = {"N": law.params_exponent, "D": law.tokens_exponent}
+    title = "$" + " ".join(f"{axis}^{{{powers[axis]:.2f}}}" for axis in law.regressors.split(", ")) + "$"
     axes.legend(title=title, frameon=True, framealpha=0.8, edgecolor="none")

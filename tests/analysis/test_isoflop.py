@@ -67,6 +67,19 @@ def test_a_flagged_budget_does_not_move_the_law():
     assert fit.params_law.exponent == pytest.approx(without.params_law.exponent)
 
 
+def test_vertices_beyond_the_grid_take_part_when_asked():
+    """As published fits do that use every row: the law of exact parabolas is exact, with intervals about it."""
+    budgets, best = np.repeat([1e19, 1e20, 1e21], 7), np.repeat([2e8, 6e8, 1.8e9], 7)
+    sizes = np.tile(SIZES, 3)
+    loss = 2.5 + 0.05 * np.log(sizes / best) ** 2
+    fit = fit_isoflop(sizes, budgets / (6 * sizes), loss, budgets, interior_only=False)
+    assert [v.used for v in fit.params_vertices] == [True] * 3
+    assert fit.params_law.exponent == pytest.approx(np.log10(3)) and fit.params_vertices[2].flag
+    copies = noise_replicates(sizes, budgets / (6 * sizes), loss, budgets, fit, noise_sd=1e-4, replicates=50, seed=0)
+    assert np.isfinite(copies.params_optima).all()
+    assert copies.params_law.exponent == pytest.approx(fit.params_law.exponent, abs=0.01)
+
+
 def test_one_budget_is_refused_in_one_line():
     sweep = simulate(EPOCH, budgets=(1e20,))
     with pytest.raises(ValueError, match="at least two budgets with an interior optimum, got 1"):

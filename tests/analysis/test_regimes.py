@@ -37,6 +37,35 @@ def test_half_lives_are_recovered_inside_their_profiles():
     assert fit.residual_sd == pytest.approx(0.001, rel=0.3)
 
 
+def diverged_losses(seed: int = 0) -> np.ndarray:
+    """R_D* = 15.4 and R_N* = 5.3, but the smallest sets' many epochs end 5% too high."""
+    noise = np.random.default_rng(seed).normal(0, 0.001, 48) + np.where(TOKENS / UNIQUE >= 40, 0.05 * (UNIQUE < 1e9), 0)
+    return effective_loss(EPOCH, PARAMS, TOKENS, UNIQUE, 15.4, 5.3) * np.exp(noise)
+
+
+def test_few_diverged_runs_move_the_huber_fit_less_than_least_squares():
+    squares, robust = (
+        fit_effective_data(EPOCH, PARAMS, TOKENS, UNIQUE, diverged_losses(), delta=delta) for delta in (None, 1e-3)
+    )
+    assert abs(np.log(robust.data_half_life / 15.4)) < abs(np.log(squares.data_half_life / 15.4)) / 2
+    assert robust.delta == 1e-3 and squares.delta is None
+
+
+@pytest.mark.parametrize("delta", [None, 1e-3])
+def test_profiles_of_both_fits_hold_the_truth_where_noise_is_uneven(delta):
+    """Noise that grows with the epochs and is shared by a cell, as that of diverging runs is."""
+    held = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        cell = np.repeat(rng.normal(0, 0.01, 8), 6)
+        noise = cell * np.log(TOKENS / UNIQUE) / 3 + rng.normal(0, 0.001, 48)
+        loss = effective_loss(EPOCH, PARAMS, TOKENS, UNIQUE, 15.4, 5.3) * np.exp(noise)
+        fit = fit_effective_data(EPOCH, PARAMS, TOKENS, UNIQUE, loss, delta=delta)
+        assert fit.data_half_life in fit.data_interval
+        held.append(15.4 in fit.data_interval)
+    assert sum(held) >= 6
+
+
 def test_an_unidentified_half_life_has_no_upper_end():
     """With two epochs at most and coarse noise, nothing says when repeats stop helping."""
     few = TOKENS <= 2 * UNIQUE
@@ -88,6 +117,49 @@ def test_learning_rate_law_is_recovered_and_edges_are_left_out():
     loss[:5] = [2.5, 2.6, 2.7, 2.8, 2.9]
     cells = find_optima(params, tokens, tried, loss)
     assert [cell.flag for cell in cells].count("optimum at the edge of the values tried") == 1
+
+
+def tried_batches():
+    """Batches about Step Law's optimum in D (arXiv 2503.04715), five of eight within 0.25% of the best."""
+    cells = [(n, d) for n in (1e8, 3e8, 1e9) for d in (1e9, 4e9, 1.6e10, 6.4e10)]
+    tried = [(n, d, off) for n, d in cells for off in np.arange(-3, 5) * np.log(2) / 2]
+    params, tokens, off = np.array(tried).T
+    loss = 2.5 * (1 + 0.004 * off**2)
+    return params, tokens, 0.58 * tokens**0.571 * np.exp(off), loss
+
+
+def test_a_batch_law_of_tokens_alone_is_recovered_pooled_and_by_cells():
+    columns = tried_batches()
+    pooled, means = (fit_hyperparameter_law(*columns, regressors=["tokens"], pooled=p) for p in (True, False))
+    for law in (pooled, means):
+        assert law.tokens_exponent == pytest.approx(0.571, abs=1e-6) and law.params_exponent == 0
+        assert law.regressors == "D"
+    near = [cell for cell in pooled.cells if not cell.flag]
+    assert len(near) == 12 and {len(cell.near) for cell in near} == {5}
+    assert pooled(1e9, 1e11) == pytest.approx(means(1e9, 1e11))
+
+
+def test_a_flat_cell_weighs_by_its_near_optimal_settings_when_pooled():
+    params, tokens, batch, loss = tried_batches()
+    flat = (params == 1e9) & (batch > 0.58 * tokens**0.571)
+    loss[flat] = 2.5 + (loss[flat] - 2.5) / 4  # all larger batches are near-optimal there
+    pooled, means = (
+        fit_hyperparameter_law(params, tokens, batch, loss, regressors=["tokens"], pooled=p) for p in (True, False)
+    )
+    assert pooled(1e9, 1e10) > means(1e9, 1e10)
+    wide = fit_hyperparameter_law(params, tokens, batch, loss, regressors=["tokens"], pooled=True, tolerance=0.01)
+    assert sum(len(cell.near) for cell in wide.cells) > sum(len(cell.near) for cell in pooled.cells)
+
+
+def test_near_optimal_settings_of_a_cell_are_no_evidence_of_their_own():
+    """Every run listed four times leaves the pooled law's interval as it was, but for the small-sample factor."""
+    params, tokens, batch, loss = tried_batches()
+    batch = batch * np.exp(np.repeat(np.random.default_rng(0).normal(0, 0.2, 12), 8))  # each cell's own luck
+    once, often = (
+        fit_hyperparameter_law(*(np.repeat(x, times) for x in (params, tokens, batch, loss)), pooled=True)
+        for times in (1, 4)
+    )
+    assert often.interval(1e9, 1e11).high == pytest.approx(once.interval(1e9, 1e11).high, rel=0.02)
 
 
 def test_a_single_cell_makes_no_law():
