@@ -1,12 +1,15 @@
-"""Pages that are written from the code say what the code says, and the Slurm script does what its page says."""
+"""Pages that are written from the code say what the code says, and the commands of all pages run."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+
+from lmjax import config
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,3 +72,93 @@ def test_slurms_shells_leave_sigterm_to_the_processes(tmp_path: Path) -> None:
     saving = "trap 'sleep 0.2; exit 75' TERM; kill -TERM $PPID; kill -TERM $$; sleep 10"
     done = subprocess.run(["bash", "-c", line[1], "-", "bash", "-c", saving], timeout=30)
     assert done.returncode == 75
+
+
+# Shell blocks -----------------------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# What the page says in a comment before a block that no test runs; `.ci/run` runs the block marked `tests`.
+MISSING = {"a checkpoint from elsewhere", "an hour", "libtpu", "minutes", "Slurm", "two machines"}
+KNOWN = {"quickstart", "tests", "settings", "slow", *(f"needs: {what}" for what in MISSING)}
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    mark: str | None
+    text: str
+
+
+def shell_blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^(?:<!-- ([^\n]+) -->\n)?```(?:sh|bash|shell|console)\n(.*?)^```", text, re.M | re.S):
+            found.append(Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]))
+    return found
+
+
+BLOCKS = shell_blocks()
+RUN = [block for block in BLOCKS if block.mark in (None, "quickstart", "slow")]
+
+# Few steps, and of a long corpus a part; what the page says comes later and wins.
+LMJAX = """
+command=$1; shift
+small=()
+if [ "$command" = train ]; then
+  small=(--config.train.steps=2 --config.optimizer.schedule.warmup=1 --config.train.evaluate_batches=1)
+  corpus="--config.data.sources.stdlib.prepare.inputs=('my_text/*.txt',)"
+  case "$*" in *configs/quickstart.py*) small+=("$corpus") ;; esac
+fi
+exec python -m lmjax "$command" "${small[@]}" "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone, as it looks to its pages, with some text of one's own; what one block makes, a later one finds."""
+    place = tmp_path_factory.mktemp("clone")
+    (place / "configs").symlink_to(ROOT / "configs")
+    for folder in ("my_text", "bin"):
+        (place / folder).mkdir()
+    for source in sorted(Path(os.__file__).parent.glob("*.py"))[:40]:
+        (place / "my_text" / f"{source.stem}.txt").write_bytes(source.read_bytes())
+    programs = {"python": f'exec "{sys.executable}" "$@"', "lmjax": LMJAX}
+    for name, body in programs.items():
+        (place / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (place / "bin" / name).chmod(0o755)
+    return place
+
+
+def in_place(text: str) -> str:
+    """A block without what makes the environment, which is here."""
+    text = re.sub(r"python3 -m venv \S+ && |\S*pip install [^&\n]*(?:&& |\n)", "", text)
+    return text.replace(".venv/bin/", "")
+
+
+def test_blocks_are_run_or_say_what_they_need() -> None:
+    assert len(BLOCKS) > 10 and len(RUN) >= 4
+    for block in BLOCKS:
+        assert block.mark is None or block.mark in KNOWN, f"{block.page.name}:{block.line}: <!-- {block.mark} -->"
+    assert {block.mark for block in BLOCKS if block.mark} == KNOWN  # no mark is left of a block that is gone
+
+
+def runs(block: Block) -> Any:
+    marks = [pytest.mark.slow] if block.mark == "slow" else []
+    return pytest.param(block, id=f"{block.page.name}:{block.line}", marks=marks)
+
+
+@pytest.mark.parametrize("block", map(runs, RUN))
+def test_blocks_run(block: Block, place: Path) -> None:
+    environment = os.environ | {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-euo", "pipefail", "-c", in_place(block.text)]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{block.text}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.mark == "settings"])
+def test_settings_are_settings(block: Block) -> None:
+    config.load(
+        str(ROOT / "configs" / "quickstart.py"), [word.removeprefix("--config.") for word in block.text.split()]
+    )
