@@ -58,8 +58,8 @@ def answer(study: Study) -> str:
         parts[0] += f" ({level} interval of the size: {amount(ends.low)} to {amount(ends.high)})"
     if best.loss is not None:
         interval = best.loss.interval
-        ends = f" ({interval.low:.3f} to {interval.high:.3f})" if interval is not None else ""
-        parts.append(f"Expect a loss of {best.loss.value:.3f}{ends} {study.runs.loss_unit}")
+        between = f" ({interval.low:.3f} to {interval.high:.3f})" if interval is not None else ""
+        parts.append(f"Expect a loss of {best.loss.value:.3f}{between} {study.runs.loss_unit}")
     others = [estimate.params.value for estimate in study.estimates[1:]]
     parts.append(
         f"{'The other methods' if len(others) > 1 else 'The other method'} put the size at "
