@@ -98,9 +98,9 @@ def saved_for_backward(jaxpr: Any) -> float:
         if equation.primitive.name == "scan" and equation.params["reverse"]:
             continue
         if equation.primitive.name == "scan":
-            (body,) = jax.extend.core.jaxprs_in_params(equation.params)
-            results = zip(equation.outvars, body.outvars, strict=True)
-            total += sum(local_bytes(all_.aval) for all_, one in results if all_.aval.ndim > one.aval.ndim)
+            body: Any = next(jax.extend.core.jaxprs_in_params(equation.params))
+            for whole, of_round in zip(equation.outvars, body.outvars, strict=True):
+                total += local_bytes(whole.aval) if whole.aval.ndim > of_round.aval.ndim else 0
         if equation.primitive.name != "pallas_call":
             together = max if equation.primitive.name == "cond" else sum  # of a switch one branch runs
             total += together(map(saved_for_backward, jax.extend.core.jaxprs_in_params(equation.params)))

@@ -88,7 +88,7 @@ def check_gradients(cfg: ModelConfig) -> None:
 
     A bias of all keys alike has no gradient but where they are rotated: what is small beside the others is left out.
     """
-    B, T = 2048, 8
+    B, T = 128, 128
     cfg = with_capacity(cfg)[0]
     cfg = replace(cfg, layers=len(cfg.pattern) + cfg.moe.dense_first, context=T)
     function, spec = gradient(cfg, B, T)
