@@ -48,7 +48,8 @@ def _describe(error: pydantic.ValidationError, where: str) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("value_error", "unexpected_keyword_argument"):
         return f"{path}: {message}" if first["loc"] else message
-    return f"{path}={first['input']!r}: {message[0].lower()}{message[1:]}"
+    shown = repr(first["input"])
+    return f"{path}={shown if len(shown) <= 100 else f'{shown[:97]}...'}: {message[0].lower()}{message[1:]}"
 
 
 def one_of(names: Iterable[str]) -> pydantic.AfterValidator:
