@@ -183,7 +183,7 @@ def _child(node: ConfigDict, name: str, path: str, parent: str) -> Any:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last ones of what nests too deep
         return text
 
 

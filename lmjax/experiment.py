@@ -310,7 +310,8 @@ def evaluate_split(
             yield place(one)
 
     with entered(mesh):
-        return evaluate(model, params, placed(), n_tokens=split.n_tokens, n_bytes=split.n_bytes)
+        result = evaluate(model, params, placed(), n_tokens=split.n_tokens, n_bytes=split.n_bytes)
+    return dataclasses.replace(result, digest=split.digest)
 
 
 Documents = Literal["joined", "separate", "alone", "cut"]
@@ -326,7 +327,8 @@ def evaluate_documents(
     """
     begin_id = tokenizer.endoftext_id if tokenizer.begin_id is None else tokenizer.begin_id
     batches = document_batches(split, seq_len, batch, begin_id, whole=whole)
-    return evaluate(model, params, batches, n_tokens=split.n_tokens - split.n_documents, n_bytes=split.n_bytes)
+    result = evaluate(model, params, batches, n_tokens=split.n_tokens - split.n_documents, n_bytes=split.n_bytes)
+    return dataclasses.replace(result, digest=split.digest)
 
 
 def evaluation_metrics(results: Mapping[str, Evaluation], family: str = "val") -> dict[str, float]:

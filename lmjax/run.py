@@ -233,7 +233,7 @@ class Run:
             if "valid" in dataset.manifest.splits
         }
         self.evaluate_batch = self.cfg.train.evaluate_batch or self.cfg.train.batch
-        self.evaluations: dict[int, dict[str, float]] = {}
+        self.evaluations: dict[int, dict[str, Any]] = {}
         """By step, what evaluation found."""
 
     def train(self) -> int:
@@ -377,7 +377,8 @@ class Run:
         """Score the same batches every time, as `val/`; at the end also the whole sets, as `val_full/`."""
         limit = self.cfg.train.evaluate_batches
         results = self.score(step, state, limit)
-        metrics = parts.evaluation_metrics(results)
+        metrics: dict[str, Any] = parts.evaluation_metrics(results)
+        metrics |= {f"data/{name}/valid_digest": result.digest for name, result in results.items()}
         if step == self.cfg.train.steps:
             whole = results if limit is None else self.score(step, state, None)
             metrics |= parts.evaluation_metrics(whole, "val_full")
@@ -521,5 +522,6 @@ class Run:
             "config": redact(dataclasses.asdict(self.cfg)),
             "params": dataclasses.asdict(counts),
             "data": {name: dataset.manifest.fingerprint for name, dataset in self.data.datasets.items()},
+            "validation": {name: split.digest for name, split in self.validation.items()},
             "environment": runtime.environment(),
         }

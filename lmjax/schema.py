@@ -47,8 +47,13 @@ def _describe(error: pydantic.ValidationError, where: str) -> str:
     path = where + ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("value_error", "unexpected_keyword_argument"):
-        return f"{path}: {message}" if first["loc"] else message
-    return f"{path}={first['input']!r}: {message[0].lower()}{message[1:]}"
+        return _short(f"{path}: {message}" if first["loc"] else message)
+    return _short(f"{path}={first['input']!r}: {message[0].lower()}{message[1:]}")
+
+
+def _short(message: str) -> str:
+    """Without the middle of a value that nobody would read."""
+    return message if len(message) <= 400 else f"{message[:190]} ... {message[-190:]}"
 
 
 def one_of(names: Iterable[str]) -> pydantic.AfterValidator:

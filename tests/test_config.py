@@ -2,14 +2,17 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lmjax.config import load
+from lmjax.config import _kinds, load, parse, to_json
 from lmjax.data.config import PrepareConfig
 from lmjax.errors import ConfigError
 from lmjax.schema import names_in
@@ -38,6 +41,36 @@ def test_text_is_taken_as_it_is_and_none_is_none() -> None:
     cfg = load(QUICKSTART, ["tracking.name=123", "tracking.group=[x]", "tracking.entity=e", "tracking.entity=None"])
     assert (cfg.tracking.name, cfg.tracking.group, cfg.tracking.entity) == ("123", "[x]", None)
     assert load(QUICKSTART, ["tracking.project=None"]).tracking.project == "None"  # which may not be off
+
+
+def paths(value: Any, path: str = "") -> Iterator[str]:
+    """Every setting of a config, those of its sources and their recipes among them."""
+    if not dataclasses.is_dataclass(value) and not isinstance(value, dict):
+        yield path
+        return
+    children = value if isinstance(value, dict) else {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    for name, child in children.items():
+        yield from paths(child, f"{path}.{name}" if path else name)
+
+
+HOSTILE = (
+    *("-1", "0", "1", "0.5", "-0.5", "1e400", "-1e400", "nan", "inf", "9" * 30, "9" * 5000, "None", "True", "text", ""),
+    *("[]", "{}", "()", "[[1]]", "{'a': 1}", "{[]: 1}", "'", "(1,", "(" * 5000, "b'x'", "1j", "...", "x" * 100_000),
+)
+
+
+@pytest.mark.parametrize("path", paths(load(QUICKSTART)))
+def test_a_hostile_value_is_a_setting_or_a_mistake_of_the_user(path: str) -> None:
+    refused = 0
+    for value in HOSTILE:
+        try:
+            cfg = load(QUICKSTART, [f"{path}={value}"])
+        except ConfigError as error:
+            refused += 1
+            assert "\n" not in str(error) and path.partition(".")[0] in str(error) and len(str(error)) < 600
+        else:
+            assert parse(json.loads(to_json(cfg))) == cfg
+    assert refused or str in _kinds(path.split("."))  # any text is a text
 
 
 # What is wrong is said before JAX is there ------------------------------------------------------------------------

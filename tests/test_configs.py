@@ -15,6 +15,7 @@ from lmjax.errors import DONE, ConfigError
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
 from lmjax.run import Options, run
+from lmjax.tracking import read_events
 from lmjax.weights import count
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -111,6 +112,10 @@ def test_every_config_runs_to_its_end(location: str, text: Path, tmp_path: Path,
     summary = json.loads((workdir / "summary.json").read_text())
     for name in cfg.data.sources:
         assert summary[f"val_full/{name}/loss"] > 0 and summary[f"val/{name}/loss"] > 0
+        digest = summary[f"data/{name}/valid_digest"]
+        assert len(digest) == 16
+        [start] = [event for event in read_events(workdir / "metrics.jsonl") if event["event"] == "start"]
+        assert start["validation"][name] == digest and digest in (workdir / "report.md").read_text()
     sample = (workdir / "samples" / "1.txt").read_text()
     assert sample.startswith(cfg.train.sample.prompts[0]) and f"```\n{sample}" in (workdir / "report.md").read_text()
 

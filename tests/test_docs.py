@@ -83,6 +83,9 @@ MISSING = {"a checkpoint from elsewhere", "an hour", "libtpu", "minutes", "Slurm
 KNOWN = {"quickstart", "tests", "settings", "slow", *(f"needs: {what}" for what in MISSING)}
 
 
+FENCE = re.compile(r"^(?:<!-- ([^\n]+) -->\n)?```(?:sh|bash|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
 class Block(NamedTuple):
     page: Path
     line: int
@@ -94,7 +97,7 @@ def shell_blocks() -> list[Block]:
     found = []
     for page in PAGES:
         text = page.read_text()
-        for match in re.finditer(r"^(?:<!-- ([^\n]+) -->\n)?```(?:sh|bash|shell|console)\n(.*?)^```", text, re.M | re.S):
+        for match in FENCE.finditer(text):
             found.append(Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]))
     return found
 

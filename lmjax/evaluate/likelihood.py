@@ -40,6 +40,8 @@ class Evaluation:
     """Tokens scored."""
     coverage: float
     """Share of the split's tokens that was scored; below 1, bits_per_byte is an estimate for the split."""
+    digest: str = ""
+    """Of the split, where it is one: numbers compare where it is the same."""
 
 
 def evaluate(

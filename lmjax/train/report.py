@@ -93,6 +93,10 @@ class Record:
         """`(step, tokens, value)` of every row that has it."""
         return [(row["step"], row["tokens"], row[key]) for row in self.rows if key in row]
 
+    def last(self, key: str) -> Any:
+        """The newest value of it; None of what was never logged."""
+        return next((row[key] for row in reversed(self.rows) if key in row), None)
+
 
 def read_record(workdir: epath.PathLike) -> Record:
     workdir = epath.Path(workdir)
@@ -167,6 +171,9 @@ def _results(record: Record) -> str:
     if not rows:
         return text + "No evaluation yet."
     text += _table(["validation set", "", "step", "loss (nats per token)", "bits per byte"], rows)
+    digests = {name: record.last(f"data/{name}/valid_digest") for name in record.validation_sets}
+    if named := [f"{name} `{digest}`" for name, digest in digests.items() if digest]:
+        text += f"\n\nNumbers compare between runs whose validation sets have the same digest: {', '.join(named)}."
     logged = {key for row in record.rows for key in row}
     only_at_the_end = [[k, v] for k, v in record.summary.items() if k.startswith("val/") and k not in logged]
     if only_at_the_end:

@@ -42,7 +42,11 @@ class Clock:
         self.write(step=step, tokens=1024 * step, flops=10**6 * step, **values)
 
     def evaluate_whole(self, step: int, loss: float) -> None:
-        values = {"val_full/main/loss": loss, "val_full/main/bpb": loss / 2}
+        values = {
+            "val_full/main/loss": loss,
+            "val_full/main/bpb": loss / 2,
+            "data/main/valid_digest": "0123456789abcdef",
+        }
         self.write(step=step, tokens=1024 * step, flops=10**6 * step, **values)
 
 
@@ -78,6 +82,7 @@ def test_the_whole_set_is_a_point_of_its_own(workdir: Path) -> None:
         "| main | final | 400 | 1.6000 | 0.8000 |",
         "| main | best | 300 | 1.4000 | 0.7000 |",
         "| main | final, whole set | 400 | 1.3000 | 0.6500 |",
+        "main `0123456789abcdef`",
     ):
         assert line in text
     assert read_record(workdir).validation_sets == ["main"]
