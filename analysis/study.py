@@ -59,6 +59,17 @@ class Study:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def budget_flags(self) -> list[str]:
+        """Which budgets approach 2 cannot trust, one line for each method, axis and reason."""
+        found = []
+        for method, fit in self.isoflops.items():
+            for axis, vertices in (("N", fit.params_vertices), ("D", fit.tokens_vertices)):
+                for flag in sorted({v.flag for v in vertices} - {""}):
+                    flagged = ", ".join(f"{v.budget:.3g}" for v in vertices if v.flag == flag)
+                    found.append(f"{method} in {axis}, {flag} at budget {flagged}")
+        return found
+
+    @property
     def settings(self) -> dict[str, HyperparameterLaw]:
         """Of the laws of each setting the one that estimates and the next run use."""
         return {name: laws[0] for name, laws in self.settings_laws.items()}
@@ -127,7 +138,7 @@ def _study(trials: Runs, runs: Runs, options: Options) -> Study:
         estimates=[with_settings(estimate, settings, options.level) for estimate in estimates],
         stages={name: _stage_estimates(stage.tuned(), options) for name, stage in trials.stages.items()},
         absent=absent,
-        warnings=_warnings(runs, options, huber, isoflops),
+        warnings=_warnings(runs, options, huber),
     )
 
 
@@ -198,7 +209,7 @@ def _shared_trunks(runs: Runs) -> np.ndarray | None:
     return runs.column("trunk")
 
 
-def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> list[str]:
+def _warnings(runs: Runs, options: Options, huber: ParametricFit) -> list[str]:
     flops = runs.column("flops")
     params, tokens, _ = runs.points
     ratios = tokens / params
@@ -224,9 +235,4 @@ def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> l
         repeated = int((runs.table["tokens"] > 1.001 * runs.table["unique_tokens"]).sum())
         if repeated:
             found.append(f"{repeated} runs repeat data; only the repeats figure accounts for it: fit the others alone")
-    for method, fit in isoflops.items():
-        for axis, vertices in (("N", fit.params_vertices), ("D", fit.tokens_vertices)):
-            for flag in sorted({v.flag for v in vertices} - {""}):
-                flagged = ", ".join(f"{v.budget:.3g}" for v in vertices if v.flag == flag)
-                found.append(f"{method} in {axis}, {flag} at budget {flagged}")
     return found

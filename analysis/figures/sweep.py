@@ -1,5 +1,7 @@
 """Figures of the runs themselves: training curves, isoFLOP slices, and slices with the fitted surface."""
 
+from itertools import cycle
+
 import numpy as np
 import pandas as pd
 
@@ -9,7 +11,7 @@ from analysis.isoflop import MIN_POINTS, lowest_per_size
 from analysis.study import Study
 
 MOST_CURVES = 60
-MOST_NAMED = 12  # budgets in a legend; more are a colour bar
+MOST_NAMED = 12  # budgets by their names at their curves; of more the colour bar alone tells
 
 
 def training_curves(study: Study) -> Drawing:
@@ -46,10 +48,12 @@ def isoflop(study: Study) -> Drawing:
     for axes, column, vertices, optima in sides:
         colours, mappable = style.colours_of([v.budget for v in vertices])
         used = [v.budget for v in vertices if v.used]
-        for vertex, colour in zip(vertices, colours, strict=True):
+        for vertex, colour, marker in zip(vertices, colours, cycle(style.MARKERS), strict=False):
             mine = study.budgets == vertex.budget
             sizes, loss = study.runs.column(column)[mine], study.runs.column("loss")[mine]
-            axes.plot(sizes, loss, "o", color=colour, label=f"{vertex.budget:.2g}")
+            axes.plot(sizes, loss, marker, color=colour, markersize=4)
+            if len(vertices) <= MOST_NAMED:
+                style.name_curve(axes, sizes[loss.argmin()], loss.min(), f"{vertex.budget:.2g}", colour)
             rows.append(pd.DataFrame({"axis": column, "budget": vertex.budget, "size": sizes, "loss": loss}))
             if vertex.points >= MIN_POINTS:
                 log_sizes, lowest = lowest_per_size(sizes, loss)
@@ -64,10 +68,7 @@ def isoflop(study: Study) -> Drawing:
     _clip_losses(panels, study.runs.column("loss"))
     panels[0].set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
     panels[1].set(xlabel=style.TOKENS)
-    if len(fit.params_vertices) <= MOST_NAMED:
-        figure.legend(*panels[0].get_legend_handles_labels(), title=style.FLOPS, loc="outside right upper")
-    else:
-        figure.colorbar(mappable, ax=panels, label=style.FLOPS)
+    figure.colorbar(mappable, ax=panels, label=style.FLOPS)
     return Drawing(
         figure,
         pd.concat(rows, ignore_index=True),
@@ -91,9 +92,12 @@ def isoloss_slices(study: Study) -> Drawing:
     figure, axes = style.new_figure()
     params, _, loss = study.runs.points
     rows = []
-    for budget, colour in zip(budgets, colours, strict=True):
+    for budget, colour, marker in zip(budgets, colours, cycle(style.MARKERS), strict=False):
         mine = study.budgets == budget
-        axes.plot(params[mine], loss[mine], "o", color=colour)
+        axes.plot(params[mine], loss[mine], marker, color=colour, markersize=4)
+        if len(budgets) <= MOST_NAMED:
+            lowest = np.flatnonzero(mine)[loss[mine].argmin()]
+            style.name_curve(axes, params[lowest], loss[lowest], f"{budget:.2g}", colour)
         x = np.geomspace(params[mine].min() / 1.3, params[mine].max() * 1.3, 80)
         fitted = study.huber.surface.loss(x, budget / (6.0 * x))
         axes.plot(x, fitted, color=colour, linewidth=1.0)
