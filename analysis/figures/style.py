@@ -9,7 +9,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 RC: Any = {
@@ -110,10 +109,9 @@ def mark_target(axes: Axes, target: float) -> None:
     axes.annotate("target", (target, 0.03), (-3, 0), **place, rotation=90, ha="right", va="bottom", fontsize=7.5)
 
 
-def name_curve(axes: Axes, x: float, y: float, text: str, colour) -> None:
-    """The name of a curve right below its lowest point, in its colour, legible on others."""
-    label = axes.annotate(text, (x, y), (0, -7), textcoords="offset points", ha="center", va="top", fontsize=6.5)
-    label.set(color=colour, path_effects=[withStroke(linewidth=2.0, foreground="white")], annotation_clip=True)
+def name_curve(axes: Axes, x: float, y: float, text: str) -> None:
+    """The name of a curve to the right of its end (x, y)."""
+    axes.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=6.5, annotation_clip=True)
 
 
 def label_contours(axes: Axes, lines) -> None:

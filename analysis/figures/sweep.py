@@ -11,7 +11,7 @@ from analysis.isoflop import MIN_POINTS, lowest_per_size
 from analysis.study import Study
 
 MOST_CURVES = 60
-MOST_NAMED = 12  # budgets by their names at their curves; of more the colour bar alone tells
+MOST_NAMED = 12  # budgets by their names at the ends of their curves; of more the colour bar alone tells
 
 
 def training_curves(study: Study) -> Drawing:
@@ -53,7 +53,7 @@ def isoflop(study: Study) -> Drawing:
             sizes, loss = study.runs.column(column)[mine], study.runs.column("loss")[mine]
             axes.plot(sizes, loss, marker, color=colour, markersize=4)
             if len(vertices) <= MOST_NAMED:
-                style.name_curve(axes, sizes[loss.argmin()], loss.min(), f"{vertex.budget:.2g}", colour)
+                style.name_curve(axes, sizes.max(), loss[sizes.argmax()], f"{vertex.budget:.2g}")
             rows.append(pd.DataFrame({"axis": column, "budget": vertex.budget, "size": sizes, "loss": loss}))
             if vertex.points >= MIN_POINTS:
                 log_sizes, lowest = lowest_per_size(sizes, loss)
@@ -64,6 +64,7 @@ def isoflop(study: Study) -> Drawing:
                 ends = np.nanquantile(optima[:, used.index(vertex.budget)], [0.025, 0.975])
                 axes.plot(ends, [vertex.loss] * 2, color="black", linewidth=1.0)
                 axes.plot(vertex.optimum, vertex.loss, "*", color=colour, markeredgecolor="black", markersize=10)
+        axes.margins(x=0.12)  # room for the names
         style.log_axes(axes)
     _clip_losses(panels, study.runs.column("loss"))
     panels[0].set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
@@ -95,16 +96,16 @@ def isoloss_slices(study: Study) -> Drawing:
     for budget, colour, marker in zip(budgets, colours, cycle(style.MARKERS), strict=False):
         mine = study.budgets == budget
         axes.plot(params[mine], loss[mine], marker, color=colour, markersize=4)
-        if len(budgets) <= MOST_NAMED:
-            lowest = np.flatnonzero(mine)[loss[mine].argmin()]
-            style.name_curve(axes, params[lowest], loss[lowest], f"{budget:.2g}", colour)
         x = np.geomspace(params[mine].min() / 1.3, params[mine].max() * 1.3, 80)
         fitted = study.huber.surface.loss(x, budget / (6.0 * x))
         axes.plot(x, fitted, color=colour, linewidth=1.0)
+        if len(budgets) <= MOST_NAMED:
+            style.name_curve(axes, x[-1], fitted[-1], f"{budget:.2g}")
         rows.append(pd.DataFrame({"budget": budget, "kind": "run", "params": params[mine], "loss": loss[mine]}))
         rows.append(pd.DataFrame({"budget": budget, "kind": "fit", "params": x, "loss": fitted}))
     _clip_losses([axes], loss)
     figure.colorbar(mappable, ax=axes, label=style.FLOPS)
+    axes.margins(x=0.1)
     style.log_axes(axes)
     axes.set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
     return Drawing(

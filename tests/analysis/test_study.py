@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import page
 from analysis.__main__ import main
 from analysis.estimates import Options, seed_means
-from analysis.report import draw
+from analysis.report import draw, draw_one
 from analysis.runs import load_runs
 from analysis.simulate import EPOCH, Faults, simulate
 from analysis.study import make_study
@@ -79,3 +80,30 @@ def test_runs_far_off_the_fit_are_named_with_what_they_change(tmp_path):
     assert "2 runs lie over 6 standard deviations off the fit; without them, --exclude=7,20," in note
     assert f"C^{without.huber.surface.params_exponent:.3g} instead" in note
     assert not any("off the fit" in warning for warning in without.warnings)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A study of which two budgets have too few sizes."""
+    frame = table().drop(index=[0, 1, 2, 7, 8, 9])
+    return make_study(loaded(tmp_path_factory.mktemp("drawn"), frame), Options(1e23, replicates=100))
+
+
+def test_flagged_budgets_are_one_folded_table_of_the_page(drawn):
+    assert any("only 4 sizes" in flag for flag in drawn.budget_flags)
+    assert not any("budget" in warning for warning in drawn.warnings)
+    assert page._flagged_budgets(drawn).count("<details>") == 1
+
+
+def test_every_residual_lies_inside_its_panels(drawn):
+    violin, *panels = draw_one("residuals", drawn).figure.axes
+    most = 100 * np.abs(drawn.huber.log_residuals).max()
+    assert violin.get_xlim()[1] >= most and all(axes.get_ylim()[1] >= most for axes in panels)
+
+
+def test_contour_labels_lie_inside_the_axes(drawn):
+    axes = draw_one("contours", drawn).figure.axes[0]
+    levels = [text for text in axes.texts if text.get_text() != "target"]
+    to_axes = axes.transAxes.inverted()
+    places = [to_axes.transform(text.get_transform().transform(text.get_position())) for text in levels]
+    assert len(levels) >= 6 and all(0.05 < x < 0.95 for place in places for x in place)
