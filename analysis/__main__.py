@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import cells, compare, design, forecast, report
+from analysis import cells, compare, design, forecast, page, report
 from analysis.estimates import Options
 from analysis.hyperparameters import NEAR_OPTIMAL
 from analysis.parametric import fit_parametric
@@ -28,6 +28,8 @@ from analysis.sources import read_records
 from analysis.study import check_law
 from analysis.surface import Surface
 from analysis.variable_projection import fit_by_projection
+
+MOST_FLAGS = 4
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -148,16 +150,24 @@ def _report(parsed) -> None:
         parsed.target, parsed.level, parsed.replicates, parsed.seed, parsed.budgets,
         interior_only=not parsed.vertices_beyond_grid, near_optimal=parsed.near_optimal,
     )  # fmt: skip
-    study = report.write_report(report.Inputs(parsed.runs, options, _selection(parsed)), parsed.out)
+    study = report.write_report(report.Inputs(parsed.runs, options, _selection(parsed)), parsed.out, tell=_tell)
     columns = ["method", "params_exponent", "params_exponent_low", "params_exponent_high", "params", "tokens", "loss"]
     print(compare.as_text(report.estimates_table(study)[columns]))
     for method, reason in study.absent.items():
         print(f"no {method}: {reason}")
-    for warning in study.warnings:
+    flags = study.budget_flags
+    more = [f"{len(flags) - MOST_FLAGS} more such notes are on the page"] if len(flags) > MOST_FLAGS else []
+    for warning in [*study.warnings, *flags[:MOST_FLAGS], *more]:
         print(f"note: {warning}")
+    print(page.answer(study))
     if study.disagreement:
         print(f"METHODS DISAGREE on N*: {study.disagreement}")
     print(f"wrote {parsed.out / 'report.html'}")
+
+
+def _tell(text: str) -> None:
+    """Progress, on the line where the last one ended."""
+    print(text, end="", flush=True)
 
 
 def _verify(parsed) -> None:

@@ -129,7 +129,17 @@ def find_vertex(
     log_sizes, loss = lowest_per_size(sizes, loss)
     points = len(log_sizes)
     if points < 3:
-        return Vertex(budget, np.nan, np.nan, points, np.nan, np.nan, np.nan, f"only {points} sizes", used=False)
+        return Vertex(
+            budget,
+            np.nan,
+            np.nan,
+            points,
+            np.nan,
+            np.nan,
+            np.nan,
+            f"only {points} size{'s' * (points != 1)}",
+            used=False,
+        )
     log_optimum, least = (float(x[0]) for x in optima(log_sizes, loss[None], method, interior_only))
     curve = np.polynomial.Polynomial.fit(log_sizes, loss, 2).convert()
     curvature = 2.0 * float(curve.coef[2]) if len(curve.coef) > 2 else 0.0

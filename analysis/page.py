@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from analysis.figures.style import Drawing
 from analysis.study import Study
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
-td small { white-space: nowrap; } .list td { text-align: left; }
-.scroll { overflow-x: auto; }
-.answer { font-size: 18px; border-left: 4px solid #0072b2; padding: .2rem 0 .2rem 1rem; }
+th:first-child, td:first-child, .words td { text-align: left; overflow-wrap: anywhere; }
+td small { white-space: nowrap; }
+.wide { overflow-x: auto; }
+.answer { font-size: 18px; border-left: 3px solid #0072b2; padding-left: .8rem; }
 img { max-width: 100%; } figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: 13px; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 12.5px; }
 .bad { border: 2px solid #b00020; background: #fdecee; padding: .6rem 1rem; }
@@ -35,6 +34,8 @@ def render(
         _disagreement(study),
         _estimates(study),
         _warnings(study),
+        _flagged_budgets(study),
+        _settings(study),
         _next_run(study, next_run),
         "<h2>Figures</h2>",
         *(_figure(name, drawing, folder) for name, drawing in drawings.items()),
@@ -47,38 +48,31 @@ def render(
 
 
 def answer(study: Study) -> str:
-    """What to train at the target and what to expect, by approach 3, in a few sentences."""
-    best, level = study.estimates[0], f"{study.options.level:.0%}"
-    parts = [
-        f"At {study.options.target:.3g} FLOPs train a model of {amount(best.params.value)} parameters on "
-        f"{amount(best.tokens.value)} tokens, {best.tokens.value / best.params.value:.3g} a parameter"
-    ]
-    if best.params.interval is not None:
-        ends = best.params.interval
-        parts[0] += f" ({level} interval of the size: {amount(ends.low)} to {amount(ends.high)})"
-    if best.loss is not None:
-        interval = best.loss.interval
-        between = f" ({interval.low:.3f} to {interval.high:.3f})" if interval is not None else ""
-        parts.append(f"Expect a loss of {best.loss.value:.3f}{between} {study.runs.loss_unit}")
-    others = [estimate.params.value for estimate in study.estimates[1:]]
-    parts.append(
-        f"{'The other methods' if len(others) > 1 else 'The other method'} put the size at "
-        f"{' to '.join(dict.fromkeys((amount(min(others)), amount(max(others)))))}"
-        f"{', further apart than their intervals allow' if study.disagreement else ''}"
+    """What to train, what to expect, and how sure that is, in sentences for people."""
+    first, target = study.estimates[0], study.options.target
+    told = (
+        f"With {target:.3g} FLOPs train {people(first.params.value)} parameters on {people(first.tokens.value)} tokens"
     )
-    reach = study.options.target / study.runs.column("flops").max()
-    if reach > 1:
-        parts.append(f"The target is {reach:.3g} times the largest run")
-    return ". ".join(parts) + "."
+    if first.loss is not None:
+        told += f", and expect a loss of {first.loss.value:.3f} {study.runs.loss_unit}"
+        if ends := first.loss.interval:
+            told += f" ({ends.low:.3f} to {ends.high:.3f})"
+    told += f", says {first.method}."
+    if ends := first.params.interval:
+        told += f" Its {ends.level:.0%} interval of the size is {people(ends.low)} to {people(ends.high)};"
+    sizes = [estimate.params.value for estimate in study.estimates]
+    told += f" the {len(sizes)} methods say {people(min(sizes))} to {people(max(sizes))}"
+    told += " and disagree by more than their intervals." if study.disagreement else "."
+    reach = target / study.runs.column("flops").max()
+    return told + (f" The target is {reach:.2g} times the largest run." if reach > 1 else "")
 
 
-def amount(value: float) -> str:
-    """A count for people: 44B, 380B, 1.2T, 560M, 31k; three digits at most."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * size:
-            rounded = float(f"{value / size:.3g}")
-            return f"{rounded:,.0f}{letter}" if rounded >= 100 else f"{rounded:.3g}{letter}"
-    return f"{value:.3g}"
+def people(count: float) -> str:
+    """44.1B for 4.41e10; beyond trillions and below thousands as they are."""
+    for letter, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if unit <= count < 1000 * unit:
+            return f"{count / unit:.3g}{letter}"
+    return f"{count:.3g}"
 
 
 def _disagreement(study: Study) -> str:
@@ -88,51 +82,90 @@ def _disagreement(study: Study) -> str:
     return f'<p class="bad"><b>{what}</b> on N*: {escape(study.disagreement)}.</p>'
 
 
+# Field of an estimate -> how it is headed, and how it is written.
+COLUMNS = {
+    "params_exponent": ("a in N* ~ C^a", ".3f"),
+    "tokens_exponent": ("b in D* ~ C^b", ".3f"),
+    "params": ("N*", "people"),
+    "tokens": ("D*", "people"),
+    "loss": ("loss", ".3f"),
+    "learning_rate": ("learning rate", ".2g"),
+    "batch_tokens": ("batch (tokens)", "people"),
+}
+
+
 def _estimates(study: Study) -> str:
-    loss = f"loss ({study.runs.loss_unit})"
-    names = ("method", "a in N* ~ C^a", "b in D* ~ C^b", "N*", "D*", loss, "learning rate", "batch (tokens)")
-    header = "".join(f"<th>{name}</th>" for name in names)
-    rows = "".join(_row(estimate) for estimate in study.estimates)
+    shown = [name for name in COLUMNS if any(getattr(estimate, name) for estimate in study.estimates)]
+    header = "".join(f"<th>{COLUMNS[name][0]}</th>" for name in shown)
+    rows = "".join(_row(estimate, shown) for estimate in study.estimates)
     absent = "".join(f"<li>no {escape(name)}: {escape(why)}</li>" for name, why in study.absent.items())
     return (
-        f"<h2>Estimates at the target, with {study.options.level:.0%} intervals</h2>"
-        f'<div class="scroll"><table><tr>{header}</tr>{rows}</table></div>'
-        f"<p><small>Intervals: {escape(_interval_methods(study))}.</small></p><ul>{absent}</ul>"
+        f"<h2>Estimates at the target, with {study.options.level:.0%} intervals</h2><p>Loss in "
+        f"{study.runs.loss_unit}.</p>"
+        f'<div class="wide"><table><tr><th>method</th>{header}</tr>{rows}</table></div><ul>{absent}</ul>'
     )
 
 
-def _interval_methods(study: Study) -> str:
-    """How the intervals of each method were found, as in `variable projection delta`."""
-    said = []
-    for estimate in study.estimates:
-        quantities = (estimate.params_exponent, estimate.params, estimate.loss, estimate.learning_rate)
-        methods = dict.fromkeys(q.interval.method for q in quantities if q is not None and q.interval is not None)
-        said.append(f"{estimate.method} {' and '.join(methods) or 'none'}")
-    return "; ".join(said)
+def _row(estimate: Estimate, shown: list[str]) -> str:
+    """One method; the kinds of its intervals stand under its name."""
+    quantities = [getattr(estimate, name) for name in shown]
+    kinds = dict.fromkeys(q.interval.method for q in quantities if q is not None and q.interval is not None)
+    cells = "".join(_cell(quantity, COLUMNS[name][1]) for name, quantity in zip(shown, quantities, strict=True))
+    return f"<tr><td>{escape(estimate.method)}<br><small>{', '.join(kinds)}</small></td>{cells}</tr>"
 
 
-def _row(estimate: Estimate) -> str:
-    cells = (
-        _cell(estimate.params_exponent, ".3f"),
-        _cell(estimate.tokens_exponent, ".3f"),
-        _cell(estimate.params, ".3g", amount),
-        _cell(estimate.tokens, ".3g", amount),
-        _cell(estimate.loss, ".3f"),
-        _cell(estimate.learning_rate, ".2g"),
-        _cell(estimate.batch_tokens, ".2g", amount),
-    )
-    return f"<tr><td>{escape(estimate.method)}</td>{''.join(cells)}</tr>"
-
-
-def _cell(quantity: Quantity | None, form: str, for_people: Callable[[float], str] | None = None) -> str:
-    """The value, for people where that is another form than the exact one, and under it the interval."""
+def _cell(quantity: Quantity | None, form: str) -> str:
     if quantity is None:
         return "<td>-</td>"
-    lines = [] if for_people is None else [f"<b>{for_people(quantity.value)}</b>"]
-    lines.append(f"{quantity.value:{form}}")
-    if quantity.interval is not None:
-        lines.append(f"<small>{quantity.interval.low:{form}} to {quantity.interval.high:{form}}</small>")
-    return f"<td>{'<br>'.join(lines)}</td>"
+    exact = f"<br><small>{quantity.value:.4g}</small>" if form == "people" else ""
+    ends = quantity.interval
+    reach = f"<br><small>{_written(ends.low, form)} to {_written(ends.high, form)}</small>" if ends else ""
+    return f"<td>{_written(quantity.value, form)}{exact}{reach}</td>"
+
+
+def _written(value: float, form: str) -> str:
+    return people(value) if form == "people" else f"{value:{form}}"
+
+
+def _flagged_budgets(study: Study) -> str:
+    """One row a budget and method that approach 2 cannot trust, folded away."""
+    rows = [
+        f"<tr><td>{method}</td><td>{n.budget:.3g}</td><td>{n.flag or '-'}</td><td>{d.flag or '-'}</td></tr>"
+        for method, fit in study.isoflops.items()
+        for n, d in zip(fit.params_vertices, fit.tokens_vertices, strict=True)
+        if n.flag or d.flag
+    ]
+    if not rows:
+        return ""
+    header = "<tr><th>approach 2</th><th>budget (FLOPs)</th><th>in N</th><th>in D</th></tr>"
+    return (
+        f"<details><summary>{len(rows)} optima of budgets are not to be trusted</summary>"
+        f'<table class="words">{header}{"".join(rows)}</table></details>'
+    )
+
+
+def _settings(study: Study) -> str:
+    """Every law of the learning rate and the batch; the first of each is the one used."""
+    rows = []
+    at = study.estimates[0].params.value, study.estimates[0].tokens.value
+    for name, laws in study.settings_laws.items():
+        for law in laws:
+            powers = {"N": law.params_exponent, "D": law.tokens_exponent}
+            form = " ".join(f"{axis}^{powers[axis]:.3f}" for axis in law.regressors.split(", "))
+            kind = "all near-optimal runs" if law.pooled else "one mean a cell"
+            value = Quantity(float(law(*at)), law.interval(*at, study.options.level))
+            used = "used" if law is laws[0] else ""
+            cells = "".join(f"<td>{text}</td>" for text in (kind, form, f"{law.residual_sd:.2f}"))
+            rows.append(f"<tr><td>{COLUMNS[name][0]}</td>{cells}{_cell(value, COLUMNS[name][1])}<td>{used}</td></tr>")
+    if not rows:
+        return ""
+    near = f"{100 * study.options.near_optimal:g}%"
+    header = "<th></th><th>through</th><th>law</th><th>sd of ln</th><th>at the target</th><th></th>"
+    return (
+        f"<h2>Laws of the learning rate and the batch</h2><p>Near-optimal: within {near} of the lowest loss of its "
+        f"(N, D). Intervals: {study.options.level:.0%}.</p>"
+        f'<table class="words"><tr>{header}</tr>{"".join(rows)}</table>'
+    )
 
 
 def _next_run(study: Study, next_run: dict) -> str:
@@ -165,22 +198,7 @@ def _warnings(study: Study) -> str:
     if not study.warnings:
         return ""
     items = "".join(f"<li>{escape(warning)}</li>" for warning in study.warnings)
-    return f'<div class="note"><b>Read with care</b><ul>{items}</ul>{_left_out(study)}</div>'
-
-
-def _left_out(study: Study) -> str:
-    """A folded table of the isoFLOP budgets without an optimum, by what is missing."""
-    if not study.left_out:
-        return ""
-    rows = "".join(
-        f"<tr><td>{escape(reason)}</td><td>{escape(', '.join(fits))}</td>"
-        f"<td>{', '.join(f'{budget:.3g}' for budget in budgets)}</td></tr>"
-        for (reason, budgets), fits in study.left_out.items()
-    )
-    return (
-        "<details><summary>Budgets that approach 2 leaves out</summary>"
-        f'<table class="list"><tr><th>why</th><th>in the fits</th><th>budgets (FLOPs)</th></tr>{rows}</table></details>'
-    )
+    return f'<div class="note"><b>Read with care</b><ul>{items}</ul></div>'
 
 
 def _figure(name: str, drawing: Drawing, folder: Path) -> str:
@@ -209,4 +227,4 @@ def _provenance(study: Study, numbers: dict) -> str:
         ("versions", ", ".join(f"{k} {v}" for k, v in provenance["versions"].items())),
     )
     rows = "".join(f"<tr><td>{name}</td><td>{escape(str(value))}</td></tr>" for name, value in facts)
-    return f"<h2>Provenance</h2><table>{rows}</table>"
+    return f'<h2>Provenance</h2><table class="words">{rows}</table>'

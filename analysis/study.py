@@ -59,14 +59,14 @@ class Study:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def left_out(self) -> dict[tuple[str, tuple[float, ...]], list[str]]:
-        """Budgets whose runs gave approach 2 no optimum: (why, budgets) -> the fits of which that is true."""
-        found: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+    def budget_flags(self) -> list[str]:
+        """Which budgets approach 2 cannot trust, one line for each method, axis and reason."""
+        found = []
         for method, fit in self.isoflops.items():
             for axis, vertices in (("N", fit.params_vertices), ("D", fit.tokens_vertices)):
                 for flag in sorted({v.flag for v in vertices} - {""}):
-                    budgets = tuple(v.budget for v in vertices if v.flag == flag)
-                    found.setdefault((flag, budgets), []).append(f"{method} in {axis}")
+                    flagged = ", ".join(f"{v.budget:.3g}" for v in vertices if v.flag == flag)
+                    found.append(f"{method} in {axis}, {flag} at budget {flagged}")
         return found
 
     @property
@@ -138,7 +138,7 @@ def _study(trials: Runs, runs: Runs, options: Options) -> Study:
         estimates=[with_settings(estimate, settings, options.level) for estimate in estimates],
         stages={name: _stage_estimates(stage.tuned(), options) for name, stage in trials.stages.items()},
         absent=absent,
-        warnings=_warnings(runs, options, huber, isoflops),
+        warnings=_warnings(runs, options, huber),
     )
 
 
@@ -209,7 +209,7 @@ def _shared_trunks(runs: Runs) -> np.ndarray | None:
     return runs.column("trunk")
 
 
-def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> list[str]:
+def _warnings(runs: Runs, options: Options, huber: ParametricFit) -> list[str]:
     flops = runs.column("flops")
     params, tokens, _ = runs.points
     ratios = tokens / params
@@ -235,11 +235,4 @@ def _warnings(runs: Runs, options: Options, huber: ParametricFit, isoflops) -> l
         repeated = int((runs.table["tokens"] > 1.001 * runs.table["unique_tokens"]).sum())
         if repeated:
             found.append(f"{repeated} runs repeat data; only the repeats figure accounts for it: fit the others alone")
-    for method, fit in isoflops.items():
-        without = [sum(not v.used for v in vertices) for vertices in (fit.params_vertices, fit.tokens_vertices)]
-        if any(without):
-            found.append(
-                f"{method}: of {len(fit.params_vertices)} budgets {without[0]} in N and {without[1]} in D have no "
-                "optimum that can be used (too few sizes, or none inside the grid)"
-            )
     return found

@@ -21,18 +21,22 @@ def residuals(study: Study) -> Drawing:
     parts = panels[0].violinplot(residual, vert=False, showmedians=True, widths=0.8)
     for body in parts["bodies"]:
         body.set_facecolor(style.COLOURS[0])
-    panels[0].plot(residual, np.full(len(residual), 1.0), "|", color="black", markersize=6, alpha=0.5)
+    # One diverged run must not flatten all others: beyond the span it is a triangle at the edge of every panel.
+    span = min(1.1 * np.abs(residual).max(), 4.0 * np.quantile(np.abs(residual), 0.97))
+    beyond, shown = np.abs(residual) > span, np.clip(residual, -span, span)
+    panels[0].plot(shown, np.full(len(residual), 1.0), "|", color="black", markersize=6, alpha=0.5)
     panels[0].set(yticks=[], xlabel="100 ln(L / fit)")
-    span = 1.08 * np.abs(residual).max()
     for axes, values, label in zip(panels[1:], axis_values, labels, strict=True):
         axes.axhline(0.0, color="black", linewidth=0.8)
-        axes.plot(values, residual, "o", color=style.COLOURS[0], markersize=3, alpha=0.7)
+        axes.plot(values[~beyond], residual[~beyond], "o", color=style.COLOURS[0], markersize=3, alpha=0.7)
+        axes.scatter(values[beyond], shown[beyond], marker="^", color=style.COLOURS[1], s=20, clip_on=False, zorder=3)
         style.log_axes(axes)
         axes.set(xlabel=label, ylabel="100 ln(L / fit)")
         axes.set_ylim(-span, span)
     panels[0].set_xlim(-span, span)
     data = style.long_table(params=params, tokens=tokens, loss=loss, log_residual=study.huber.log_residuals)
-    return Drawing(figure, data, "Residuals of approach 3; a trend means that the form does not fit there.")
+    far = f" Triangles: {beyond.sum()} runs beyond the axes." if beyond.any() else ""
+    return Drawing(figure, data, f"Residuals of approach 3; a trend means that the form does not fit there.{far}")
 
 
 def bootstrap(study: Study) -> Drawing:

@@ -44,7 +44,7 @@ def _optimum_figure(study: Study, index: int, column: str, label: str) -> Drawin
         shade = style.METHOD_COLOURS["approach 1 (envelope)"]
         axes.plot(stairs.stair_flops, value, "^", color=shade, label=_legend(study, "approach 1 (envelope)", column))
         rows.append(pd.DataFrame({"kind": "approach 1 (envelope)", "flops": stairs.stair_flops, "value": value}))
-    axes.axvline(study.options.target, color="black", linestyle=":", linewidth=1.0, label="target")
+    style.mark_target(axes, study.options.target)
     style.log_axes(axes, y=True)
     axes.set(xlabel=style.flops_label(study.runs.flops_convention), ylabel=label)
     axes.legend(loc="upper left")
@@ -77,7 +77,7 @@ def tokens_per_param(study: Study) -> Drawing:
     style.band(axes, flops, copies, 0.8, colour)
     axes.plot(flops, tokens / params, color=colour, label="approach 3 (Huber), 80% and 95% bands")
     axes.axhline(CHINCHILLA_RATIO, color="black", linestyle="--", linewidth=1.0, label="20 tokens per parameter")
-    axes.axvline(study.options.target, color="black", linestyle=":", linewidth=1.0)
+    style.mark_target(axes, study.options.target)
     style.log_axes(axes, y=True)
     axes.set(xlabel=style.flops_label(study.runs.flops_convention), ylabel="D* / N* (tokens per parameter)")
     axes.legend()
@@ -97,31 +97,16 @@ def contours(study: Study) -> Drawing:
     lowest, highest = study.huber.surface.frontier_loss(x[-1]), np.quantile(loss, 0.95)
     levels = E + np.geomspace(1.02 * (lowest - E), highest - E, 12)
     lines = axes.contour(x, y, surface, levels=levels, cmap="viridis", linewidths=0.8)
+    axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
+    style.label_contours(axes, lines)
     axes.plot(x, study.huber.surface.optimum(x)[0], color=style.COLOURS[0], linewidth=2, label="efficient frontier")
     axes.plot(flops, params, "o", color="black", markersize=2.5, label="runs")
-    axes.axvline(study.options.target, color="black", linestyle=":", linewidth=1.0, label="target")
+    style.mark_target(axes, study.options.target)
     style.log_axes(axes, y=True)
     axes.set(xlabel=style.flops_label(study.runs.flops_convention), ylabel=style.PARAMS)
-    _label_inside(axes, lines)
     axes.legend(loc="upper left")
     data = style.long_table(flops=flops, params=params, tokens=tokens, loss=loss)
     return Drawing(figure, data, "Contours of the fitted loss over N and C, the frontier, and the runs.")
-
-
-def _label_inside(axes, lines) -> None:
-    """Label each contour where it is furthest from the edges of the axes: a label at an edge would be cut off."""
-    to_axes = axes.transData + axes.transAxes.inverted()
-    places = []
-    for segments in lines.allsegs:
-        points = np.concatenate(segments) if segments else np.zeros((0, 2))
-        if not len(points):
-            continue
-        inside = to_axes.transform(points)
-        margin = np.minimum(inside, 1 - inside).min(axis=1)
-        if margin.max() > 0.06:
-            places.append(tuple(points[margin.argmax()]))
-    if places:
-        axes.clabel(lines, fmt="%.2f", fontsize=6.5, manual=places)
 
 
 def exponents(study: Study) -> Drawing:

@@ -96,7 +96,8 @@ def repeats(study: Study) -> Drawing:
     panels[0].legend(title="dotted: were data unique")
     grid = np.geomspace(known["params"].min(), known["params"].max(), 60)
     lines = panels[1].contour(epochs, grid, fit.loss(grid[:, None], epochs * unique, unique), 12, cmap="viridis")
-    panels[1].clabel(lines, fmt="%.2f", fontsize=6.5)
+    panels[1].set(xscale="log", yscale="log", xlim=(epochs[0], epochs[-1]), ylim=(grid[0], grid[-1]))
+    style.label_contours(panels[1], lines)
     style.log_axes(panels[1], y=True)
     panels[1].set(xlabel="epochs", ylabel=style.PARAMS)
     caption = (

@@ -7,7 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -28,6 +28,7 @@ RC: Any = {
     "pdf.fonttype": 42,
 }
 PARAMS, TOKENS, FLOPS = "N (parameters)", "D (tokens)", "C (FLOPs)"
+MARKERS = "os^Dv<>P"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")  # Okabe & Ito
 METHOD_COLOURS = {
     "approach 1 (envelope)": COLOURS[3],
@@ -94,12 +95,36 @@ def flops_label(convention: str) -> str:
 
 
 def colours_of(values, name: str = "viridis"):
-    """One colour a value, on a log scale, and the mappable for a colour bar; the map without its pale yellow end."""
+    """One colour a value, on a log scale, and the mappable for a colour bar."""
     values = np.asarray(values, dtype=np.float64)
     low, high = values.min(), values.max()
-    colours = ListedColormap(mpl.colormaps[name](np.linspace(0.0, 0.92, 256)))
-    mappable = mpl.cm.ScalarMappable(LogNorm(low, high if high > low else low * 1.01), colours)
+    mappable = mpl.cm.ScalarMappable(LogNorm(low, high if high > low else low * 1.01), name)
     return mappable.to_rgba(values), mappable
+
+
+def mark_target(axes: Axes, target: float) -> None:
+    """A dotted line at the target, named at the foot of the axes, where curves that rise to it leave room."""
+    axes.axvline(target, color="black", linestyle=":", linewidth=1.0)
+    place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+    axes.annotate("target", (target, 0.03), (-3, 0), **place, rotation=90, ha="right", va="bottom", fontsize=7.5)
+
+
+def name_curve(axes: Axes, x: float, y: float, text: str) -> None:
+    """The name of a curve to the right of its end (x, y)."""
+    axes.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=6.5, annotation_clip=True)
+
+
+def label_contours(axes: Axes, lines) -> None:
+    """The level of each contour where it passes nearest to the middle of the axes, and never at their edges."""
+    places = []
+    for segments in lines.allsegs:
+        points = np.concatenate([segment for segment in segments if len(segment)] or [np.empty((0, 2))])
+        if len(points):
+            spread = axes.transAxes.inverted().transform(axes.transData.transform(points)) - 0.5
+            nearest = int(np.argmin(np.abs(spread).max(axis=1)))
+            if np.abs(spread[nearest]).max() < 0.42:
+                places.append(tuple(points[nearest]))
+    axes.clabel(lines, fmt="%.2f", fontsize=6.5, manual=places)
 
 
 def band(axes: Axes, x, replicates_KX, level: float, colour) -> None:

@@ -1,5 +1,7 @@
 """Figures of the runs themselves: training curves, isoFLOP slices, and slices with the fitted surface."""
 
+from itertools import cycle
+
 import numpy as np
 import pandas as pd
 
@@ -9,7 +11,7 @@ from analysis.isoflop import MIN_POINTS, lowest_per_size
 from analysis.study import Study
 
 MOST_CURVES = 60
-MOST_NAMED = 14  # budgets whose curves carry a label; of more, every second, third ... does
+MOST_NAMED = 12  # budgets by their names at the ends of their curves; of more the colour bar alone tells
 
 
 def training_curves(study: Study) -> Drawing:
@@ -45,14 +47,13 @@ def isoflop(study: Study) -> Drawing:
     )
     for axes, column, vertices, optima in sides:
         colours, mappable = style.colours_of([v.budget for v in vertices])
-        named = {v.budget for v in vertices[:: -(-len(vertices) // MOST_NAMED)]}
         used = [v.budget for v in vertices if v.used]
-        for vertex, colour in zip(vertices, colours, strict=True):
+        for vertex, colour, marker in zip(vertices, colours, cycle(style.MARKERS), strict=False):
             mine = study.budgets == vertex.budget
             sizes, loss = study.runs.column(column)[mine], study.runs.column("loss")[mine]
-            axes.plot(sizes, loss, "o", color=colour)
-            if vertex.budget in named:
-                _name_curve(axes, sizes, loss, f"{vertex.budget:.2g}")
+            axes.plot(sizes, loss, marker, color=colour, markersize=4)
+            if len(vertices) <= MOST_NAMED:
+                style.name_curve(axes, sizes.max(), loss[sizes.argmax()], f"{vertex.budget:.2g}")
             rows.append(pd.DataFrame({"axis": column, "budget": vertex.budget, "size": sizes, "loss": loss}))
             if vertex.points >= MIN_POINTS:
                 log_sizes, lowest = lowest_per_size(sizes, loss)
@@ -63,8 +64,8 @@ def isoflop(study: Study) -> Drawing:
                 ends = np.nanquantile(optima[:, used.index(vertex.budget)], [0.025, 0.975])
                 axes.plot(ends, [vertex.loss] * 2, color="black", linewidth=1.0)
                 axes.plot(vertex.optimum, vertex.loss, "*", color=colour, markeredgecolor="black", markersize=10)
+        axes.margins(x=0.12)  # room for the names
         style.log_axes(axes)
-        axes.set_xlim(right=1.6 * axes.get_xlim()[1])  # room for the names
     _clip_losses(panels, study.runs.column("loss"))
     panels[0].set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
     panels[1].set(xlabel=style.TOKENS)
@@ -73,14 +74,6 @@ def isoflop(study: Study) -> Drawing:
         figure,
         pd.concat(rows, ignore_index=True),
         "IsoFLOP slices with their parabolas; stars: optima, bars: 95% intervals under noise.",
-    )
-
-
-def _name_curve(axes, sizes, loss, name: str) -> None:
-    """Beside its largest size."""
-    last = np.argmax(sizes)
-    axes.annotate(
-        name, (sizes[last], loss[last]), (4, 0), textcoords="offset points", va="center", fontsize=6, clip_on=True
     )
 
 
@@ -100,18 +93,19 @@ def isoloss_slices(study: Study) -> Drawing:
     figure, axes = style.new_figure()
     params, _, loss = study.runs.points
     rows = []
-    for budget, colour in zip(budgets, colours, strict=True):
+    for budget, colour, marker in zip(budgets, colours, cycle(style.MARKERS), strict=False):
         mine = study.budgets == budget
-        axes.plot(params[mine], loss[mine], "o", color=colour)
+        axes.plot(params[mine], loss[mine], marker, color=colour, markersize=4)
         x = np.geomspace(params[mine].min() / 1.3, params[mine].max() * 1.3, 80)
-        if budget in budgets[:: -(-len(budgets) // MOST_NAMED)]:
-            _name_curve(axes, params[mine], loss[mine], f"{budget:.2g}")
         fitted = study.huber.surface.loss(x, budget / (6.0 * x))
         axes.plot(x, fitted, color=colour, linewidth=1.0)
+        if len(budgets) <= MOST_NAMED:
+            style.name_curve(axes, x[-1], fitted[-1], f"{budget:.2g}")
         rows.append(pd.DataFrame({"budget": budget, "kind": "run", "params": params[mine], "loss": loss[mine]}))
         rows.append(pd.DataFrame({"budget": budget, "kind": "fit", "params": x, "loss": fitted}))
     _clip_losses([axes], loss)
     figure.colorbar(mappable, ax=axes, label=style.FLOPS)
+    axes.margins(x=0.1)
     style.log_axes(axes)
     axes.set(xlabel=style.PARAMS, ylabel=style.loss_label(study.runs.loss_unit))
     return Drawing(

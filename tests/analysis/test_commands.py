@@ -14,6 +14,7 @@ import pytest
 from analysis.__main__ import main
 from analysis.estimates import Options
 from analysis.figures import FIGURES
+from analysis.page import people
 from analysis.runs import load_runs
 from analysis.simulate import EPOCH, Faults, simulate
 from analysis.study import make_study
@@ -191,3 +192,26 @@ def test_neither_jax_nor_lmjax_is_imported():
     code = "import sys, analysis.__main__; print([m for m in ('jax', 'lmjax', 'wandb') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_report_opens_with_the_answer_for_people(report):
+    page, methods = (report / "report.html").read_text(), pd.read_csv(report / "estimates.csv")
+    first = methods.iloc[0]
+    assert page.index("With 1e+23 FLOPs train") < page.index("<table") and "nats per token" in page.split("</p>")[0]
+    assert f"{first['params'] / 1e9:.3g}B" in page and f"{first['params']:.4g}" in page
+
+
+@pytest.mark.parametrize(("count", "says"), [(4.41e10, "44.1B"), (3.8e11, "380B"), (1e6, "1M"), (12.0, "12")])
+def test_counts_are_written_for_people(count, says):
+    assert people(count) == says
+
+
+def test_the_flag_for_vertices_beyond_the_grid_reaches_the_fit(monkeypatch, capsys):
+    def refuse(inputs, out, tell):
+        raise ValueError(str(inputs.options))
+
+    monkeypatch.setattr("analysis.report.write_report", refuse)
+    flags = ["--runs=x.csv", "--target=1e23", "--out=y", "--near-optimal=0.005"]
+    assert main(["report", *flags, "--vertices-beyond-grid"]) == 2
+    said = capsys.readouterr().err
+    assert "interior_only=False" in said and "near_optimal=0.005" in said

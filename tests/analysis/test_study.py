@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import page
 from analysis.__main__ import main
 from analysis.estimates import Options, seed_means
-from analysis.page import amount, answer
-from analysis.report import Inputs, draw, write_report
+from analysis.report import draw, draw_one
 from analysis.runs import load_runs
 from analysis.simulate import EPOCH, Faults, simulate
 from analysis.study import make_study
@@ -71,33 +71,6 @@ def test_seeds_of_one_cell_are_averaged_for_isoflops(tmp_path):
     assert len(params) == 63 and sorted(loss) == pytest.approx(sorted(table()["loss"] + 0.01))
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (4.4e10, "44B"), (3.8e11, "380B"), (1.234e12, "1.23T"), (9.996e11, "1T"), (5.6e8, "560M"), (31_400, "31.4k"),
-        (1.05e6, "1.05M"), (12.0, "12"), (2e15, "2,000T"),
-    ],
-)  # fmt: skip
-def test_amounts_for_people(value, shown):
-    assert amount(value) == shown
-
-
-def test_the_page_begins_with_the_answer_and_folds_what_is_left_out(tmp_path):
-    frame = pd.concat([table(), table().iloc[:2].assign(flops=3.3e18)])  # a budget of two sizes
-    study = make_study(loaded(tmp_path, frame), Options(1e23, replicates=100))
-    best = study.estimates[0]
-    assert f"{amount(best.params.value)} parameters on {amount(best.tokens.value)} tokens" in answer(study)
-    assert f"{best.loss.value:.3f}" in answer(study) and "times the largest run" in answer(study)
-    left_out = dict(study.left_out)
-    assert [round(budget / 1e17) for budget in left_out["only 2 sizes"]] == [33]
-    assert not any("only 2 sizes" in warning for warning in study.warnings)  # they are one line a method
-    assert sum("have no optimum that can be used" in warning for warning in study.warnings) == len(study.isoflops)
-    inputs = Inputs(str(tmp_path / "runs.csv"), study.options)
-    write_report(inputs, tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text()
-    assert html.index('class="answer"') < html.index("<h2>") and html.count("only 2 sizes") == 1
-
-
 def test_runs_far_off_the_fit_are_named_with_what_they_change(tmp_path):
     frame = table()
     frame.loc[[7, 20], "loss"] += 0.2
@@ -107,3 +80,30 @@ def test_runs_far_off_the_fit_are_named_with_what_they_change(tmp_path):
     assert "2 runs lie over 6 standard deviations off the fit; without them, --exclude=7,20," in note
     assert f"C^{without.huber.surface.params_exponent:.3g} instead" in note
     assert not any("off the fit" in warning for warning in without.warnings)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A study of which two budgets have too few sizes."""
+    frame = table().drop(index=[0, 1, 2, 7, 8, 9])
+    return make_study(loaded(tmp_path_factory.mktemp("drawn"), frame), Options(1e23, replicates=100))
+
+
+def test_flagged_budgets_are_one_folded_table_of_the_page(drawn):
+    assert any("only 4 sizes" in flag for flag in drawn.budget_flags)
+    assert not any("budget" in warning for warning in drawn.warnings)
+    assert page._flagged_budgets(drawn).count("<details>") == 1
+
+
+def test_every_residual_lies_inside_its_panels(drawn):
+    violin, *panels = draw_one("residuals", drawn).figure.axes
+    most = 100 * np.abs(drawn.huber.log_residuals).max()
+    assert violin.get_xlim()[1] >= most and all(axes.get_ylim()[1] >= most for axes in panels)
+
+
+def test_contour_labels_lie_inside_the_axes(drawn):
+    axes = draw_one("contours", drawn).figure.axes[0]
+    levels = [text for text in axes.texts if text.get_text() != "target"]
+    to_axes = axes.transAxes.inverted()
+    places = [to_axes.transform(text.get_transform().transform(text.get_position())) for text in levels]
+    assert len(levels) >= 6 and all(0.05 < x < 0.95 for place in places for x in place)
