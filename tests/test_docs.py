@@ -94,7 +94,9 @@ def shell_blocks() -> list[Block]:
     found = []
     for page in PAGES:
         text = page.read_text()
-        for match in re.finditer(r"^(?:<!-- ([^\n]+) -->\n)?```(?:sh|bash|shell|console)\n(.*?)^```", text, re.M | re.S):
+        for match in re.finditer(
+            r"^(?:<!-- ([^\n]+) -->\n)?```(?:sh|bash|shell|console)\n(.*?)^```", text, re.M | re.S
+        ):
             found.append(Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]))
     return found
 

@@ -95,7 +95,7 @@ def test_the_page_begins_with_the_answer_and_folds_what_is_left_out(tmp_path):
     inputs = Inputs(str(tmp_path / "runs.csv"), study.options)
     write_report(inputs, tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text()
-    assert html.index("class=\"answer\"") < html.index("<h2>") and html.count("only 2 sizes") == 1
+    assert html.index('class="answer"') < html.index("<h2>") and html.count("only 2 sizes") == 1
 
 
 def test_runs_far_off_the_fit_are_named_with_what_they_change(tmp_path):
