@@ -160,8 +160,8 @@ class Checkpoints:
 
     def _newest_sealed(self) -> epath.Path | None:
         """As process 0 finds it."""
-        sealed = [path.name for path in _step_directories(self.directory) if seal.is_sealed(path)]
-        name = distributed.share("the newest sealed step", sealed[-1] if sealed else None)
+        newest = newest_sealed(self.directory)
+        name = distributed.share("the newest sealed step", None if newest is None else newest.name)
         return None if name is None else self.directory / name
 
     def _load(self, path: epath.Path, manifest: Manifest, abstract: Any) -> tuple[Any, dict[str, Any], int]:
@@ -263,7 +263,7 @@ def find_step(path: epath.PathLike, step: int | None = None) -> epath.Path:
     if step is None and seal.is_sealed(path):
         return path
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
-    sealed = [child for child in _step_directories(directory) if seal.is_sealed(child)]
+    sealed = _sealed_steps(directory)
     if step is None and sealed:
         return sealed[-1]
     found = [child for child in sealed if child.name == str(step)]
@@ -289,18 +289,29 @@ def restore_parts(
 
 
 def verify(path: epath.PathLike) -> list[str]:
-    """What is wrong with one step or with every step of a directory; empty if all is well.
+    """What is wrong with one step or with every sealed step of a directory; empty if all is well.
 
-    Raises CheckpointError when there is nothing to verify.
+    A step that was never sealed counts for nothing. Raises CheckpointError when there is nothing to verify.
     """
     path = epath.Path(path).resolve()
     if seal.is_sealed(path):
         return [f"{path.name}: {problem}" for problem in seal.check(path, hash_files=True)[1]]
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
-    steps = _step_directories(directory)
+    steps = _sealed_steps(directory)
     if not steps:
-        raise CheckpointError(f"{path} holds no checkpoint; check the path")
+        raise CheckpointError(f"{path} holds no sealed checkpoint; check the path")
     return [f"{step.name}: {problem}" for step in steps for problem in seal.check(step, hash_files=True)[1]]
+
+
+def sealed_metas(path: epath.PathLike) -> dict[int, dict[str, Any]]:
+    """`{step: meta}` of the sealed steps of a run's workdir; those whose seal is damaged are left out."""
+    manifests = (seal.read(step)[0] for step in _sealed_steps(epath.Path(path) / "checkpoints"))
+    return {manifest["step"]: manifest["meta"] for manifest in manifests if manifest}
+
+
+def newest_sealed(directory: epath.Path) -> epath.Path | None:
+    """The last step of a checkpoints directory that was sealed, whether it verifies or not."""
+    return next(reversed(_sealed_steps(directory)), None)
 
 
 def inspect(path: epath.PathLike, *, step: int | None = None, hashes: bool = False) -> dict[str, Any]:
@@ -437,6 +448,10 @@ def _step_directories(directory: epath.Path) -> list[epath.Path]:
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def _sealed_steps(directory: epath.Path) -> list[epath.Path]:
+    return [path for path in _step_directories(directory) if seal.is_sealed(path)]
 
 
 def _set_aside(path: epath.Path, why: str) -> epath.Path:

@@ -261,7 +261,7 @@ def verify(arguments: Arguments) -> int:
     """Hash every file of a run's checkpoints, or of a prepared data set, against its manifest."""
     from etils import epath
 
-    from lmjax import checkpoint, ledger
+    from lmjax import workdir
     from lmjax.data import manifest, shards
 
     path = epath.Path(arguments.path)
@@ -269,10 +269,7 @@ def verify(arguments: Arguments) -> int:
         dataset = shards.verify_dataset(path)
         print(f"{path}: every file is as it was written; fingerprint {dataset.manifest.fingerprint}")
         return 0
-    problems = checkpoint.verify(path)
-    if (path / "ledger.jsonl").exists():
-        problems += ledger.check_ledger(path / "ledger.jsonl")
-    if problems:
+    if problems := workdir.verify(path):
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
     print(f"{path}: every checkpoint is as it was sealed")
     return 0

@@ -206,9 +206,14 @@ def from_json(path: epath.PathLike) -> Config:
     return parse(tree)
 
 
-def digest(cfg: Config, *more: str) -> str:
-    """A short hash of the resolved config (and of further strings)."""
-    return hashlib.blake2b("\n".join([to_json(cfg), *more]).encode(), digest_size=8).hexdigest()
+def digest(cfg: Config) -> str:
+    """A short hash of the resolved config."""
+    return hash_text(to_json(cfg))
+
+
+def hash_text(*texts: str) -> str:
+    """A short hash of texts, as of the config.json of a work directory."""
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

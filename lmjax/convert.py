@@ -15,8 +15,8 @@ from lmjax.errors import CheckpointError
 from lmjax.hf import llama2c, tokenizer_files
 from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
 from lmjax.models import decoder
-from lmjax.run import make_workdir
 from lmjax.weights import abstract
+from lmjax.workdir import make_workdir
 
 _SEQ_LEN = 1024
 

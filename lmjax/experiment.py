@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -37,6 +38,8 @@ from lmjax.train.objective import Objective, language_model
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import Step, make_step
 from lmjax.weights import Params, abstract, by_path, initialize
+
+logger = logging.getLogger(__name__)
 
 
 class Experiment(NamedTuple):
@@ -385,11 +388,12 @@ _PRIMING_BYTES = 1 << 27  # of training text that xz reads first: it takes 22 ti
 def compression_baselines(data: Data) -> dict[str, float]:
     """What xz makes of each validation set, alone and after reading the training text, in bits per byte.
 
-    Of a long training text it reads the first 128 MiB.
+    Of a long training text it reads the first 128 MiB. A set without validation text is left out with a warning.
     """
     baselines = {}
     for name, dataset in data.datasets.items():
         if "valid" not in dataset.manifest.splits:
+            logger.warning("train.compression_baseline is left out for %s, which has no validation text", name)
             continue
         train = split_text(dataset.split("train"), data.tokenizer, limit=_PRIMING_BYTES)
         valid = split_text(dataset.split("valid"), data.tokenizer)

@@ -6,6 +6,7 @@ From it follows, or not, that every sample was trained on once and in order, wha
 import dataclasses
 import itertools
 import zlib
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from etils import epath
@@ -22,10 +23,12 @@ class Entry:
     first_sample: int
     count: int
     crc: int
+    stream: str = ""
+    """Names the order of samples, which may be changed explicitly; older ledgers do not say."""
 
     @property
     def data(self) -> tuple[int, int, int]:
-        """What a replay of the step must repeat."""
+        """What the step read."""
         return self.first_sample, self.count, self.crc
 
     def __str__(self) -> str:
@@ -39,8 +42,8 @@ class Ledger:
     def __init__(self, path: epath.PathLike) -> None:
         self._lines = JsonLines(path)
 
-    def record(self, attempt: int, step: int, first_sample: int, count: int, crc: int) -> None:
-        self._lines.write(dataclasses.asdict(Entry(attempt, step, first_sample, count, crc)))
+    def record(self, attempt: int, step: int, first_sample: int, count: int, crc: int, stream: str = "") -> None:
+        self._lines.write(dataclasses.asdict(Entry(attempt, step, first_sample, count, crc, stream)))
 
     def sync(self) -> None:
         """Force what is written to the disk; call before a checkpoint is sealed."""
@@ -87,19 +90,22 @@ def effective_history(path: epath.PathLike) -> list[Entry]:
     return history
 
 
-def check_ledger(path: epath.PathLike) -> list[str]:
+def check_ledger(path: epath.PathLike, sealed: Mapping[int, int] | None = None) -> list[str]:
     """What contradicts "every sample once and in order"; empty if nothing does.
 
-    Every replayed step must have read the same tokens as before, and in the effective history each step must follow
-    the one before it and start at the sample where that one stopped; the first starts at sample 0.
+    The same samples of a stream must have had the same tokens whenever they were read, and in the effective history
+    each step must follow the one before it and start at the sample where that one stopped; the first starts at sample
+    0. A batch of another size or another stream, both of which a run may change to, changes none of that.
+    `sealed` says of checkpoints, `{step: next sample}`, how far the ledger must reach at least.
     """
     problems = []
-    seen: dict[int, Entry] = {}
+    seen: dict[tuple[str, int, int], Entry] = {}
     for entry in read_ledger(path):
-        before = seen.setdefault(entry.step, entry)
-        if entry.data != before.data:
+        key = (entry.stream, entry.first_sample, entry.count)
+        before = seen.setdefault(key, entry)
+        if entry.crc != before.crc:
             problems.append(f"step {entry.step} read {entry}, but {before}")
-        seen[entry.step] = entry
+        seen[key] = entry
     history = effective_history(path)
     if history and history[0].first_sample:
         problems.append(f"the first step, {history[0].step}, starts at sample {history[0].first_sample}")
@@ -108,4 +114,13 @@ def check_ledger(path: epath.PathLike) -> list[str]:
             problems.append(f"step {entry.step} follows step {before.step}")
         if entry.first_sample != before.first_sample + before.count:
             problems.append(f"step {entry.step} read {entry} after {before}")
-    return problems
+    return problems + list(_not_reached({entry.step: entry for entry in history}, sealed or {}))
+
+
+def _not_reached(history: Mapping[int, Entry], sealed: Mapping[int, int]) -> Iterator[str]:
+    """Sealed steps whose samples the history does not end with."""
+    for step, next_sample in sorted(sealed.items()):
+        if step not in history:
+            yield f"the ledger does not have step {step}, whose checkpoint is sealed"
+        elif (found := history[step].first_sample + history[step].count) != next_sample:
+            yield f"step {step} ends before sample {found} in the ledger, before sample {next_sample} in its checkpoint"

@@ -1,12 +1,9 @@
 """The train command: start or resume, train, evaluate, sample, save, report."""
 
-import contextlib
 import dataclasses
-import fnmatch
 import functools
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,36 +19,31 @@ from lmjax.chips import peak_flops
 from lmjax.config import Config
 from lmjax.data.batch import Batch
 from lmjax.data.loader import Loader
-from lmjax.data.storage import is_remote
-from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, DataError, NumericalError, StallError
+from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError, StallError
 from lmjax.evaluate.likelihood import Evaluation
 from lmjax.experiment import Data, Experiment
 from lmjax.ledger import Ledger, joined_crc, row_crcs
 from lmjax.models.flops import sequence_flops
 from lmjax.optim.config import hyper
 from lmjax.runtime import Preemption, Watchdog
-from lmjax.tracking import ConsoleTracker, JsonlTracker, Status, Tracker, Trackers, WandbTracker, read_events, redact
-from lmjax.train.loop import Accounting, Periodic, Reader, train
+from lmjax.tracking import ConsoleTracker, JsonlTracker, Status, Tracker, Trackers, WandbTracker, redact
+from lmjax.train.loop import Accounting, Counts, Periodic, Reader, train
 from lmjax.train.report import write_report
 from lmjax.train.state import TrainState
 from lmjax.weights import count
+from lmjax.workdir import (
+    check_unchanged,
+    finished_step,
+    locate,
+    make_workdir,
+    next_attempt,
+    to_itself,
+    wandb_id,
+)
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
-_FIXED = ("model.", "data.", "optimizer.", "train.steps", "train.batch", "train.seed", "train.loss.")
-_FREE = (
-    "data.prefetch",
-    "data.verify",
-    "data.cache",
-    "data.sources.*.prepare.workers",
-    "model.attention",
-    "model.remat",
-    "model.unroll",
-    "train.loss.chunk",
-)
 
 
 class Options(NamedTuple):
@@ -65,14 +57,19 @@ class Options(NamedTuple):
 
 
 def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
-    """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is."""
-    workdir = epath.Path(workdir)
+    """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is.
+
+    DONE means that the last checkpoint verifies and that summary and report are there, on every call.
+    """
+    workdir = locate(workdir)
     check_agreed(cfg)
-    if is_finished(workdir, cfg, options):
-        return DONE
+    if is_finished(workdir, cfg, options) and has_report(workdir):
+        return say_finished(workdir)
     with to_itself(workdir):
-        if is_finished(workdir, cfg, options):  # by the run that was waited for
-            return DONE
+        if is_finished(workdir, cfg, options):  # by the run that was waited for, or by one that died over its report
+            if not has_report(workdir) and distributed.leads():
+                write_report(workdir, defaults=dataclasses.asdict(Config()))
+            return say_finished(workdir)
         make_workdir(workdir)
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
         data = parts.open_data(cfg)
@@ -80,6 +77,26 @@ def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
         experiment = parts.assemble(parts.with_vocab(cfg, data.tokenizer))
         with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
             return Run(experiment, data, workdir, options, preemption, watchdog).train()
+
+
+def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
+    """Whether this run has ended. Raises ConfigError when it is another config's run that has."""
+    found = finished_step(workdir, hash_files=cfg.checkpoint.verify) if distributed.leads() else None
+    step = distributed.share("the last step", found)
+    if step is None:
+        return False
+    check_unchanged(workdir, cfg, allow=options.allow_config_change)
+    return step >= cfg.train.steps
+
+
+def has_report(workdir: epath.Path) -> bool:
+    return distributed.share("whether there is a report", (workdir / "report.md").exists())
+
+
+def say_finished(workdir: epath.Path) -> int:
+    step = json.loads((workdir / "summary.json").read_text())["step"]
+    print(f"{workdir} is finished after {step} steps; see {workdir / 'report.md'}")
+    return DONE
 
 
 def check_agreed(cfg: Config) -> None:
@@ -90,114 +107,6 @@ def check_agreed(cfg: Config) -> None:
         raise ConfigError(f"{key} is {here!r} here, but {there!r} at process 0; start all with the same command")
 
 
-# The work directory -----------------------------------------------------------------------------------------------
-
-
-def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
-    """Whether this run has ended, and says so. Raises ConfigError when it is another config's run that has."""
-    path = workdir / "summary.json"
-    step = distributed.share("the last step", json.loads(path.read_text())["step"] if path.exists() else None)
-    if step is None:
-        return False
-    check_unchanged(workdir, cfg, allow=options.allow_config_change)
-    if step < cfg.train.steps:
-        return False
-    print(f"{workdir} is finished after {step} steps; see {workdir / 'report.md'}")
-    return True
-
-
-def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
-    """Raise ConfigError when `workdir` holds a run of another config."""
-    path = workdir / "config.json"
-    if allow or not path.exists():
-        return
-    changed = configs.differences(configs.from_json(path), cfg)
-    if cfg.model.vocab is None:  # the saved config has it filled in from the data, which has its own check
-        changed.pop("model.vocab", None)
-    fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and not _is_free(key)}
-    if fixed:
-        shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in list(fixed.items())[:5])
-        raise ConfigError(
-            f"{workdir} holds a run of another config: {shown}; use another --workdir, or --allow-config-change"
-        )
-
-
-def _is_free(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in _FREE)
-
-
-@contextlib.contextmanager
-def to_itself(workdir: epath.Path, patience: float = 120.0) -> Iterator[None]:
-    """Keeps a second run out of `workdir`; the lock of a run that dies goes with it.
-
-    Buckets, and file systems without locks, keep nobody out. Raises StallError when another run is still there after
-    `patience` seconds, and CheckpointError when nothing can be written there.
-    """
-    with contextlib.ExitStack() as stack:
-        free = True
-        if distributed.leads():
-            with _writing(workdir):
-                workdir.mkdir(parents=True, exist_ok=True)
-                if not is_remote(workdir):
-                    file = stack.enter_context((workdir / ".lock").open("wb"))
-                    free = _locked(file, workdir, patience)
-        if not distributed.share("whether the work directory is free", free):
-            raise StallError(f"another process trains in {workdir}; wait for it, stop it, or use another --workdir")
-        yield
-
-
-def _locked(file: Any, workdir: epath.Path, patience: float) -> bool:
-    import fcntl
-
-    deadline = None
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by a forked child
-        except (BlockingIOError, PermissionError):
-            if deadline is None:
-                print(f"another process trains in {workdir}; waiting up to {patience:.0f} s for it to end", flush=True)
-                deadline = time.monotonic() + patience
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return True
-        else:
-            return True
-
-
-def make_workdir(workdir: epath.Path) -> None:
-    """Raises CheckpointError when nothing can be written there, or not all processes see what one wrote: now, not at
-    the first checkpoint."""
-    probe = workdir / ".writable"
-    with _writing(workdir):
-        if distributed.leads():
-            workdir.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-        distributed.barrier("the work directory")
-        if not probe.exists():
-            raise CheckpointError(
-                f"--workdir={workdir} is not the one of process 0; choose one that all processes share"
-            )
-        distributed.barrier("the work directory")
-        if distributed.leads():
-            probe.unlink()
-
-
-@contextlib.contextmanager
-def _writing(workdir: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"--workdir={workdir} is not writable ({error.strerror}); choose another") from None
-
-
-def attempts(workdir: epath.Path) -> int:
-    """How many attempts have started here before."""
-    metrics = workdir / "metrics.jsonl"
-    return sum(event["event"] == "start" for event in read_events(metrics)) if metrics.exists() else 0
-
-
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, each asked for while the one before is being used."""
     item = next(items)
@@ -205,6 +114,10 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
         yield item
         item = following
     yield item
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Something that can be done again was left off, to stop sooner."""
 
 
 # The run ----------------------------------------------------------------------------------------------------------
@@ -235,26 +148,33 @@ class Run:
         self.evaluate_batch = self.cfg.train.evaluate_batch or self.cfg.train.batch
         self.evaluations: dict[int, dict[str, Any]] = {}
         """By step, what evaluation found."""
+        self.vote: Callable[[bool], bool] = bool if distributed.processes() == 1 else distributed.Vote()
+        self.stopped = False
+        """Whether all processes know that they shall stop."""
+        self.ledger: Ledger | None = None
+        self.records: list[Ledger | JsonlTracker] = []
+        """What must be on the storage when a checkpoint is sealed; none but at process 0."""
 
     def train(self) -> int:
         """Returns the exit code; the trackers learn how it ended even when it raises."""
         self.watchdog.beat("restoring")
         state = self.start_or_resume()
-        self.attempt = attempts(self.workdir)
-        self.ledger: Ledger | None = None
+        self.attempt = next_attempt(self.workdir)
         if distributed.leads():
+            self.run_id = wandb_id(self.workdir, self.cfg)
             seal.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
             self.data.tokenizer.save(self.workdir / "tokenizer")
             self.ledger = Ledger(self.workdir / "ledger.jsonl")
+            self.records.append(self.ledger)
         self.trackers = self.make_trackers()
         self.trackers.start(self.information())
         status: Status = "failed"
         try:
             state, reached = self.loop(state)
-            status = "finished" if reached == self.cfg.train.steps else "preempted"
-            self.end(state, reached)
-        except NumericalError:
-            status = "diverged"
+            status = self.end(state, reached)
+        except BaseException as error:
+            status = "diverged" if isinstance(error, NumericalError) else "failed"
+            self.seal_what_is_in_flight(error)
             raise
         finally:
             if self.ledger is not None:
@@ -263,7 +183,8 @@ class Run:
         if distributed.leads():
             write_report(self.workdir, defaults=dataclasses.asdict(Config()))
         if status == "preempted":
-            print(f"preempted: step {reached} is saved; run the same command again to go on")
+            what = f"step {reached} is saved" if reached else "no step was taken yet"
+            print(f"preempted: {what}; run the same command again to go on")
             return PREEMPTED
         print(f"report: {self.workdir / 'report.md'}   loss plot: {self.workdir / 'loss.png'}")
         return DONE
@@ -271,13 +192,18 @@ class Run:
     def start_or_resume(self) -> TrainState:
         """The state to go on from; sets the accounting and the loader to match it."""
         restored = self.checkpoints.restore(parts.abstract_state(self.experiment))
+        meta: dict[str, Any] = {}
         if restored is None:
-            state, data, step = parts.initial_state(self.experiment), 0, 0
+            state, step = parts.initial_state(self.experiment), 0
         else:
             state, meta, step = restored
-            data = meta["data"]
-            # A changed config was allowed explicitly: what is scalar in it counts from here on.
             train = self.cfg.train
+            if step > train.steps:
+                raise ConfigError(
+                    f"train.steps={train.steps} is below step {step} of the newest checkpoint in {self.workdir}; give "
+                    f"at least {step}, or move the checkpoints after step {train.steps} away to go back"
+                )
+            # A changed config was allowed explicitly: what is scalar in it counts from here on.
             scalars = hyper(self.cfg.optimizer, steps=train.steps, seed=train.seed)
             state = state.replace(hyper=jax.device_put(scalars, jax.tree.map(lambda x: x.sharding, state.hyper)))
             print(f"resuming {self.workdir} from step {step}")
@@ -285,26 +211,48 @@ class Run:
             self.cfg.data,
             batch_size=self.cfg.train.batch,
             rows=parts.local_rows(self.experiment.mesh, self.cfg.train.batch),
-            start=data,
+            start=meta["data"] if meta else 0,
             allow_data_change=self.options.allow_data_change,
         )
         if distributed.share("the data", self.loader.fingerprint) != self.loader.fingerprint:
             raise DataError("the data here are not those of process 0; give all processes the same files")
-        self.accounting = self.make_accounting(step, self.loader.next_sample)
+        self.accounting = self.make_accounting(step, meta)
+        self.epochs_before = self.make_epochs_before(meta)
         return state
 
-    def make_accounting(self, step: int, first_sample: int) -> Accounting:
+    def make_accounting(self, step: int, meta: dict[str, Any]) -> Accounting:
+        """Counts on from what the checkpoint says was done."""
         device = jax.devices()[0]
         peak = peak_flops(device.device_kind)
         mesh = self.experiment.mesh
+        flops = sequence_flops(self.experiment.model, self.cfg.data.seq_len)
+        per_sequence = Counts(1, self.cfg.data.seq_len, flops.six_nd, flops.causal, flops.full)
+        if "counts" in meta:
+            before = Counts(**meta["counts"])
+        else:  # a new run, or an older checkpoint, whose sequences count as those to come
+            before = Counts(0, 0, 0, 0, 0).plus(self.loader.next_sample, per_sequence)
+            if meta:
+                before = before._replace(tokens=meta["tokens"], flops_causal=meta["flops"])
         return Accounting(
             start=step,
-            first_sample=first_sample,
+            before=before,
             batch=self.cfg.train.batch,
-            tokens_per_sequence=self.cfg.data.seq_len,
-            flops_per_sequence=sequence_flops(self.experiment.model, self.cfg.data.seq_len).causal,
+            per_sequence=per_sequence,
             peak_flops=None if peak is None else peak * (1 if mesh is None else mesh.size),
         )
+
+    def make_epochs_before(self, meta: dict[str, Any]) -> dict[str, float]:
+        """By source, what the loader does not count: epochs from before the data were changed."""
+        if "epochs" not in meta or meta["data"]["fingerprint"] == self.loader.fingerprint:
+            return meta.get("epochs_before", {})
+        counted = self.loader.epoch(self.loader.next_sample)
+        return {name: epochs - counted.get(name, 0.0) for name, epochs in meta["epochs"].items()}
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each source was seen, those too that the run no longer reads."""
+        counted = self.loader.epoch(samples)
+        names = {**self.epochs_before, **counted}
+        return {name: self.epochs_before.get(name, 0.0) + counted.get(name, 0.0) for name in names}
 
     def loop(self, state: TrainState) -> tuple[TrainState, int]:
         train_cfg = self.cfg.train
@@ -324,16 +272,18 @@ class Run:
             steps=train_cfg.steps,
             reader=reader,
             periodic=self.periodic(),
-            stop=self.stop(),
+            stop=self.stop,
             watchdog=self.watchdog,
         )
 
-    def stop(self) -> Callable[[], bool]:
-        """Whether to stop after this step: on a signal, to any of the processes."""
-        if distributed.processes() == 1:
-            return lambda: self.preemption.requested
-        vote = distributed.Vote()
-        return lambda: vote(self.preemption.requested)
+    def stop(self) -> bool:
+        """Whether a signal, to any of the processes, asks to stop. Raises CheckpointError for a save that has failed.
+
+        All processes call it at the same places, and so get the same answer.
+        """
+        self.checkpoints.poll()
+        self.stopped = self.vote(self.preemption.requested) or self.stopped
+        return self.stopped
 
     def batches(self) -> Iterator[Batch]:
         """Batches on the devices, each written to the ledger before it is used."""
@@ -342,7 +292,8 @@ class Run:
         for step, (batch, crcs_B) in enumerate(placed, self.accounting.start + 1):
             if self.ledger is not None:
                 crc = joined_crc(np.asarray(crcs_B), 4 * self.cfg.data.seq_len)
-                self.ledger.record(self.attempt, step, self.accounting.samples(step - 1), size, crc)
+                first = self.accounting.counts(step - 1).samples
+                self.ledger.record(self.attempt, step, first, size, crc, self.loader.fingerprint[:8])
             yield batch
 
     def placed_batches(self) -> Iterator[tuple[Batch, Any]]:
@@ -374,14 +325,20 @@ class Run:
         ]
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Score the same batches every time, as `val/`; at the end also the whole sets, as `val_full/`."""
+        """Score the same batches every time, as `val/`; at the end also the whole sets, as `val_full/`.
+
+        Asked to stop, it ends between two batches, and what it has by then counts for nothing.
+        """
         limit = self.cfg.train.evaluate_batches
-        results = self.score(step, state, limit)
-        metrics: dict[str, Any] = parts.evaluation_metrics(results)
-        metrics |= {f"data/{name}/valid_digest": result.digest for name, result in results.items()}
-        if step == self.cfg.train.steps:
-            whole = results if limit is None else self.score(step, state, None)
-            metrics |= parts.evaluation_metrics(whole, "val_full")
+        try:
+            results = self.score(step, state, limit)
+            metrics: dict[str, Any] = parts.evaluation_metrics(results)
+            metrics |= {f"data/{name}/valid_digest": result.digest for name, result in results.items()}
+            if step == self.cfg.train.steps:
+                whole = results if limit is None else self.score(step, state, None)
+                metrics |= parts.evaluation_metrics(whole, "val_full")
+        except Interrupted:
+            return
         self.evaluations[step] = metrics
         self.trackers.log(step, {**self.accounting.totals(step), **metrics})
 
@@ -396,10 +353,16 @@ class Run:
                 batch=self.evaluate_batch,
                 limit=limit,
                 mesh=self.experiment.mesh,
-                on_batch=functools.partial(self.watchdog.beat, f"evaluation of {name} at step {step}"),
+                on_batch=functools.partial(self.between_batches, f"evaluation of {name} at step {step}"),
             )
             for name, split in self.validation.items()
         }
+
+    def between_batches(self, doing: str) -> None:
+        self.watchdog.beat(doing)
+        runtime.fault("evaluation.batch")
+        if self.stop():
+            raise Interrupted
 
     def sample(self, step: int, state: TrainState) -> None:
         if not self.cfg.train.sample.prompts:
@@ -416,12 +379,16 @@ class Run:
         (self.workdir / "samples" / f"{step}.txt").write_text(text)
 
     def save(self, step: int, state: TrainState) -> None:
-        if self.ledger is not None:
-            self.ledger.sync()
+        for record in self.records:
+            record.sync()
+        counts = self.accounting.counts(step)
         meta = {
-            "data": self.loader.state(self.accounting.samples(step)),
+            "data": self.loader.state(counts.samples),
             "config": configs.digest(self.cfg),
             **self.accounting.totals(step),
+            "counts": counts._asdict(),
+            "epochs": self.epochs(counts.samples),
+            "epochs_before": self.epochs_before,
         }
         scores = self.evaluations.get(step, {}).items()
         losses = [value for key, value in scores if key.startswith("val/") and key.endswith("/loss")]
@@ -444,19 +411,32 @@ class Run:
 
     # The end
 
-    def end(self, state: TrainState, reached: int) -> None:
-        """Make sure that what was reached is sealed; of a finished run, write the summary."""
+    def end(self, state: TrainState, reached: int) -> Status:
+        """Make sure that what was reached is sealed; if that was the last step, write the summary."""
         self.watchdog.beat("the last checkpoint")
-        if self.checkpoints.last_step != reached:
+        if (self.checkpoints.last_step or 0) != reached:
             self.save(reached, state)
         self.checkpoints.wait()
-        if reached < self.cfg.train.steps:
-            return
-        if reached not in self.evaluations:  # an earlier attempt died between its last checkpoint and its summary
+        if reached < self.cfg.train.steps or self.stop():
+            return "preempted"
+        if reached not in self.evaluations:  # an earlier attempt ended between its last checkpoint and its summary
             self.evaluate(reached, state)
+            if self.stopped:
+                return "preempted"
             self.sample(reached, state)
         if distributed.leads():
             self.finish(reached)
+        return "finished"
+
+    def seal_what_is_in_flight(self, error: BaseException) -> None:
+        """An error ends this attempt, but the save before it is good. Peers that are lost cannot help to seal it."""
+        if isinstance(error, StallError):
+            return
+        self.watchdog.beat("the save in flight, after an error")
+        try:
+            self.checkpoints.wait()
+        except Exception as second:
+            logger.warning("%s", second)
 
     def finish(self, reached: int) -> None:
         """Write the summary: then the run is finished."""
@@ -465,13 +445,14 @@ class Run:
             self.watchdog.beat("compressing the validation text")
             summary |= parts.compression_baselines(self.data)
         self.trackers.summary(summary)
+        for record in self.records:
+            record.sync()
         seal.write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1))
         self.print_summary(summary)
 
     def summary(self, step: int) -> dict[str, Any]:
         counts = count(self.experiment.model.spec)
-        samples = self.accounting.samples(step)
-        flops = sequence_flops(self.experiment.model, self.cfg.data.seq_len)
+        totals = self.accounting.counts(step)
         return {
             "status": "finished",
             "step": step,
@@ -480,11 +461,11 @@ class Run:
             "params/non_embedding": counts.non_embedding,
             "params/matmul": counts.matmul,
             "params/active": counts.active,
-            "tokens": samples * self.cfg.data.seq_len,
-            "flops_6nd": samples * flops.six_nd,
-            "flops_causal": samples * flops.causal,
-            "flops_full": samples * flops.full,
-            **{f"epochs/{name}": epochs for name, epochs in self.loader.epoch(samples).items()},
+            "tokens": totals.tokens,
+            "flops_6nd": totals.flops_6nd,
+            "flops_causal": totals.flops_causal,
+            "flops_full": totals.flops_full,
+            **{f"epochs/{name}": epochs for name, epochs in self.epochs(totals.samples).items()},
             "data/fingerprint": self.loader.fingerprint,
             **self.evaluations.get(step, {}),
         }
@@ -503,11 +484,12 @@ class Run:
         """None but at process 0."""
         if not distributed.leads():
             return Trackers([])
-        trackers: list[Tracker] = [JsonlTracker(self.workdir / "metrics.jsonl"), ConsoleTracker()]
+        metrics = JsonlTracker(self.workdir / "metrics.jsonl")
+        self.records.append(metrics)
+        trackers: list[Tracker] = [metrics, ConsoleTracker()]
         if self.cfg.tracking.wandb != "off":
             name = self.cfg.tracking.name or self.workdir.name
-            run_id = configs.digest(self.cfg, str(self.workdir))  # the same for every restart, which rejoins the run
-            trackers.append(WandbTracker(self.cfg.tracking, run_id, name, self.workdir))
+            trackers.append(WandbTracker(self.cfg.tracking, self.run_id, name, self.workdir))
         return Trackers(trackers)
 
     def information(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lmjax import checkpoint
 from lmjax.errors import StallError
 from lmjax.experiment import load_trained
 from lmjax.ledger import check_ledger, effective_history, read_ledger
-from lmjax.run import to_itself
+from lmjax.workdir import to_itself
 
 CONFIG = Path(__file__).parent / "tiny_config.py"
 PIPES: dict[str, Any] = {
@@ -189,7 +189,8 @@ def test_the_same_command_twice_at_once_is_one_run(corpus: Path, uninterrupted: 
 
 def test_a_second_run_does_not_wait_forever(tmp_path: Path) -> None:
     held = (
-        "import sys; from etils import epath; from lmjax.run import to_itself\nwith to_itself(epath.Path(sys.argv[1])):"
+        "import sys; from etils import epath; from lmjax.workdir import to_itself\n"
+        "with to_itself(epath.Path(sys.argv[1])):"
     )
     first = subprocess.Popen([sys.executable, "-c", held + " print(flush=True); input()", tmp_path], **PIPES)
     assert first.stdout and first.stdout.readline() == "\n"

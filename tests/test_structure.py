@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"losses", "checkpoint", "generate", "hf"},
     {"evaluate", "train"},
     {"config"},
-    {"experiment"},
+    {"experiment", "workdir"},
     {"run", "dry_run"},
     {"plan"},
     {"convert"},

@@ -160,7 +160,7 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
 # The ledger -----------------------------------------------------------------------------------------------------------
 
 
-def written(path: Path, entries: list[tuple[int, int, int, int, int]]) -> Path:
+def written(path: Path, entries: list[Any]) -> Path:
     ledger = Ledger(path)
     for entry in entries:
         ledger.record(*entry)
@@ -194,7 +194,8 @@ def test_replays_count_once_whatever_the_kills(tmp_path_factory: Any, kills: lis
     ("entries", "problem"),
     [
         ([(0, 1, 0, 4, 1), (0, 2, 4, 4, 2), (1, 2, 4, 4, 3)], "step 2 read samples 4 to 7 (crc 00000003) in attempt 1"),
-        ([(0, 1, 0, 4, 1), (1, 1, 0, 2, 1)], "step 1 read samples 0 to 1"),
+        ([(0, 1, 0, 4, 1), (0, 2, 4, 4, 2), (1, 2, 8, 4, 3)], "step 2 read samples 8 to 11"),
+        ([(0, 1, 0, 4, 1, "a"), (1, 1, 0, 4, 2, "a")], "step 1 read samples 0 to 3"),
         ([(0, 1, 0, 4, 1), (0, 3, 4, 4, 3)], "step 3 follows step 1"),
         ([(0, 1, 0, 4, 1), (0, 2, 8, 4, 2)], "step 2 read samples 8 to 11 (crc 00000002) in attempt 0 after samples 0"),
         ([(0, 1, 0, 4, 1), (0, 2, 2, 4, 2)], "step 2 read samples 2 to 5"),
@@ -204,6 +205,27 @@ def test_replays_count_once_whatever_the_kills(tmp_path_factory: Any, kills: lis
 def test_contradictions_are_named(tmp_path: Path, entries: list[Any], problem: str) -> None:
     problems = check_ledger(written(tmp_path / "ledger.jsonl", entries))
     assert len(problems) == 1 and problems[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "replay",
+    [
+        [(1, 2, 4, 8, 5, "a"), (1, 3, 12, 8, 6, "a")],  # in batches twice as large
+        [(1, 2, 4, 4, 5, "b"), (1, 3, 8, 4, 6, "b")],  # of another stream
+    ],
+)
+def test_a_replay_may_be_of_another_batch_size_or_stream(tmp_path: Path, replay: list[Any]) -> None:
+    before = [(0, 1, 0, 4, 1, "a"), (0, 2, 4, 4, 2, "a"), (0, 3, 8, 4, 3, "a")]
+    assert check_ledger(written(tmp_path / "ledger.jsonl", [*before, *replay])) == []
+
+
+def test_a_ledger_reaches_as_far_as_the_checkpoints(tmp_path: Path) -> None:
+    path = written(tmp_path / "ledger.jsonl", [(0, step, 4 * (step - 1), 4, step) for step in range(1, 6)])
+    assert check_ledger(path, {2: 8, 5: 20}) == []
+    assert check_ledger(path, {6: 24}) == ["the ledger does not have step 6, whose checkpoint is sealed"]
+    assert len(check_ledger(path, {4: 20})) == 1
+    path.write_bytes(b"")
+    assert len(check_ledger(path, {2: 8, 5: 20})) == 2
 
 
 @given(tokens_BT=arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 70))))

@@ -36,33 +36,47 @@ class Periodic(NamedTuple):
         return bool(self.every and step % self.every == 0) or (self.at_end and step == last) or step in self.at
 
 
+class Counts(NamedTuple):
+    """What training has cost, or costs per sequence, in exact Python integers: they never round or overflow."""
+
+    samples: int
+    tokens: int
+    flops_6nd: int
+    flops_causal: int
+    flops_full: int
+
+    def plus(self, times: int, other: "Counts") -> "Counts":
+        return Counts(*(here + times * there for here, there in zip(self, other, strict=True)))
+
+
 class Accounting(NamedTuple):
-    """What training costs, in exact Python integers: counts never round or overflow."""
+    """What training costs, counted on from where this attempt starts: what lies before may have cost something else."""
 
     start: int
-    """The step that this attempt starts from, and the global sample that it reads first."""
-    first_sample: int
+    """The step that this attempt starts from."""
+    before: Counts
+    """All that the steps up to there cost."""
     batch: int
-    tokens_per_sequence: int
-    flops_per_sequence: int
+    per_sequence: Counts
     peak_flops: float | None
     """Of all devices together; None where unknown, and then there is no MFU."""
 
-    def samples(self, step: int) -> int:
-        """How many samples the first `step` steps read: the index of the next one."""
-        return self.first_sample + (step - self.start) * self.batch
+    def counts(self, step: int) -> Counts:
+        """Of the first `step` steps; their samples are the index of the next one."""
+        return self.before.plus((step - self.start) * self.batch, self.per_sequence)
 
     def totals(self, step: int) -> dict[str, int]:
-        samples = self.samples(step)
-        return {"tokens": samples * self.tokens_per_sequence, "flops": samples * self.flops_per_sequence}
+        """As every line of metrics has them."""
+        counts = self.counts(step)
+        return {"tokens": counts.tokens, "flops": counts.flops_causal}
 
     def rates(self, steps: int, seconds: float) -> dict[str, float]:
         """Throughput; MFU counts causal attention (a query against the keys it may see) and no recomputation."""
         sequences_per_second = steps * self.batch / seconds
-        flops_per_second = sequences_per_second * self.flops_per_sequence
+        flops_per_second = sequences_per_second * self.per_sequence.flops_causal
         rates = {
             "perf/step_time": seconds / steps,
-            "perf/tokens_per_sec": sequences_per_second * self.tokens_per_sequence,
+            "perf/tokens_per_sec": sequences_per_second * self.per_sequence.tokens,
             "perf/flops_per_sec": flops_per_second,
         }
         return rates if self.peak_flops is None else {**rates, "perf/mfu": flops_per_second / self.peak_flops}
@@ -117,36 +131,39 @@ def train(
     stop: Callable[[], bool],
     watchdog: Watchdog,
 ) -> tuple[TrainState, int]:
-    """Run steps `start` to `steps`; returns the state and the last step done, less than `steps` when preempted.
+    """Run steps `start` to `steps`; returns the state and the last step done, less than `steps` when stopped.
 
-    `stop` is asked once after every step and what is due then. Processes that train together must get the same answer.
+    `stop` is asked before every step and before everything that is due after it: once it says so, nothing but the
+    state of the newest step counts. It may raise what went wrong in the background. Processes that train together must
+    get the same answer.
     """
     periodic = list(periodic)
     pending: Metrics | None = None
-    for n in range(start, steps):
-        watchdog.beat(f"step {n + 1}")
+    reached = start
+    while reached < steps and not stop():
+        reached += 1
+        watchdog.beat(f"step {reached}")
         batch = next(batches)
-        if fault("step", n + 1) == "nan_grad":
+        if fault("step", reached) == "nan_grad":
             batch = dataclasses.replace(batch, weights_BT=batch.weights_BT * np.nan)
         state, metrics = step(state, frozen, batch)
         if pending is not None:
-            reader.read(n, pending)
-        if n == start:  # the first step compiles: keep it out of the throughput
+            reader.read(reached - 1, pending)
+        if reached == start + 1:  # the first step compiles: keep it out of the throughput
             jax.block_until_ready(metrics)
-            reader.resume_clock(n + 1)
+            reader.resume_clock(reached)
         pending = metrics
 
-        due = [action for action in periodic if action.due(n + 1, steps)]
+        due = [action for action in periodic if action.due(reached, steps)]
         if due:
-            reader.read(n + 1, pending)
+            reader.read(reached, pending)
             pending = None
             for action in due:
-                watchdog.beat(f"{action.name} at step {n + 1}")
-                action.action(n + 1, state)
-            reader.resume_clock(n + 1)
-        if stop():
-            steps = n + 1
-            break
+                if stop():
+                    break
+                watchdog.beat(f"{action.name} at step {reached}")
+                action.action(reached, state)
+            reader.resume_clock(reached)
     if pending is not None:
-        reader.read(steps, pending)
-    return state, steps
+        reader.read(reached, pending)
+    return state, reached

@@ -45,7 +45,7 @@ def write_report(workdir: epath.PathLike, *, defaults: Mapping[str, Any] | None 
         _sample(record),
     ]
     (record.workdir / "loss.png").write_bytes(plot_loss(record))
-    (record.workdir / "report.md").write_text("\n\n".join(filter(None, sections)) + "\n")
+    seal.write_atomically(record.workdir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
 
 
 # Reading ----------------------------------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ def _cells(row: Row, keys: Sequence[str]) -> list[Any]:
 
 def _size(record: Record) -> str:
     cfg = record.config
-    planned = cfg["train"]["steps"] * cfg["train"]["batch"] * cfg["data"]["seq_len"]
-    used = record.rows[-1]["tokens"] if record.rows else 0
+    used = record.rows[-1]["tokens"] if record.rows else 0  # whatever batch and seq_len were then
+    planned = used + (cfg["train"]["steps"] - record.step) * cfg["train"]["batch"] * cfg["data"]["seq_len"]
     flops = record.rows[-1]["flops"] if record.rows else 0
     rows = [["tokens", f"{used:,}", f"{planned:,}"]]
     if used:
