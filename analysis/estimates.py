@@ -24,8 +24,9 @@ from analysis.variable_projection import ProjectionFit
 # Sharp enough that replicates are least-absolute-deviation fits to three digits, smooth enough for Newton's method.
 LAD_REPLICATE_DELTA = 1e-6
 SETTING_LAWS = {"learning_rate": "law of the learning rate", "batch_tokens": "law of the batch size"}
-# What the law that estimates use is of, as in Step Law (arXiv 2503.04715); the report shows the others beside it.
-REGRESSORS = {"learning_rate": ("params", "tokens"), "batch_tokens": ("tokens",)}
+# What laws are of: first that which estimates use, as in Step Law (arXiv 2503.04715), then those shown beside.
+BOTH, TOKENS_ALONE = ("params", "tokens"), ("tokens",)
+REGRESSORS = {"learning_rate": (BOTH, TOKENS_ALONE), "batch_tokens": (TOKENS_ALONE, BOTH)}
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def fit_settings(runs, near_optimal: float, absent: dict[str, str]) -> dict[str,
             absent[law] = f"fewer than three values of {name} were tried"
             continue
         columns = [tried[c] for c in ("params", "tokens", name, "loss")]
-        forms = sorted((("params", "tokens"), ("tokens",)), key=lambda form, name=name: form != REGRESSORS[name])
-        for regressors, pooled in product(forms, (True, False)):
+        for regressors, pooled in product(REGRESSORS[name], (True, False)):
             try:
                 fit = fit_hyperparameter_law(*columns, regressors=regressors, pooled=pooled, tolerance=near_optimal)
             except ValueError as error:

@@ -79,10 +79,12 @@ def find_optima(params, tokens, values, loss, tolerance: float = NEAR_OPTIMAL) -
     """The near-optimal value at each (N, D) cell, all columns (runs,)."""
     columns = [np.asarray(x, dtype=np.float64) for x in (params, tokens, values, loss)]
     cells = cells_of(*columns[:2])
-    return tuple(_cell(*(column[cells == cell] for column in columns), tolerance) for cell in np.unique(cells))
+    return tuple(
+        _cell(*(column[cells == cell] for column in columns), tolerance=tolerance) for cell in np.unique(cells)
+    )
 
 
-def _cell(params, tokens, values, loss, tolerance: float) -> CellOptimum:
+def _cell(params, tokens, values, loss, *, tolerance: float) -> CellOptimum:
     near = loss <= loss.min() * (1.0 + tolerance)
     tried = np.unique(values)
     best = values[np.argmin(loss)]
@@ -133,7 +135,10 @@ def fit_hyperparameter_law(
         spread = residual_sd**2 * inverse
     full, covariance = np.zeros(3), np.zeros((3, 3))
     full[free], covariance[np.ix_(free, free)] = found, spread
-    return HyperparameterLaw(*map(float, full), residual_sd, covariance, freedom, cells, pooled, tolerance)
+    constant, params_exponent, tokens_exponent = (float(x) for x in full)
+    return HyperparameterLaw(
+        constant, params_exponent, tokens_exponent, residual_sd, covariance, freedom, cells, pooled, tolerance
+    )
 
 
 def _columns(cells: list[CellOptimum]) -> np.ndarray:

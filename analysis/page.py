@@ -13,7 +13,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
-th:first-child, td:first-child, .words td { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; overflow-wrap: anywhere; }
 td small { white-space: nowrap; }
 .wide { overflow-x: auto; }
 .answer { font-size: 18px; border-left: 3px solid #0072b2; padding-left: .8rem; }

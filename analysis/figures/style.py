@@ -105,8 +105,8 @@ def colours_of(values, name: str = "viridis"):
 def mark_target(axes: Axes, target: float) -> None:
     """A dotted line at the target, named at the foot of the axes, where curves that rise to it leave room."""
     axes.axvline(target, color="black", linestyle=":", linewidth=1.0)
-    place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
-    axes.annotate("target", (target, 0.03), (-3, 0), **place, rotation=90, ha="right", va="bottom", fontsize=7.5)
+    axes.annotate("target", (target, 0.03), (-3, 0), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+                  rotation=90, ha="right", va="bottom", fontsize=7.5)  # fmt: skip
 
 
 def name_curve(axes: Axes, x: float, y: float, text: str) -> None:
