@@ -120,9 +120,12 @@ def _optima(axes: Axes, study: Study, law: HyperparameterLaw, name: str, axis: s
     target = getattr(estimate, axis).value
     grid = np.geomspace(x.min(), max(x.max(), target), 20)
     short = {"params": "N", "tokens": "D"}[other]
-    for level, colour in zip(levels, colours[len(others) :], strict=True):
+    lines = [(level, colour, f"{short} = {level:.2g}") for level, colour in zip(levels, colours[len(x) :], strict=True)]
+    if {"params": law.params_exponent, "tokens": law.tokens_exponent}[other] == 0:
+        lines = [(levels[0], "black", f"any {short}")]
+    for level, colour, label in lines:
         sizes = (grid, level) if axis == "params" else (level, grid)
-        axes.plot(grid, law(*sizes), color=colour, label=f"{short} = {level:.2g}")
+        axes.plot(grid, law(*sizes), color=colour, label=label)
     quantity = getattr(estimate, name)
     reach = [[quantity.value - quantity.interval.low], [quantity.interval.high - quantity.value]]
     axes.errorbar(target, quantity.value, reach, fmt="*", color=style.COLOURS[1], markersize=10, capsize=3)
