@@ -273,6 +273,12 @@ def _ratios(parsed) -> tuple[float, float]:
 
 
 def _write_json(path: Path, value: object) -> None:
+    """Over a file of JSON, but no other: that would be somebody's table."""
+    try:
+        if path.exists():
+            json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is there and is not JSON: choose another --out") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1) + "\n")
 
@@ -327,6 +333,10 @@ def _compare(parsed) -> None:
     result = compare.compare(read_records(parsed.sources), parsed.loss)
     print(compare.as_text(result.table))
     if parsed.out is not None:
+        names = ("runs.csv", "curves.csv", "curves.png", "curves.pdf")
+        there = [name for name in names if (parsed.out / name).exists()]
+        if 0 < len(there) < len(names):
+            raise ValueError(f"{parsed.out / there[0]} is there and was not written by compare: choose another --out")
         parsed.out.mkdir(parents=True, exist_ok=True)
         result.table.to_csv(parsed.out / "runs.csv", index=False)
         result.drawing.data.to_csv(parsed.out / "curves.csv", index=False)

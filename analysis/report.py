@@ -49,15 +49,18 @@ def write_report(inputs: Inputs, out: Path, tell: Callable[[str], None] = lambda
 
     Raises ValueError for tables that cannot be fitted.
     """
+    check_out(out)
     started = time.monotonic()
     trials = inputs.load()
     tell(f"{len(trials.table)} runs: fitting from 4500 starts, {inputs.options.replicates} resamples a method ...")
     study = make_study(trials, inputs.options)
     fitted = time.monotonic()
     tell(f" {fitted - started:.0f} s\nfigures:")
-    drawings, skipped = {}, {}
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
+    numbers = numbers_of(study, inputs)  # first: by it the directory is known to be a report's
+    (out / "numbers.json").write_text(json.dumps(numbers, indent=1, default=_plain) + "\n")
+    drawings, skipped = {}, {}
     for name in figures.FIGURES:
         try:
             drawings[name] = draw_one(name, study)
@@ -67,13 +70,27 @@ def write_report(inputs: Inputs, out: Path, tell: Callable[[str], None] = lambda
         save(drawings[name], folder / name, study.trials)
         tell(f" {name}")
     tell(f", {time.monotonic() - fitted:.0f} s\n")
-    numbers = numbers_of(study, inputs)
-    (out / "numbers.json").write_text(json.dumps(numbers, indent=1, default=_plain) + "\n")
     estimates_table(study).to_csv(out / "estimates.csv", index=False)
     next_run = recommended_run(study)
     (out / "next.json").write_text(json.dumps([next_run], indent=1) + "\n")
     (out / "report.html").write_text(page.render(study, numbers, drawings, skipped, folder, next_run))
     return study
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError where a file that a report writes is there and no report has written it."""
+    names = ["numbers.json", "report.html", "estimates.csv", "next.json"]
+    names += [f"figures/{name}{suffix}" for name in figures.FIGURES for suffix in (".png", ".pdf", ".csv")]
+    there = [name for name in names if (out / name).exists()]
+    if there and not _is_report(out / "numbers.json"):
+        raise ValueError(f"{out / there[0]} is there and no report has written it: choose another --out")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return {"inputs", "provenance"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def draw(study: Study) -> tuple[dict[str, Drawing], dict[str, str]]:

@@ -188,6 +188,31 @@ def test_misuse_is_one_line_and_exit_code_2(arguments, capsys):
     assert error.startswith("lmjax analysis: error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("report --runs={source} --target=1e23 --out={out}", "estimates.csv"),
+        ("report --runs={source} --target=1e23 --out={out}", "figures/contours.png"),
+        ("report --runs={source} --target=1e23 --out={out}", "numbers.json"),
+        ("design --budget=1e20 --target=1e23 --out={out}/cells.csv", "cells.csv"),
+        ("predict --runs={source} --size=1e9 --tokens=2e10 --out={out}/table.csv", "table.csv"),
+        ("compare {runs} --out={out}", "runs.csv"),
+    ],
+)
+def test_files_of_others_are_not_written_over(source, tmp_path, capsys, command, name):
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "flops": 60, "val/a/loss": 3.0}\n')
+    (run / "summary.json").write_text('{"status": "finished", "step": 1, "params/total": 5, "tokens": 10}')
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("N,D,loss\nsomebody's table\n")
+    words = command.format(source=source, out=tmp_path / "out", runs=tmp_path / "runs").split()
+    assert main(words + ["--exclude-invalid"] * ("--runs" in command)) == 2
+    assert f"{name} " in capsys.readouterr().err
+    assert theirs.read_text() == "N,D,loss\nsomebody's table\n"
+
+
 def test_neither_jax_nor_lmjax_is_imported():
     code = "import sys, analysis.__main__; print([m for m in ('jax', 'lmjax', 'wandb') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
