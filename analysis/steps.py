@@ -40,10 +40,11 @@ def refuse_curves(table: pd.DataFrame, told_apart: bool, source: str) -> None:
     """
     by_size = table[["params", "tokens", "loss"]].groupby("params")
     durations = by_size["tokens"].agg(lambda tokens: len(np.unique(np.floor(100 * np.log(tokens)))))
-    falls = [np.corrcoef(rows["tokens"].rank(), rows["loss"].rank())[0, 1] for _, rows in by_size if len(rows) > 2]
     if table.empty or (told_apart and table["run"].is_unique) or durations.median() < DURATIONS_OF_CURVE:
         return
-    if np.median(falls) < FALLING:
+    long = [rows for _, rows in by_size if min(rows["tokens"].nunique(), rows["loss"].nunique()) > 2]
+    falls = [np.corrcoef(rows["tokens"].rank(), rows["loss"].rank())[0, 1] for rows in long]
+    if falls and np.median(falls) < FALLING:
         raise ValueError(
             f"{source}: {len(table)} rows of {len(durations)} sizes, each at {durations.median():.0f} D or so with "
             "falling losses, are points of loss curves, not finished runs: name the columns that tell runs apart with "
