@@ -1,5 +1,6 @@
 """Pages that are written from the code say what the code says, and the commands of all pages run."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -149,6 +150,8 @@ def test_blocks_are_run_or_say_what_they_need() -> None:
 
 def runs(block: Block) -> Any:
     marks = [pytest.mark.slow] if block.mark == "slow" else []
+    if "import torch" in block.text or ", torch" in block.text:
+        marks.append(pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch"))
     return pytest.param(block, id=f"{block.page.name}:{block.line}", marks=marks)
 
 
