@@ -384,8 +384,11 @@ class Vote:
         import jax
         import numpy as np
 
-        hands = jax.make_array_from_callback(self._spread.mesh.devices.shape, self._spread, lambda _: np.array([hand]))
-        before, self._before = self._before, in_turn(self._any(hands))
+        with jax.set_mesh(self._spread.mesh):  # an evaluation votes inside its own
+            hands = jax.make_array_from_callback(
+                self._spread.mesh.devices.shape, self._spread, lambda _: np.array([hand])
+            )
+            before, self._before = self._before, in_turn(self._any(hands))
         return bool(before)
 
 

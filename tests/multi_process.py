@@ -36,6 +36,8 @@ def main(directory: Path) -> None:
         "tensor=4": layout.make_mesh(MeshConfig(data=1, tensor=4)),
     }
     report["rows"] = {name: experiment.local_rows(mesh, B).tolist() for name, mesh in meshes.items()}
+    with jax.set_mesh(meshes["data=4"]):  # as between the batches of an evaluation
+        report["votes_within"] = [vote(process == 0 and call == 0) for call in range(3)]
     report["refused"] = [refusal(MeshConfig(data=1)), refusal(MeshConfig(data=1, fsdp=2))]
     report["batches"] = "whole"
     for mesh in meshes.values():
