@@ -203,7 +203,10 @@ def from_json(path: epath.PathLike) -> Config:
         raise ConfigError(f"{path}: not a readable config ({_one_line(error)}); is it a work directory?") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: not a readable config (it holds no JSON object); is it a work directory?")
-    return parse(tree)
+    try:
+        return parse(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def digest(cfg: Config) -> str:

@@ -5,13 +5,17 @@ From it follows, or not, that every sample was trained on once and in order, wha
 
 import dataclasses
 import itertools
+import logging
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from lmjax.jsonl import JsonLines, read_lines
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +76,19 @@ def joined_crc(crcs_B: np.ndarray, row_bytes: int) -> int:
 
 
 def read_ledger(path: epath.PathLike) -> list[Entry]:
-    """Every entry in the order written, replays included."""
-    return [Entry(**record) for record in read_lines(path)]
+    """Every entry in the order written, replays included; a line that is not one is left out with a warning."""
+    entries = [_entry(record) for record in read_lines(path)]
+    if foreign := entries.count(None):
+        logger.warning("%s: lines that are not a ledger's are left out: %d", path, foreign)
+    return [entry for entry in entries if entry is not None]
+
+
+def _entry(record: dict[str, Any]) -> Entry | None:
+    try:
+        entry = Entry(**record)
+    except TypeError:
+        return None
+    return entry if all(type(number) is int for number in (entry.attempt, entry.step, *entry.data)) else None
 
 
 def effective_history(path: epath.PathLike) -> list[Entry]:

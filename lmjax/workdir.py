@@ -176,7 +176,7 @@ def finished_step(workdir: epath.Path, *, hash_files: bool) -> int | None:
         return None
     try:
         step = int(json.loads(path.read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}); remove it, and the run goes on from its newest checkpoint"
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmjax.config import _kinds, load, parse, to_json
+from lmjax.config import _kinds, from_json, load, parse, to_json
 from lmjax.data.config import PrepareConfig
 from lmjax.errors import ConfigError
 from lmjax.schema import names_in
@@ -133,3 +133,10 @@ def test_mistakes_in_a_config_are_found_without_jax(arguments: list[str], tmp_pa
 )
 def test_names_in_the_source_are_those_of_the_registry(module: str, registry: str) -> None:
     assert names_in(module, registry) == list(getattr(importlib.import_module(module), registry))
+
+
+def test_a_saved_config_of_other_settings_is_named(tmp_path: Path) -> None:
+    """It may be of another version, and is not what the command line says."""
+    (tmp_path / "config.json").write_text('{"train": {"epochs": 3}}')
+    with pytest.raises(ConfigError, match=r"config\.json: .*epochs"):
+        from_json(tmp_path / "config.json")

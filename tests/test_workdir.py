@@ -85,6 +85,26 @@ def test_a_ledger_that_is_missing_or_cut_is_noticed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "line", ['{"a": 1}', '{"attempt": "0", "step": null, "first_sample": 8, "count": 4, "crc": 3}']
+)
+def test_a_line_that_is_not_a_ledgers_is_left_out(tmp_path: Path, line: str, caplog: Any) -> None:
+    ledger = trained(tmp_path, 3) / "ledger.jsonl"
+    lines = ledger.read_text().splitlines()
+    ledger.write_text("\n".join([*lines, line, ""]))
+    assert workdir.verify(epath.Path(tmp_path)) == [] and workdir.next_attempt(epath.Path(tmp_path)) == 1
+    assert "lines that are not a ledger's are left out: 1" in caplog.text
+    ledger.write_text("\n".join([*lines[:2], line, ""]))
+    assert workdir.verify(epath.Path(tmp_path)) == ["the ledger does not have step 3, whose checkpoint is sealed"]
+
+
+@pytest.mark.parametrize("text", ['{"st', "[1]", '{"step": Infinity}', '{"step": "last"}', "{}"])
+def test_a_summary_that_is_damaged_is_named(tmp_path: Path, text: str) -> None:
+    (trained(tmp_path, 1) / "summary.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"summary\.json is damaged"):
+        workdir.finished_step(epath.Path(tmp_path), hash_files=True)
+
+
 def test_a_step_that_a_kill_left_unsealed_counts_for_nothing(tmp_path: Path) -> None:
     trained(tmp_path, 3)
     shutil.copytree(tmp_path / "checkpoints" / "3", tmp_path / "checkpoints" / "4")

@@ -76,7 +76,7 @@ class Record:
     """By step, across restarts."""
     attempts: list[Attempt]
     summary: dict[str, Any]
-    """Empty until the run is finished."""
+    """Empty until the run is finished, and again once it goes on to more steps."""
 
     @property
     def step(self) -> int:
@@ -100,13 +100,15 @@ class Record:
 
 def read_record(workdir: epath.PathLike) -> Record:
     workdir = epath.Path(workdir)
-    summary = workdir / "summary.json"
+    path = workdir / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    rows = read_jsonl(workdir / "metrics.jsonl")
     return Record(
         workdir=workdir,
         config=json.loads((workdir / "config.json").read_text()),
-        rows=read_jsonl(workdir / "metrics.jsonl"),
+        rows=rows,
         attempts=list(_split_attempts(read_lines(workdir / "metrics.jsonl"))),
-        summary=json.loads(summary.read_text()) if summary.exists() else {},
+        summary={} if rows and summary.get("step", 0) < rows[-1]["step"] else summary,
     )
 
 

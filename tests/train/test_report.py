@@ -122,6 +122,14 @@ def test_the_report_says_what_there_is_to_say(workdir: Path) -> None:
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_summary_that_the_run_has_gone_beyond_is_left_out(workdir: Path) -> None:
+    """It was finished at step 300, and then given more steps."""
+    (workdir / "summary.json").write_text(json.dumps({"step": 300, "flops_6nd": 5}))
+    assert read_record(workdir).summary == {}
+    (workdir / "summary.json").write_text(json.dumps({"step": 400, "flops_6nd": 5}))
+    assert read_record(workdir).summary["flops_6nd"] == 5
+
+
 def test_where_the_time_went(workdir: Path) -> None:
     record = read_record(workdir)
     assert [(a.start["step"], a.reached, a.status) for a in record.attempts] == [
