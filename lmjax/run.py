@@ -218,6 +218,7 @@ class Run:
             raise DataError("the data here are not those of process 0; give all processes the same files")
         self.accounting = self.make_accounting(step, meta)
         self.epochs_before = self.make_epochs_before(meta)
+        self.owed = meta.get("evaluation_owed", False) and step < self.cfg.train.steps
         return state
 
     def make_accounting(self, step: int, meta: dict[str, Any]) -> Accounting:
@@ -256,6 +257,8 @@ class Run:
 
     def loop(self, state: TrainState) -> tuple[TrainState, int]:
         train_cfg = self.cfg.train
+        if self.owed:  # a signal stopped the evaluation of the step that this attempt starts from
+            self.evaluate(self.accounting.start, state)
         reader = Reader(
             self.trackers.log,
             train_cfg.log_every,
@@ -327,7 +330,8 @@ class Run:
     def evaluate(self, step: int, state: TrainState) -> None:
         """Score the same batches every time, as `val/`; at the end also the whole sets, as `val_full/`.
 
-        Asked to stop, it ends between two batches, and what it has by then counts for nothing.
+        Asked to stop, it ends between two batches, and what it has by then counts for nothing: the next attempt owes
+        this evaluation.
         """
         limit = self.cfg.train.evaluate_batches
         try:
@@ -382,6 +386,7 @@ class Run:
         for record in self.records:
             record.sync()
         counts = self.accounting.counts(step)
+        every = self.cfg.train.evaluate_every
         meta = {
             "data": self.loader.state(counts.samples),
             "config": configs.digest(self.cfg),
@@ -389,6 +394,7 @@ class Run:
             "counts": counts._asdict(),
             "epochs": self.epochs(counts.samples),
             "epochs_before": self.epochs_before,
+            "evaluation_owed": every is not None and step % every == 0 and step not in self.evaluations,
         }
         scores = self.evaluations.get(step, {}).items()
         losses = [value for key, value in scores if key.startswith("val/") and key.endswith("/loss")]
