@@ -385,7 +385,8 @@ class Vote:
         import numpy as np
 
         hands = jax.make_array_from_callback(self._spread.mesh.devices.shape, self._spread, lambda _: np.array([hand]))
-        before, self._before = self._before, in_turn(self._any(hands))
+        with jax.set_mesh(self._spread.mesh):  # also where the model's mesh is entered, as in an evaluation
+            before, self._before = self._before, in_turn(self._any(hands))
         return bool(before)
 
 

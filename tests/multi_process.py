@@ -35,6 +35,8 @@ def main(directory: Path) -> None:
         "data=4": layout.make_mesh(MeshConfig(data=4)),
         "tensor=4": layout.make_mesh(MeshConfig(data=1, tensor=4)),
     }
+    with jax.set_mesh(meshes["data=4"]):  # as in an evaluation, which asks between two batches
+        report["votes within a mesh"] = [vote(process == 1 and call == 2) for call in range(5)]
     report["rows"] = {name: experiment.local_rows(mesh, B).tolist() for name, mesh in meshes.items()}
     report["refused"] = [refusal(MeshConfig(data=1)), refusal(MeshConfig(data=1, fsdp=2))]
     report["batches"] = "whole"

@@ -156,6 +156,7 @@ def test_two_processes_agree_vote_place_batches_and_share_checkpoints(launcher: 
         assert report["shared"] == {"from": 0}
         assert report["gathered"] == ([[0, "zero"], [1, "one"]] if report["process"] == 0 else [])
         assert report["votes"] == [False, False, False, True, False]  # process 1 raised its hand at the third call
+        assert report["votes within a mesh"] == report["votes"]
         left_out = [re.match("the mesh takes ([12]) of 4 devices in 2 processes: ", line) for line in report["refused"]]
         assert [match and match[1] for match in left_out] == ["1", "2"]
         assert report["batches"] == "whole"
