@@ -16,18 +16,24 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
 
-from analysis import cells, compare, design, forecast, page, report
-from analysis.estimates import Options
-from analysis.hyperparameters import NEAR_OPTIMAL
-from analysis.parametric import fit_parametric
-from analysis.runs import load_runs, naming
-from analysis.simulate import EPOCH
-from analysis.sources import read_records
-from analysis.study import check_law
-from analysis.surface import Surface
-from analysis.variable_projection import fit_by_projection
+    from analysis import cells, compare, design, forecast, page, report
+    from analysis.estimates import Options
+    from analysis.hyperparameters import NEAR_OPTIMAL
+    from analysis.parametric import fit_parametric
+    from analysis.runs import load_runs, naming
+    from analysis.simulate import EPOCH
+    from analysis.sources import read_records
+    from analysis.study import check_law
+    from analysis.surface import Surface
+    from analysis.variable_projection import fit_by_projection
+except ModuleNotFoundError as missing:
+    if missing.name not in ("numpy", "scipy", "matplotlib", "pandas", "pyarrow"):
+        raise
+    print(f"lmjax analysis: error: {missing.name} is not installed; pip install -e .[analysis]", file=sys.stderr)
+    raise SystemExit(2) from None
 
 MOST_FLAGS = 4
 

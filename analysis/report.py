@@ -53,7 +53,11 @@ def write_report(inputs: Inputs, out: Path, tell: Callable[[str], None] = lambda
     started = time.monotonic()
     trials = inputs.load()
     tell(f"{len(trials.table)} runs: fitting from 4500 starts, {inputs.options.replicates} resamples a method ...")
-    study = make_study(trials, inputs.options)
+    try:
+        study = make_study(trials, inputs.options)
+    except ValueError:
+        tell("\n")  # the reason stands on a line of its own
+        raise
     fitted = time.monotonic()
     tell(f" {fitted - started:.0f} s\nfigures:")
     folder = out / "figures"

@@ -62,7 +62,7 @@ class Config:
         if self.optimizer.schedule.warmup > self.train.steps:
             raise ConfigError(
                 f"optimizer.schedule.warmup={self.optimizer.schedule.warmup} is longer than train.steps="
-                f"{self.train.steps}"
+                f"{self.train.steps}; lower the one or raise the other"
             )
 
 

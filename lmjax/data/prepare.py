@@ -163,7 +163,8 @@ def _encode(
             progress.encoded(len(batch), len(encoded.tokens))
     except DocumentError as error:
         raise DataError(
-            f"{waiting[0][error.index].name}: {error}; or set prepare.unknown to replace or skip"
+            f"{waiting[0][error.index].name}: {error}; "
+            "or set prepare.unknown (lmjax prepare: --unknown) to replace or skip"
         ) from error
 
 

@@ -21,6 +21,7 @@ from lmjax.errors import DataError
 logger = logging.getLogger(__name__)
 
 STDLIB = "stdlib:"
+SET_TEXT_KEY = "set prepare.text_key (lmjax prepare: --text-key)"
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 _CHUNK_BYTES = 1 << 20
 
@@ -190,7 +191,7 @@ def _json_document(name: str, line: bytes, offset: int, cfg: PrepareConfig) -> D
         raise DataError(f"{name} (byte {offset}): not JSON: {error}; each line must be one JSON object") from error
     if not isinstance(record, dict) or not isinstance(record.get(cfg.text_key), str):
         found = f"an object with {sorted(record)[:8]}" if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{name} (byte {offset}): no string under {cfg.text_key!r} but {found}; set prepare.text_key")
+        raise DataError(f"{name} (byte {offset}): no string under {cfg.text_key!r} but {found}; {SET_TEXT_KEY}")
     return _well_formed(name, record[cfg.text_key], cfg)
 
 
@@ -207,7 +208,7 @@ def _read_parquet(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterat
             table = pyarrow.parquet.ParquetFile(stream)
             if cfg.text_key not in table.schema_arrow.names:
                 names = table.schema_arrow.names[:8]
-                raise DataError(f"{file.name}: no column {cfg.text_key!r} among {names}; set prepare.text_key")
+                raise DataError(f"{file.name}: no column {cfg.text_key!r} among {names}; {SET_TEXT_KEY}")
             for group in range(table.num_row_groups):
                 for batch in table.iter_batches(1024, row_groups=[group], columns=[cfg.text_key]):
                     for value in batch.column(0).cast(pyarrow.large_binary()):
@@ -221,7 +222,7 @@ def _read_parquet(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterat
 
 def _parquet_document(name: str, value: bytes | None, cfg: PrepareConfig) -> Document:
     if value is None:
-        raise DataError(f"{name}: null under {cfg.text_key!r}; remove such rows or set prepare.text_key")
+        raise DataError(f"{name}: null under {cfg.text_key!r}; remove such rows or {SET_TEXT_KEY}")
     return _document(name, value, 0, cfg)
 
 
@@ -250,7 +251,7 @@ def _document(name: str, data: bytes, offset: int, cfg: PrepareConfig) -> Docume
             return Document(name, data.decode("utf-8", errors="replace"))
         raise DataError(
             f"{name}: invalid UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}, {error.reason}); "
-            "repair it or set prepare.invalid_utf8 to replace or skip"
+            "repair it or set prepare.invalid_utf8 (lmjax prepare: --invalid-utf8) to replace or skip"
         ) from error
 
 
@@ -266,7 +267,7 @@ def _well_formed(name: str, text: str, cfg: PrepareConfig) -> Document:
             return Document(name, re.sub("[\ud800-\udfff]", "\ufffd", text))
         raise DataError(
             f"{name}: unpaired surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
-            "repair it or set prepare.invalid_utf8 to replace or skip"
+            "repair it or set prepare.invalid_utf8 (lmjax prepare: --invalid-utf8) to replace or skip"
         ) from error
 
 

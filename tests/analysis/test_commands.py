@@ -219,6 +219,20 @@ def test_neither_jax_nor_lmjax_is_imported():
     assert done.stdout.strip() == "[]"
 
 
+def test_without_the_extra_one_line_says_what_to_install():
+    code = "import runpy, sys; sys.modules['pandas'] = None; runpy.run_module('analysis', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "lmjax analysis: error: pandas is not installed; pip install -e .[analysis]\n"
+
+
+def test_a_refusal_after_the_progress_has_a_line_of_its_own(source, tmp_path, capsys):
+    pd.read_csv(source).head(4).to_csv(tmp_path / "four.csv", index=False)
+    assert main(["report", f"--runs={tmp_path / 'four.csv'}", "--target=1e23", f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr()
+    assert (said.out + said.err).splitlines()[-1].startswith("lmjax analysis: error: ")
+
+
 def test_the_report_opens_with_the_answer_for_people(report):
     page, methods = (report / "report.html").read_text(), pd.read_csv(report / "estimates.csv")
     first = methods.iloc[0]

@@ -116,7 +116,7 @@ def test_an_unpaired_surrogate_in_json_is_invalid_and_a_pair_is_not(tmp_path):
         ('{"text": "cut', r"line 2 \(byte 14\): not JSON"),
         ("[" * 100_000, r"line 2 \(byte 14\): not JSON"),
         ('["text"]', "no string under 'text' but list"),
-        ('{"content": "a"}', r"no string under 'text' but an object with \['content'\]; set prepare.text_key"),
+        ('{"content": "a"}', r"no string under 'text' but an object with \['content'\]; set .*--text-key"),
         ('{"text": null}', "no string under 'text'"),
     ],
 )
