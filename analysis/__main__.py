@@ -338,6 +338,8 @@ def _score(parsed) -> None:
 def _compare(parsed) -> None:
     result = compare.compare(read_records(parsed.sources), parsed.loss)
     print(compare.as_text(result.table))
+    for note in result.notes:
+        print(f"note: {note}")
     if parsed.out is not None:
         names = ("runs.csv", "curves.csv", "curves.png", "curves.pdf")
         there = [name for name in names if (parsed.out / name).exists()]

@@ -81,6 +81,16 @@ def note_copies(table: pd.DataFrame, notes: list[str]) -> None:
         notes.append(f"{copies} rows repeat another's N, D and loss exactly: intervals take them for runs of their own")
 
 
+def note_validation_sets(table: pd.DataFrame, notes: list[str]) -> None:
+    """Losses of different texts do not compare, however alike the sets are named."""
+    told = sorted({digest for digest in table.get("loss_digest", ()) if digest})
+    if len(told) > 1:
+        notes.append(
+            f"the losses are of {len(told)} different validation sets, by their digests: they do not compare; keep one "
+            f"with --where=loss_digest={told[0]}"
+        )
+
+
 def check_labels(table: pd.DataFrame, notes: list[str], source: str) -> None:
     """Compare the FLOP labels with 6ND: note a factor, refuse a mixture of two."""
     if table.empty:

@@ -74,12 +74,13 @@ ALIASES = {
         "val perplexity", "val ppl", "ppl",
     ),
     "loss_kind": ("loss kind", "split"),
+    "loss_digest": ("loss digest",),
     "loss_stderr": ("loss stderr", "val loss stderr"),
     "error": ("error", "top 1 error", "downstream error", "average error", "avg error", "err avg", "err"),
     "trunk": ("trunk", "trunk run"),
     "status": ("status", "state"),
 }  # fmt: skip
-TEXT = frozenset({"run", "stage", "flops_convention", "schedule", "loss_kind", "trunk", "status"})
+TEXT = frozenset({"run", "stage", "flops_convention", "schedule", "loss_kind", "loss_digest", "trunk", "status"})
 # What is only of use as a number: a column of this name that holds text is about something else.
 ASIDE = frozenset({"step", "steps", "epochs", "batch_sequences", "sequence_length"})
 # Columns that tables give in thousands, millions, ...; the unit ends the name, or stands as a letter at the number.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import pandas as pd
 
+from analysis.checks import note_validation_sets
 from analysis.columns import loss_unit
 from analysis.figures import style
 from analysis.figures.style import Drawing
@@ -19,6 +20,7 @@ class Comparison:
     table: pd.DataFrame  # rising loss; the first column is `run`
     loss_name: str
     drawing: Drawing
+    notes: tuple[str, ...] = ()
 
 
 def compare(records: list[RunRecord], loss: str | None = None) -> Comparison:
@@ -28,10 +30,12 @@ def compare(records: list[RunRecord], loss: str | None = None) -> Comparison:
     if table["loss"].isna().all():
         logged = sorted({key for record in records for row in record.history for key in row if key.endswith("loss")})
         raise ValueError(f"no run logs {loss_name} (logged: {', '.join(logged) or 'no loss'}): choose with --loss=NAME")
+    notes: list[str] = []
+    note_validation_sets(table, notes)
     rest = [c for c in table.columns if c not in ("run", *OUTCOMES, "loss_kind", "trunk") and _differs(table[c])]
     kept = ["run", *(c for c in OUTCOMES if table[c].notna().any()), *rest]
     ordered = table[kept].sort_values("loss", na_position="last").reset_index(drop=True)
-    return Comparison(ordered, loss_name, _draw(records, ordered, loss_name))
+    return Comparison(ordered, loss_name, _draw(records, ordered, loss_name), tuple(notes))
 
 
 def _differs(column: pd.Series) -> bool:

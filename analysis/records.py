@@ -43,6 +43,17 @@ class RunRecord:
         return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)), np.nan)
 
 
+    def digest(self, loss: str) -> str:
+        """Of the validation set that a loss is of, or of all sets for their macro average; empty where none is told."""
+        named = re.match("val/([^/]+)/", loss)
+        if named is None:
+            return ""
+        which = "[^/]+" if named[1] == "macro" else re.escape(named[1])
+        rows = (*self.history, self.summary)
+        told = {key: row[key] for row in rows for key in row if re.fullmatch(f"data/{which}/valid_digest", key)}
+        return " ".join(str(told[key]) for key in sorted(told))
+
+
 def merge_history(rows) -> tuple[dict, ...]:
     """Rows by rising step; of rows that repeat a step after a restart, later values win key by key."""
     by_step: dict[float, dict] = {}
@@ -102,6 +113,7 @@ def _row(record: RunRecord, loss: str) -> dict:
         "seed": record.final("seed"),
         "loss": record.final(loss),
         "loss_kind": loss,
+        "loss_digest": record.digest(loss),
         "loss_stderr": record.final(f"{loss}_stderr"),
         "trunk": str(flat.get("init_from") or record.name),
         "status": record.summary.get("status", "unfinished"),

@@ -23,6 +23,7 @@ from analysis.checks import (
     exclude_unfinished,
     invalid_rows,
     note_copies,
+    note_validation_sets,
 )
 from analysis.columns import canonical, find_column, listed, loss_unit
 from analysis.hyperparameters import cells_of
@@ -196,6 +197,7 @@ def _checked(
         check_units(table, source)
     check_labels(table, notes, source)
     note_copies(table, notes)
+    note_validation_sets(table, notes)
     if table.empty:
         raise ValueError(f"{source}: no usable run is left: {'; '.join(r for r, _ in exclusions) or 'it is empty'}")
     return Runs(

@@ -115,7 +115,7 @@ def read_record(workdir: epath.PathLike) -> Record:
 def _split_attempts(records: Iterable[Row]) -> Iterable[Attempt]:
     groups: list[list[Row]] = []
     for record in records:
-        if record.get("event") == "start":
+        if record.get("event") == "start" and {"step", "time"} <= record.keys():
             groups.append([])
         if groups:
             groups[-1].append(record)

@@ -168,6 +168,21 @@ def test_compare_sorts_by_loss_and_shows_what_differs(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "nothing")]) == 2
 
 
+def test_losses_of_different_validation_sets_are_told(tmp_path, capsys):
+    for name, digest in (("one", "aa"), ("two", "aa"), ("other", "bb")):
+        workdir(tmp_path, name, 3.0)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        told = {"data/text/valid_digest": digest, "data/else/valid_digest": name}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary | told))
+    assert main(["compare", str(tmp_path), "--loss=val/text/loss"]) == 0
+    assert "2 different validation sets" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--loss=val/text/loss"]) == 0
+    assert "different validation sets" not in capsys.readouterr().out
+    runs = load_runs(str(tmp_path), loss="val/text/loss")
+    assert any("--where=loss_digest=aa" in note for note in runs.notes)
+    assert len(load_runs(str(tmp_path), loss="val/text/loss", where={"loss_digest": "aa"}).table) == 2
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
