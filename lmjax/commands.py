@@ -52,7 +52,7 @@ def train(arguments: Arguments) -> int:
         allow_data_change=arguments.allow_data_change,
         command=shlex.join(["lmjax", *sys.argv[1:]]),
     )
-    with distributed.naming_lost_peers("training"):
+    with distributed.naming_lost_peers("training"), _within_memory("train.batch, data.seq_len or the model's size"):
         code = run.run(cfg, arguments.workdir, options)
     distributed.finish()
     return code
@@ -179,14 +179,14 @@ def generate(arguments: Arguments) -> int:
 
 
 @contextlib.contextmanager
-def _within_memory(flags: str) -> Iterator[None]:
+def _within_memory(sizes: str) -> Iterator[None]:
     """Sizes that the machine cannot hold are the user's to lower, not a bug."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ConfigError(f"this takes more memory than there is; lower {flags}") from error
+        raise ConfigError(f"this takes more memory than there is; lower {sizes}") from error
 
 
 def _conversations(arguments: Arguments, tokenizer: "Tokenizer") -> list[list[int]]:

@@ -37,9 +37,11 @@ from lmjax.train.config import SampleConfig
 from lmjax.train.objective import Objective, language_model
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import Step, make_step
-from lmjax.weights import Params, abstract, by_path, initialize
+from lmjax.weights import Params, abstract, by_path, count, initialize
 
 logger = logging.getLogger(__name__)
+
+_MOST_PARAMETERS = 1 << 44  # 16 bytes of state for each are 256 TiB
 
 
 class Experiment(NamedTuple):
@@ -57,6 +59,8 @@ def assemble(cfg: Config, devices: list[Any] | None = None) -> Experiment:
     """The parts of a run, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
     require_learning(cfg.model)
     model = decoder.build(cfg.model, microbatches=cfg.train.microbatches)
+    if (parameters := count(model.spec).total) > _MOST_PARAMETERS:
+        raise ConfigError(f"the model would have {parameters:,} parameters, more than can be held; make it smaller")
     return Experiment(
         cfg=cfg,
         model=model,

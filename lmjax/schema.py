@@ -22,6 +22,8 @@ _CONFIG = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute
 # Numbers that arrays are indexed and counted by: int64 holds them all.
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
+"""How long an axis of an array is: with more, no machine could hold it, or even say so."""
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]

@@ -85,6 +85,8 @@ MISTAKES = {
     "no such key": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.model.layer=2"],
     "no such value": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.model.activation=gelo"],
     "settings that contradict": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.model.heads=3"],
+    "too many layers": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.model.layers=1000000000000"],
+    "too large a batch": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.train.batch=1099511627776"],
     "no such arm": ["train", f"--config={ROOT / 'configs' / 'gpt2.py'}:1b", "--workdir=w"],
 }
 

@@ -12,7 +12,7 @@ from lmjax.data import manifest
 from lmjax.data.config import PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.data.prepare import prepare
 from lmjax.dry_run import describe, with_known_vocab
-from lmjax.errors import DataError
+from lmjax.errors import ConfigError, DataError
 
 PATH = "~/data/prepared"
 
@@ -53,6 +53,11 @@ def test_only_the_manifest_is_read(dataset: Path, monkeypatch: pytest.MonkeyPatc
         if path.name != manifest.FILE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert list(describe(config(PATH))) == before
+
+
+def test_a_model_that_nothing_holds_is_no_bug() -> None:
+    with pytest.raises(ConfigError, match="parameters, more than can be held; make it smaller"):
+        list(describe(config(PATH, vocab=64, embed=1 << 24, heads=1 << 24, head_dim=1 << 24)))
 
 
 def test_a_data_set_may_be_missing_but_not_damaged_or_out_of_reach(dataset: Path) -> None:

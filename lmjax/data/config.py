@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lmjax.errors import ConfigError
-from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, config_class
+from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, Size, config_class
 
 _LEAST = 1e-9  # share of the documents that can be for validation
 
@@ -105,7 +105,7 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
     """The mixture, by name."""
-    seq_len: PositiveInt = 256
+    seq_len: Size = 256
     """Tokens per row."""
     documents: Literal["joined", "separate"] = "joined"
     """`joined`: one stream, documents told apart by endoftext alone. `separate`: rows carry segment ids, positions

@@ -12,6 +12,7 @@ from lmjax.schema import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Size,
     config_class,
     names_in,
     one_of,
@@ -56,11 +57,11 @@ class RopeConfig:
 class MoeConfig:
     """A router sends each token through a few of many mlps (Shazeer et al. 2017, arXiv:1701.06538)."""
 
-    experts: PositiveInt | None = None
+    experts: Size | None = None
     """How many mlps a mixture layer has; None means that every layer has a single one."""
     top_k: PositiveInt = 2
     """Experts that a token passes through."""
-    mlp: PositiveInt | None = None
+    mlp: Size | None = None
     """Width of each expert; None means model.mlp."""
     pattern: tuple[MlpKind, ...] = ("moe",)
     """Which layers are mixtures: one period, counted from the input as model.pattern is."""
@@ -73,7 +74,7 @@ class MoeConfig:
     """Divide the chosen experts' scores by their sum; with softmax this is a softmax over the chosen (Mixtral)."""
     scale: PositiveFloat = 1.0
     """Multiplies the chosen experts' weights (DeepSeek-V3: 2.5)."""
-    shared_mlp: PositiveInt | None = None
+    shared_mlp: Size | None = None
     """Width of an mlp beside the experts that every token passes through; None means that there is none."""
     shared_gate: bool = False
     """Multiply the shared mlp's output by a sigmoid of its input (Qwen2-MoE)."""
@@ -106,23 +107,23 @@ class MoeConfig:
 class ModelConfig:
     """A decoder-only transformer."""
 
-    vocab: PositiveInt | None = None
+    vocab: Size | None = None
     """Rows of the embedding table; None takes the data set's vocabulary."""
-    context: PositiveInt = 256
+    context: Size = 256
     """Longest sequence the model is meant for (the size of a learned position table)."""
-    layers: PositiveInt = 4
+    layers: Annotated[int, Field(gt=0, le=1 << 16)] = 4
     pattern: tuple[AttentionKind, ...] = ("global",)
     """One period of layers, repeated; `layers` need not be a multiple of it."""
     window: PositiveInt | None = None
     """How many tokens, itself included, a token sees in local layers."""
 
-    embed: PositiveInt = 128
-    heads: PositiveInt = 2
-    kv_heads: PositiveInt | None = None
+    embed: Size = 128
+    heads: Size = 2
+    kv_heads: Size | None = None
     """Key and value heads, shared by groups of query heads (GQA); None means `heads`."""
-    head_dim: PositiveInt | None = None
+    head_dim: Size | None = None
     """None means embed / heads."""
-    mlp: PositiveInt = 512
+    mlp: Size = 512
     moe: MoeConfig = MoeConfig()
 
     activation: Annotated[str, one_of(names_in("lmjax.models.activations", "ACTIVATIONS"))] = "gelu"

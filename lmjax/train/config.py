@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from lmjax.generate.config import Temperature
-from lmjax.schema import NonNegativeFloat, PositiveFloat, PositiveInt, config_class, names_in, one_of
+from lmjax.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Size, config_class, names_in, one_of
 
 
 @config_class
@@ -35,7 +35,7 @@ class SampleConfig:
 @config_class
 class TrainConfig:
     steps: PositiveInt = 1000
-    batch: PositiveInt = 16
+    batch: Size = 16
     """Sequences per update, over all devices."""
     microbatches: PositiveInt = 1
     """Pieces the batch is cut into, to save memory or to fill a pipeline (then a multiple of its stages); the result is
@@ -48,7 +48,7 @@ class TrainConfig:
     """Steps between evaluations; one is always made at the end."""
     evaluate_batches: PositiveInt | None = None
     """Batches per evaluation, always the same (`val/`); at the end the whole set is scored, too (`val_full/`)."""
-    evaluate_batch: PositiveInt | None = None
+    evaluate_batch: Size | None = None
     """Sequences per evaluation batch; None means `batch`."""
     sample: SampleConfig = SampleConfig()
     max_skipped_in_a_row: PositiveInt = 10
