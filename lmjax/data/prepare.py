@@ -82,6 +82,11 @@ def _check_given_tokenizer(cfg: PrepareConfig) -> None:
         tokenizer = train_tokenizer(cfg.tokenizer, ())
         if cfg.unknown == "replace" and tokenizer.unknown_id is None:
             raise DataError(f"prepare.unknown=replace: {cfg.tokenizer.path} has no symbol for the unknown; use skip")
+        if cfg.unknown == "replace" and tokenizer.unknown_id == tokenizer.endoftext_id:
+            raise DataError(
+                f"prepare.unknown=replace: in {cfg.tokenizer.path} {tokenizer.endoftext!r} stands for the unknown, "
+                "too, and would end documents where they go on; use skip, or name another tokenizer.endoftext"
+            )
 
 
 # Making ---------------------------------------------------------------------------------------------------------------

@@ -341,6 +341,15 @@ def test_a_document_that_cannot_be_encoded_is_named(tmp_path, reference, workers
         prepare(cfg, tmp_path / "data", progress=False)
 
 
+def test_the_end_of_text_does_not_stand_for_the_unknown(tmp_path, reference):
+    (tmp_path / "a.txt").write_text("plain سلام words")
+    model = reference / "tokenizers" / "t5_cc_all.32000.100extra.model"
+    tokenizer = TokenizerConfig(kind="file", path=str(model), endoftext="<unk>")
+    cfg = PrepareConfig(inputs=(str(tmp_path / "a.txt"),), tokenizer=tokenizer, unknown="replace", workers=1)
+    with pytest.raises(DataError, match="'<unk>' stands for the unknown, too, and would end documents"):
+        prepare(cfg, tmp_path / "data", progress=False)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("unknown", ["replace", "skip"])
 def test_what_a_tokenizer_does_not_know_is_replaced_or_skipped_and_counted(
