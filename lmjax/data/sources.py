@@ -88,9 +88,11 @@ def _matching(pattern: str) -> list[InputFile]:
 
 
 def _below(folder: Path) -> list[InputFile]:
-    """The files of known kinds in a folder and its folders, but for hidden ones. Says how many others there are."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    shown = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """The files of known kinds in a folder and its folders, but for hidden ones. Says what else there is."""
+    paths = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
+    if links := [path.name for path in paths if path.is_symlink() and path.is_dir()]:
+        logger.warning("%s: links to folders are not followed, name them: %d (%s)", folder, len(links), links[0])
+    shown = [path for path in paths if path.is_file()]
     known = [path for path in shown if _kind(path.name)]
     if not known:
         raise DataError(f"no input files in {folder} and its folders; known kinds are {', '.join(_READERS)}")
@@ -98,6 +100,10 @@ def _below(folder: Path) -> list[InputFile]:
         kinds = ", ".join(sorted(set(others))[:8])
         logger.warning("%s: files of other kinds are left out: %d (%s)", folder, len(others), kinds)
     return [InputFile(epath.Path(path), os.fspath(path), path.stat().st_size) for path in known]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _glob(pattern: str) -> Iterator[epath.Path]:

@@ -187,6 +187,10 @@ def test_a_folder_is_all_the_text_in_it(tmp_path, caplog):
         (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
     assert read(tmp_path) == ["a/y.jsonl", "a/z.txt", "b.txt", "e.txt/f.txt"]
     assert "files of other kinds are left out: 2 (.md, LICENSE)" in caplog.text
+    assert "links" not in caplog.text
+    (tmp_path / "more").symlink_to("a")
+    assert read(tmp_path) == ["a/y.jsonl", "a/z.txt", "b.txt", "e.txt/f.txt"]
+    assert "links to folders are not followed, name them: 1 (more)" in caplog.text
     assert read(tmp_path / "a") == ["a/y.jsonl", "a/z.txt"]
 
 
