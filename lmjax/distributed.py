@@ -374,9 +374,9 @@ class Vote:
         import jax
         import jax.numpy as jnp
 
-        mesh = jax.sharding.Mesh(jax.devices(), ("device",))
-        self._spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._mesh = jax.sharding.Mesh(jax.devices(), ("device",))
+        self._spread = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec("device"))
+        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         self._any = jax.jit(jnp.any, out_shardings=everywhere)
         self._before: Any = False
 
@@ -384,10 +384,8 @@ class Vote:
         import jax
         import numpy as np
 
-        with jax.set_mesh(self._spread.mesh):  # an evaluation votes inside its own
-            hands = jax.make_array_from_callback(
-                self._spread.mesh.devices.shape, self._spread, lambda _: np.array([hand])
-            )
+        with jax.set_mesh(self._mesh):  # an evaluation votes inside its own
+            hands = jax.make_array_from_callback(self._mesh.devices.shape, self._spread, lambda _: np.array([hand]))
             before, self._before = self._before, in_turn(self._any(hands))
         return bool(before)
 
