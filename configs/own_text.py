@@ -24,7 +24,7 @@ from lmjax.data.config import PrepareConfig, SourceConfig, TokenizerConfig
 def get_config(folder: str = "my_text") -> ConfigDict:
     config = run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]()
     recipe = PrepareConfig(inputs=(folder,), tokenizer=TokenizerConfig(kind="bytes"))
-    path = "data/" + re.sub(r"\W+", "-", folder).strip("-")
+    path = "data/" + (re.sub(r"\W+", "-", folder).strip("-") or "here")
     config.data.sources = {"own": as_config_dict(SourceConfig(path=path, prepare=recipe))}
     config.train.sample.prompts = ("\n",)
     return config

@@ -102,7 +102,9 @@ def _plan_arguments(sub: Parser) -> None:
 
 def _prepare_arguments(sub: Parser) -> None:
     sub.add_argument(
-        "inputs", nargs="+", help="files by glob (.txt .jsonl .jsonl.gz .jsonl.zst .parquet), folders, or stdlib:"
+        "inputs",
+        nargs="+",
+        help="files by glob (.txt .txt.gz .py .jsonl .jsonl.gz .jsonl.zst .parquet), folders, or stdlib:",
     )
     sub.add_argument("--out", required=True, help="the directory to write")
     sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")

@@ -179,7 +179,10 @@ def _results(record: Record) -> str:
     logged = {key for row in record.rows for key in row}
     only_at_the_end = [[k, v] for k, v in record.summary.items() if k.startswith("val/") and k not in logged]
     if only_at_the_end:
-        text += "\n\nFor comparison:\n\n" + _table(["", ""], only_at_the_end)
+        text += "\n\nFor comparison"
+        if any(key.endswith("xz_bpb") for key, _ in only_at_the_end):
+            text += " (bits per byte by `xz -9e`; primed: after it has read the training text, of long ones 128 MiB)"
+        text += ":\n\n" + _table(["", ""], only_at_the_end)
     return text + "\n\n### Evaluations\n\n" + _evaluations(record)
 
 
