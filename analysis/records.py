@@ -42,7 +42,6 @@ class RunRecord:
         values = [row.get(name) for name in dict.fromkeys([whole, key]) for row in rows]
         return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)), np.nan)
 
-
     def digest(self, loss: str) -> str:
         """Of the validation set that a loss is of, or of all sets for their macro average; empty where none is told."""
         named = re.match("val/([^/]+)/", loss)
