@@ -84,7 +84,7 @@ def test_the_sound_one_is_read(good: Path) -> None:
         ({"model_type": ["llama"]}, "model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures.* LlamaForCausalLM"),
         ({"hidden_act": "evil"}, 'hidden_act="evil" is no activation'),
-        ({"hidden_size": 10**12}, "lm_head|embed_tokens"),
+        ({"hidden_size": 10**12}, "embed=1000000000000"),
         ({"hidden_size": "wide"}, "hidden_size|embed"),
         ({"hidden_size": -4}, "hidden_size|embed"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers are not a number up to 10000"),
