@@ -136,13 +136,14 @@ def evaluate(arguments: Arguments) -> int:
         print(json.dumps({path: dataclasses.asdict(result) for path, result in results.items()}, indent=1))
         return 0
     for path, result in results.items():
-        print(f"{path} ({arguments.split} {result.digest}, {result.tokens:,} tokens), step {trained.step}")
+        print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}")
         print(f"  loss           {result.loss:.6f} +- {result.loss_stderr:.6f} nats per token")
         print(f"  perplexity     {result.perplexity:.4f}")
         print(f"  bits per byte  {result.bits_per_byte:.6f}")
         print(f"  accuracy       {result.accuracy:.6f} +- {result.accuracy_stderr:.6f}")
         if arguments.documents == "cut":
             print(f"  coverage       {result.coverage:.6f} of the split's tokens")
+        print(f"  digest         {result.digest}, which names the set")
     return 0
 
 

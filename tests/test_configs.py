@@ -86,7 +86,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory, quick_compilation: N
 @pytest.mark.parametrize("location", ARMS, ids=lambda location: Path(location).name)
 def test_every_config_runs_to_its_end(location: str, text: Path, tmp_path: Path, compiled_once: None) -> None:
     location = location.replace(":TEXT", f":{text}")
-    shipped = load(location, ["model.vocab=512"])
+    shipped = load(location, ["model.vocab=32000"])
     settings = list(TINY)
     if shipped.model.kv_heads is not None:
         settings.append("model.kv_heads=1")
