@@ -64,15 +64,12 @@ def write_report(inputs: Inputs, out: Path, tell: Callable[[str], None] = lambda
     folder.mkdir(parents=True, exist_ok=True)
     numbers = numbers_of(study, inputs)  # first: by it the directory is known to be a report's
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1, default=_plain) + "\n")
-    drawings, skipped = {}, {}
-    for name in figures.FIGURES:
-        try:
-            drawings[name] = draw_one(name, study)
-        except NotApplicableError as reason:
-            skipped[name] = str(reason)
-            continue
-        save(drawings[name], folder / name, study.trials)
+
+    def keep(name: str, drawing: Drawing) -> None:
+        save(drawing, folder / name, study.trials)
         tell(f" {name}")
+
+    drawings, skipped = draw(study, keep)
     tell(f", {time.monotonic() - fitted:.0f} s\n")
     estimates_table(study).to_csv(out / "estimates.csv", index=False)
     next_run = recommended_run(study)
@@ -97,14 +94,18 @@ def _is_report(path: Path) -> bool:
         return False
 
 
-def draw(study: Study) -> tuple[dict[str, Drawing], dict[str, str]]:
-    """Every figure that the study supports, and why the others are missing."""
+def draw(
+    study: Study, keep: Callable[[str, Drawing], None] = lambda name, drawing: None
+) -> tuple[dict[str, Drawing], dict[str, str]]:
+    """Every figure that the study supports, each given to `keep` when it is drawn, and why the others are missing."""
     drawings, skipped = {}, {}
     for name in figures.FIGURES:
         try:
             drawings[name] = draw_one(name, study)
         except NotApplicableError as reason:
             skipped[name] = str(reason)
+        else:
+            keep(name, drawings[name])
     return drawings, skipped
 
 
