@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from lmjax import commands, runtime
+from lmjax import commands
 from lmjax.errors import ConfigError
+from lmjax.process import ending, start_up
 
 # Arguments --------------------------------------------------------------------------------------------------------
 
@@ -218,12 +219,12 @@ def main() -> NoReturn:
     def command() -> int:
         arguments = parse(argv)
         if arguments.command in ("train", "evaluate", "generate"):
-            runtime.tune_allocator()
+            start_up.tune_allocator()
         if arguments.command == "convert":
-            runtime.return_freed_memory()
+            start_up.return_freed_memory()
         return arguments.function(arguments)
 
-    runtime.run_main(command, debug="--debug" in argv)
+    ending.run_main(command, debug="--debug" in argv)
 
 
 if __name__ == "__main__":

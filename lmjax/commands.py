@@ -18,25 +18,27 @@ from lmjax.errors import CheckpointError, ConfigError, StallError
 from lmjax.schema import validated
 
 if TYPE_CHECKING:
-    from lmjax.data.tokenizer import Tokenizer
+    from lmjax.data.tokenizers.tokenizer import Tokenizer
 
 Arguments = argparse.Namespace
 
 
 def train(arguments: Arguments) -> int:
     """Train a config in a work directory, or go on where an earlier attempt stopped. Finished: does nothing."""
-    from lmjax import config, runtime
+    from lmjax import config
+    from lmjax.process import ending, start_up
 
     cfg = config.load(arguments.config, arguments.overrides)
-    runtime.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
+    start_up.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
     if arguments.dry_run:
-        from lmjax import dry_run
+        from lmjax.run import dry_run
 
         for line in dry_run.describe(cfg):
             print(line)
         return 0
-    runtime.leave_on_sigterm()
-    from lmjax import distributed, run
+    ending.leave_on_sigterm()
+    from lmjax.process import group
+    from lmjax.run import run
 
     flags = {
         "LMJAX_COORDINATOR": arguments.coordinator,
@@ -44,17 +46,17 @@ def train(arguments: Arguments) -> int:
         "LMJAX_PROCESS_ID": arguments.process_id,
     }
     given = {name: value for name, value in flags.items() if value is not None}
-    on_loss = functools.partial(runtime.exit_now, code=StallError.exit_code)
-    distributed.start(os.environ | given, timeout=arguments.start_timeout, on_loss=on_loss)
+    on_loss = functools.partial(ending.exit_now, code=StallError.exit_code)
+    group.start(os.environ | given, timeout=arguments.start_timeout, on_loss=on_loss)
     options = run.Options(
         profile=arguments.profile,
         allow_config_change=arguments.allow_config_change,
         allow_data_change=arguments.allow_data_change,
         command=shlex.join(["lmjax", *sys.argv[1:]]),
     )
-    with distributed.naming_lost_peers("training"), _within_memory("train.batch, data.seq_len or the model's size"):
+    with group.naming_lost_peers("training"), _within_memory("train.batch, data.seq_len or the model's size"):
         code = run.run(cfg, arguments.workdir, options)
-    distributed.finish()
+    group.finish()
     return code
 
 
@@ -67,8 +69,8 @@ def plan(arguments: Arguments) -> int:
     cfg = config.load(arguments.config, arguments.overrides)
     topology.prepare_process(target)
 
-    from lmjax import dry_run
     from lmjax.plan import search, step, table
+    from lmjax.run import dry_run
 
     devices = topology.devices(target)
     cfg = dry_run.with_known_vocab(cfg)
@@ -93,7 +95,7 @@ def plan(arguments: Arguments) -> int:
 def prepare(arguments: Arguments) -> int:
     """Turn text into a directory of token shards."""
     from lmjax.data.config import PrepareConfig
-    from lmjax.data.prepare import prepare
+    from lmjax.data.prepare.prepare import prepare
 
     tokenizer = {
         "kind": "file" if arguments.tokenizer_file else arguments.tokenizer,
@@ -113,10 +115,11 @@ def prepare(arguments: Arguments) -> int:
 
 def evaluate(arguments: Arguments) -> int:
     """Loss, perplexity, bits per byte and accuracy of a trained model on a prepared data set."""
-    from lmjax import experiment, runtime
+    from lmjax.process import start_up
+    from lmjax.run.trained import evaluate_trained, load_trained
 
-    runtime.enable_compile_cache()
-    trained = experiment.load_trained(arguments.workdir, arguments.step)
+    start_up.enable_compile_cache()
+    trained = load_trained(arguments.workdir, arguments.step)
     paths = arguments.data or [source.path for source in trained.cfg.data.sources.values()]
     if not paths:
         raise ConfigError(
@@ -124,7 +127,7 @@ def evaluate(arguments: Arguments) -> int:
             f"--tokenizer-file={arguments.workdir}/tokenizer"
         )
     with _within_memory("--batch or --seq-len"):
-        results = experiment.evaluate_trained(
+        results = evaluate_trained(
             trained,
             paths,
             split=arguments.split,
@@ -149,19 +152,20 @@ def evaluate(arguments: Arguments) -> int:
 
 def generate(arguments: Arguments) -> int:
     """Text from a trained model."""
-    from lmjax import experiment, runtime
     from lmjax.generate import decode
     from lmjax.generate.config import GenerateConfig
+    from lmjax.process import start_up
+    from lmjax.run.trained import load_trained
 
     if arguments.system is not None and not arguments.chat:
         raise ConfigError("--system stands before a conversation: add --chat, or leave it out")
-    runtime.enable_compile_cache()
+    start_up.enable_compile_cache()
     fields = {field.name for field in dataclasses.fields(GenerateConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
     if arguments.temperature is None:
         given["temperature"] = 0.8 if arguments.beams == 1 else 0.0
     cfg = validated(GenerateConfig, given | {"stop_at_endoftext": not arguments.ignore_endoftext})
-    trained = experiment.load_trained(arguments.workdir, arguments.step)
+    trained = load_trained(arguments.workdir, arguments.step)
     prompts = arguments.prompt or [""]
     asked = _conversations(arguments, trained.tokenizer) if arguments.chat else prompts
     shown = [""] * len(prompts) if arguments.chat else prompts
@@ -205,8 +209,8 @@ def _conversations(arguments: Arguments, tokenizer: "Tokenizer") -> list[list[in
 
 def convert(arguments: Arguments) -> int:
     """A foreign checkpoint into a work directory (--from-hf, --from-llama2c), or back (--to-hf)."""
-    from lmjax import convert
     from lmjax.models import decoder
+    from lmjax.run import convert
     from lmjax.weights import count
 
     _check_direction(arguments)
@@ -252,9 +256,9 @@ def _flag(name: str) -> str:
 
 def inspect(arguments: Arguments) -> int:
     """What a checkpoint holds."""
-    from lmjax import checkpoint
+    from lmjax.record import inspect
 
-    print(checkpoint.format_inspection(checkpoint.inspect(arguments.path, step=arguments.step, hashes=arguments.hash)))
+    print(inspect.format_inspection(inspect.inspect(arguments.path, step=arguments.step, hashes=arguments.hash)))
     return 0
 
 
@@ -262,8 +266,8 @@ def verify(arguments: Arguments) -> int:
     """Hash every file of a run's checkpoints, or of a prepared data set, against its manifest."""
     from etils import epath
 
-    from lmjax import workdir
-    from lmjax.data import manifest, shards
+    from lmjax.data.store import manifest, shards
+    from lmjax.run import workdir
 
     path = epath.Path(arguments.path)
     if (path / manifest.FILE).exists():

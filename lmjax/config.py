@@ -20,14 +20,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from etils import epath
 from ml_collections import ConfigDict
 
-from lmjax.checkpoint_config import CheckpointConfig
 from lmjax.data.config import DataConfig
+from lmjax.devices.config import MeshConfig
 from lmjax.errors import ConfigError
-from lmjax.mesh_config import MeshConfig
 from lmjax.models.config import ModelConfig, require_learning
 from lmjax.optim.config import OptimizerConfig
+from lmjax.record.config import CheckpointConfig, TrackingConfig
 from lmjax.schema import config_class, validated
-from lmjax.tracking import TrackingConfig
 from lmjax.train.config import TrainConfig
 
 

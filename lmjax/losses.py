@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.layout import add_up, current_mesh, lying, mesh_axes, partition, per_device, shards, whole
+from lmjax.devices.gather import all_gather, per_device, reduce_scatter
+from lmjax.devices.mesh import current_mesh, mesh_axes, partition_spec, shards, specs_of
 
 _TOKENS = ("batch", "time")
 
@@ -118,18 +119,18 @@ def chunked_token_sums(
 
     if current_mesh() is None and chunk >= x_BTD.shape[1]:
         return sums_of(head, x_BTD, targets_BT, weights_BT)
-    head_lies, x_lies, tokens_lie = lying(head), partition((*_TOKENS, None)), partition(_TOKENS)
+    head_lies, x_lies, tokens_lie = specs_of(head), partition_spec((*_TOKENS, None)), partition_spec(_TOKENS)
     in_specs = (head_lies, x_lies, tokens_lie, tokens_lie)
     devices = mesh_axes("batch") + mesh_axes("time")
 
     @jax.custom_vjp
     def total(head: Head, x_BTD: jax.Array) -> Sums:
         local = functools.partial(_sums, sums_of, chunk, devices, head_lies)
-        return per_device(local, in_specs, partition(()))(head, x_BTD, targets_BT, weights_BT)
+        return per_device(local, in_specs, partition_spec(()))(head, x_BTD, targets_BT, weights_BT)
 
     def forward(head: Head, x_BTD: jax.Array) -> tuple[Sums, Any]:
         local = functools.partial(_sums_and_gradients, sums_of, chunk, devices, head_lies)
-        spread = per_device(local, in_specs, (partition(()), head_lies, x_lies))
+        spread = per_device(local, in_specs, (partition_spec(()), head_lies, x_lies))
         sums, *gradients = spread(head, x_BTD, targets_BT, weights_BT)
         return sums, tuple(gradients)
 
@@ -144,7 +145,7 @@ def _sums(
     sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head_lies: Any, head: Head, *tokens: jax.Array
 ) -> Sums:
     """The sums of all devices."""
-    head = whole(head, head_lies)
+    head = all_gather(head, head_lies)
 
     def body(sums: Sums, inputs: Any) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, sums, sums_of(head, *inputs)), None
@@ -160,7 +161,7 @@ def _sums_and_gradients(
 
     Devices along `tensor` compute one loss together; a gradient inside is that of the sum of all their losses.
     """
-    head = whole(head, head_lies)
+    head = all_gather(head, head_lies)
 
     def loss(head: Head, *inputs: Any) -> tuple[jax.Array, Sums]:
         sums = sums_of(head, *inputs)
@@ -174,22 +175,22 @@ def _sums_and_gradients(
     start = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))
     (sums, head_gradient), dx = jax.lax.scan(body, start, tuple(_split(x, chunk) for x in tokens))
     dx_BTD = jax.lax.psum(_joined(dx, tokens[0].shape[1]), mesh_axes("vocab"))
-    return jax.lax.psum(sums, devices), add_up(head_gradient, head_lies, devices), dx_BTD
+    return jax.lax.psum(sums, devices), reduce_scatter(head_gradient, head_lies, devices), dx_BTD
 
 
 def token_logprobs(
     unembed: Unembed, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(target), whether no token was more probable), both float32 [B, T], chunk by chunk."""
-    local = functools.partial(_token_logprobs, unembed, lying(head), chunk=chunk)
-    in_specs = (lying(head), partition((*_TOKENS, None)), partition(_TOKENS))
-    return per_device(local, in_specs, (partition(_TOKENS), partition(_TOKENS)))(head, x_BTD, targets_BT)
+    local = functools.partial(_token_logprobs, unembed, specs_of(head), chunk=chunk)
+    in_specs = (specs_of(head), partition_spec((*_TOKENS, None)), partition_spec(_TOKENS))
+    return per_device(local, in_specs, (partition_spec(_TOKENS), partition_spec(_TOKENS)))(head, x_BTD, targets_BT)
 
 
 def _token_logprobs(
     unembed: Unembed, head_lies: Any, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    head = whole(head, head_lies)
+    head = all_gather(head, head_lies)
 
     @jax.checkpoint
     def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:

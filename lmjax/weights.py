@@ -3,7 +3,7 @@
     spec = bind({"query": Weight("embed -> heads head_dim"), ...}, {"embed": 128, "heads": 2, "head_dim": 64})
 
 `axes` names what goes in and what comes out. From a `Spec` (a nested dict of `Weight`) follow shapes, initialization,
-sharding (layout.py), parameter counts, optimizer routing and decay masks (optim/), checkpoint paths and FLOPs
+sharding (devices/), parameter counts, optimizer routing and decay masks (optim/), checkpoint paths and FLOPs
 (models/flops.py). Params are the same nested dict holding arrays.
 """
 

@@ -15,7 +15,8 @@ SECTIONS = re.split(r"^## ", (ROOT / "docs" / "change_one_line.md").read_text(),
 PROGRAM = """
 import sys
 import numpy as np
-from lmjax import config, experiment
+from lmjax import config
+from lmjax.run import assemble
 from lmjax.data.batch import Batch
 
 def last_loss(*settings):
@@ -24,10 +25,10 @@ def last_loss(*settings):
     tree.optimizer.schedule.warmup = 1
     for setting in settings:
         config._apply_override(tree, setting)
-    parts = experiment.assemble(config.parse(tree.to_dict()))
+    parts = assemble.assemble(config.parse(tree.to_dict()))
     ids = np.random.default_rng(0).integers(0, 31, (4, 13)).astype(np.int32)
     batch = Batch(ids[:, :-1], ids[:, 1:], np.ones((4, 12), np.float32), np.arange(4, dtype=np.int32))
-    state, step = experiment.initial_state(parts), experiment.compiled_step(parts)
+    state, step = assemble.initial_state(parts), assemble.compiled_step(parts)
     for _ in range(3):
         state, metrics = step(state, {}, batch)
     return float(metrics["loss"][0])

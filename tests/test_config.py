@@ -125,12 +125,12 @@ def test_mistakes_in_a_config_are_found_without_jax(arguments: list[str], tmp_pa
     ("module", "registry"),
     [
         ("lmjax.models.activations", "ACTIVATIONS"),
-        ("lmjax.models.attention", "BACKENDS"),
+        ("lmjax.models.attention.attention", "BACKENDS"),
         ("lmjax.models.remat", "REMAT"),
         ("lmjax.optim.rules", "OPTIMIZERS"),
         ("lmjax.optim.schedules", "SCHEDULES"),
         ("lmjax.losses", "TOKEN_LOSSES"),
-        ("lmjax.layout", "LAYOUTS"),
+        ("lmjax.devices.mesh", "LAYOUTS"),
     ],
 )
 def test_names_in_the_source_are_those_of_the_registry(module: str, registry: str) -> None:

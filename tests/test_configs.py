@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from lmjax import runtime
 from lmjax.config import load
 from lmjax.errors import DONE, ConfigError
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
-from lmjax.run import Options, run
-from lmjax.tracking import read_events
+from lmjax.process import start_up
+from lmjax.record.tracking import read_events
+from lmjax.run.run import Options, run
 from lmjax.weights import count
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -77,7 +77,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Iterator[None]:
     """Made tiny, the sizes of a config are one model: its programs are compiled for the first of them."""
-    runtime.enable_compile_cache(str(tmp_path_factory.mktemp("xla")))
+    start_up.enable_compile_cache(str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     yield
     jax.config.update("jax_compilation_cache_dir", None)

@@ -8,13 +8,13 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from lmjax.data import storage
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig, SourceConfig
 from lmjax.data.mixture import SHORTEST, Mixture, close_resolution
-from lmjax.data.shards import Dataset, TokenSplit, open_dataset, verify_dataset
+from lmjax.data.store.shards import Dataset, TokenSplit, open_dataset, verify_dataset
 from lmjax.data.windows import Windows, as_batch
 from lmjax.errors import ConfigError, DataError
+from lmjax.record import files
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class Loader:
             "origin": origin,
             "sources": {source.name: [source.order, self._cfg.sources[source.name].weight] for source in self._sources},
         }
-        return storage.hash_bytes(json.dumps(content, sort_keys=True).encode())
+        return files.hash_bytes(json.dumps(content, sort_keys=True).encode())
 
     def _resume(self, start: LoaderState | int, allow_data_change: bool) -> tuple[int, Origin]:
         """The sample to go on with, and the mixture's origin."""
@@ -253,5 +253,5 @@ def _open(cfg: DataConfig, source: SourceConfig) -> Dataset:
 
 def _source(cfg: DataConfig, name: str, dataset: Dataset) -> _Source:
     split: TokenSplit = dataset.split("train")
-    order = storage.hash_bytes(json.dumps([_ORDER, split.hash, cfg.seq_len, cfg.seed]).encode())
+    order = files.hash_bytes(json.dumps([_ORDER, split.hash, cfg.seq_len, cfg.seed]).encode())
     return _Source(name, Windows(split, cfg.seq_len, cfg.seed, cfg.documents), order, dataset.manifest.vocab_size)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lmjax.data.batch import Batch
 from lmjax.data.permutation import permuted
-from lmjax.data.shards import TokenSplit
+from lmjax.data.store.shards import TokenSplit
 from lmjax.errors import DataError
 
 _BLOCK = 4096  # window numbers drawn at a time

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.batch import Batch
-from lmjax.distributed import in_turn
+from lmjax.devices.mesh import constrain
 from lmjax.errors import DataError
-from lmjax.layout import constrain
 from lmjax.losses import token_logprobs
 from lmjax.models.model import Model
+from lmjax.process.group import in_turn
 from lmjax.weights import Params
 
 

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
+from lmjax.devices.mesh import current_mesh
 from lmjax.errors import ConfigError, DataError
 from lmjax.generate.beam import beam_search
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Functions, Memory, functions, prefill, step
 from lmjax.generate.sampling import sample
-from lmjax.layout import current_mesh
 from lmjax.models.model import Model
 from lmjax.weights import Params, Spec, by_path
 

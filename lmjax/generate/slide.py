@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
 from lmjax.models.model import Model

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lmjax.data import storage
 from lmjax.errors import DataError
 from lmjax.hf.config_json import read_json
 from lmjax.hf.symbols import special_tokens
+from lmjax.record import files
 
 _SECONDS, _BYTES = 10, 1 << 30  # for one conversation
 
@@ -32,12 +32,12 @@ class Template(NamedTuple):
 
 def load_template(directory: os.PathLike[str] | str) -> Template:
     """The template of `chat_template.jinja` or of `tokenizer_config.json`. Raises DataError where there is none."""
-    located = storage.locate(directory)
+    located = files.locate(directory)
     path = located / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
     found = settings.get("chat_template")
     if (located / "chat_template.jinja").exists():
-        found = storage.read_bytes(located / "chat_template.jinja").decode("utf-8", errors="replace")
+        found = files.read_bytes(located / "chat_template.jinja").decode("utf-8", errors="replace")
     if isinstance(found, list):  # several templates by name, in older files
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import CheckpointError
 from lmjax.hf.config_json import read_config, read_json, write_config
 from lmjax.hf.families import family_for, family_of

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.data import storage
-from lmjax.data.pieces import SentencePieceTokenizer
+from lmjax.data.tokenizers.pieces import SentencePieceTokenizer
 from lmjax.errors import CheckpointError, ConfigError, DataError
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
 from lmjax.models.position import rope_frequencies
+from lmjax.record import files
 from lmjax.weights import Params, by_path
 
 _MAGIC = 0x616B3432  # "ak42"
@@ -198,8 +198,8 @@ def read_tokenizer(path: str | os.PathLike[str], vocab: int) -> SentencePieceTok
     Documents follow one another after `<s>`, which is therefore endoftext; `</s>` ends a text, too. Raises DataError
     for a file that is damaged or has not `vocab` pieces.
     """
-    located = storage.locate(path)
-    content = storage.read_bytes(located)
+    located = files.locate(path)
+    content = files.read_bytes(located)
     model = content if located.suffix == ".model" else sentencepiece_model(content, vocab, str(located))
     tokenizer = SentencePieceTokenizer(model, "<s>", str(located))
     if tokenizer.vocab_size != vocab:

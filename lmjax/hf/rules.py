@@ -298,8 +298,6 @@ def _write_two_ropes(cfg: ModelConfig) -> Json:
 
 # Gemma 3: local layers turn with their own base and are never scaled.
 TWO_ROPES = Rule(_read_two_ropes, _write_two_ropes)
-
-
 _LARGEST = 1_000_000
 
 

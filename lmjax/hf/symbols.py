@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmjax.data.huggingface import HuggingFaceTokenizer
-from lmjax.data.pieces import SentencePieceTokenizer
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from lmjax.data.tokenizers.pieces import SentencePieceTokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 from lmjax.hf.config_json import read_json
 

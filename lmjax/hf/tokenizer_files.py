@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmjax.data import storage
-from lmjax.data.huggingface import HuggingFaceTokenizer
-from lmjax.data.pieces import SentencePieceTokenizer
-from lmjax.data.tokenizer import Tokenizer, load_tokenizer
+from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from lmjax.data.tokenizers.pieces import SentencePieceTokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.hf import symbols
 from lmjax.hf.config_json import read_json
 from lmjax.hf.tokenizer_json import as_json, from_merges
 from lmjax.models.config import ModelConfig
+from lmjax.record.files import reporting
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _settings(directory: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _small(path: Path) -> bytes:
-    with storage.reporting(path):
+    with reporting(path):
         if path.stat().st_size > _LARGEST_KEPT:
             raise DataError(f"{path} has {path.stat().st_size} bytes, which no file of this name has; remove it")
         return path.read_bytes()

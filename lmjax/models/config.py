@@ -148,7 +148,7 @@ class ModelConfig:
 
     position: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     rope: RopeConfig = RopeConfig()
-    attention: Annotated[str, one_of(["auto", *names_in("lmjax.models.attention", "BACKENDS")])] = "auto"
+    attention: Annotated[str, one_of(["auto", *names_in("lmjax.models.attention.attention", "BACKENDS")])] = "auto"
     """auto: ring where devices share rows; splash on TPU, cudnn on GPU where they can do what is asked; else
     reference."""
     attention_scale: PositiveFloat | None = None

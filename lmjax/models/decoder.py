@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmjax.devices.gather import gather
+from lmjax.devices.mesh import constrain, shards
+from lmjax.devices.rows import token_order
 from lmjax.errors import ConfigError
-from lmjax.layout import constrain, gather, shards, token_order
-from lmjax.models import cache as caches
-from lmjax.models import moe
 from lmjax.models.activations import softcap
-from lmjax.models.attention import Mask, Score, attention
+from lmjax.models.attention import cache as caches
+from lmjax.models.attention.attention import Mask, Score, attention
 from lmjax.models.config import AttentionKind, LayerKind, ModelConfig, Segments, dominant, layer_index
 from lmjax.models.dropout import PairDropout, dropout, site_key
 from lmjax.models.flops import attention_flops
@@ -25,6 +26,7 @@ from lmjax.models.layers import lookup, lookup_tokens, norm, norm_weights, rms_n
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp, mlp_weights
 from lmjax.models.model import Cache, Model
+from lmjax.models.moe import moe
 from lmjax.models.pipeline import pipelined
 from lmjax.models.position import (
     Rotation,

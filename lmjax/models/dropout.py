@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
-from lmjax.layout import constrain, current_mesh, token_order
+from lmjax.devices.mesh import constrain, current_mesh
+from lmjax.devices.rows import token_order
 
 
 def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: float, layer: int | jax.Array, site: int) -> jax.Array:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lmjax.layout import current_mesh, mesh_axes, partition, per_device, whole
+from lmjax.devices.gather import all_gather, per_device
+from lmjax.devices.mesh import current_mesh, mesh_axes, partition_spec
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
 
@@ -80,10 +81,10 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Arr
     if current_mesh() is None:
         return table_VD[ids_BT].astype(dtype)
 
-    table_lies, tensor = partition(("vocab", "embed")), mesh_axes("vocab")
+    table_lies, tensor = partition_spec(("vocab", "embed")), mesh_axes("vocab")
 
     def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        table_VD, V = whole(table_VD.astype(dtype), table_lies), len(table_VD)
+        table_VD, V = all_gather(table_VD.astype(dtype), table_lies), len(table_VD)
         if not tensor:
             return _rows(table_VD, ids_BT)
         ids_BT = ids_BT - V * jax.lax.axis_index(tensor)
@@ -91,5 +92,5 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Arr
         x_BTD = jnp.where(mine_BT[..., None], _rows(table_VD, jnp.where(mine_BT, ids_BT, 0)), 0)
         return jax.lax.psum_scatter(x_BTD, tensor, scatter_dimension=1, tiled=True)
 
-    in_specs = (table_lies, partition(("batch", "time")))
-    return per_device(local, in_specs, partition(("batch", "residual_time", None)))(table_VD, ids_BT)
+    in_specs = (table_lies, partition_spec(("batch", "time")))
+    return per_device(local, in_specs, partition_spec(("batch", "residual_time", None)))(table_VD, ids_BT)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lmjax.layout import current_mesh
+from lmjax.devices.mesh import current_mesh
 
 _MANY_ROWS = 256  # fewer are a decoding step, which has no gradient
 

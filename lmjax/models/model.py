@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lmjax.layout import gather
+from lmjax.devices.gather import gather
 from lmjax.metrics import Metrics
 from lmjax.weights import Params, Spec
 

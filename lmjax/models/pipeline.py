@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lmjax.layout import RULES, join_rows, mesh_axes, per_stage, reshape, shards, split_rows
+from lmjax.devices.gather import per_stage
+from lmjax.devices.mesh import RULES, mesh_axes, reshape, shards
+from lmjax.devices.rows import join_rows, split_rows
 from lmjax.weights import Params
 
 (AXIS,) = RULES["layers"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lmjax.layout import GATHER, current_mesh
+from lmjax.devices.mesh import GATHER, current_mesh
 
 Body = Callable[..., Any]
 

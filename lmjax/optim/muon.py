@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmjax import layout
+from lmjax.devices import gather, mesh
 from lmjax.weights import Weight
 
 # Quintic with the steepest slope at zero that still maps [0, 1] into about [0.7, 1.2] (Jordan et al.).
@@ -47,6 +47,6 @@ def orthogonalize(weight: Weight, update: jax.Array) -> jax.Array:
     """
     single, copies = weight.unstacked(), weight.shape[: len(weight.batch_axes)]
     sides = single.fan_in, math.prod(single.shape) // single.fan_in
-    matrices = layout.whole_copies(update, weight.batch_axes).reshape(*copies, *sides)
+    matrices = gather.whole_copies(update, weight.batch_axes).reshape(*copies, *sides)
     step = ADAMW_RMS * math.sqrt(max(sides)) * newton_schulz(matrices)
-    return layout.constrain(step.reshape(weight.shape), *weight.names)
+    return mesh.constrain(step.reshape(weight.shape), *weight.names)

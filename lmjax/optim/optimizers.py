@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from lmjax import layout
+from lmjax.devices.mesh import replicated, shardings
 from lmjax.optim.config import OptimizerConfig
 from lmjax.optim.rules import OPTIMIZERS
 from lmjax.optim.schedules import SCHEDULES, Hyper
@@ -71,9 +71,7 @@ def state_shardings(optimizer: Optimizer, spec: Spec, mesh: jax.sharding.Mesh) -
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
     # Under Explicit axis types a sharding is part of the type, so tracing `init` tells where each array lies.
-    params = jax.tree.map(placed, abstract(spec), layout.shardings(spec, mesh))
+    params = jax.tree.map(placed, abstract(spec), shardings(spec, mesh))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(optimizer.init, params)
-    return jax.tree.map(
-        lambda x: NamedSharding(mesh, x.sharding.spec) if x.sharding else layout.replicated(mesh), state
-    )
+    return jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec) if x.sharding else replicated(mesh), state)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from lmjax.layout import split_in_front
+from lmjax.devices.mesh import split_in_front
 from lmjax.weights import Params, Spec, Weight, map_weights
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend
 
-from lmjax.experiment import device_bytes
 from lmjax.plan.roofline import local_bytes, local_shape
+from lmjax.run.assemble import device_bytes
 from lmjax.train.state import TrainState
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

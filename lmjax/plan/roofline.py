@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from lmjax.chips import Chip
-from lmjax.collectives import Collective
+from lmjax.devices.chips import Chip
 from lmjax.models.flops import matrix_products, product_flops
+from lmjax.plan.collectives import Collective
 from lmjax.plan.topology import Topology
 
 

@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lmjax import chips, layout
-from lmjax import experiment as parts
-from lmjax.chips import Chip
 from lmjax.config import Config
+from lmjax.devices import chips
+from lmjax.devices.chips import Chip
+from lmjax.devices.config import MeshConfig
+from lmjax.devices.mesh import AXES, LAYOUTS, axis_sizes
 from lmjax.errors import ConfigError
-from lmjax.layout import MeshConfig
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
 from lmjax.models.remat import REMAT
 from lmjax.plan.step import Plan, make_plan
 from lmjax.plan.topology import Topology
+from lmjax.run import assemble
 from lmjax.schema import validated
 from lmjax.weights import count
 
@@ -129,7 +130,7 @@ def candidates(cfg: Config, topology: Topology, devices: list[Any]) -> Iterator[
         for pieces, remat in itertools.product(MICROBATCHES, REMAT):
             try:
                 one = _with(cfg, mesh, pieces * sizes["pipeline"], remat)
-                parts.make_mesh(one, devices)
+                assemble.make_mesh(one, devices)
             except ConfigError:
                 continue
             yield Candidate(one, fixed, saved_activations(one, len(devices)), rough_seconds(one, sizes, chip))
@@ -149,15 +150,15 @@ def meshes(devices: int, given: MeshConfig) -> Iterator[tuple[dict[str, int], Me
     """
     seen: list[dict[str, int]] = []
     divisors = [n for n in range(2, devices + 1) if devices % n == 0]
-    fixed = {axis: getattr(given, axis) for axis in layout.AXES if getattr(given, axis) is not None}
-    for name, (rest, *others) in layout.LAYOUTS.items():
+    fixed = {axis: getattr(given, axis) for axis in AXES if getattr(given, axis) is not None}
+    for name, (rest, *others) in LAYOUTS.items():
         free = [axis for axis in others if axis not in fixed]
         choices = [[n for n in divisors if n <= LARGEST.get(axis, n)] for axis in free]
         for chosen in itertools.product(*choices):
             mesh = MeshConfig(layout=name, **fixed, **dict(zip(free, chosen, strict=True)))
             taken = math.prod((*fixed.values(), *chosen))
             if taken == devices or (devices % taken == 0 and rest not in fixed):
-                sizes = layout.axis_sizes(mesh, devices)
+                sizes = axis_sizes(mesh, devices)
                 if sizes not in seen:
                     seen.append(sizes)
                     yield sizes, mesh
@@ -165,8 +166,8 @@ def meshes(devices: int, given: MeshConfig) -> Iterator[tuple[dict[str, int], Me
 
 def _state_bytes(cfg: Config, devices: list[Any]) -> float:
     """Of state and gradients on one device. Raises ConfigError for what the mesh does not divide."""
-    state = parts.abstract_state(parts.assemble(cfg, devices))
-    return parts.device_bytes((state, state.params))
+    state = assemble.abstract_state(assemble.assemble(cfg, devices))
+    return assemble.device_bytes((state, state.params))
 
 
 def saved_activations(cfg: Config, devices: int) -> float:

@@ -5,21 +5,21 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lmjax import chips
-from lmjax import experiment as parts
-from lmjax.chips import Chip
-from lmjax.collectives import Collective, collectives
 from lmjax.config import Config
 from lmjax.data.batch import Batch
+from lmjax.devices import chips, place
+from lmjax.devices.chips import Chip
+from lmjax.devices.mesh import LAYOUTS
 from lmjax.errors import ConfigError
-from lmjax.experiment import Experiment
-from lmjax.layout import LAYOUTS
 from lmjax.models.flops import Flops, sequence_flops
 from lmjax.models.model import Model
 from lmjax.plan import memory, roofline
+from lmjax.plan.collectives import Collective, collectives
 from lmjax.plan.memory import Buffer, Memory
 from lmjax.plan.roofline import Estimate, Work
 from lmjax.plan.topology import Topology
+from lmjax.run import assemble
+from lmjax.run.assemble import Experiment
 from lmjax.train.state import TrainState
 from lmjax.weights import Counts, count
 
@@ -76,14 +76,14 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
     A step whose state and gradients alone are too much is not compiled. Raises ConfigError for a config whose mesh does
     not fit the devices, or leaves some of a TPU slice out.
     """
-    experiment = parts.assemble(cfg, devices)
+    experiment = assemble.assemble(cfg, devices)
     assert experiment.mesh is not None
     if topology.family != "cpu" and experiment.mesh.size < len(devices):
         raise ConfigError(
             f"mesh: {experiment.mesh.size} of the {len(devices)} devices of {topology.name} take part, but a TPU "
             f"program runs on all of them; leave mesh.{LAYOUTS[cfg.mesh.layout][0]} out, and it takes the rest"
         )
-    state, batch = parts.abstract_state(experiment), parts.abstract_batch(experiment)
+    state, batch = assemble.abstract_state(experiment), assemble.abstract_batch(experiment)
     flops = sequence_flops(experiment.model, cfg.data.seq_len)
     plan = Plan(
         cfg=cfg,
@@ -93,7 +93,7 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
         counts=count(experiment.model.spec),
         step_flops=Flops(*(cfg.train.batch * n for n in flops)),
         memory=memory.of_declaration(state, batch),
-        needed=parts.device_bytes((state, state.params)),
+        needed=assemble.device_bytes((state, state.params)),
         largest=memory.largest_arrays({"state": state, "gradients": state.params}),
         work=None,
         compiled=None,
@@ -107,21 +107,21 @@ def _compiled(plan: Plan, experiment: Experiment, state: TrainState, batch: Batc
     """The plan with what tracing and compiling the step tell."""
     assert experiment.mesh is not None
     start = time.perf_counter()
-    step = parts.jitted_step(experiment)  # outside the mesh: nothing can run on devices that are not here
-    with parts.entered(experiment.mesh):
+    step = assemble.jitted_step(experiment)  # outside the mesh: nothing can run on devices that are not here
+    with place.use_mesh(experiment.mesh):
         traced = step.trace(state, {}, batch)
         lowered = traced.lower()
     traced_at, program = time.perf_counter(), traced.jaxpr.jaxpr
     visible = _visible(experiment.model, plan.cfg.data.seq_len)
     plan = plan._replace(
         memory=plan.memory._replace(activations=memory.saved_for_backward(program)),
-        work=roofline.work(program, visible=visible, state_bytes=parts.device_bytes(state)),
+        work=roofline.work(program, visible=visible, state_bytes=assemble.device_bytes(state)),
         seconds={"tracing": traced_at - start},
     )
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:  # of many causes; the message alone tells which
-        exhausted = memory.parse_out_of_memory(str(error), arguments=parts.device_bytes(state))
+        exhausted = memory.parse_out_of_memory(str(error), arguments=assemble.device_bytes(state))
         if exhausted is None:
             raise
         return plan._replace(needed=exhausted.used, largest=exhausted.largest or memory.largest_values(program))

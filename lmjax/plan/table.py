@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lmjax import dry_run
-from lmjax.chips import GIB, PRICES_FROM
-from lmjax.collectives import by_kind
 from lmjax.config import Config
+from lmjax.devices.chips import GIB, PRICES_FROM
 from lmjax.models import decoder
+from lmjax.plan.collectives import by_kind
 from lmjax.plan.search import Search, changes
 from lmjax.plan.step import Plan
+from lmjax.run import dry_run
 
 _MEMORY = {
     "params": "params, float32",

@@ -14,7 +14,8 @@ import numpy as np
 from lmjax.data.batch import Batch
 from lmjax.errors import NumericalError
 from lmjax.metrics import Metrics, finish
-from lmjax.runtime import Watchdog, fault
+from lmjax.process.faults import fault
+from lmjax.process.signals import Watchdog
 from lmjax.train.state import TrainState
 from lmjax.train.step import Step
 from lmjax.weights import Params

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from lmjax.data.batch import Batch
-from lmjax.layout import shards, split_rows
+from lmjax.devices.mesh import shards
+from lmjax.devices.rows import split_rows
 from lmjax.metrics import Metrics
 from lmjax.optim.optimizers import Optimizer
 from lmjax.train.objective import Keys, Objective

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmjax.data.config import PrepareConfig, TokenizerConfig
-from lmjax.data.prepare import prepare
+from lmjax.data.prepare.prepare import prepare
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "data"
 

@@ -5,8 +5,15 @@ import itertools
 import pytest
 
 from lmjax.data.config import PrepareConfig
-from lmjax.data.corpus import Omitted, Text, documents_needed, read_corpus, sample_passages, validation_documents
-from lmjax.data.sources import list_inputs
+from lmjax.data.prepare.corpus import (
+    Omitted,
+    Text,
+    documents_needed,
+    read_corpus,
+    sample_passages,
+    validation_documents,
+)
+from lmjax.data.prepare.sources import list_inputs
 from lmjax.errors import DataError
 
 

@@ -14,10 +14,10 @@ import pydantic
 import pytest
 
 from lmjax.data.config import PrepareConfig, TokenizerConfig
-from lmjax.data.manifest import read_manifest, write_manifest
-from lmjax.data.prepare import prepare
-from lmjax.data.shards import open_dataset, verify_dataset
-from lmjax.data.tokenizer import train_tokenizer
+from lmjax.data.prepare.prepare import prepare
+from lmjax.data.store.manifest import read_manifest, write_manifest
+from lmjax.data.store.shards import open_dataset, verify_dataset
+from lmjax.data.tokenizers.tokenizer import train_tokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.schema import validated
 
@@ -69,7 +69,7 @@ def test_the_number_of_workers_changes_nothing(prepared, numbered_texts):
 
 def start(cfg: PrepareConfig, target: Path) -> subprocess.Popen:
     code = (
-        "import sys; from lmjax.data.config import PrepareConfig; from lmjax.data.prepare import prepare\n"
+        "import sys; from lmjax.data.config import PrepareConfig; from lmjax.data.prepare.prepare import prepare\n"
         "import json, pydantic; cfg = pydantic.TypeAdapter(PrepareConfig).validate_json(sys.argv[1])\n"
         "prepare(cfg, sys.argv[2], progress=False)"
     )
@@ -110,7 +110,7 @@ def interrupt(cfg, target, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lmjax.data.prepare.write_manifest", stop)
+        patch.setattr("lmjax.data.prepare.prepare.write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(cfg, target, progress=False)
     assert not (target / "manifest.json").exists()
@@ -457,7 +457,7 @@ def test_a_very_long_line_takes_little_memory(tmp_path):
     line = json.dumps({"text": "some words of a long line " * 2_500_000})
     (tmp_path / "a.jsonl").write_text(line)
     code = (
-        "import resource, sys; from lmjax.data.config import *; from lmjax.data.prepare import prepare\n"
+        "import resource, sys; from lmjax.data.config import *; from lmjax.data.prepare.prepare import prepare\n"
         "tokenizer = TokenizerConfig(vocab=290)\n"
         "cfg = PrepareConfig(inputs=(sys.argv[1],), tokenizer=tokenizer, valid_fraction=0, workers=1)\n"
         "print(prepare(cfg, sys.argv[2]).splits['train'].text_bytes)\n"

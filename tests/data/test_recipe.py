@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from lmjax import config, run
+from lmjax import config
 from lmjax.__main__ import parse
 from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from lmjax.data.manifest import Manifest
-from lmjax.data.shards import open_dataset
+from lmjax.data.store.manifest import Manifest
+from lmjax.data.store.shards import open_dataset
 from lmjax.errors import ConfigError, LmjaxError
 from lmjax.models.config import ModelConfig
+from lmjax.run import run
 from lmjax.schema import validated
 
 # For every setting of a recipe an argument that gives it another value than its default.
@@ -48,7 +49,7 @@ def recipe_of(*arguments: str) -> PrepareConfig:
 
     parsed = parse(["prepare", "--out=out", *arguments])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmjax.data.prepare.prepare", instead)
+        patch.setattr("lmjax.data.prepare.prepare.prepare", instead)
         with pytest.raises(InterruptedError):
             parsed.function(parsed)
     return found[0]

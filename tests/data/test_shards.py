@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from lmjax.data.manifest import read_manifest
-from lmjax.data.shards import open_dataset, token_dtype, verify_dataset
+from lmjax.data.store.manifest import read_manifest
+from lmjax.data.store.shards import open_dataset, token_dtype, verify_dataset
 from lmjax.errors import DataError
 
 
@@ -132,7 +132,7 @@ def test_tokens_outside_the_vocabulary_are_located(dataset, monkeypatch, token):
     tokens = np.fromfile(path, np.uint16)
     tokens[1234] = token
     tokens.tofile(path)
-    monkeypatch.setattr("lmjax.data.shards.TokenSplit._check", lambda *_: None)
+    monkeypatch.setattr("lmjax.data.store.shards.TokenSplit._check", lambda *_: None)
     with pytest.raises(DataError, match=rf"{path}: token id {token} at token 1234 is outside the vocabulary of 257"):
         read_everything(dataset)
 
@@ -162,7 +162,7 @@ def test_a_damaged_manifest_is_refused(dataset):
 
 def test_manifests_cannot_point_elsewhere(dataset):
     """Even one that someone sealed."""
-    from lmjax.data.manifest import _hash
+    from lmjax.data.store.manifest import _hash
 
     content = json.loads((dataset / "manifest.json").read_text())
     content["splits"]["train"]["shards"][0]["name"] = "../../etc/train-00000"
@@ -174,7 +174,7 @@ def test_manifests_cannot_point_elsewhere(dataset):
 
 def test_another_tokenizer_is_refused(dataset):
     from lmjax.data.config import TokenizerConfig
-    from lmjax.data.tokenizer import train_tokenizer
+    from lmjax.data.tokenizers.tokenizer import train_tokenizer
 
     assert open_dataset(dataset).tokenizer().hash == read_manifest(open_dataset(dataset).path).tokenizer_hash
     train_tokenizer(TokenizerConfig(kind="chars"), ["abc"]).save(dataset / "tokenizer")
@@ -210,7 +210,7 @@ def test_the_type_holds_the_vocabulary():
 
 def test_staging_copies_checks_and_reuses(dataset, tmp_path, monkeypatch):
     """A bucket is stood for by a folder."""
-    monkeypatch.setattr("lmjax.data.storage.is_remote", lambda path: str(path).startswith(str(dataset)))
+    monkeypatch.setattr("lmjax.record.files.is_remote", lambda path: str(path).startswith(str(dataset)))
     cache = str(tmp_path / "cache")
     staged = verify_dataset(dataset, cache=cache)
     assert str(staged.path).startswith(cache) and staged.manifest == read_manifest(staged.path)
@@ -222,10 +222,10 @@ def test_staging_copies_checks_and_reuses(dataset, tmp_path, monkeypatch):
     damaged = staged.path / "train-00002.tokens"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")  # of the right size
     verify_dataset(dataset, cache=cache)
-    monkeypatch.setattr("lmjax.data.storage.hash_file", None)  # what nobody has touched is not read again
+    monkeypatch.setattr("lmjax.record.files.hash_file", None)  # what nobody has touched is not read again
     open_dataset(dataset, cache=cache)
     monkeypatch.undo()
-    monkeypatch.setattr("lmjax.data.storage.is_remote", lambda path: str(path).startswith(str(dataset)))
+    monkeypatch.setattr("lmjax.record.files.is_remote", lambda path: str(path).startswith(str(dataset)))
 
     tokens = dataset / "train-00000.tokens"
     tokens.write_bytes(b"\1" + tokens.read_bytes()[1:])

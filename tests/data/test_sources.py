@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from lmjax.data.config import PrepareConfig
-from lmjax.data.sources import list_inputs, read_documents
+from lmjax.data.prepare.sources import list_inputs, read_documents
 from lmjax.errors import DataError
 
 TEXTS = ["first\r\nwith CRLF", "\ufeffsecond\0 with NUL", "", " \n ", "سلام\u200cدنیا", "𝔘 e\u0301 ▁", "x" * 3_000_000]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 
 from lmjax.data.config import TokenizerConfig
-from lmjax.data.sections import SECTION_CHARS, sections
-from lmjax.data.tokenizer import ENDOFTEXT, load_tokenizer, saved_hash, train_tokenizer
+from lmjax.data.tokenizers.sections import SECTION_CHARS, sections
+from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, load_tokenizer, saved_hash, train_tokenizer
 from lmjax.errors import DataError
 
 CODE = 'def f(x):\n\tif x:\n        return "<a> " + x\n\n\nclass A:\n    pass  # ▁ über\n'
@@ -25,7 +25,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
 @pytest.fixture(scope="module")
 def sentencepiece_model(request):
-    import lmjax.data.tokenizer as module
+    from lmjax.data.tokenizers import tokenizer as module
 
     texts = [CODE * 20, *(f"{word} {word}s the {word}ing of a {word}er\n" * 3 for word in dir(module) + dir(np))]
     return lambda kind: train_tokenizer(TokenizerConfig(kind=kind, vocab=600), texts)
@@ -159,7 +159,7 @@ def test_characters_come_back(text):
 
 
 def load_content(tokenizer):
-    from lmjax.data.alphabets import CharacterTokenizer
+    from lmjax.data.tokenizers.alphabets import CharacterTokenizer
 
     return CharacterTokenizer.from_content(tokenizer.content(), "alphabet.json")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lmjax import experiment
 from lmjax.config import Config
 from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.errors import DataError
-from lmjax.evaluate import compression
+from lmjax.evaluate import baselines, compression
 from lmjax.evaluate.compression import primed_xz_bits_per_byte, xz_bits_per_byte
+from lmjax.tasks import pretrain
 from lmjax.train.config import TrainConfig
 
 WORDS = [f"{'bcdfghklmnprst'[i % 14]}{'aeiou'[i % 5]}{'lmnrst'[i % 6]}{i % 17}" for i in range(400)]
@@ -67,11 +67,11 @@ def test_it_reads_all_shards_of_a_data_set(tmp_path: Path, monkeypatch: pytest.M
         )
         source = SourceConfig(path=f"{tmp_path}/{shard_tokens}", prepare=recipe)
         cfg = Config(data=DataConfig(sources={"a": source}), train=TrainConfig(compression_baseline=True))
-        data = experiment.open_data(cfg)
+        data = pretrain.open_data(cfg)
         assert len(data.datasets["a"].split("valid").shards) == (2 if shard_tokens == 9_000 else 1)
-        found[shard_tokens] = experiment.compression_baselines(data)
+        found[shard_tokens] = baselines.compression_baselines(data.datasets, data.tokenizer)
     one, several = found.values()
     assert one.keys() == {"val/a/xz_bpb", "val/a/xz_primed_bpb"} and one == several
     monkeypatch.setattr(compression, "LARGEST", (1 << 27) + 1000)
     with pytest.raises(DataError, match=r"'a' has .* bytes, more than the 1,000 .* train.compression_baseline=False"):
-        experiment.open_data(cfg)
+        pretrain.open_data(cfg)

@@ -157,13 +157,14 @@ MESH_PROGRAM = """
 import sys
 sys.path.insert(0, {folder!r})
 import json, jax
-from lmjax.experiment import placer
-from lmjax.layout import MeshConfig, make_mesh, shardings
+from lmjax.devices.config import MeshConfig
+from lmjax.devices.mesh import make_mesh, shardings
+from lmjax.devices.place import shard_batch
 import test_likelihood as t
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2))
 with jax.set_mesh(mesh):
     params = jax.device_put(t.params(), shardings(t.MODEL.spec, mesh))
-    batches = map(placer(mesh, 4), t.batches(4))
+    batches = map(shard_batch(mesh, 4), t.batches(4))
     print(json.dumps(t.numbers(t.evaluate(t.MODEL, params, batches, n_tokens=300, n_bytes=700))))
 """
 

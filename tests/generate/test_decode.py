@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.data.alphabets import ByteTokenizer
+from lmjax.data.tokenizers.alphabets import ByteTokenizer
+from lmjax.devices.config import MeshConfig
+from lmjax.devices.mesh import make_mesh
 from lmjax.errors import ConfigError, DataError
 from lmjax.generate import decode
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate, generate_ids, stream
-from lmjax.layout import MeshConfig, make_mesh
 from lmjax.models import decoder, flax_model
 from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model

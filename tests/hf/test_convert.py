@@ -14,17 +14,17 @@ import pytest
 
 from lmjax import __main__ as program
 from lmjax import commands
-from lmjax.data.alphabets import ByteTokenizer
 from lmjax.data.config import TokenizerConfig
-from lmjax.data.tokenizer import train_tokenizer
+from lmjax.data.tokenizers.alphabets import ByteTokenizer
+from lmjax.data.tokenizers.tokenizer import train_tokenizer
 from lmjax.errors import CheckpointError, ConfigError, LmjaxError
-from lmjax.experiment import load_trained
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
 from lmjax.hf.imported import CONFIG, Imported, read_checkpoint, write_checkpoint
 from lmjax.hf.tokenizer_json import as_json
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
+from lmjax.run.trained import load_trained
 from lmjax.weights import by_path, initialize
 
 pytest.importorskip("safetensors")

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmjax import __main__, experiment
+from lmjax import __main__
 from lmjax.data.config import PrepareConfig, TokenizerConfig
-from lmjax.data.prepare import prepare
+from lmjax.data.prepare.prepare import prepare
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate, stream
+from lmjax.run.trained import load_trained
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "checkpoints" / "stories260K"
 
@@ -38,7 +39,7 @@ def reference() -> dict[str, Any]:
 
 
 def test_the_published_story_is_written_again(stories: Path, capsys: pytest.CaptureFixture) -> None:
-    trained = experiment.load_trained(stories)
+    trained = load_trained(stories)
     ids = np.load(STORIES / "reference_logits.npz")["greedy_ids"].tolist()
     greedy = GenerateConfig(tokens=200, temperature=0)
     (one,) = generate(trained.model, trained.params, trained.tokenizer, [""], greedy)
@@ -52,7 +53,7 @@ def test_the_published_story_is_written_again(stories: Path, capsys: pytest.Capt
 
 
 def test_logits_are_those_of_the_reference(stories: Path) -> None:
-    trained, arrays = experiment.load_trained(stories), np.load(STORIES / "reference_logits.npz")
+    trained, arrays = load_trained(stories), np.load(STORIES / "reference_logits.npz")
     assert [trained.tokenizer.begin_id, *trained.tokenizer.encode(reference()["prompt"])] == reference()["prompt_ids"]
     for ids, logits in (("greedy_ids", "logits_first64"), ("prompt_ids", "prompt_logits")):
         found = trained.model.logits(trained.params, arrays[ids][None, : len(arrays[logits])])[0]

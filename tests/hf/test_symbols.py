@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from lmjax.data.tokenizer import Tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 from lmjax.hf.symbols import special_tokens
 from lmjax.hf.tokenizer_files import read_tokenizer, tokenizer_files

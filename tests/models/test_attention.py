@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lmjax.errors import ConfigError
-from lmjax.models import cache as caches
-from lmjax.models.attention import BACKENDS, Mask, Score, attention, visible
+from lmjax.models.attention import cache as caches
+from lmjax.models.attention.attention import BACKENDS, Mask, Score, attention, visible
 from lmjax.models.position import alibi_slopes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -12,12 +12,13 @@ import pytest
 
 from lmjax.errors import ConfigError
 from lmjax.losses import chunked_token_sums
-from lmjax.models import decoder, grouped
-from lmjax.models.attention import BACKENDS
+from lmjax.models import decoder
+from lmjax.models.attention.attention import BACKENDS
 from lmjax.models.config import ModelConfig, RopeConfig, layer_index
 from lmjax.models.dropout import dropout
 from lmjax.models.flops import attention_flops, program_flops, sequence_flops, visible_pairs
 from lmjax.models.model import Model
+from lmjax.models.moe import grouped
 from lmjax.models.remat import REMAT
 from lmjax.weights import Params, Spec, Weight, abstract, by_path, count, initialize, map_weights
 

@@ -9,7 +9,7 @@ import pytest
 
 from lmjax.errors import ConfigError
 from lmjax.models import decoder
-from lmjax.models.attention import BACKENDS, Mask, Score, attention
+from lmjax.models.attention.attention import BACKENDS, Mask, Score, attention
 from lmjax.models.config import ModelConfig
 from lmjax.models.dropout import PairDropout
 from lmjax.train.step import sample_keys
@@ -64,7 +64,7 @@ def test_on_average_nothing_changes_and_weights_are_dropped_after_the_softmax() 
 def test_a_backend_that_cannot_drop_refuses(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=f"model.attention={backend} .*"):
         attention(*qkv(), Mask(), score(), backend)
-    monkeypatch.setattr("lmjax.models.attention.FASTEST", {"cpu": backend})
+    monkeypatch.setattr("lmjax.models.attention.attention.FASTEST", {"cpu": backend})
     np.testing.assert_array_equal(attention(*qkv(), Mask(), score()), attention(*qkv(), Mask(), score(), "reference"))
 
 

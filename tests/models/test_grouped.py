@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.models import grouped
+from lmjax.models.moe import grouped
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

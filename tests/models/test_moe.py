@@ -11,19 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax import experiment
-from lmjax.checkpoint import CheckpointConfig, Checkpoints
 from lmjax.config import Config, load
 from lmjax.data.batch import Batch
 from lmjax.errors import ConfigError
 from lmjax.metrics import finish
-from lmjax.models import decoder, moe
+from lmjax.models import decoder
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp
+from lmjax.models.moe import moe
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig, hyper
 from lmjax.optim.rules import OPTIMIZERS
+from lmjax.record.checkpoint import Checkpoints
+from lmjax.record.config import CheckpointConfig
+from lmjax.run import assemble
 from lmjax.train.objective import LossConfig, Objective, language_model
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import accumulate, make_step, sample_keys
@@ -433,7 +435,7 @@ def test_a_router_that_cannot_learn_is_refused_for_training_alone(tmp_path: Path
     cfg = ModelConfig(**SIZES, moe=MoeConfig(experts=2, top_k=1))
     decoder.build(cfg)
     with pytest.raises(ConfigError, match="from which no router learns"):
-        experiment.assemble(Config(model=cfg))
+        assemble.assemble(Config(model=cfg))
     (tmp_path / "one.py").write_text("from lmjax.config import default_config as get_config\n")
     overrides = ["model.moe.experts=2", "model.moe.top_k=1"]
     with pytest.raises(ConfigError, match="from which no router learns"):

@@ -7,7 +7,7 @@ import pytest
 
 from lmjax.models.config import ModelConfig, dominant
 
-PIPELINE_DEVICES = Path(__file__).parents[1] / "pipeline_devices.py"
+PIPELINE_DEVICES = Path(__file__).parent / "pipeline_devices.py"
 
 
 def test_on_eight_devices(on_eight_devices: Callable[..., None]) -> None:

@@ -6,7 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from lmjax import layout, weights
+from lmjax import weights
+from lmjax.devices.config import MeshConfig
+from lmjax.devices.mesh import make_mesh, shardings
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig, hyper
 from lmjax.optim.muon import is_hidden_matrix
 from lmjax.optim.optimizers import build, clip, state_shardings
@@ -354,13 +356,13 @@ def test_a_wrong_field_is_refused(fields):
 
 @every_optimizer
 def test_state_shardings_follow_the_weights(name):
-    mesh = layout.make_mesh(layout.MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = build(config(name), SPEC)
     state = optimizer.init(initial())
     placed = jax.device_put(state, state_shardings(optimizer, SPEC, mesh))
     assert jax.tree.structure(placed) == jax.tree.structure(state)
     with_weights_shape = state_shardings(optimizer, SPEC, mesh)
-    query = layout.shardings(SPEC, mesh)["layers"]["query"]
+    query = shardings(SPEC, mesh)["layers"]["query"]
     shape = SPEC["layers"]["query"].shape
     for sharding, array in zip(jax.tree.leaves(with_weights_shape), jax.tree.leaves(state), strict=True):
         assert sharding.mesh == mesh

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lmjax import experiment as parts
-from lmjax.collectives import Collective, by_kind, collectives
 from lmjax.config import Config, parse
+from lmjax.devices import place
 from lmjax.errors import ConfigError
 from lmjax.models.flops import sequence_flops
 from lmjax.plan import roofline, step, topology
+from lmjax.plan.collectives import Collective, by_kind, collectives
+from lmjax.run import assemble
 from lmjax.weights import count
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -53,7 +54,7 @@ def fsdp() -> step.Plan:
 
 
 def test_memory_is_what_a_state_takes(fsdp: step.Plan) -> None:
-    state = parts.initial_state(parts.assemble(fsdp.cfg, jax.devices()))
+    state = assemble.initial_state(assemble.assemble(fsdp.cfg, jax.devices()))
     memory = fsdp.memory
     assert memory.padding is not None and memory.temporaries is not None
     assert (memory.params, memory.optimizer) == (held(state.params), held(state.opt_state))
@@ -95,10 +96,10 @@ def test_a_ring_computes_what_its_busiest_device_does(devices: int, window: int 
     """
     cfg = config(layout="fsdp+cp", context=devices)
     local = {"pattern": ("local",), "window": window} if window else {}
-    experiment = parts.assemble(replace(cfg, model=replace(cfg.model, remat="none", **local)), jax.devices())
-    with parts.entered(experiment.mesh):
-        arguments = parts.abstract_state(experiment), {}, parts.abstract_batch(experiment)
-        program = parts.jitted_step(experiment).trace(*arguments).jaxpr.jaxpr
+    experiment = assemble.assemble(replace(cfg, model=replace(cfg.model, remat="none", **local)), jax.devices())
+    with place.use_mesh(experiment.mesh):
+        arguments = assemble.abstract_state(experiment), {}, assemble.abstract_batch(experiment)
+        program = assemble.jitted_step(experiment).trace(*arguments).jaxpr.jaxpr
     own, busiest = T // devices, 0.0
     for me in range(devices):
         others = [you for you in range(devices) if you != me and sees_any(me, you, T // (2 * devices), devices, window)]

@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lmjax import chips
-from lmjax.chips import GIB, Chip
-from lmjax.collectives import Collective
 from lmjax.config import Config, parse
+from lmjax.devices import chips
+from lmjax.devices.chips import GIB, Chip
+from lmjax.devices.config import MeshConfig
+from lmjax.devices.mesh import LAYOUTS, axis_sizes
 from lmjax.errors import ConfigError
-from lmjax.layout import LAYOUTS, MeshConfig, axis_sizes
 from lmjax.plan import memory, roofline, search, step, table, topology
+from lmjax.plan.collectives import Collective
 
 ROOT = Path(__file__).parents[2]
 TINY = {

@@ -1,0 +1,293 @@
+"""Tokens per second of the train step and of generation, beside PyTorch where it is installed.
+
+    python -m analysis.bench.speed [--configs quickstart mini_gpt] [--only train|generate] [--repeats 5] [--dtype X]
+
+It runs on whatever device JAX finds. Peers are optional: with `torch` a plain GPT of the same shape is trained, eager
+and compiled, and with `transformers`, too, its GPT-2 generates; both alternate with lmjax in one process, so that
+whatever else the machine does falls on all of them.
+
+Convention: a train step is loss, gradient, clipping and update on random tokens that are already on the device, the
+batch's inputs counted as tokens. Generation is one call, prompt included, its new tokens counted. First calls, which
+compile, are given apart, from cold caches. Figures are medians over rounds, ratios medians of each round's ratio;
+CPU-seconds are `time.process_time`, which counts every thread, and compare programs on a machine that is shared.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lmjax.process import start_up
+
+if __name__ == "__main__":
+    start_up.tune_allocator()  # starts this process again, so before anything heavy is imported
+
+import jax
+import numpy as np
+
+from lmjax.config import Config, load
+from lmjax.data.batch import Batch
+from lmjax.devices.chips import peak_flops
+from lmjax.devices.place import shard_batch
+from lmjax.generate.config import GenerateConfig
+from lmjax.generate.decode import generate_ids
+from lmjax.models import decoder
+from lmjax.models.flops import sequence_flops
+from lmjax.run.assemble import assemble, compiled_step, initial_state
+from lmjax.weights import initialize
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CPU_BATCH = {"mini_gpt": 4}
+"""The config's own batch takes a CPU half a minute per step."""
+PROMPT, NEW_TOKENS = 32, 64
+ROWS = (1, 8)
+BATCHES = 8
+"""Different ones, in turn: none is learnt by heart."""
+
+Work = Callable[[int], None]
+"""Does something that many times and returns when all of it is done."""
+
+
+# What is measured -------------------------------------------------------------------------------------------------
+
+
+def read_config(name: str, dtype: Literal["float32", "bfloat16"] | None) -> Config:
+    """A config file with the vocabulary that its recipe asks for and a batch that suits the device."""
+    cfg = load(str(CONFIGS / f"{name}.py"))
+    (source,) = cfg.data.sources.values()
+    assert source.prepare is not None
+    model = dataclasses.replace(cfg.model, vocab=source.prepare.tokenizer.vocab, dtype=dtype or cfg.model.dtype)
+    batch = CPU_BATCH.get(name, cfg.train.batch) if jax.default_backend() == "cpu" else cfg.train.batch
+    return dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, batch=batch))
+
+
+def train_steps(cfg: Config) -> Work:
+    experiment = assemble(cfg)
+    step, place = compiled_step(experiment), shard_batch(experiment.mesh, cfg.train.batch)
+    batches = [place(random_batch(cfg, seed)) for seed in range(BATCHES)]
+    state = initial_state(experiment)
+
+    def run(steps: int) -> None:
+        nonlocal state
+        for i in range(steps):
+            state, metrics = step(state, {}, batches[i % BATCHES])
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def random_batch(cfg: Config, seed: int) -> Batch:
+    shape = (cfg.train.batch, cfg.data.seq_len + 1)
+    rows = np.random.default_rng(seed).integers(0, cfg.model.dims["vocab"], shape, dtype=np.int32)
+    weights = np.ones((shape[0], shape[1] - 1), np.float32)
+    return Batch(rows[:, :-1], rows[:, 1:], weights, np.arange(shape[0], dtype=np.int32) + seed * shape[0])
+
+
+def generations(cfg: Config, rows: int) -> Work:
+    model, vocab = decoder.build(cfg.model), cfg.model.dims["vocab"]
+    params = jax.jit(lambda: initialize(model.spec, jax.random.key(0)))()
+    prompts = np.random.default_rng(0).integers(1, vocab, (rows, PROMPT)).tolist()
+    settings = GenerateConfig(tokens=NEW_TOKENS, temperature=0, stop_at_endoftext=False)
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            generate_ids(model, params, prompts, settings, endoftext=0, vocab=vocab)
+
+    return run
+
+
+class Task(NamedTuple):
+    """The same work by lmjax, which comes first, and by its peers."""
+
+    name: str
+    tokens: int
+    """Of one call."""
+    contenders: Mapping[str, Callable[[], Work | None]]
+    """None: not installed."""
+    flops_per_token: float | None = None
+
+
+def tasks(cfg: Config, only: str | None) -> Iterator[Task]:
+    peer = load_peer()
+    contenders: dict[str, Callable[[], Work | None]]
+    if only != "generate":
+        T, flops = cfg.data.seq_len, sequence_flops(decoder.build(cfg.model), cfg.data.seq_len).causal
+        contenders = {"lmjax": functools.partial(train_steps, cfg)}
+        if peer:
+            contenders["PyTorch"] = functools.partial(peer.train_steps, cfg, compiled=False)
+            contenders["PyTorch, compiled"] = functools.partial(peer.train_steps, cfg, compiled=True)
+        yield Task("train step", cfg.train.batch * T, contenders, flops / T)
+    for rows in ROWS if only != "train" else ():
+        contenders = {"lmjax": functools.partial(generations, cfg, rows)}
+        if peer:
+            size = {"batch": rows, "prompt": PROMPT, "tokens": NEW_TOKENS}
+            contenders["transformers"] = functools.partial(peer.generations, cfg.model, **size)
+        yield Task(f"generate, batch {rows}", rows * NEW_TOKENS, contenders)
+
+
+def load_peer():
+    """The module `analysis.bench.torch_peer`, or None without PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from analysis.bench import torch_peer
+
+    return torch_peer
+
+
+# Measuring --------------------------------------------------------------------------------------------------------
+
+
+class Timing(NamedTuple):
+    """Tokens per second of one contender, round by round."""
+
+    first_call: float
+    wall: Sequence[float]
+    cpu: Sequence[float]
+
+
+def measure(task: Task, rounds: int, seconds: float) -> dict[str, Timing]:
+    """Rounds of about `seconds` for each contender, in turn. One that fails is named on stderr and left out."""
+    works: dict[str, Work] = {}
+    first_calls, calls = {}, {}
+    for name, make in task.contenders.items():
+        try:
+            if (work := make()) is None:
+                continue
+            first_calls[name], _ = timed(work, 1)
+            once, _ = timed(work, 1)
+        except Exception as error:
+            if name == "lmjax":
+                raise
+            print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            continue
+        works[name], calls[name] = work, max(1, math.ceil(seconds / once))
+    wall: dict[str, list[float]] = {name: [] for name in works}
+    cpu: dict[str, list[float]] = {name: [] for name in works}
+    for _, (name, work) in itertools.product(range(rounds), works.items()):
+        wall_time, cpu_time = timed(work, calls[name])
+        wall[name].append(calls[name] * task.tokens / wall_time)
+        cpu[name].append(calls[name] * task.tokens / cpu_time)
+    return {name: Timing(first_calls[name], wall[name], cpu[name]) for name in works}
+
+
+def timed(work: Work, calls: int) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work(calls)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+# The table --------------------------------------------------------------------------------------------------------
+
+COLUMNS = [
+    *("config", "work", "by", "tokens/s", "lowest to highest", "tokens per CPU-second", "FLOP/s", "first call, s"),
+    *("lmjax over it, by wall time", "by CPU time"),
+]
+
+
+def rows(config: str, task: Task, timings: Mapping[str, Timing]) -> Iterator[tuple[str, ...]]:
+    ours = timings["lmjax"]
+    for name, timing in timings.items():
+        peer = name != "lmjax"
+        yield (
+            config,
+            task.name,
+            name,
+            f"{statistics.median(timing.wall):,.0f}",
+            f"{min(timing.wall):,.0f} to {max(timing.wall):,.0f}",
+            f"{statistics.median(timing.cpu):,.0f}",
+            "" if peer or task.flops_per_token is None else utilization(timing, task.flops_per_token),
+            f"{timing.first_call:.1f}",
+            ratio(ours.wall, timing.wall) if peer else "",
+            ratio(ours.cpu, timing.cpu) if peer else "",
+        )
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    return f"{statistics.median(a / b for a, b in zip(ours, theirs, strict=True)):.2f}"
+
+
+def utilization(timing: Timing, flops_per_token: float) -> str:
+    flops = statistics.median(timing.wall) * flops_per_token
+    peak = peak_flops(jax.devices()[0].device_kind)
+    mfu = f", MFU {flops / (peak * jax.device_count()):.1%} of bf16 peak" if peak else ""
+    return f"{flops / 1e9:,.0f} G{mfu}"
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def shape(name: str, cfg: Config) -> str:
+    m, own = cfg.model, load(str(CONFIGS / f"{name}.py")).train.batch
+    batch = f"batch {cfg.train.batch}" + ("" if own == cfg.train.batch else f" (for a CPU; the config's is {own})")
+    return (
+        f"- `{name}`: {m.layers} layers, d {m.embed}, mlp {m.mlp}, {m.heads} heads, vocabulary {m.vocab}, {m.position} "
+        f"positions, dropout {m.dropout:g}, length {cfg.data.seq_len}, {batch}, {cfg.optimizer.name}, {m.dtype}"
+    )
+
+
+def device() -> str:
+    kind = jax.devices()[0].device_kind
+    return f"{jax.device_count()} x {kind}" if jax.default_backend() != "cpu" else f"CPU: {cpu_model()}"
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def circumstances(load_before: str) -> str:
+    peer = load_peer()
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lmjax", "jax", "jaxlib"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{packages}, Python {platform.python_version()}; {peer.versions() if peer else 'no PyTorch'}; {cores} cores; "
+        f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}; load average {load_before} before, {load_average()} "
+        f"after (this program's own included). Greedy generation of {NEW_TOKENS} tokens from prompts of {PROMPT}; "
+        "FLOP/s of the step count causal attention and no recomputation."
+    )
+
+
+def load_average() -> str:
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=["quickstart", "mini_gpt"], choices=["quickstart", "mini_gpt"])
+    parser.add_argument("--only", choices=["train", "generate"])
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each contender in each round")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of activations; default: the config's")
+    arguments = parser.parse_args()
+
+    load_before = load_average()
+    configs = {name: read_config(name, arguments.dtype) for name in arguments.configs}
+    print(f"{device()}; medians of {arguments.repeats} alternating rounds.\n")
+    print("\n".join(shape(name, cfg) for name, cfg in configs.items()) + "\n")
+    print(line(COLUMNS))
+    print(line(["---"] * len(COLUMNS)))
+    for name, cfg in configs.items():
+        for task in tasks(cfg, arguments.only):
+            for row in rows(name, task, measure(task, arguments.repeats, arguments.seconds)):
+                print(line(row), flush=True)
+    print("\n" + circumstances(load_before))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Documents to token ids in parallel processes.
+
+A worker is a plain subprocess (`python -m lmjax.data.prepare.encoding TOKENIZER UNKNOWN`) that answers requests on its
+standard input and ends with it. It starts quickly, whatever the caller's main module imports, and outlives nobody.
+Requests go round robin and answers are awaited in that order, so the result does not depend on the number of workers.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import IO, Literal, cast
+
+import numpy as np
+
+from lmjax.data.store.shards import token_dtype
+from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from lmjax.errors import DataError
+
+Unknown = Literal["error", "replace", "skip"]
+"""What becomes of a text that the tokenizer cannot represent: see `PrepareConfig.unknown`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Some documents, encoded, each closed by endoftext."""
+
+    tokens: np.ndarray
+    """Documents end to end."""
+    n_tokens: np.ndarray
+    """int64 per document, endoftext included."""
+    n_bytes: np.ndarray
+    """int64 per document, of its text in UTF-8."""
+    exact: np.ndarray
+    """bool per document: it decodes to the text that was encoded."""
+    unknown: np.ndarray
+    """bool per document: the tokenizer cannot represent all of it. If it is left out for that, it has no token."""
+
+
+class DocumentError(DataError):
+    """A document that the tokenizer cannot represent."""
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(reason)
+        self.index = index
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], unknown: Unknown = "error") -> Encoded:
+    """Encode the texts and check each by decoding it.
+
+    Raises DocumentError, naming a text by its index, for one that the tokenizer cannot represent, unless `unknown` says
+    to replace what it does not know, or to skip the text.
+    """
+    tokenizer.replaces_unknown = unknown == "replace"
+    encoded = []
+    for index, text in enumerate(texts):
+        try:
+            encoded.append(_encode_document(tokenizer, text))
+        except DataError as error:
+            if unknown != "skip":
+                raise DocumentError(index, str(error)) from error
+            encoded.append((np.zeros(0, token_dtype(tokenizer.vocab_size)), True))
+    tokens, exact = zip(*encoded, strict=True)
+    return Encoded(
+        tokens=np.concatenate(tokens),
+        n_tokens=np.array([len(document) for document in tokens], np.int64),
+        n_bytes=np.array([len(text.encode("utf-8")) for text in texts], np.int64),
+        exact=np.array(exact, bool),
+        unknown=np.array([len(ids) == 0 or (ids == tokenizer.unknown_id).any() for ids in tokens], bool),
+    )
+
+
+def _encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]:
+    """The document's tokens, endoftext included, and whether they decode to it."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    parts = []
+    spelled = hashlib.blake2b()
+    for ids in tokenizer.encode_parts(text):
+        parts.append(np.array(ids, dtype))  # numpy refuses an id that the type cannot hold
+        spelled.update(tokenizer.decode(ids).encode("utf-8"))
+    parts.append(np.array([tokenizer.endoftext_id], dtype))
+    return np.concatenate(parts), spelled.digest() == hashlib.blake2b(text.encode("utf-8")).digest()
+
+
+def encode_batches(
+    directory: os.PathLike[str], batches: Iterator[list[str]], workers: int, unknown: Unknown
+) -> Iterator[Encoded]:
+    """`encode_documents` of each batch, in order, by the tokenizer saved in `directory`.
+
+    One worker means this process. Raises DocumentError as soon as its batch is due, DataError if a worker dies.
+    """
+    if workers == 1:
+        tokenizer = load_tokenizer(directory)
+        for batch in batches:
+            yield encode_documents(tokenizer, batch, unknown)
+        return
+    pool: list[_Worker] = []
+    try:
+        first = 0  # the oldest request still unanswered
+        for number, batch in enumerate(batches):
+            if number < workers:
+                pool.append(_Worker(directory, unknown))
+            else:
+                yield pool[first % workers].receive()
+                first += 1
+            pool[number % workers].send(batch)
+        for number in range(first, first + len(pool)):
+            yield pool[number % workers].receive()
+    finally:
+        for worker in pool:
+            worker.stop()
+
+
+class _Worker:
+    """A subprocess that encodes; one request at a time, so neither side ever waits on a full pipe."""
+
+    def __init__(self, directory: os.PathLike[str], unknown: Unknown):
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "TOKENIZERS_PARALLELISM": "0",
+        }
+        command = [sys.executable, "-m", "lmjax.data.prepare.encoding", os.fspath(directory), unknown]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def send(self, texts: list[str]) -> None:
+        assert self._process.stdin is not None
+        try:
+            _write_request(self._process.stdin, texts)
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def receive(self) -> Encoded:
+        assert self._process.stdout is not None
+        try:
+            return _read_response(self._process.stdout)
+        except EOFError:
+            raise self._died() from None
+
+    def _died(self) -> DataError:
+        code = self._process.wait()
+        return DataError(f"an encoding process died with exit code {code} (-9: out of memory?); run the command again")
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):  # an unsent rest of a request to a worker that died
+                stream.close()
+
+
+# The wire: a JSON line that gives the sizes, then the bytes -----------------------------------------------------------
+
+
+def _write_request(stream: IO[bytes], texts: Sequence[str]) -> None:
+    encoded = [text.encode("utf-8") for text in texts]
+    _write_frame(stream, {"sizes": [len(text) for text in encoded]}, *encoded)
+
+
+def _read_request(stream: IO[bytes]) -> list[str]:
+    return [_read_exactly(stream, size).decode("utf-8") for size in _read_header(stream)["sizes"]]
+
+
+def _write_response(stream: IO[bytes], result: Encoded) -> None:
+    header = {"documents": len(result.n_tokens), "tokens": len(result.tokens), "dtype": result.tokens.dtype.name}
+    arrays = (result.tokens, result.n_tokens, result.n_bytes, result.exact, result.unknown)
+    _write_frame(stream, header, *(array.tobytes() for array in arrays))
+
+
+def _read_response(stream: IO[bytes]) -> Encoded:
+    header = _read_header(stream)
+    if "error" in header:
+        raise DocumentError(header["document"], header["error"])
+
+    def array(count: int, dtype: str) -> np.ndarray:
+        return np.frombuffer(_read_exactly(stream, count * np.dtype(dtype).itemsize), dtype)
+
+    documents = header["documents"]
+    return Encoded(
+        tokens=array(header["tokens"], header["dtype"]),
+        n_tokens=array(documents, "int64"),
+        n_bytes=array(documents, "int64"),
+        exact=array(documents, "bool"),
+        unknown=array(documents, "bool"),
+    )
+
+
+def _write_frame(stream: IO[bytes], header: dict[str, object], *parts: bytes) -> None:
+    stream.write(json.dumps(header).encode() + b"\n")
+    for part in parts:
+        stream.write(part)
+    stream.flush()
+
+
+def _read_header(stream: IO[bytes]) -> dict:
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return json.loads(line)
+
+
+def _read_exactly(stream: IO[bytes], size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) != size:
+        raise EOFError
+    return data
+
+
+def _serve(directory: str, unknown: Unknown) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it stops its workers
+    tokenizer = load_tokenizer(directory)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
+        while True:
+            texts = _read_request(sys.stdin.buffer)
+            try:
+                _write_response(sys.stdout.buffer, encode_documents(tokenizer, texts, unknown))
+            except DocumentError as error:
+                _write_frame(sys.stdout.buffer, {"error": str(error), "document": error.index})
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], cast(Unknown, sys.argv[2]))

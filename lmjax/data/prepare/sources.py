@@ -1,0 +1,339 @@
+"""Documents out of text files: .txt, JSON lines, Parquet, compressed or not, read as streams, strict about UTF-8."""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from etils import epath
+
+from lmjax.data.config import PrepareConfig
+from lmjax.errors import DataError
+from lmjax.record.files import hash_bytes, hash_file, is_remote, locate, reporting, stamp
+
+logger = logging.getLogger(__name__)
+
+STDLIB = "stdlib:"
+SET_TEXT_KEY = "set prepare.text_key (lmjax prepare: --text-key)"
+_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+_CHUNK_BYTES = 1 << 20
+
+
+class InputFile(NamedTuple):
+    """A file to read."""
+
+    path: epath.Path
+    name: str
+    """What errors and the recipe call it."""
+    size: int
+    """Bytes on disk."""
+
+
+class Document(NamedTuple):
+    """A text and where it came from."""
+
+    name: str
+    text: str | None
+    """None where it is not valid UTF-8 and the recipe says to skip such documents."""
+
+
+# Which files ----------------------------------------------------------------------------------------------------------
+
+
+def list_inputs(patterns: Sequence[str]) -> tuple[InputFile, ...]:
+    """The files that the patterns match, each once, sorted within a pattern; of a folder all that are text.
+
+    Raises DataError for a pattern that matches no file and for a file of no known kind.
+    """
+    files = {file.name: file for pattern in patterns for file in _matching(pattern)}
+    return tuple(files.values())
+
+
+def contents(files: Sequence[InputFile]) -> str:
+    """A hash of what the files hold. Of those in buckets, which are not read for it, of their sizes and times."""
+    read = (stamp if is_remote(file.path) else hash_file for file in files)
+    return hash_bytes("\n".join(of(file.path) for of, file in zip(read, files, strict=True)).encode())
+
+
+def stamps(files: Sequence[InputFile]) -> str:
+    """A hash of the files' sizes and times: as long as it is the same, nobody has touched them."""
+    return hash_bytes("\n".join(stamp(file.path) for file in files).encode())
+
+
+def _matching(pattern: str) -> list[InputFile]:
+    if pattern == STDLIB:
+        return _standard_library(Path(sysconfig.get_paths()["stdlib"]))
+    path = locate(pattern)
+    with reporting(path):
+        if path.is_dir() and not is_remote(path):
+            return _below(Path(path))
+        try:
+            found = [path] if path.exists() else sorted(_glob(pattern))
+        except ValueError as error:
+            raise DataError(f"{pattern!r} is not a glob: {error}") from error
+        files = [InputFile(path, os.fspath(path), path.stat().length) for path in found if not path.is_dir()]
+    if not files:
+        hint = "a directory: add a glob such as /*.txt" if found else "nothing matches"
+        raise DataError(f"no input files for {pattern!r}: {hint} (working directory {os.getcwd()})")
+    for file in files:
+        _reader(file)
+    return files
+
+
+def _below(folder: Path) -> list[InputFile]:
+    """The files of known kinds in a folder and its folders, but for hidden ones. Says what else there is."""
+    paths = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
+    if links := [path.name for path in paths if path.is_symlink() and path.is_dir()]:
+        logger.warning("%s: links to folders are not followed, name them: %d (%s)", folder, len(links), links[0])
+    shown = [path for path in paths if path.is_file()]
+    known = [path for path in shown if _kind(path.name)]
+    if not known:
+        raise DataError(f"no input files in {folder} and its folders; known kinds are {', '.join(_READERS)}")
+    if others := [path.suffix or path.name for path in shown if not _kind(path.name)]:
+        kinds = ", ".join(sorted(set(others))[:8])
+        logger.warning("%s: files of other kinds are left out: %d (%s)", folder, len(others), kinds)
+    return [InputFile(epath.Path(path), os.fspath(path), path.stat().st_size) for path in known]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _glob(pattern: str) -> Iterator[epath.Path]:
+    """The paths that match: from the last folder without a wildcard, the rest of the pattern below it."""
+    wildcard = re.search(r"[*?\[]", pattern)
+    if wildcard is None:
+        return iter(())
+    head, slash, _ = pattern[: wildcard.start()].rpartition("/")
+    root, rest = locate(head or slash or "."), pattern[len(head) + len(slash) :]
+    if is_remote(root):
+        if "**" in rest:
+            raise DataError(f"{pattern}: ** is for local files only, since it would list the whole bucket; use *")
+        return root.glob(rest)
+    return map(epath.Path, Path(root).glob(rest))  # epath's own has no **
+
+
+def _standard_library(root: Path) -> list[InputFile]:
+    """The .py files of the standard library without its tests and without exact duplicates, sorted by path."""
+    seen: set[bytes] = set()
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        if _STDLIB_LEFT_OUT & set(inside.parts):
+            continue
+        digest = hashlib.blake2b(path.read_bytes()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            files.append(InputFile(epath.Path(path), STDLIB + inside.as_posix(), path.stat().st_size))
+    return files
+
+
+# From files to documents ----------------------------------------------------------------------------------------------
+
+Report = Callable[[int], None]
+"""Called with each number of bytes read from disk."""
+
+
+def read_documents(files: Sequence[InputFile], cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+    """Every document of the files, in order.
+
+    Raises DataError, naming file and place, for what cannot be read, is not JSON, or lacks the text field, and for
+    invalid UTF-8 unless the recipe replaces or skips it.
+    """
+    for file in files:
+        with reporting(file.path):
+            yield from _reader(file)(file, cfg, report)
+
+
+Reader = Callable[[InputFile, PrepareConfig, Report], Iterator[Document]]
+
+
+def _reader(file: InputFile) -> Reader:
+    if (reader := _kind(file.name)) is None:
+        raise DataError(f"{file.name}: unknown kind of input; known are {', '.join(_READERS)}")
+    return reader
+
+
+def _kind(name: str) -> Reader | None:
+    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
+
+
+def _read_text(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+    data = b"".join(_chunks(file, report))
+    separator = cfg.document_separator
+    if separator is None:
+        yield _document(file.name, data, 0, cfg)
+        return
+    mark = separator.encode("utf-8", "surrogateescape")  # the command line may give any bytes
+    offset = 0
+    for number, part in enumerate(data.split(mark), 1):
+        yield _document(f"{file.name}, document {number}", part, offset, cfg)
+        offset += len(part) + len(mark)
+
+
+def _read_json_lines(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+    offset = 0
+    for number, line in enumerate(_lines(_chunks(file, report)), 1):
+        name = f"{file.name}, line {number}"
+        if content := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
+            yield _json_document(name, content, offset, cfg)
+        offset += len(line) + 1
+
+
+def _json_document(name: str, line: bytes, offset: int, cfg: PrepareConfig) -> Document:
+    decoded = _document(name, line, offset, cfg)
+    if decoded.text is None:
+        return decoded
+    try:
+        record = json.loads(decoded.text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} (byte {offset}): not JSON: {error}; each line must be one JSON object") from error
+    if not isinstance(record, dict) or not isinstance(record.get(cfg.text_key), str):
+        found = f"an object with {sorted(record)[:8]}" if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{name} (byte {offset}): no string under {cfg.text_key!r} but {found}; {SET_TEXT_KEY}")
+    return _well_formed(name, record[cfg.text_key], cfg)
+
+
+def _read_parquet(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{file.name}: Parquet files need an extra, install lmjax[data]") from error
+
+    row = 0
+    try:
+        with file.path.open("rb") as stream:
+            table = pyarrow.parquet.ParquetFile(stream)
+            if cfg.text_key not in table.schema_arrow.names:
+                names = table.schema_arrow.names[:8]
+                raise DataError(f"{file.name}: no column {cfg.text_key!r} among {names}; {SET_TEXT_KEY}")
+            for group in range(table.num_row_groups):
+                for batch in table.iter_batches(1024, row_groups=[group], columns=[cfg.text_key]):
+                    for value in batch.column(0).cast(pyarrow.large_binary()):
+                        yield _parquet_document(f"{file.name}, row {row}", value.as_py(), cfg)
+                        row += 1
+                report(file.size // table.num_row_groups)
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file.name}: not a readable Parquet file with text at row {row}: {reason}") from error
+
+
+def _parquet_document(name: str, value: bytes | None, cfg: PrepareConfig) -> Document:
+    if value is None:
+        raise DataError(f"{name}: null under {cfg.text_key!r}; remove such rows or {SET_TEXT_KEY}")
+    return _document(name, value, 0, cfg)
+
+
+_READERS: dict[str, Reader] = {
+    ".txt": _read_text,
+    ".txt.gz": _read_text,
+    ".py": _read_text,
+    ".jsonl": _read_json_lines,
+    ".jsonl.gz": _read_json_lines,
+    ".jsonl.zst": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+
+
+# Bytes to text --------------------------------------------------------------------------------------------------------
+
+
+def _document(name: str, data: bytes, offset: int, cfg: PrepareConfig) -> Document:
+    """`data`, which starts at byte `offset` of the (decompressed) file, as text."""
+    try:
+        return Document(name, data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        if cfg.invalid_utf8 == "skip":
+            return Document(name, None)
+        if cfg.invalid_utf8 == "replace":
+            return Document(name, data.decode("utf-8", errors="replace"))
+        raise DataError(
+            f"{name}: invalid UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}, {error.reason}); "
+            "repair it or set prepare.invalid_utf8 (lmjax prepare: --invalid-utf8) to replace or skip"
+        ) from error
+
+
+def _well_formed(name: str, text: str, cfg: PrepareConfig) -> Document:
+    """JSON can spell half a surrogate pair (`\\ud800`), which no UTF-8 holds: treated as invalid UTF-8."""
+    try:
+        text.encode("utf-8")
+        return Document(name, text)
+    except UnicodeEncodeError as error:
+        if cfg.invalid_utf8 == "skip":
+            return Document(name, None)
+        if cfg.invalid_utf8 == "replace":
+            return Document(name, re.sub("[\ud800-\udfff]", "\ufffd", text))
+        raise DataError(
+            f"{name}: unpaired surrogate U+{ord(text[error.start]):04X} at character {error.start}; "
+            "repair it or set prepare.invalid_utf8 (lmjax prepare: --invalid-utf8) to replace or skip"
+        ) from error
+
+
+def _chunks(file: InputFile, report: Report) -> Iterator[bytes]:
+    """The file's content, decompressed, in chunks. Raises DataError if the compressed stream is damaged or cut."""
+    with file.path.open("rb") as raw:
+        if file.name.endswith(".gz"):
+            yield from _gunzip(file, raw, report)
+        elif file.name.endswith(".zst"):
+            yield from _unzstd(file, raw, report)
+        else:
+            yield from _raw_chunks(raw, report)
+
+
+def _raw_chunks(raw: BinaryIO, report: Report) -> Iterator[bytes]:
+    while chunk := raw.read(_CHUNK_BYTES):
+        report(len(chunk))
+        yield chunk
+
+
+def _gunzip(file: InputFile, raw: BinaryIO, report: Report) -> Iterator[bytes]:
+    position = 0
+    try:
+        with gzip.GzipFile(fileobj=raw) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                report(raw.tell() - position)
+                position = raw.tell()
+                yield chunk
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{file.name}: damaged gzip file: {error}; fetch it again") from error
+
+
+def _unzstd(file: InputFile, raw: BinaryIO, report: Report) -> Iterator[bytes]:
+    import zstandard
+
+    # Not stream_reader: it takes a file that was cut off for a complete one.
+    unpacker: Any = None
+    try:
+        for chunk in _raw_chunks(raw, report):
+            rest = chunk
+            while rest:
+                unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+                yield unpacker.decompress(rest)
+                rest = unpacker.unused_data
+                if unpacker.eof:
+                    unpacker = None
+    except zstandard.ZstdError as error:
+        raise DataError(f"{file.name}: damaged zstd file: {error}; fetch it again") from error
+    if unpacker is not None:
+        raise DataError(f"{file.name}: damaged zstd file: it ends within a frame; fetch it again")
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines without their newline; linear however long a line is."""
+    pending: list[bytes] = []
+    for chunk in chunks:
+        first, *rest = chunk.split(b"\n")
+        pending.append(first)
+        for start in rest:
+            yield b"".join(pending)
+            pending = [start]
+    if last := b"".join(pending):
+        yield last

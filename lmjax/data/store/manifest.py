@@ -1,0 +1,152 @@
+"""The manifest of a prepared data set: what its shards hold, by count and by hash, sealed with its own hash."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+from etils import epath
+from pydantic import Field
+
+from lmjax.errors import DataError
+from lmjax.record import files
+from lmjax.schema import NonNegativeInt, PositiveInt, config_class
+
+FORMAT: Literal[1] = 1
+FILE = "manifest.json"
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@config_class
+class ShardManifest:
+    """One shard: files `name.tokens`, `name.documents` and `name.checksums`, see `shards.py`."""
+
+    name: Annotated[str, Field(pattern=r"^(train|valid)-\d{5,}$")]
+    tokens: PositiveInt
+    documents: PositiveInt
+    text_bytes: NonNegativeInt
+    """UTF-8 bytes of the documents' text, which makes bits per byte exact."""
+    inexact_documents: NonNegativeInt
+    """Documents that decode to other text than was encoded: 0 with a lossless tokenizer."""
+    unknown_documents: NonNegativeInt = 0
+    """Documents that the tokenizer cannot represent in full: in which it put its unknown symbol, or that were left out
+    since the shard before."""
+    tokens_hash: Hash
+    documents_hash: Hash
+    checksums_hash: Hash
+
+
+@config_class
+class SplitManifest:
+    """A split: the sums over its shards."""
+
+    tokens: PositiveInt
+    documents: PositiveInt
+    text_bytes: NonNegativeInt
+    inexact_documents: NonNegativeInt
+    shards: tuple[ShardManifest, ...]
+
+    @property
+    def hash(self) -> str:
+        """Names the content: that of the token files in order."""
+        return files.hash_bytes(*(shard.tokens_hash.encode() for shard in self.shards))
+
+    @property
+    def digest(self) -> str:
+        """The first 16 hex digits of `hash`, to stand beside the numbers that were measured on this split."""
+        return self.hash[:16]
+
+    @classmethod
+    def of(cls, shards: tuple[ShardManifest, ...]) -> "SplitManifest":
+        """The split that these shards make."""
+        return cls(
+            tokens=sum(shard.tokens for shard in shards),
+            documents=sum(shard.documents for shard in shards),
+            text_bytes=sum(shard.text_bytes for shard in shards),
+            inexact_documents=sum(shard.inexact_documents for shard in shards),
+            shards=shards,
+        )
+
+
+@config_class
+class Manifest:
+    """A prepared data set."""
+
+    format: Literal[1] = FORMAT
+    dtype: Literal["uint16", "uint32"]
+    """Of the token files, little endian."""
+    vocab_size: PositiveInt
+    tokenizer_hash: Hash
+    endoftext_id: NonNegativeInt
+    normalization: dict[str, str]
+    empty_documents: NonNegativeInt
+    """Documents without any text, left out."""
+    invalid_documents: NonNegativeInt
+    """Documents that were not UTF-8, left out as the recipe said."""
+    unknown_documents: NonNegativeInt = 0
+    """Documents that the tokenizer cannot represent in full, replaced in or left out as the recipe said."""
+    splits: dict[Literal["train", "valid"], SplitManifest]
+    recipe: dict[str, Any]
+    """The PrepareConfig, hashes of the input files' names and sizes and of their content, and how validation text was
+    split off: for the record, not part of `fingerprint`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that fixes the tokens: the same data prepared in another place has the same."""
+        content = _as_json(self)
+        del content["recipe"]
+        return _hash(content)
+
+
+def write_manifest(manifest: Manifest, directory: epath.Path) -> None:
+    """Write it, with its fingerprint and a seal over everything, atomically: from now on the data set exists."""
+    content = _as_json(manifest) | {"fingerprint": manifest.fingerprint}
+    text = json.dumps(content | {"seal": _hash(content)}, indent=2, sort_keys=True, ensure_ascii=False)
+    # The names of input files need not be UTF-8; JSON spells what is not as \udcXX, as backslashreplace does.
+    files.write_atomically(directory / FILE, text.encode("utf-8", "backslashreplace"))
+
+
+def read_manifest(directory: epath.Path) -> Manifest:
+    """The manifest of a prepared data set. Raises DataError if there is none, or it is not as it was written."""
+    path = directory / FILE
+    with files.reporting(path):
+        if not path.exists():
+            raise DataError(f"{directory} holds no prepared data set (no {FILE}); run lmjax prepare first")
+    try:
+        content = json.loads(files.read_bytes(path))
+        seal, fingerprint = content.pop("seal"), content["fingerprint"]
+        if seal != _hash(content):
+            raise ValueError("its content is not what was sealed")
+        manifest = Manifest(**{key: value for key, value in content.items() if key != "fingerprint"})
+        if manifest.fingerprint != fingerprint:
+            raise ValueError("its fingerprint is not that of its content")
+    except DataError:
+        raise
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{path} is not a manifest of format {FORMAT}: {where}: {first['msg']}; prepare again"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}); restore it or prepare the data set again") from error
+    return manifest
+
+
+def as_json(shard: ShardManifest) -> str:
+    """A shard's record, by which an interrupted `prepare` knows that the shard is done."""
+    return json.dumps(dataclasses.asdict(shard), sort_keys=True)
+
+
+def _as_json(manifest: Manifest) -> dict[str, Any]:
+    content = dataclasses.asdict(manifest)
+    for counts in (content, *(shard for split in content["splits"].values() for shard in split["shards"])):
+        if not counts["unknown_documents"]:  # manifests of before do not have it, and are to keep their fingerprint
+            del counts["unknown_documents"]
+    return content
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return files.hash_bytes(json.dumps(content, sort_keys=True).encode())

@@ -1,0 +1,276 @@
+"""Shards of token ids on disk, and a prepared data set opened for reading.
+
+A shard is three flat little-endian files.
+- `.tokens`: uint16 or uint32 ids, documents end to end, each closed by endoftext.
+- `.documents`: uint64, where each document ends, counted in tokens: opening a data set reads these, never the tokens.
+- `.checksums`: uint32, the CRC-32 of each block of 64 KiB of `.tokens`. A block is checked when it is first read, so
+  damage is found before a batch is made of it, at a cost spread over the run (a CRC takes 1/4 ns per byte).
+"""
+
+import dataclasses
+import itertools
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Literal, NoReturn
+
+import numpy as np
+from etils import epath
+
+from lmjax.data.store.manifest import Manifest, ShardManifest, SplitManifest, read_manifest
+from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, saved_hash
+from lmjax.errors import DataError
+from lmjax.record import files
+
+BLOCK_BYTES = 1 << 16
+TOKENIZER = "tokenizer"
+
+# Token files are read in place.
+assert sys.byteorder == "little", "lmjax reads its little-endian shards without conversion"
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The smaller type that holds every id. Raises DataError beyond 2^31, where int32 model inputs end."""
+    if vocab_size > 1 << 31:
+        raise DataError(f"vocabulary of {vocab_size} tokens: ids must fit int32")
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_shard(
+    directory: epath.Path,
+    name: str,
+    tokens: np.ndarray,
+    document_ends: np.ndarray,
+    text_bytes: int,
+    inexact: int = 0,
+    unknown: int = 0,
+) -> ShardManifest:
+    """Write a shard's files, each atomically, and return its record."""
+    content = np.ascontiguousarray(tokens).data.cast("B")
+    ends = np.asarray(document_ends, "<u8").tobytes()
+    checksums = np.array([zlib.crc32(block) for block in _blocks(content)], "<u4").tobytes()
+    for suffix, data in (("tokens", content), ("documents", ends), ("checksums", checksums)):
+        files.write_atomically(directory / f"{name}.{suffix}", data)
+    return ShardManifest(
+        name=name,
+        tokens=len(tokens),
+        documents=len(document_ends),
+        text_bytes=text_bytes,
+        inexact_documents=inexact,
+        unknown_documents=unknown,
+        tokens_hash=files.hash_bytes(content),
+        documents_hash=files.hash_bytes(ends),
+        checksums_hash=files.hash_bytes(checksums),
+    )
+
+
+def _blocks(content: memoryview) -> list[memoryview]:
+    return [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class Shard:
+    """A shard's tokens, memory-mapped, and the checksums of their blocks."""
+
+    def __init__(self, directory: epath.Path, manifest: ShardManifest, dtype: np.dtype):
+        self.path = directory / f"{manifest.name}.tokens"
+        # As a plain array: numpy indexes its memmap class several times more slowly.
+        self.tokens = np.asarray(np.memmap(os.fspath(self.path), dtype, mode="r"))
+        self.checksums = _read_index(directory / f"{manifest.name}.checksums", "<u4", manifest.checksums_hash)
+
+    def check_block(self, block: int) -> None:
+        """Raises DataError, naming the place, if the block is not what was written."""
+        size = BLOCK_BYTES // self.tokens.itemsize
+        low = block * size
+        content = self.tokens[low : low + size]
+        if zlib.crc32(content.data) != self.checksums[block]:
+            where = f"{self.path}: tokens {low} to {low + len(content)} (byte {low * content.itemsize})"
+            raise DataError(f"{where} are damaged: checksum differs; restore the file or prepare the data set again")
+
+
+class TokenSplit:
+    """The tokens of one split, addressed as one sequence across its shards."""
+
+    def __init__(self, directory: epath.Path, manifest: SplitManifest, dtype: np.dtype, vocab_size: int):
+        self.n_tokens = manifest.tokens
+        self.n_documents = manifest.documents
+        self.n_bytes = manifest.text_bytes
+        self.dtype = dtype
+        self.vocab_size = vocab_size
+        self.shards = [Shard(directory, shard, dtype) for shard in manifest.shards]
+        self.shard_starts = np.cumsum([0] + [shard.tokens for shard in manifest.shards])
+        self.hash, self.digest = manifest.hash, manifest.digest
+        """Names of the content: see SplitManifest."""
+        self.document_starts = _document_starts(directory, manifest)
+        """int64 [n_documents + 1]: where each document starts in the sequence; last, where the sequence ends."""
+        self._block_starts = np.cumsum([0] + [len(shard.checksums) for shard in self.shards])
+        self._unchecked = np.ones(self._block_starts[-1], bool)
+
+    def take(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The tokens of the spans [start, start + length), end to end; every span must lie within one shard.
+
+        Raises DataError for a damaged block and for an id outside the vocabulary.
+        """
+        shard_of_span = np.searchsorted(self.shard_starts, starts, side="right") - 1
+        inside = starts - self.shard_starts[shard_of_span]
+        assert (starts + lengths <= self.shard_starts[shard_of_span + 1]).all(), "a span leaves its shard"
+        self._check(shard_of_span, inside, lengths)
+        order = np.argsort(shard_of_span, kind="stable")  # shard by shard: one gather from each
+        where = _spans(inside[order], lengths[order])
+        found = np.empty(len(where), self.dtype)
+        for shard, low, high in self._groups(shard_of_span[order], lengths[order]):
+            # Every index is right by construction; "clip" spares a copy that "raise" makes.
+            shard.tokens.take(where[low:high], out=found[low:high], mode="clip")
+            if found[low:high].max() >= self.vocab_size:
+                self._raise_outside_vocabulary(shard, where[low:high])
+        if len(self.shards) == 1:
+            return found
+        tokens = np.empty_like(found)
+        tokens[_spans((np.cumsum(lengths) - lengths)[order], lengths[order])] = found
+        return tokens
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document, the endoftext that closes it left out, in the order of the shards."""
+        for start, end in itertools.pairwise(self.document_starts):
+            if end - start > 1:
+                yield self.take(np.array([start]), np.array([end - start - 1]))
+
+    def _groups(self, shard_of_span: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[Shard, int, int]]:
+        """The runs of equal shards, as ranges of tokens."""
+        ends = np.cumsum(lengths)
+        last = np.flatnonzero(np.diff(shard_of_span, append=-1))
+        low = 0
+        for index, high in zip(shard_of_span[last].tolist(), ends[last].tolist(), strict=True):
+            yield self.shards[index], low, high
+            low = high
+
+    def _check(self, shard_of_span: np.ndarray, inside: np.ndarray, lengths: np.ndarray) -> None:
+        """Check the blocks that the spans lie in, unless that was done before."""
+        size = BLOCK_BYTES // self.dtype.itemsize
+        offset = self._block_starts[shard_of_span]
+        first, last = inside // size + offset, (inside + lengths - 1) // size + offset
+        for step in range(int((last - first).max()) + 1):
+            blocks = np.minimum(first + step, last)
+            for block in np.unique(blocks[self._unchecked[blocks]]).tolist():
+                index = int(np.searchsorted(self._block_starts, block, side="right")) - 1
+                self.shards[index].check_block(block - int(self._block_starts[index]))
+                self._unchecked[block] = False
+
+    def _raise_outside_vocabulary(self, shard: Shard, where: np.ndarray) -> NoReturn:
+        place = where[np.argmax(shard.tokens[where] >= self.vocab_size)]
+        raise DataError(
+            f"{shard.path}: token id {shard.tokens[place]} at token {place} is outside the vocabulary of "
+            f"{self.vocab_size}; prepare the data set again"
+        )
+
+
+def _document_starts(directory: epath.Path, manifest: SplitManifest) -> np.ndarray:
+    starts = np.zeros(manifest.documents + 1, np.int64)
+    document = token = 0
+    for shard in manifest.shards:
+        ends = _read_index(directory / f"{shard.name}.documents", "<u8", shard.documents_hash)
+        starts[document + 1 : document + 1 + len(ends)] = ends + np.uint64(token)
+        document += len(ends)
+        token += shard.tokens
+    return starts
+
+
+def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers of the ranges [start, start + length), end to end."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+
+
+def _read_index(path: epath.Path, dtype: str, expected_hash: str) -> np.ndarray:
+    content = files.read_bytes(path)
+    if files.hash_bytes(content) != expected_hash:
+        raise DataError(f"{path} is damaged: its hash is not the manifest's; restore it or prepare the data set again")
+    return np.frombuffer(content, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A prepared data set on local disk."""
+
+    path: epath.Path
+    manifest: Manifest
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the data set was prepared with."""
+        return load_tokenizer(self.path / TOKENIZER)
+
+    def split(self, name: Literal["train", "valid"]) -> TokenSplit:
+        """A split. Raises DataError if the data set does not have it."""
+        manifest = self.manifest
+        if name not in manifest.splits:
+            raise DataError(f"{self.path} has no {name} split; prepare it with a valid_fraction between 0 and 1")
+        return TokenSplit(self.path, manifest.splits[name], np.dtype(manifest.dtype), manifest.vocab_size)
+
+
+def open_dataset(path: str | os.PathLike[str], *, cache: str | None = None) -> Dataset:
+    """The prepared data set at `path`, staged under `cache` first if it is in a bucket.
+
+    Reads the manifest and the tokenizer's files and compares file sizes: quick for any size. Raises DataError for a
+    missing or damaged manifest, a missing or truncated shard, a tokenizer that is not the data set's.
+    """
+    located = files.locate(path)
+    manifest = read_manifest(located)
+    if files.is_remote(located):
+        from lmjax.data.store.staging import stage
+
+        located = stage(located, manifest, cache)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            _check_sizes(located, shard, manifest.dtype)
+    if saved_hash(located / TOKENIZER) != manifest.tokenizer_hash:
+        raise DataError(f"the tokenizer in {located / TOKENIZER} is not the one that the data set was made with")
+    return Dataset(located, manifest)
+
+
+def verify_dataset(path: str | os.PathLike[str], *, cache: str | None = None) -> Dataset:
+    """`open_dataset`, then every byte compared with the manifest's hashes. DataError names the first bad file."""
+    dataset = open_dataset(path, cache=cache)
+    for split in dataset.manifest.splits.values():
+        for shard in split.shards:
+            for name, expected in shard_files(shard).items():
+                if files.hash_file(dataset.path / name) != expected:
+                    raise DataError(f"{dataset.path / name} is damaged: its hash is not the manifest's; restore it")
+    return dataset
+
+
+def shard_files(shard: ShardManifest) -> dict[str, str]:
+    """File name -> hash of each of the shard's files."""
+    return {
+        f"{shard.name}.tokens": shard.tokens_hash,
+        f"{shard.name}.documents": shard.documents_hash,
+        f"{shard.name}.checksums": shard.checksums_hash,
+    }
+
+
+def shard_sizes(shard: ShardManifest, dtype: str) -> dict[str, int]:
+    """File name -> size in bytes of each of the shard's files."""
+    token_bytes = shard.tokens * np.dtype(dtype).itemsize
+    return {
+        f"{shard.name}.tokens": token_bytes,
+        f"{shard.name}.documents": shard.documents * 8,
+        f"{shard.name}.checksums": -(-token_bytes // BLOCK_BYTES) * 4,
+    }
+
+
+def _check_sizes(directory: epath.Path, shard: ShardManifest, dtype: str) -> None:
+    for name, expected in shard_sizes(shard, dtype).items():
+        path = directory / name
+        if not path.exists():
+            raise DataError(f"{path} is missing; restore it or prepare the data set again")
+        found = path.stat().length
+        if found != expected:
+            raise DataError(
+                f"{path} has {found} bytes instead of {expected} ({shard.tokens} tokens of {dtype}): truncated or of "
+                "another type; restore it or prepare the data set again"
+            )

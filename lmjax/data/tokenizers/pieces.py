@@ -1,0 +1,200 @@
+"""SentencePiece: models trained here, which are lossless, and models given as a file."""
+
+import functools
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from lmjax.data.config import TokenizerConfig
+from lmjax.data.tokenizers.sections import sections
+from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, NAME_ENDOFTEXT, NO_TEXT, Tokenizer, bytes_of
+from lmjax.errors import DataError
+
+_MARKER = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
+_CUSTOMARY_ENDS = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>")
+# Leading, doubled and trailing spaces, newline and tab: what normalizing models do not keep.
+_PROBE = "  a  b\n\tc  "
+_NOT_LEARNED = {0: " ", 0x2581: " ", 0x2585: " "}  # the trainer would leave out lines that hold one of these
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model.
+
+    A model that keeps white space as it is (all that are trained here do) is made lossless: its marker for a space is
+    spelled in bytes where a text holds it, and long texts are encoded in sections. Any other model, such as Llama's,
+    which puts a space in front of every text, encodes and decodes just as the sentencepiece library does with it.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, endoftext: str | None = None, name: str = "tokenizer.model"):
+        self._model = model
+        self._processor = _processor(model, name)
+        self.vocab_size = self._processor.vocab_size()
+        self.endoftext = _end_symbol(self._processor, endoftext, name)
+        self.endoftext_id = self._processor.piece_to_id(self.endoftext)
+        self.unknown_id = self._processor.unk_id()
+        self._marker_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARKER.encode()]
+        probe = self._processor.encode(_PROBE)
+        spelled = self.decode_bytes(probe)
+        self.prefix = b" " if spelled == b" " + self._processor.decode(probe).encode("utf-8") else b""
+        self._keeps_space = spelled == _PROBE.encode("utf-8")
+        self._reads_endoftext = not self._processor.is_control(self.endoftext_id)
+        # Cut so that no part can be taken for endoftext, and the marker stands alone.
+        end = re.escape(self.endoftext[:-1]), re.escape(self.endoftext[-1])
+        self._cuts = re.compile(f"({_MARKER})|(?<={end[0]})(?={end[1]})")
+
+    def content(self) -> bytes:
+        return self._model
+
+    def _parts(self, text: str) -> Iterable[str]:
+        return super()._parts(text) if self._keeps_space else [text]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._encode_between_cuts(text)
+        if self.unknown_id in ids and not self.replaces_unknown:
+            raise DataError(
+                f"character {self._first_unknown(text)!r} is unknown to the tokenizer; "
+                "use a model with byte fallback (kinds bpe and unigram have it)"
+            )
+        return ids
+
+    def _encode_between_cuts(self, text: str) -> list[int]:
+        ends = self._reads_endoftext and self.endoftext in text
+        if not ends and not (self._keeps_space and _MARKER in text):
+            return self._processor.encode(text)
+        ids: list[int] = []
+        for part in filter(None, self._cuts.split(text)):
+            ids += self._marker_ids if part == _MARKER and self._keeps_space else self._processor.encode(part)
+        return ids
+
+    def encode_symbols(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in filter(None, self._symbols.split(text)):
+            if part in self._symbol_ids:
+                ids.append(self._symbol_ids[part])
+            else:
+                ids += (self._inner if ids else self._processor).encode(part)
+        return ids
+
+    def symbol_id(self, symbol: str) -> int | None:
+        """The id of a control symbol such as <s>, if the model has it."""
+        return self._symbol_ids.get(symbol)
+
+    def symbol(self, index: int) -> str:
+        """How the symbol of an id is spelled."""
+        return self._processor.id_to_piece(index)
+
+    @functools.cached_property
+    def _symbol_ids(self) -> dict[str, int]:
+        control = [index for index in range(self.vocab_size) if self._processor.is_control(index)]
+        return {self._processor.id_to_piece(index): index for index in control}
+
+    @functools.cached_property
+    def _symbols(self) -> re.Pattern[str]:
+        return re.compile("(" + "|".join(map(re.escape, self._symbol_ids)) + ")")
+
+    @functools.cached_property
+    def _inner(self) -> "sentencepiece.SentencePieceProcessor":  # type: ignore[name-defined]  # noqa: F821
+        """Encodes what follows a symbol: no space in front."""
+        # A protocol buffer appended to another overrides it: normalizer_spec (3) { add_dummy_prefix (3): false }
+        return _processor(self._model + bytes([3 << 3 | 2, 2, 3 << 3, 0]), "")
+
+    def _first_unknown(self, text: str) -> str:
+        pieces = self._processor.encode(text, return_type="proto").pieces
+        unknown = next((piece.surface for piece in pieces if piece.id == self.unknown_id), _MARKER)
+        return unknown[:1]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return bytes_of(ids, self._bytes)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        if self._keeps_space:
+            return super().decode(ids)
+        return self._processor.decode([int(index) for index in ids if index != self.endoftext_id])
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes]:
+        processor = self._processor
+
+        def spelled(index: int) -> bytes:
+            piece = processor.id_to_piece(index)
+            if index == self.endoftext_id or processor.is_control(index):
+                return b""
+            if processor.is_byte(index):
+                return bytes([int(piece[1:-1], 16)])
+            return piece.replace(_MARKER, " ").encode("utf-8")
+
+        return [spelled(index) for index in range(self.vocab_size)]
+
+
+def train_sentencepiece(cfg: TokenizerConfig, texts: Iterable[str]) -> SentencePieceTokenizer:
+    """A lossless model learned from the texts, line by line.
+
+    No normalization and no added or trimmed space; every byte has a piece to fall back to; newline and tab are symbols,
+    so a piece never crosses a line; runs of spaces may become pieces, which keeps indented text short. Raises
+    DataError if the texts cannot give `cfg.vocab` pieces.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type=cfg.kind,
+            vocab_size=cfg.vocab,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=[ENDOFTEXT, "\n", "\t"],
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=1 << 24,
+            num_threads=1,  # the order of sums, and with it the model, would depend on it
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        raise DataError(_training_failure(cfg, str(error))) from error
+    return SentencePieceTokenizer(model.getvalue(), ENDOFTEXT)
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.translate(_NOT_LEARNED).split("\n"):
+            if line:
+                yield from sections(line)
+
+
+def _training_failure(cfg: TokenizerConfig, reason: str) -> str:
+    if high := re.search(r"Vocabulary size too high .*<= (\d+)", reason):
+        return f"tokenizer.vocab={cfg.vocab} is more than this text can give: at most {high[1]}"
+    if low := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
+        return f"tokenizer.vocab={cfg.vocab} is too small for the characters of this text: at least {low[1]}"
+    if "sentences_.empty()" in reason:
+        return NO_TEXT
+    return f"SentencePiece could not train ({cfg.kind}, vocab {cfg.vocab}): {reason.splitlines()[0]}"
+
+
+def _processor(model: bytes, name: str) -> "sentencepiece.SentencePieceProcessor":  # type: ignore[name-defined]  # noqa: F821
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if not model or processor.vocab_size() == 0:
+            raise RuntimeError("it is empty")
+    except RuntimeError as error:
+        raise DataError(f"{name} is not a SentencePiece model: {str(error).splitlines()[0]}") from error
+    return processor
+
+
+def _end_symbol(processor: "sentencepiece.SentencePieceProcessor", wanted: str | None, name: str) -> str:  # type: ignore[name-defined]  # noqa: F821
+    candidates = _CUSTOMARY_ENDS if wanted is None else (wanted,)
+    for symbol in candidates:
+        if processor.id_to_piece(processor.piece_to_id(symbol)) == symbol:
+            return symbol
+    raise DataError(f"{name} has no symbol {' or '.join(candidates)}; {NAME_ENDOFTEXT}")

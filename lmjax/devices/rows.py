@@ -1,0 +1,54 @@
+"""How the rows of a batch lie on the devices: by which devices each row is seen, in which order its tokens lie."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from lmjax.devices.mesh import check_divides, partition_spec, reshape, shards
+from lmjax.errors import ConfigError
+
+
+def time_order(T: int, context: int) -> np.ndarray:
+    """Which token of a row lies at each place of the time axis, [T], when `context` devices share the row.
+
+    Device i of n holds chunks i and 2n - 1 - i of the row's 2n chunks: under a causal mask early tokens have little to
+    attend to and late ones much, and so every device has the same (zig-zag order: Zhu, github.com/zhuzilin/
+    ring-flash-attention).
+    """
+    chunks = np.arange(T).reshape(2 * context, -1)
+    return np.concatenate([chunks[[i, 2 * context - 1 - i]] for i in range(context)], axis=None)
+
+
+def token_order(T: int) -> jax.Array:
+    """`time_order` on the current mesh: 0, 1, ... unless devices share rows."""
+    context = shards("time")
+    return jnp.arange(T) if context == 1 else jnp.asarray(time_order(T, context), jnp.int32)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, ndim: int = 2) -> NamedSharding:
+    """Of an array [B, T] or [B] of a batch."""
+    return NamedSharding(mesh, partition_spec(("batch", "time")[:ndim], mesh))
+
+
+def check_batch(mesh: jax.sharding.Mesh, *, rows: int, setting: str, T: int) -> None:
+    """Raise ConfigError unless the mesh divides batches of `rows` rows, a number set by `setting`, of T tokens."""
+    check_divides("batch", rows, mesh, setting=setting)
+    check_divides("residual_time", T, mesh, setting="data.seq_len")
+    if mesh.shape["context"] > 1 and T % (2 * mesh.shape["context"]):
+        raise ConfigError(
+            f"mesh.context={mesh.shape['context']} cuts rows into {2 * mesh.shape['context']} chunks, which do not "
+            f"divide data.seq_len={T}; use a multiple of {2 * mesh.shape['context']}"
+        )
+
+
+def split_rows(x: jax.Array, pieces: int) -> jax.Array:
+    """[B, ...] -> [pieces, B / pieces, ...]: every piece takes rows from all over, so from every device."""
+    rows, *rest = jax.typeof(x).sharding.spec
+    return reshape(x, (len(x) // pieces, pieces, *x.shape[1:]), (rows, None, *rest)).swapaxes(0, 1)
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """The inverse of `split_rows`."""
+    _, *specs_of = jax.typeof(x).sharding.spec
+    return reshape(x.swapaxes(0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]), specs_of)

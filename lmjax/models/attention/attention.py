@@ -1,0 +1,196 @@
+"""Attention: one function, several backends, each of which refuses what it cannot do instead of ignoring it.
+
+reference  plain einsum, does everything, any device
+xla        jax.nn.dot_product_attention, XLA implementation
+cudnn      the same through cuDNN's flash attention: NVIDIA GPUs, 16 bit
+splash     a Pallas kernel for TPUs
+ring       keys handed round between devices that share a row (mesh.context)
+
+Where devices share rows, all but ring gather the row's keys and values first.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.devices.gather import per_device
+from lmjax.devices.mesh import constrain, current_mesh, partition_spec, shards
+from lmjax.devices.rows import token_order
+from lmjax.errors import ConfigError
+from lmjax.models.attention.ring import ring
+from lmjax.models.attention.scores import Mask, Score, distance, scores, visible
+
+_HEADS, _KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+_NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
+_BY_INDEX = "orders keys by index: it cannot decode from a cache, nor share rows over mesh.context"
+
+
+def platform() -> str:
+    """What the program is for: the platform of the mesh, which may be of a machine that is not here, or our own."""
+    mesh = current_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    """softmax(score(q, k)) v, in float32 between the two products (Vaswani et al. 2017, eq. 1)."""
+    B, T, N, H = q_BTNH.shape
+    s_BKGTS = scores(q_BTNH, k_BSKH, mask, score)
+    # softmax, divided by its sum after the product with v instead of before: fewer passes over [T, S], and none in the
+    # backward pass, where the sum's gradient comes from [T, H] (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
+    p_BKGTS = jnp.exp(s_BKGTS - jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True)))
+    sum_BTKG = jnp.einsum("BKGTS->BTKG", p_BKGTS)
+    p_BKGTS = p_BKGTS if score.dropout is None else score.dropout.apply(p_BKGTS)
+    y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+    return (y_BTKGH / sum_BTKG[..., None]).astype(v_BSKH.dtype).reshape(B, T, N, H)
+
+
+def _refuses_nothing(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    return None
+
+
+def _xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    bias = None
+    if score.slopes_N is not None:
+        away_BTS = distance(mask, T, S)[:, None].astype(q_BTNH.dtype)
+        bias = -score.slopes_N[:, None, None].astype(q_BTNH.dtype) * away_BTS
+    mask_BNTS = visible(mask, T, S)[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, bias, mask_BNTS, scale=score.scale, implementation="xla"
+    )
+
+
+def _xla_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    return "has no softcap" if score.softcap is not None else _NO_DROPOUT if score.dropout is not None else None
+
+
+def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    local = functools.partial(
+        jax.nn.dot_product_attention,
+        scale=score.scale,
+        is_causal=True,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
+        implementation="cudnn",
+    )
+    heads, kv_heads = partition_spec(_HEADS), partition_spec(_KV_HEADS)
+    return per_device(local, (heads, kv_heads, kv_heads), heads)(q_BTNH, k_BSKH, v_BSKH)
+
+
+def _compute_capability() -> tuple[int, ...]:
+    """Of our own GPU: (9, 0) is Hopper. (0,) where there is none."""
+    return tuple(map(int, getattr(jax.local_devices()[0], "compute_capability", "0").split(".")))
+
+
+def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    H, limit = q_BTNH.shape[-1], 256 if _compute_capability() >= (9, 0) else 128
+    checks = {
+        "needs an NVIDIA GPU": platform() != "gpu",
+        f"needs a head size divisible by 8, at most {limit} on this GPU, not {H}": H % 8 > 0 or limit < H,
+        f"computes in 16 bit, not {q_BTNH.dtype}: set model.dtype=bfloat16": q_BTNH.dtype.itemsize != 2,
+        "has no softcap": score.softcap is not None,
+        "has no ALiBi": score.slopes_N is not None,
+        _NO_DROPOUT: score.dropout is not None,
+        "cannot keep documents apart": mask.segments_BT is not None,
+        _BY_INDEX: mask.key_positions_BS is not None,
+    }
+    return next((reason for reason, holds in checks.items() if holds), None)
+
+
+_SPLASH_BLOCK = 128
+
+
+def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    def local(q_BTNH, k_BSKH, v_BSKH, segments_BT):
+        kernel = _splash_kernel(q_BTNH.shape[1], q_BTNH.shape[2], mask.window, score.softcap)
+        q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * score.scale, k_BSKH, v_BSKH))
+        return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments_BT).swapaxes(1, 2)
+
+    heads, kv_heads = partition_spec(_HEADS), partition_spec(_KV_HEADS)
+    in_specs = (heads, kv_heads, kv_heads, partition_spec(("batch", None)))
+    return per_device(local, in_specs, heads)(q_BTNH, k_BSKH, v_BSKH, _splash_segments(mask.segments_BT))
+
+
+def _splash_segments(segments_BT: jax.Array | None):
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    return None if segments_BT is None else SegmentIds(q=segments_BT, kv=segments_BT)
+
+
+def _splash_kernel(T: int, heads: int, window: int | None, cap: float | None) -> Callable[..., jax.Array]:
+    """Off TPU the kernel is interpreted. Its block tables are costly to make; the library remembers the last few."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    shape = (T, T)
+    one = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([one] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=cap,
+        interpret=platform() != "tpu",
+    )
+
+
+def _splash_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    if score.slopes_N is not None or score.dropout is not None:
+        return "has no ALiBi" if score.dropout is None else _NO_DROPOUT
+    if mask.key_positions_BS is not None:
+        return _BY_INDEX
+    if q_BTNH.shape[1] % _SPLASH_BLOCK:
+        return f"needs a sequence length divisible by {_SPLASH_BLOCK}, not {q_BTNH.shape[1]}"
+    return None
+
+
+def _ring_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
+    if score.slopes_N is not None or score.dropout is not None:
+        return "has no ALiBi" if score.dropout is None else _NO_DROPOUT
+    return _BY_INDEX if mask.key_positions_BS is not None else None
+
+
+class Backend(NamedTuple):
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Mask, Score], jax.Array]
+    refuses: Callable[[jax.Array, Mask, Score], str | None]
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(reference, _refuses_nothing),
+    "xla": Backend(_xla, _xla_refuses),
+    "cudnn": Backend(_cudnn, _cudnn_refuses),
+    "splash": Backend(_splash, _splash_refuses),
+    "ring": Backend(ring, _ring_refuses),
+}
+FASTEST = {"tpu": "splash", "gpu": "cudnn"}
+
+
+def attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score, backend: str = "auto"
+) -> jax.Array:
+    """Attend from every query to the keys its mask shows -> [B, T, N, H].
+
+    Decoding from a cache always uses the reference: one query per row leaves a kernel nothing to save.
+    Raises ConfigError when a named backend cannot do what is asked.
+    """
+    if mask.key_positions_BS is not None:
+        backend = "reference"
+    elif backend == "auto":
+        fastest = "ring" if shards("time") > 1 else FASTEST.get(platform(), "reference")
+        backend = "reference" if BACKENDS[fastest].refuses(q_BTNH, mask, score) else fastest
+    if backend != "ring" and shards("time") > 1:
+        k_BSKH, v_BSKH, mask = _whole_rows(k_BSKH, v_BSKH, mask)
+    refusal = BACKENDS[backend].refuses(q_BTNH, mask, score)
+    if refusal is not None:
+        raise ConfigError(f"model.attention={backend} {refusal}; model.attention=reference does everything")
+    return BACKENDS[backend].attend(q_BTNH, k_BSKH, v_BSKH, mask, score)
+
+
+def _whole_rows(k_BTKH: jax.Array, v_BTKH: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array, Mask]:
+    """Keys and values of all devices that share a row; tokens are then told apart by their places in the row."""
+    assert mask.key_positions_BS is None
+    order_1S = token_order(k_BTKH.shape[1])[None]
+    segments_BS = None if mask.segments_BT is None else constrain(mask.segments_BT, "batch", None)
+    mask = Mask(mask.window, mask.segments_BT, constrain(order_1S, None, "time"), order_1S, segments_BS)
+    return constrain(k_BTKH, *_KV_HEADS), constrain(v_BTKH, *_KV_HEADS), mask

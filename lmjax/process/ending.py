@@ -1,0 +1,73 @@
+"""How a process ends: one line on stderr and an exit code that a scheduler can act on."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, LmjaxError
+from lmjax.process import group
+
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+
+
+def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
+    """Call `function`, then exit with its return value (None is 0) or with the code of the error that it raised.
+
+    An error is one last line on stderr, `lmjax: error: <what, where, what to do>`. Tracebacks are for `--debug`; that
+    of a bug is also kept in a file that the line names.
+    """
+    try:
+        sys.exit(function() or DONE)
+    except LmjaxError as error:
+        _fail(_one_line(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        _fail("interrupted", 128 + signal.SIGINT, debug)
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os._exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno in _STORAGE_ERRNOS:
+            _fail(f"storage: {_one_line(error)}; free or mend it and run again", CheckpointError.exit_code, debug)
+        _fail_bug(error, debug)
+    except Exception as error:
+        _fail_bug(error, debug)
+
+
+def _fail_bug(error: Exception, debug: bool) -> NoReturn:
+    with tempfile.NamedTemporaryFile("w", prefix="lmjax-traceback-", suffix=".txt", delete=False) as file:
+        file.write(traceback.format_exc())
+    _fail(f"{type(error).__name__}: {_one_line(error)} (this is a bug; traceback in {file.name})", BUG, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    exit_now(message, code)
+
+
+def exit_now(message: str, code: int) -> NoReturn:
+    """Print the last line and leave without waiting for any thread: one that hangs must not hold up the exit code."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    print(f"lmjax: error: {group.name()}{message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def leave_on_sigterm() -> None:
+    """Until `Preemption` takes over, SIGTERM ends this process at once with PREEMPTED: there is nothing to save yet."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        exit_now("SIGTERM before the first step: nothing to save; run the same command again", PREEMPTED)
+
+    signal.signal(signal.SIGTERM, leave)

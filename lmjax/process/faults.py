@@ -1,0 +1,73 @@
+"""Faults that tests plan through the environment."""
+
+import errno
+import functools
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from lmjax.errors import ConfigError
+from lmjax.process import group
+
+
+def _raise_disk_full() -> NoReturn:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _raise_error() -> NoReturn:
+    raise RuntimeError("injected by LMJAX_FAULTS")
+
+
+# What a fault does. None: the code at the hook knows, `fault` only returns the name.
+FAULTS: dict[str, Callable[[], object] | None] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "stall": lambda: time.sleep(1e6),
+    "raise": _raise_error,
+    "disk_full": _raise_disk_full,
+    "nan_grad": None,
+}
+
+
+def fault(site: str, index: int | None = None) -> str | None:
+    """A named place where a test can make things go wrong; without LMJAX_FAULTS it does nothing.
+
+    LMJAX_FAULTS is a comma-separated list of `what@site:n`: `kill@step:20` kills the process at `fault("step", 20)`;
+    at a site without `index`, n counts the calls from 1 (`disk_full@checkpoint.write:2`). `kill@step:20:1` does so at
+    process 1 alone. Returns the fault's name when the caller is to act on it (`nan_grad`), else None. Raises
+    ConfigError for a malformed list.
+    """
+    planned = _planned_faults(os.environ.get("LMJAX_FAULTS", ""), group.process())
+    if site not in planned:
+        return None
+    if index is None:
+        index = _calls[site] = _calls.get(site, 0) + 1
+    name = planned[site].get(index)
+    if name is None:
+        return None
+    group.say(f"LMJAX_FAULTS: {name} at {site}:{index}")
+    act = FAULTS[name]
+    if act is None:
+        return name
+    act()
+    return None
+
+
+_calls: dict[str, int] = {}
+
+
+@functools.cache
+def _planned_faults(text: str, process: int) -> dict[str, dict[int, str]]:
+    """`{site: {n: fault}}` of this process."""
+    planned: dict[str, dict[int, str]] = {}
+    for entry in filter(None, text.split(",")):
+        match = re.fullmatch(rf"({'|'.join(FAULTS)})@([^:]+):(\d+)(?::(\d+))?", entry)
+        if match is None:
+            raise ConfigError(f"LMJAX_FAULTS: '{entry}' is not what@site:n with what one of {', '.join(FAULTS)}")
+        name, site, index, at_process = match.groups()
+        if at_process is None or int(at_process) == process:
+            planned.setdefault(site, {})[int(index)] = name
+    return planned

@@ -1,0 +1,105 @@
+"""The directories of checkpoints: which steps are there, which are sealed, which verify."""
+
+import itertools
+import time
+import zlib
+from typing import Any
+
+from etils import epath
+
+from lmjax.errors import CheckpointError
+from lmjax.process import group
+from lmjax.record import seal
+from lmjax.record.seal import Manifest
+
+SEALED = "SEALED"
+
+
+def find_step(path: epath.PathLike, step: int | None = None) -> epath.Path:
+    """The directory of a sealed step: of `step` or the newest one in a run's workdir or checkpoints directory, or
+    `path` itself. Raises CheckpointError when there is none."""
+    path = epath.Path(path).resolve()
+    if step is None and seal.is_sealed(path):
+        return path
+    directory = path / "checkpoints" if (path / "checkpoints").exists() else path
+    sealed = sealed_steps(directory)
+    if step is None and sealed:
+        return sealed[-1]
+    found = [child for child in sealed if child.name == str(step)]
+    if not found:
+        which = "checkpoint" if step is None else f"checkpoint of step {step}"
+        have = ", ".join(child.name for child in sealed) or "none"
+        raise CheckpointError(f"{directory} holds no sealed {which} (sealed steps: {have}); check the path and step")
+    return found[0]
+
+
+def verify(path: epath.PathLike) -> list[str]:
+    """What is wrong with one step or with every sealed step of a directory; empty if all is well.
+
+    A step that was never sealed counts for nothing. Raises CheckpointError when there is nothing to verify.
+    """
+    path = epath.Path(path).resolve()
+    if seal.is_sealed(path):
+        return [f"{path.name}: {problem}" for problem in seal.check(path, hash_files=True)[1]]
+    directory = path / "checkpoints" if (path / "checkpoints").exists() else path
+    steps = sealed_steps(directory)
+    if not steps:
+        raise CheckpointError(f"{path} holds no sealed checkpoint; check the path")
+    return [f"{step.name}: {problem}" for step in steps for problem in seal.check(step, hash_files=True)[1]]
+
+
+def sealed_metas(path: epath.PathLike) -> dict[int, dict[str, Any]]:
+    """`{step: meta}` of the sealed steps of a run's workdir; those whose seal is damaged are left out."""
+    manifests = (seal.read(step)[0] for step in sealed_steps(epath.Path(path) / "checkpoints"))
+    return {manifest["step"]: manifest["meta"] for manifest in manifests if manifest}
+
+
+def newest_sealed(directory: epath.Path) -> epath.Path | None:
+    """The last step of a checkpoints directory that was sealed, whether it verifies or not."""
+    return next(reversed(sealed_steps(directory)), None)
+
+
+def step_directories(directory: epath.Path) -> list[epath.Path]:
+    """Step directories, sealed or not, in the order of their steps."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def sealed_steps(directory: epath.Path) -> list[epath.Path]:
+    return [path for path in step_directories(directory) if seal.is_sealed(path)]
+
+
+def set_aside(path: epath.Path, why: str) -> epath.Path:
+    return path.rename(path.parent / f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}")
+
+
+def delete(path: epath.Path) -> None:
+    """Unseal, then delete: a kill in between leaves an unfinished step, which the next save clears away."""
+    (path / seal.MANIFEST).unlink(missing_ok=True)
+    if path.exists():
+        path.rmtree()
+
+
+def ever_sealed(directory: epath.Path) -> bool:
+    return (directory / SEALED).exists() or any(directory.glob("*.corrupt-*"))
+
+
+def check(path: epath.Path, hash_files: bool) -> tuple[Manifest, list[str]]:
+    """`seal.check`, its hashing shared out among the processes; all of them get the same answer."""
+
+    def share(name: str) -> bool:
+        return zlib.crc32(name.encode()) % group.processes() == group.process()
+
+    manifest, problems = seal.check(path, hash_files=hash_files, mine=share)
+    found = group.gather("problems of a checkpoint", problems)
+    return manifest, group.share("problems of a checkpoint", list(dict.fromkeys(itertools.chain(*found))))
+
+
+def read_verified(path: epath.Path, hash_files: bool) -> Manifest:
+    manifest, problems = check(path, hash_files)
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {'; '.join(problems[:3])}; use another step or restore it from a backup"
+        )
+    return manifest

@@ -1,0 +1,86 @@
+"""The convert command: foreign checkpoints into work directories, and back."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from lmjax import config as configs
+from lmjax.config import Config
+from lmjax.data.config import DataConfig
+from lmjax.errors import CheckpointError
+from lmjax.hf import llama2c, tokenizer_files
+from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
+from lmjax.models import decoder
+from lmjax.record import seal
+from lmjax.record.checkpoint import Checkpoints
+from lmjax.record.trees import one_array_at_a_time
+from lmjax.run.trained import load_trained
+from lmjax.run.workdir import make_workdir
+from lmjax.weights import abstract
+
+_SEQ_LEN = 1024
+
+
+def from_hf(directory: str, workdir: str) -> Imported:
+    """Make a work directory of a Hugging Face checkpoint: evaluate, generate, inspect and verify then read it.
+
+    Raises what `read_checkpoint` and `write_workdir` do.
+    """
+    target = new_workdir(workdir)
+    imported = read_checkpoint(Path(directory))
+    write_workdir(imported, target, source=directory)
+    return imported
+
+
+def from_llama2c(path: str, tokenizer: str, workdir: str) -> Imported:
+    """Make a work directory of a llama2.c .bin file and its vocabulary, a .bin or a SentencePiece .model.
+
+    Raises what `llama2c.read`, `llama2c.read_tokenizer` and `write_workdir` do.
+    """
+    target = new_workdir(workdir)
+    cfg, params = llama2c.read(path)
+    found = llama2c.read_tokenizer(tokenizer, cfg.dims["vocab"])
+    imported = Imported(cfg, jax.tree.map(jnp.asarray, params), found, {})
+    write_workdir(imported, target, source=path)
+    return imported
+
+
+def new_workdir(workdir: str) -> epath.Path:
+    """Where a model may be written to. Raises CheckpointError for a directory that is not empty, or not writable."""
+    target = epath.Path(workdir)
+    if (target / "config.json").exists() or (target / "checkpoints").exists():
+        raise CheckpointError(f"--workdir={workdir} holds a run already; choose another")
+    if target.is_dir() and any(target.iterdir()):
+        raise CheckpointError(f"--workdir={workdir} holds other files; choose a new or empty directory")
+    make_workdir(target)
+    return target
+
+
+def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> None:
+    """The files of a run that has been trained elsewhere: a sealed checkpoint of step 0, tokenizer/, config.json."""
+    checkpoints = Checkpoints(workdir / "checkpoints", Config().checkpoint)
+    with one_array_at_a_time(imported.params):
+        checkpoints.save(0, {"params": imported.params}, {"source": source})
+        checkpoints.wait()
+    if imported.tokenizer is not None:
+        imported.tokenizer.save(workdir / "tokenizer")
+        for name, content in imported.files.items():
+            (workdir / "tokenizer" / name).write_bytes(content)
+    data = DataConfig(seq_len=min(_SEQ_LEN, imported.model.context))
+    seal.write_atomically(workdir / "config.json", configs.to_json(Config(model=imported.model, data=data)))
+
+
+def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: int) -> list[str]:
+    """Write the model of a work directory for transformers; the names of the files.
+
+    Raises what `experiment.load_trained` and `write_checkpoint` do.
+    """
+    cfg = configs.from_json(epath.Path(workdir) / "config.json")
+    with one_array_at_a_time(abstract(decoder.weights(cfg.model))):
+        trained = load_trained(workdir, step)
+    beside = {name: epath.Path(workdir) / "tokenizer" / name for name in tokenizer_files.KEPT}
+    files = {name: path.read_bytes() for name, path in beside.items() if path.exists()}
+    imported = Imported(trained.cfg.model, trained.params, trained.tokenizer, files)
+    return write_checkpoint(Path(out), imported, dtype=dtype, shard_bytes=shard_bytes)

@@ -1,0 +1,89 @@
+"""What a config would cost, before anything is trained: `lmjax train --dry-run`."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from lmjax.config import Config
+from lmjax.data.store import manifest
+from lmjax.data.store.manifest import Manifest
+from lmjax.errors import ConfigError
+from lmjax.models.flops import sequence_flops
+from lmjax.models.model import Model
+from lmjax.record import files
+from lmjax.run import assemble
+from lmjax.weights import count
+
+
+def describe(cfg: Config) -> Iterator[str]:
+    """Lines about size, FLOPs, memory, tokens and epochs. Prepares and stages no data, and allocates nothing."""
+    manifests = _manifests(cfg)
+    cfg = _with_vocab(cfg, manifests)
+    experiment = assemble.assemble(cfg)
+    yield from size(cfg, experiment.model)
+    state = assemble.abstract_state(experiment)
+    devices = 1 if experiment.mesh is None else experiment.mesh.size
+    state_bytes, gradients = assemble.device_bytes(state), assemble.device_bytes(state.params)
+    yield (
+        f"memory       {state_bytes / 2**20:,.1f} MiB of state and {gradients / 2**20:,.1f} MiB of gradients "
+        f"on each of {devices} device(s), activations not counted"
+    )
+    tokens = cfg.train.steps * cfg.train.batch * cfg.data.seq_len
+    total = sum(source.weight for source in cfg.data.sources.values())
+    for name, found in manifests.items():
+        if found is None:
+            yield f"data         {name}: not prepared yet"
+            continue
+        available = found.splits["train"].tokens
+        epochs = tokens * cfg.data.sources[name].weight / total / available
+        yield f"data         {name}: {available:,} tokens, {epochs:.2f} epochs"
+
+
+def size(cfg: Config, model: Model) -> Iterator[str]:
+    """Lines about parameters, and the tokens and FLOPs of the whole run."""
+    counts = count(model.spec)
+    yield f"parameters   {counts.total:,} total, {counts.non_embedding:,} non-embedding, {counts.matmul:,} matmul"
+    if counts.active != counts.total:
+        yield f"             {counts.active:,} active: what a token passes through, the N of 6ND"
+    sequences = cfg.train.steps * cfg.train.batch
+    tokens, flops = sequences * cfg.data.seq_len, sequence_flops(model, cfg.data.seq_len)
+    yield (
+        f"tokens       {tokens:,} = {cfg.train.steps:,} steps x {cfg.train.batch} x {cfg.data.seq_len}, "
+        f"{tokens / counts.total:.1f} per parameter"
+    )
+    yield (
+        f"FLOPs        {sequences * flops.six_nd:.3g} as 6ND, {sequences * flops.causal:.3g} exact with causal "
+        f"attention, {sequences * flops.full:.3g} exact with full attention"
+    )
+
+
+def with_known_vocab(cfg: Config) -> Config:
+    """The config with its vocabulary: its own, or else that of the prepared data, or of the recipe.
+
+    Raises ConfigError when none of them tells, and DataError for a place that cannot be read.
+    """
+    return cfg if cfg.model.vocab is not None else _with_vocab(cfg, _manifests(cfg))
+
+
+def _manifests(cfg: Config) -> dict[str, Manifest | None]:
+    return {name: _manifest(source.path) for name, source in cfg.data.sources.items()}
+
+
+def _manifest(path: str) -> Manifest | None:
+    """That of a data set, of which nothing else is read; None if it is not prepared yet."""
+    directory = files.locate(path)
+    with files.reporting(directory):
+        prepared = (directory / manifest.FILE).exists()
+    return manifest.read_manifest(directory) if prepared else None
+
+
+def _with_vocab(cfg: Config, manifests: dict[str, Manifest | None]) -> Config:
+    """The vocabulary of the config, of the prepared data, or of the recipe, whichever is known."""
+    recipes = [source.prepare.tokenizer for source in cfg.data.sources.values() if source.prepare is not None]
+    vocab = cfg.model.vocab
+    for found in manifests.values():
+        vocab = vocab or (found.vocab_size if found is not None else None)
+    for recipe in recipes:
+        vocab = vocab or (recipe.vocab if recipe.kind in ("bpe", "unigram") else None)
+    if vocab is None:
+        raise ConfigError("the vocabulary is not known before the data is prepared; set model.vocab")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab=vocab))

@@ -1,0 +1,79 @@
+"""A trained model of a work directory, and its evaluation."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import jax
+from etils import epath
+
+from lmjax.config import Config, from_json
+from lmjax.data.store.shards import open_dataset
+from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from lmjax.errors import DataError
+from lmjax.evaluate.likelihood import Evaluation
+from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split, float32
+from lmjax.models import decoder
+from lmjax.models.model import Model
+from lmjax.record import checkpoint
+from lmjax.weights import Params, abstract
+
+
+class Trained(NamedTuple):
+    """What evaluating and generating need of a work directory."""
+
+    cfg: Config
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
+    """The model of a work directory with the parameters of a checkpoint (default: the newest), on one device."""
+    workdir = epath.Path(workdir)
+    cfg = from_json(workdir / "config.json")
+    model = decoder.build(cfg.model)
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(model.spec))
+    parts, _, found = checkpoint.restore_parts(workdir, {"params": shapes}, step=step)
+    return Trained(cfg, model, parts["params"], load_tokenizer(workdir / "tokenizer"), found)
+
+
+def evaluate_trained(
+    trained: Trained,
+    paths: Iterable[str],
+    *,
+    split: Literal["train", "valid"],
+    batch: int,
+    seq_len: int,
+    documents: Documents | None = None,
+) -> dict[str, Evaluation]:
+    """Score a trained model on prepared data sets. Raises DataError for one of another tokenizer.
+
+    By default documents share rows as in training; those of a model that reads a begin symbol have rows of their own.
+    """
+    if documents is None:
+        documents = trained.cfg.data.documents if trained.tokenizer.begin_id is None else "alone"
+    model, results = float32(trained.cfg.model), {}
+    for path in paths:
+        dataset = open_dataset(path, cache=trained.cfg.data.cache)
+        if dataset.manifest.tokenizer_hash != trained.tokenizer.hash:
+            raise DataError(
+                f"{path} was prepared with another tokenizer than this model's; prepare it with --tokenizer-file="
+                "WORKDIR/tokenizer"
+            )
+        if documents == "alone" or documents == "cut":
+            results[path] = evaluate_documents(
+                model,
+                trained.params,
+                dataset.split(split),
+                trained.tokenizer,
+                seq_len=seq_len,
+                batch=batch,
+                whole=documents == "alone",
+            )
+        else:
+            data = dataclasses.replace(trained.cfg.data, seq_len=seq_len, documents=documents)
+            results[path] = evaluate_split(model, trained.params, dataset.split(split), data, batch=batch)
+    return results
