@@ -81,6 +81,11 @@ def _train_arguments(sub: Parser) -> None:
     sub.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a config file (Python code)")
     sub.add_argument("--workdir", required=True, help="where everything of this run goes")
     sub.add_argument("--dry-run", action="store_true", help="print size, FLOPs, memory and tokens, then stop")
+    sub.add_argument(
+        "--init-from",
+        metavar="WORKDIR[@STEP]",
+        help="start from another run's weights, with a fresh optimizer; the same as --config.train.init_from",
+    )
     sub.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps with the profiler")
     sub.add_argument("--allow-config-change", action="store_true", help="resume although the config differs")
     sub.add_argument("--allow-data-change", action="store_true", help="resume although the data differ")

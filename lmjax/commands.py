@@ -28,7 +28,10 @@ def train(arguments: Arguments) -> int:
     from lmjax import config
     from lmjax.process import ending, start_up
 
-    cfg = config.load(arguments.config, arguments.overrides)
+    overrides = arguments.overrides
+    if arguments.init_from is not None:
+        overrides = [*overrides, f"train.init_from={arguments.init_from}"]
+    cfg = config.load(arguments.config, overrides)
     start_up.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
     if arguments.dry_run:
         from lmjax.run import dry_run

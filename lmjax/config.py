@@ -15,7 +15,7 @@ import importlib.util
 import json
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ from lmjax.errors import ConfigError
 from lmjax.models.config import ModelConfig, require_learning
 from lmjax.optim.config import OptimizerConfig
 from lmjax.record.config import CheckpointConfig, TrackingConfig
-from lmjax.schema import config_class, validated
+from lmjax.schema import config_class, names_in, one_of, validated
 from lmjax.train.config import TrainConfig
 
 
@@ -34,6 +34,8 @@ from lmjax.train.config import TrainConfig
 class Config:
     """One training run."""
 
+    task: Annotated[str, one_of(names_in("lmjax.tasks.registry", "TASKS"))] = "pretrain"
+    """What is trained."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

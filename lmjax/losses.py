@@ -49,7 +49,7 @@ def token_sums(
     logits_BTV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    z_weight: float = 0.0,
+    z_weight: float | jax.Array = 0.0,
     token_loss: str = "cross_entropy",
 ) -> Sums:
     """Weighted sums over tokens; z_weight * logsumexp(logits)^2 is PaLM's z-loss (arXiv:2204.02311, section 5).
@@ -104,7 +104,7 @@ def chunked_token_sums(
     weights_BT: jax.Array,
     *,
     chunk: int,
-    z_weight: float = 0.0,
+    z_weight: float | jax.Array = 0.0,
     token_loss: str = "cross_entropy",
 ) -> Sums:
     """`token_sums(unembed(head, x), ...)` with logits for at most `chunk` positions of every row at a time.

@@ -12,7 +12,17 @@ import numpy as np
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, weight), scalars
 
 
-def finish(metrics: Metrics) -> dict[str, float]:
-    """Divide on the host, in float64. A metric with no weight has no value and is left out."""
+def finish(metrics: Metrics) -> dict[str, Any]:
+    """Divide on the host, in float64. A metric with no weight has no value and is left out.
+
+    Metrics of runs that are stacked on a leading axis, [runs] for every sum and weight, give an array of values each,
+    NaN for a run where the metric has no weight.
+    """
     host: Mapping[str, tuple[Any, Any]] = jax.device_get(metrics)
-    return {name: float(np.float64(total) / np.float64(weight)) for name, (total, weight) in host.items() if weight}
+    return {name: _quotient(total, weight) for name, (total, weight) in host.items() if np.any(weight)}
+
+
+def _quotient(total: Any, weight: Any) -> Any:
+    with np.errstate(invalid="ignore"):
+        value = np.asarray(total, np.float64) / np.where(weight, weight, np.nan).astype(np.float64)
+    return value if value.ndim else float(value)

@@ -30,7 +30,7 @@ def fan_in(key: jax.Array, weight: "Weight") -> jax.Array:
     return jax.random.normal(key, weight.shape) * max(1, weight.fan_in) ** -0.5
 
 
-def normal(std: float) -> Initializer:
+def normal(std: Any) -> Initializer:
     return lambda key, weight: jax.random.normal(key, weight.shape) * std
 
 
@@ -126,6 +126,13 @@ def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flatten_dict(dict(tree), sep="/")
 
 
+def merge(base: Params, more: Params) -> Params:
+    """One nested dict of both; they may share inner nodes, but no leaf."""
+    both = base.keys() & more.keys()
+    assert all(isinstance(base[name], dict) and isinstance(more[name], dict) for name in both), sorted(both)
+    return {**base, **more, **{name: merge(base[name], more[name]) for name in both}}
+
+
 def bind(spec: Spec, dims: Mapping[str, int]) -> Spec:
     """Give every axis of every weight its size. Raises ConfigError for an axis that is not positive."""
     for name, size in dims.items():
@@ -182,11 +189,6 @@ def _map_with_path(function: Callable[[str, Weight], Any], spec: Spec, prefix: s
         else _map_with_path(function, child, f"{prefix}{name}/")
         for name, child in spec.items()
     }
-
-
-def mask(spec: Spec, keep: Callable[[Weight], bool]) -> Any:
-    """A tree of booleans, for instance which weights decay."""
-    return map_weights(keep, spec)
 
 
 def decays(weight: Weight) -> bool:

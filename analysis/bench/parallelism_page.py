@@ -20,6 +20,7 @@ from lmjax.devices.mesh import LAYOUTS
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.plan.collectives import collectives
 from lmjax.run import assemble
+from lmjax.tasks.pretrain import without_data
 from lmjax.train.config import TrainConfig
 
 SIZES: dict[str, Any] = {"vocab": 1024, "layers": 4, "embed": 128, "heads": 8, "gated": True, "tied": False}
@@ -33,7 +34,7 @@ MB = 1e6
 
 
 def program(cfg: Config, devices: list[Any] | None = None) -> tuple[Any, assemble.Experiment]:
-    experiment = assemble.assemble(cfg, devices)
+    experiment = assemble.assemble(without_data(cfg), devices)
     state, batch, step = (
         assemble.abstract_state(experiment),
         assemble.abstract_batch(experiment),

@@ -18,6 +18,7 @@ from lmjax.models.flops import matrix_products
 from lmjax.models.pipeline import Schedule
 from lmjax.plan.collectives import collectives
 from lmjax.run import assemble
+from lmjax.tasks.pretrain import without_data
 from lmjax.train.config import TrainConfig
 
 ROWS, LAYERS, EMBED, MLP = 2, 8, 256, 1024
@@ -31,7 +32,9 @@ RUNS = [(1, 8), (2, 8), (4, 4), (4, 8), (4, 16), (8, 8), (8, 16)]
 def row(stages: int, microbatches: int) -> str:
     """Of a mesh of so many stages and nothing else, and microbatches of two rows."""
     train = TrainConfig(batch=ROWS * microbatches, microbatches=microbatches)
-    experiment = assemble.assemble(dataclasses.replace(BASE, train=train, mesh=MeshConfig(data=1, pipeline=stages)))
+    experiment = assemble.assemble(
+        without_data(dataclasses.replace(BASE, train=train, mesh=MeshConfig(data=1, pipeline=stages)))
+    )
     with place.use_mesh(experiment.mesh):
         step = assemble.jitted_step(experiment)
         traced = step.trace(assemble.abstract_state(experiment), {}, assemble.abstract_batch(experiment))

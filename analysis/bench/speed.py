@@ -45,6 +45,7 @@ from lmjax.generate.decode import generate_ids
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
 from lmjax.run.assemble import assemble, compiled_step, initial_state
+from lmjax.tasks.pretrain import without_data
 from lmjax.weights import initialize
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -73,9 +74,9 @@ def read_config(name: str, dtype: Literal["float32", "bfloat16"] | None) -> Conf
 
 
 def train_steps(cfg: Config) -> Work:
-    experiment = assemble(cfg)
-    step, place = compiled_step(experiment), shard_batch(experiment.mesh, cfg.train.batch)
-    batches = [place(random_batch(cfg, seed)) for seed in range(BATCHES)]
+    experiment = assemble(without_data(cfg))
+    step, mesh, size = compiled_step(experiment), experiment.mesh, cfg.train.batch
+    batches = [shard_batch(random_batch(cfg, seed), mesh, size) for seed in range(BATCHES)]
     state = initial_state(experiment)
 
     def run(steps: int) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 
 import flax.struct
 
+from lmjax.devices.rows import axes
+
 
 @flax.struct.dataclass
 class Batch:
@@ -12,15 +14,15 @@ class Batch:
     `segments` and `positions` are None unless documents are kept apart (`data.documents = "separate"`).
     """
 
-    tokens_BT: Any
+    tokens_BT: Any = axes("batch time")
     """int32 inputs."""
-    targets_BT: Any
+    targets_BT: Any = axes("batch time")
     """int32, the token that follows each input."""
-    weights_BT: Any
+    weights_BT: Any = axes("batch time")
     """float32, the loss weight of each target; 0 leaves it out."""
-    ids_B: Any
+    ids_B: Any = axes("batch")
     """int32, each row's global sample index (modulo 2^31): names its dropout masks."""
-    segments_BT: Any | None = None
+    segments_BT: Any | None = axes("batch time", default=None)
     """int32, which document of its row a token belongs to."""
-    positions_BT: Any | None = None
+    positions_BT: Any | None = axes("batch time", default=None)
     """int32, counted from each document's start."""

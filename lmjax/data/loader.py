@@ -158,6 +158,10 @@ class Loader:
             for source, cursor in zip(self._sources, cursors, strict=True)
         }
 
+    def recorded(self, batch: Batch) -> np.ndarray:
+        """What the ledger keeps a checksum of, int32 [B, T]."""
+        return batch.tokens_BT
+
     @property
     def vocab_size(self) -> int:
         """That of the sources' tokenizer."""

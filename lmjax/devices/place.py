@@ -9,45 +9,47 @@ import jax
 import numpy as np
 
 from lmjax.devices.mesh import replicated
-from lmjax.devices.rows import batch_sharding, time_order
+from lmjax.devices.rows import B, map_arrays, row_sharding, time_order
 from lmjax.process import group
-from lmjax.weights import Params
 
 
 def use_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """`jax.set_mesh` where there is a mesh; on a single device nothing happens."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def local_rows(mesh: jax.sharding.Mesh | None, batch_size: int) -> np.ndarray:
-    """The numbers of those rows of a batch that the devices of this process need."""
-    rows = np.arange(batch_size)
+def local_rows(mesh: jax.sharding.Mesh | None, size: int) -> np.ndarray:
+    """The numbers of those rows of a batch of `size` that the devices of this process need."""
+    rows = np.arange(size)
     if mesh is None:
         return rows
-    indices = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    indices = row_sharding(mesh, "batch").addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([rows[index] for index in indices]))
 
 
-def shard_batch(mesh: jax.sharding.Mesh | None, batch_size: int) -> Callable[[Any], Any]:
-    """Makes of host arrays, which hold this process's `local_rows` of a batch, global ones spread over the mesh.
+def shard_batch(batch: B, mesh: jax.sharding.Mesh | None, size: int) -> B:
+    """A batch of `size` rows on the devices, of host arrays that hold this process's `local_rows` of it."""
+    return map_arrays(lambda names, x: shard_array(x, names, mesh, size), batch)
+
+
+def shard_array(x: np.ndarray, names: str, mesh: jax.sharding.Mesh | None, size: int) -> jax.Array:
+    """One array of a batch, whose axes have these names, on the devices.
 
     This is the one place where tokens are put in `rows.time_order`; sums over tokens do not see it.
     """
     if mesh is None:
-        return functools.partial(jax.device_put, device=jax.devices()[0])
-    rows = local_rows(mesh, batch_size)
+        return jax.device_put(x, jax.devices()[0])
+    rows = local_rows(mesh, size)
+    if "time" in names.split():
+        axis = names.split().index("time")
+        x = np.take(x, time_order(x.shape[axis], mesh.shape["context"]), axis)
 
-    def put(x: np.ndarray) -> jax.Array:
-        if x.ndim == 2:
-            x = x[:, time_order(x.shape[1], mesh.shape["context"])]
+    def shard(index: Any) -> np.ndarray:
+        wanted, *rest = index
+        low = np.searchsorted(rows, wanted.start or 0)
+        return x[(slice(low, low + len(range(*wanted.indices(size)))), *rest)]
 
-        def shard(index: Any) -> np.ndarray:
-            wanted, *rest = index
-            low = np.searchsorted(rows, wanted.start or 0)
-            return x[(slice(low, low + len(range(*wanted.indices(batch_size)))), *rest)]
-
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), batch_sharding(mesh, x.ndim), shard)
-
-    return functools.partial(jax.tree.map, put)
+    return jax.make_array_from_callback((size, *x.shape[1:]), row_sharding(mesh, names), shard)
 
 
 def replicate(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
@@ -60,6 +62,6 @@ def _gather_program(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
-def on_one_device(mesh: jax.sharding.Mesh | None, params: Params) -> Params:
+def on_one_device(mesh: jax.sharding.Mesh | None, params: Any) -> Any:
     """The weights whole on this process's first device; others hold one at a time. All processes call it together."""
     return jax.tree.map(lambda x: replicate(mesh, x).addressable_data(0), params)

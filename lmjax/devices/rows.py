@@ -1,5 +1,20 @@
-"""How the rows of a batch lie on the devices: by which devices each row is seen, in which order its tokens lie."""
+"""The rows of a batch on the devices: a batch says which axes its arrays have, and from them follows where they lie.
 
+    @flax.struct.dataclass
+    class Pairs:
+        chosen_BT: Any = axes("batch time")
+        margin_B: Any = axes("batch")
+        patches_BPD: Any = axes("batch patch embed")
+
+`batch` comes first and is spread over the devices that see different rows, `time` over those that share a row, whose
+tokens then lie in `time_order`. All other axes stay whole.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +22,23 @@ from jax.sharding import NamedSharding
 
 from lmjax.devices.mesh import check_divides, partition_spec, reshape, shards
 from lmjax.errors import ConfigError
+
+B = TypeVar("B")
+"""A batch: a dataclass whose fields are arrays, or None where there is nothing."""
+
+
+def axes(names: str, **default: Any) -> Any:
+    """A field of a batch with its axes by name, `batch` first; `default=None` for one that may be absent."""
+    assert names.split()[0] == "batch", names
+    return flax.struct.field(metadata={"axes": names}, **default)
+
+
+def map_arrays(function: Callable[[str, Any], Any], batch: B) -> B:
+    """The batch with `function(axes, array)` in the place of every array that is there."""
+    fields = {field.name: field.metadata["axes"] for field in dataclasses.fields(batch)}  # type: ignore[arg-type]
+    present = {name: names for name, names in fields.items() if getattr(batch, name) is not None}
+    changed = {name: function(names, getattr(batch, name)) for name, names in present.items()}
+    return dataclasses.replace(batch, **changed)  # type: ignore[type-var]
 
 
 def time_order(T: int, context: int) -> np.ndarray:
@@ -26,9 +58,10 @@ def token_order(T: int) -> jax.Array:
     return jnp.arange(T) if context == 1 else jnp.asarray(time_order(T, context), jnp.int32)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, ndim: int = 2) -> NamedSharding:
-    """Of an array [B, T] or [B] of a batch."""
-    return NamedSharding(mesh, partition_spec(("batch", "time")[:ndim], mesh))
+def row_sharding(mesh: jax.sharding.Mesh, names: str) -> NamedSharding:
+    """Of an array of a batch with these axes."""
+    split = (name if name in ("batch", "time") else None for name in names.split())
+    return NamedSharding(mesh, partition_spec(tuple(split), mesh))
 
 
 def check_batch(mesh: jax.sharding.Mesh, *, rows: int, setting: str, T: int) -> None:
@@ -50,5 +83,5 @@ def split_rows(x: jax.Array, pieces: int) -> jax.Array:
 
 def join_rows(x: jax.Array) -> jax.Array:
     """The inverse of `split_rows`."""
-    _, *specs_of = jax.typeof(x).sharding.spec
-    return reshape(x.swapaxes(0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]), specs_of)
+    _, *rest = jax.typeof(x).sharding.spec
+    return reshape(x.swapaxes(0, 1), (x.shape[0] * x.shape[1], *x.shape[2:]), tuple(rest))

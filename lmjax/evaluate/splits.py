@@ -14,7 +14,7 @@ from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.data.windows import document_batches, evaluation_batches
 from lmjax.devices.place import local_rows, shard_batch, use_mesh
 from lmjax.evaluate.likelihood import Evaluation, evaluate, macro_average
-from lmjax.models import decoder
+from lmjax.models import architectures
 from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
 from lmjax.weights import Params
@@ -22,7 +22,7 @@ from lmjax.weights import Params
 
 def float32(cfg: ModelConfig) -> Model:
     """The same model computing in float32: what every reported number is measured with."""
-    return decoder.build(dataclasses.replace(cfg, dtype="float32"))
+    return architectures.build(dataclasses.replace(cfg, dtype="float32"))
 
 
 def evaluate_split(
@@ -41,12 +41,11 @@ def evaluate_split(
     `on_batch` is called as each batch begins.
     """
     batches = evaluation_batches(split, data.seq_len, batch, data.documents, local_rows(mesh, batch))
-    place = shard_batch(mesh, batch)
 
     def placed() -> Iterator[Batch]:
         for one in itertools.islice(batches, limit):
             on_batch()
-            yield place(one)
+            yield shard_batch(one, mesh, batch)
 
     with use_mesh(mesh):
         result = evaluate(model, params, placed(), n_tokens=split.n_tokens, n_bytes=split.n_bytes)

@@ -193,7 +193,7 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
         qkv_bias=cfg.qkv_bias and not (cfg.bias or cfg.attention_bias),
         qk_norm_heads=cfg.qk_norm_heads if cfg.qk_norm else "each",
         attention_scale=cfg.attention_scale or dims["head_dim"] ** -0.5,
-        pattern=shortest_period(tuple(kind.attention for kind in cfg.kinds)),
+        pattern=shortest_period(tuple(kind.mixer for kind in cfg.kinds)),
         moe=_canonical_moe(cfg),
         rope=_canonical_rope(cfg),
         **{name: getattr(standard, name) for name in _TRAINING + _MACHINE},

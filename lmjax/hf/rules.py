@@ -68,7 +68,7 @@ def _window(pattern: tuple[str, ...], window: Any) -> dict[str, Any]:
 
 
 def _types(cfg: ModelConfig) -> list[str]:
-    return ["sliding_attention" if kind.attention == "local" else "full_attention" for kind in cfg.kinds]
+    return ["sliding_attention" if kind.mixer == "local" else "full_attention" for kind in cfg.kinds]
 
 
 def _size(fields: Fields) -> int | None:

@@ -18,12 +18,13 @@ from lmjax.schema import (
     one_of,
 )
 
-AttentionKind = Literal["global", "local"]
+MixerKind = Annotated[str, one_of(names_in("lmjax.models.mixers", "MIXERS"))]
 MlpKind = Literal["dense", "moe"]
 
 
 class LayerKind(NamedTuple):
-    attention: AttentionKind
+    mixer: str
+    """A name in MIXERS."""
     mlp: MlpKind
 
 
@@ -107,12 +108,13 @@ class MoeConfig:
 class ModelConfig:
     """A decoder-only transformer."""
 
+    architecture: Annotated[str, one_of(names_in("lmjax.models.architectures", "ARCHITECTURES"))] = "decoder"
     vocab: Size | None = None
     """Rows of the embedding table; None takes the data set's vocabulary."""
     context: Size = 256
     """Longest sequence the model is meant for (the size of a learned position table)."""
     layers: Annotated[int, Field(gt=0, le=1 << 16)] = 4
-    pattern: tuple[AttentionKind, ...] = ("global",)
+    pattern: tuple[MixerKind, ...] = ("global",)
     """One period of layers, repeated; `layers` need not be a multiple of it."""
     window: PositiveInt | None = None
     """How many tokens, itself included, a token sees in local layers."""
@@ -230,6 +232,12 @@ class ModelConfig:
         }
 
     @property
+    def residual_scale(self) -> float:
+        """What the start of matrices that write to the residual stream is multiplied by: 2 L of them add up to its
+        size (GPT-2)."""
+        return (2 * self.layers) ** -0.5 if self.residual_init_scale is None else self.residual_init_scale
+
+    @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """What each layer is made of, from the input."""
         return tuple(LayerKind(self.pattern[i % len(self.pattern)], self._mlp_of(i)) for i in range(self.layers))
@@ -248,7 +256,7 @@ class ModelConfig:
         return _periods(self.kinds[:first], len(self.pattern)) + _periods(self.kinds[first:], period)
 
     def window_of(self, kind: LayerKind) -> int | None:
-        return self.window if kind.attention == "local" else None
+        return self.window if kind.mixer == "local" else None
 
 
 def require_learning(cfg: ModelConfig) -> None:

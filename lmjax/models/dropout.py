@@ -10,26 +10,38 @@ from jax.extend.random import threefry2x32_p
 from lmjax.devices.mesh import constrain, current_mesh
 from lmjax.devices.rows import token_order
 
+EMBED_SITE, MIXER_SITE, MLP_SITE, WEIGHTS_SITE = 0, 1, 2, 3  # where dropout acts: part of a mask's name
+RATES = ("dropout", "attention_dropout", "embed_dropout")
+Rate = float | jax.Array
 
-def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: float, layer: int | jax.Array, site: int) -> jax.Array:
-    """Zero a share `rate` of the entries and scale up the rest; `keys_B` None means evaluation.
+
+def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: Rate, layer: int | jax.Array, site: int) -> jax.Array:
+    """Zero a share `rate` of the entries, which may be traced, and scale up the rest; `keys_B` None means evaluation.
 
     A mask is named by (sample, layer, site) and by nothing else: accumulation, mesh and resume leave it identical.
     """
-    if keys_B is None or rate == 0:
+    if keys_B is None:
         return x_BTD
+    keep, scale = _kept(rate)
 
     def one(key: jax.Array, x_TD: jax.Array) -> jax.Array:
-        return jnp.where(bernoulli(site_key(key, layer, site), 1 - rate, *x_TD.shape), x_TD / (1 - rate), 0)
+        kept_TD = bernoulli(site_key(key, layer, site), keep, *x_TD.shape)
+        return jnp.where(kept_TD, x_TD * scale.astype(x_TD.dtype), 0)
 
     return jax.vmap(one)(keys_B, x_BTD)
+
+
+def _kept(rate: Rate) -> tuple[jax.Array, jax.Array]:
+    """(the share that is kept, what the rest is multiplied by)"""
+    keep = jnp.asarray(1 - rate, jnp.float32)
+    return keep, 1 / keep
 
 
 def site_key(key: jax.Array, layer: int | jax.Array, site: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, layer), site)
 
 
-def bernoulli(key: jax.Array, p: float, T: int, D: int) -> jax.Array:
+def bernoulli(key: jax.Array, p: Rate, T: int, D: int) -> jax.Array:
     """`jax.random.bernoulli(key, p, (T, D))` of a row's tokens, as they lie in the residual stream.
 
     On a mesh every device draws the bits of its own tokens. Entry i of threefry's stream depends on i alone, so they
@@ -52,7 +64,7 @@ def _uniform(bits: jax.Array) -> jax.Array:
 class PairDropout(NamedTuple):
     """Zero a share of what a query takes from its keys, and scale up the rest: of the weights, after the softmax."""
 
-    rate: float
+    rate: Rate
     keys_B: jax.Array
     """Named by sample, layer and site."""
 
@@ -62,12 +74,13 @@ class PairDropout(NamedTuple):
         assert T * S < 1 << 32, "a head has a stream of 2^32 entries"
         head_KG = constrain(jnp.arange(K * G, dtype=jnp.uint32).reshape(K, G), "kv_heads", None)
         query_T, key_S = constrain(token_order(T), "time").astype(jnp.uint32), token_order(S).astype(jnp.uint32)
+        keep, scale = _kept(self.rate)
         place_TS = query_T[:, None] * jnp.uint32(S) + key_S
 
         def one(key: jax.Array, p_KGTS: jax.Array) -> jax.Array:
             nothing = jnp.zeros_like(p_KGTS, dtype=jnp.uint32)
             high, place = nothing + head_KG[:, :, None, None], nothing + place_TS
             bits = functools.reduce(jnp.bitwise_xor, threefry2x32_p.bind(*jax.random.key_data(key), high, place))
-            return jnp.where(_uniform(bits) < 1 - self.rate, p_KGTS / (1 - self.rate), 0)
+            return jnp.where(_uniform(bits) < keep, p_KGTS * scale.astype(p_KGTS.dtype), 0)
 
         return jax.vmap(one)(self.keys_B, p_BKGTS)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend
 
-from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
 from lmjax.weights import count
 
@@ -35,17 +34,10 @@ def sequence_flops(model: Model, T: int) -> Flops:
     matmuls = 2 * counts.matmul * T
 
     def training(causal: bool) -> int:
-        attention = model.attention_flops(T, causal=causal) if model.attention_flops else 0
-        return 3 * (matmuls + attention)
+        mixing = model.mixing_flops(T, causal=causal) if model.mixing_flops else 0
+        return 3 * (matmuls + mixing)
 
     return Flops(six_nd=6 * counts.active * T, causal=training(True), full=training(False))
-
-
-def attention_flops(cfg: ModelConfig, T: int, *, causal: bool = True) -> int:
-    """Forward FLOPs of scores and weighted sums over one sequence: 4 N H per visible (query, key) pair and layer."""
-    size = cfg.heads * cfg.dims["head_dim"]
-    kinds = [kind for period, repeats in cfg.segments for kind in period * repeats]
-    return sum(4 * size * visible_pairs(T, cfg.window_of(kind), causal=causal) for kind in kinds)
 
 
 def visible_pairs(T: int, window: int | None, *, causal: bool) -> int:

@@ -9,7 +9,7 @@ Array names carry their axes, with one legend for the whole project:
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -20,6 +20,29 @@ from lmjax.weights import Params, Spec
 Cache = Any
 
 
+class Hidden(Protocol):
+    def __call__(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        keys_B: jax.Array | None = None,
+        hyper: Mapping[str, Any] | None = None,
+        cache: Cache = None,
+    ) -> tuple[jax.Array, Cache, Metrics]:
+        """Tokens -> (the last layer's activations x_BTD, the cache with these tokens added, metrics of the layers).
+
+        `keys_B`, one per sample, mean training; `hyper` then has the traced values of `Model.scalars`.
+        """
+
+
+class Unembed(Protocol):
+    def __call__(self, params: Params, x: jax.Array) -> jax.Array:
+        """x[..., D] -> float32 logits[..., V]; `params` need to hold no more than `Model.head` gives."""
+
+
 class Model(NamedTuple):
     """`hidden` gives the last layer's activations; `unembed` turns some of them into logits.
 
@@ -28,24 +51,28 @@ class Model(NamedTuple):
     """
 
     spec: Spec
-    hidden: Callable[..., tuple[jax.Array, Cache, Metrics]]
-    """(params, tokens_BT, *, positions_BT, segments_BT, keys_B, cache) -> (x_BTD, cache, metrics)"""
-    unembed: Callable[[Params, jax.Array], jax.Array]
-    """(params, x_...D) -> float32 logits_...V"""
-    head: tuple[str, ...] = ()
-    """The top-level weights that `unembed` reads."""
+    hidden: Hidden
+    unembed: Unembed
+    start: Callable[[jax.Array, Mapping[str, Any]], Params]
+    """(key, scalars) -> initial values of every weight; `scalars` are the model's own, perhaps traced."""
+    scalars: Mapping[str, float] = MappingProxyType({})
+    """What a sweep may vary without another program: dropout rates, weights of auxiliary losses, initial spreads."""
+    head: Callable[[Params], Params] = lambda params: {}
+    """The weights that `unembed` reads, dense but not gathered."""
     empty_cache: Callable[[int, int], Cache] | None = None
     """(batch, length) -> a cache for decoding, or None for a model that cannot decode step by step."""
     unstack: Callable[[Params], Params] = lambda params: params
     """Params as decoding wants them: one layer's weights apart from another's."""
-    attention_flops: Callable[..., int] | None = None
-    """(T, *, causal) -> multiply-adds between activations in one forward pass over a sequence, times two."""
-    auxiliary: Mapping[str, float] = MappingProxyType({})
-    """Metrics of `hidden` that are losses, with the weight of each in what is minimized. A metric's own weight is the
-    number of tokens that are not padding."""
-    settle: Callable[[Params, Metrics], tuple[Params, Metrics]] = lambda params, metrics: (params, metrics)
-    """(params after an update, metrics of its whole batch) -> (params with buffers moved, metrics to show)"""
+    mixing_flops: Callable[..., int] | None = None
+    """(T, *, causal) -> FLOPs between the activations of one row of T tokens, in one forward pass."""
+    auxiliary: Mapping[str, str] = MappingProxyType({})
+    """Metrics of `hidden` that are losses, with the name of the scalar that each is multiplied by in what is minimized.
+    A metric's own weight is the number of tokens that are not padding."""
+    after_update: Callable[[Params, Metrics, Mapping[str, Any]], tuple[Params, Metrics]] = (
+        lambda params, metrics, hyper: (params, metrics)
+    )
+    """(params after an update, metrics of its whole batch, hyper) -> (params with buffers moved, metrics to show)"""
 
     def logits(self, params: Params, tokens_BT: jax.Array, **inputs: Any) -> jax.Array:
         """float32 logits_BTV of the whole batch: for tests and small inputs."""
-        return self.unembed(gather(params), self.hidden(params, tokens_BT, **inputs)[0])
+        return self.unembed(gather(self.head(params)), self.hidden(params, tokens_BT, **inputs)[0])

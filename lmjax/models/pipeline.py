@@ -62,12 +62,12 @@ def pipelined(
     """`stage(context, x_BTD, layers, 0)`, where the layers' first axis lies on the pipeline's stages.
 
     `microbatches` is a multiple of the stages (default: one each). Arrays of the context have a row for each of x, or a
-    single one for all. Metrics are sums: those of microbatches are added up.
+    single one for all, or are scalars. Metrics are sums: those of microbatches are added up.
     """
     stages, B = shards("layers"), x_BTD.shape[0]
     schedule = Schedule(stages, microbatches or stages)
     assert schedule.microbatches % stages == 0 and B % schedule.microbatches == 0, (B, schedule)
-    context = jax.tree.map(lambda c: c if len(c) == 1 else _for_all_stages(schedule, c), context)
+    context = jax.tree.map(lambda c: c if _for_all_rows(c) else _for_all_stages(schedule, c), context)
 
     @jax.custom_vjp
     def run(layers: Params, x_BTD: jax.Array, contexts: Any) -> tuple[jax.Array, Any]:
@@ -87,8 +87,12 @@ def _for_all_stages(schedule: Schedule, x: jax.Array) -> jax.Array:
     return reshape(x, (schedule.microbatches, *x.shape[2:]), (None, rows, *rest))
 
 
+def _for_all_rows(c: jax.Array) -> bool:
+    return jnp.ndim(c) == 0 or len(c) == 1
+
+
 def _at(contexts: Any, microbatch: jax.Array) -> Any:
-    return jax.tree.map(lambda c: c if len(c) == 1 else c[microbatch], contexts)
+    return jax.tree.map(lambda c: c if _for_all_rows(c) else c[microbatch], contexts)
 
 
 # Forward and backward ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary, sinusoidal, ALiBi. (Learned positions are a table in decoder.py.)"""
+"""Where a token stands: rotary, sinusoidal, ALiBi. Learned positions are a table in decoder.py."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.models.config import RopeConfig
+from lmjax.devices.mesh import constrain
+from lmjax.models.config import ModelConfig, RopeConfig
 
 
 class Rotation(NamedTuple):
@@ -65,6 +66,20 @@ def rope_magnitude(cfg: RopeConfig, *, local: bool) -> float:
 def rotation(positions_BT: jax.Array, frequencies: np.ndarray, magnitude: float = 1.0) -> Rotation:
     angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return Rotation(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
+
+
+def rotations(cfg: ModelConfig, where_BT: jax.Array) -> dict[str, Rotation]:
+    """The rotary angles of each kind of mixer; none for a model without rotary positions."""
+    if cfg.position != "rope":
+        return {}
+    where_BT = constrain(where_BT, "batch" if len(where_BT) > 1 else None, "time")
+
+    def of_kind(kind: str) -> Rotation:
+        local = kind == "local"
+        frequencies = rope_frequencies(cfg.rope, cfg.dims["head_dim"], local=local)
+        return rotation(where_BT, frequencies, rope_magnitude(cfg.rope, local=local))
+
+    return {kind: of_kind(kind) for kind in dict.fromkeys(cfg.pattern)}
 
 
 def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:

@@ -46,7 +46,7 @@ class Memory(NamedTuple):
 def of_declaration(state: TrainState, batch: Any) -> Memory:
     """What follows from shapes and shardings."""
     params = device_bytes(state.params)
-    inputs = device_bytes((batch, state.hyper, state.buffers, state.counters))
+    inputs = device_bytes((batch, state.hyper, state.counters))
     return Memory(params, device_bytes(state.opt_state), inputs, gradients=params)
 
 

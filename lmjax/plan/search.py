@@ -21,13 +21,14 @@ from lmjax.devices.chips import Chip
 from lmjax.devices.config import MeshConfig
 from lmjax.devices.mesh import AXES, LAYOUTS, axis_sizes
 from lmjax.errors import ConfigError
-from lmjax.models import decoder
+from lmjax.models import architectures
 from lmjax.models.flops import sequence_flops
 from lmjax.models.remat import REMAT
 from lmjax.plan.step import Plan, make_plan
 from lmjax.plan.topology import Topology
 from lmjax.run import assemble
 from lmjax.schema import validated
+from lmjax.tasks.pretrain import without_data
 from lmjax.weights import count
 
 SEARCHED = (*(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)), "train.microbatches", "model.remat")
@@ -166,7 +167,7 @@ def meshes(devices: int, given: MeshConfig) -> Iterator[tuple[dict[str, int], Me
 
 def _state_bytes(cfg: Config, devices: list[Any]) -> float:
     """Of state and gradients on one device. Raises ConfigError for what the mesh does not divide."""
-    state = assemble.abstract_state(assemble.assemble(cfg, devices))
+    state = assemble.abstract_state(assemble.assemble(without_data(cfg), devices))
     return assemble.device_bytes((state, state.params))
 
 
@@ -197,7 +198,7 @@ def rough_seconds(cfg: Config, sizes: dict[str, int], chip: Chip | None) -> floa
     devices, tensor, context = math.prod(sizes.values()), sizes["tensor"], sizes["context"]
     sharing, stages = sizes["fsdp"] * context, sizes["pipeline"]
     copies = devices // (sharing * stages * tensor)
-    model, dims = decoder.build(cfg.model), cfg.model.dims
+    model, dims = architectures.build(cfg.model), cfg.model.dims
     passes = 3 + (cfg.model.remat == "full") + (stages > 1)  # forward, backward, which costs two, and again
     compute = sequence_flops(model, cfg.data.seq_len).causal * cfg.train.batch / devices * passes / 3 / chip.flops
     compute *= 1 + (stages - 1) / cfg.train.microbatches

@@ -11,7 +11,8 @@ from lmjax.devices import chips, place
 from lmjax.devices.chips import Chip
 from lmjax.devices.mesh import LAYOUTS
 from lmjax.errors import ConfigError
-from lmjax.models.flops import Flops, sequence_flops
+from lmjax.models import architectures
+from lmjax.models.flops import Flops
 from lmjax.models.model import Model
 from lmjax.plan import memory, roofline
 from lmjax.plan.collectives import Collective, collectives
@@ -20,6 +21,8 @@ from lmjax.plan.roofline import Estimate, Work
 from lmjax.plan.topology import Topology
 from lmjax.run import assemble
 from lmjax.run.assemble import Experiment
+from lmjax.tasks.pretrain import without_data
+from lmjax.train.accounting import Cost
 from lmjax.train.state import TrainState
 from lmjax.weights import Counts, count
 
@@ -76,7 +79,7 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
     A step whose state and gradients alone are too much is not compiled. Raises ConfigError for a config whose mesh does
     not fit the devices, or leaves some of a TPU slice out.
     """
-    experiment = assemble.assemble(cfg, devices)
+    experiment = assemble.assemble(without_data(cfg), devices)
     assert experiment.mesh is not None
     if topology.family != "cpu" and experiment.mesh.size < len(devices):
         raise ConfigError(
@@ -84,14 +87,14 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
             f"program runs on all of them; leave mesh.{LAYOUTS[cfg.mesh.layout][0]} out, and it takes the rest"
         )
     state, batch = assemble.abstract_state(experiment), assemble.abstract_batch(experiment)
-    flops = sequence_flops(experiment.model, cfg.data.seq_len)
+    cost = Cost(0, 0, 0, 0, 0).plus(cfg.train.batch, experiment.task.cost)
     plan = Plan(
         cfg=cfg,
         topology=topology,
         chip=chips.chip(devices[0].device_kind),
         mesh=dict(experiment.mesh.shape),
-        counts=count(experiment.model.spec),
-        step_flops=Flops(*(cfg.train.batch * n for n in flops)),
+        counts=count(experiment.task.spec),
+        step_flops=Flops(cost.flops_6nd, cost.flops_causal, cost.flops_full),
         memory=memory.of_declaration(state, batch),
         needed=assemble.device_bytes((state, state.params)),
         largest=memory.largest_arrays({"state": state, "gradients": state.params}),
@@ -112,7 +115,7 @@ def _compiled(plan: Plan, experiment: Experiment, state: TrainState, batch: Batc
         traced = step.trace(state, {}, batch)
         lowered = traced.lower()
     traced_at, program = time.perf_counter(), traced.jaxpr.jaxpr
-    visible = _visible(experiment.model, plan.cfg.data.seq_len)
+    visible = _visible(architectures.build(plan.cfg.model), plan.cfg.data.seq_len)
     plan = plan._replace(
         memory=plan.memory._replace(activations=memory.saved_for_backward(program)),
         work=roofline.work(program, visible=visible, state_bytes=assemble.device_bytes(state)),
@@ -139,6 +142,6 @@ def _compiled(plan: Plan, experiment: Experiment, state: TrainState, batch: Batc
 
 def _visible(model: Model, T: int) -> float:
     """The part of all (query, key) pairs that the mask shows."""
-    if model.attention_flops is None:
+    if model.mixing_flops is None:
         return 1.0
-    return model.attention_flops(T, causal=True) / model.attention_flops(T, causal=False)
+    return model.mixing_flops(T, causal=True) / model.mixing_flops(T, causal=False)

@@ -6,11 +6,11 @@ from typing import Any
 
 from lmjax.config import Config
 from lmjax.devices.chips import GIB, PRICES_FROM
-from lmjax.models import decoder
 from lmjax.plan.collectives import by_kind
 from lmjax.plan.search import Search, changes
 from lmjax.plan.step import Plan
 from lmjax.run import dry_run
+from lmjax.tasks.pretrain import without_data
 
 _MEMORY = {
     "params": "params, float32",
@@ -35,7 +35,7 @@ def lines(plan: Plan) -> Iterator[str]:
     idle = plan.topology.devices - math.prod(plan.mesh.values())
     if idle:
         yield f"             {idle} of {plan.topology.devices} devices have nothing to do"
-    yield from dry_run.size(cfg, decoder.build(cfg.model))
+    yield from dry_run.size(without_data(cfg))
     yield ""
     yield from _memory(plan)
     if plan.compiled is not None and plan.work is not None:

@@ -105,23 +105,26 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def restore(self, abstract_state: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any], int] | None:
+    def restore(
+        self, abstract_state: Any, *, step: int | None = None, unread: tuple[str, ...] = ()
+    ) -> tuple[Any, dict[str, Any], int] | None:
         """`(state, meta, step)` of the newest good step (or of `step`), or None if none was ever sealed.
 
         `abstract_state` has a `jax.ShapeDtypeStruct` with a sharding at every leaf, and the state comes back in that
-        structure. A damaged step is renamed and the one before is used, unless `step` names it. Raises CheckpointError
+        structure; the top-level parts named in `unread` come back as they are in `abstract_state`, whatever was saved.
+        A damaged step is renamed and the one before is used, unless `step` names it. Raises CheckpointError
         for a tree that differs in any path, shape or dtype, and when every sealed step is damaged or gone.
         """
         self.wait()
         if step is not None:
             path = find_step(self.directory, step)
             manifest = read_verified(path, self._cfg.verify)
-            return self._load(path, manifest, abstract_state)
+            return self._load(path, manifest, abstract_state, unread)
         self._warn_of_unsealed()
         while (newest := self._newest_sealed()) is not None:
             manifest, problems = check(newest, self._cfg.verify)
             if not problems:
-                return self._load(newest, manifest, abstract_state)
+                return self._load(newest, manifest, abstract_state, unread)
             if group.leads():
                 aside = set_aside(newest, "corrupt")
                 logger.warning("checkpoint %s is damaged (%s); moved to %s", newest, problems[0], aside.name)
@@ -144,8 +147,11 @@ class Checkpoints:
         name = group.share("the newest sealed step", None if newest is None else newest.name)
         return None if name is None else self.directory / name
 
-    def _load(self, path: epath.Path, manifest: Manifest, abstract: Any) -> tuple[Any, dict[str, Any], int]:
-        state = load_tree(path, manifest, abstract, saved=manifest["leaves"])
+    def _load(
+        self, path: epath.Path, manifest: Manifest, abstract: Any, unread: tuple[str, ...]
+    ) -> tuple[Any, dict[str, Any], int]:
+        saved = {name: leaf for name, leaf in manifest["leaves"].items() if name.split("/")[0] not in unread}
+        state = load_tree(path, manifest, abstract, saved=saved, unread=unread)
         self.last_step = manifest["step"]
         return state, manifest["meta"], manifest["step"]
 

@@ -66,9 +66,13 @@ def shape_dtype(leaf: Any) -> list[Any]:
     return [list(leaf.shape), str(leaf.dtype)]
 
 
-def load_tree(path: epath.Path, manifest: Manifest, abstract: Any, saved: Mapping[str, Any]) -> Any:
-    """Load the leaves of `abstract`, which must be exactly `saved`, onto their shardings."""
-    wanted = leaves_by_path(abstract)
+def load_tree(
+    path: epath.Path, manifest: Manifest, abstract: Any, saved: Mapping[str, Any], unread: tuple[str, ...] = ()
+) -> Any:
+    """Load the leaves of `abstract`, which must be exactly `saved`, onto their shardings; those of the top-level parts
+    `unread` stay as they are."""
+    leaves = leaves_by_path(abstract)
+    wanted = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] not in unread}
     _compare(path, saved, {name: shape_dtype(leaf) for name, leaf in wanted.items()})
     request = dict.fromkeys(manifest["leaves"], orbax().PLACEHOLDER) | {k: _with_sharding(v) for k, v in wanted.items()}
     try:
@@ -78,7 +82,9 @@ def load_tree(path: epath.Path, manifest: Manifest, abstract: Any, saved: Mappin
         raise
     except Exception as error:
         raise CheckpointError(f"checkpoint {path} verifies but cannot be loaded: {one_line(error)}") from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [loaded[name] if name in wanted else leaf for name, leaf in leaves.items()]
+    )
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -1,69 +1,53 @@
-"""From a config to the parts of a run."""
+"""From a task to what the loop needs: optimizer, mesh, compiled step, state."""
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from lmjax.config import Config
-from lmjax.data.batch import Batch
-from lmjax.data.tokenizers.tokenizer import Tokenizer
-from lmjax.data.windows import as_batch
 from lmjax.devices import mesh as meshes
 from lmjax.devices import rows
 from lmjax.devices.mesh import check_divides
 from lmjax.devices.place import use_mesh
 from lmjax.errors import ConfigError
-from lmjax.models import decoder
+from lmjax.metrics import Metrics
 from lmjax.models.config import dominant, require_learning
-from lmjax.models.model import Model
+from lmjax.optim import optimizers
 from lmjax.optim.config import hyper
-from lmjax.optim.optimizers import Optimizer, build, state_shardings
+from lmjax.optim.optimizers import Optimizer, state_shardings
+from lmjax.optim.schedules import Hyper
 from lmjax.process import group
-from lmjax.train.objective import Objective, language_model
+from lmjax.tasks.task import Task, scalar_arrays
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import Step, make_step
-from lmjax.weights import Params, count, initialize
+from lmjax.weights import Params, abstract, count
 
 _MOST_PARAMETERS = 1 << 44  # 16 bytes of state for each are 256 TiB
 
 
 class Experiment(NamedTuple):
-    """A config with its vocabulary filled in, and what follows from it."""
+    """A task, and what trains it."""
 
-    cfg: Config
-    model: Model
-    objective: Objective
+    task: Task
     optimizer: Optimizer
     mesh: jax.sharding.Mesh | None
     """None on a single device: then nothing is sharded and nothing needs to know."""
 
+    @property
+    def cfg(self) -> Config:
+        return self.task.cfg
 
-def assemble(cfg: Config, devices: list[Any] | None = None) -> Experiment:
-    """The parts of a run, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
-    require_learning(cfg.model)
-    model = decoder.build(cfg.model, microbatches=cfg.train.microbatches)
-    if (parameters := count(model.spec).total) > _MOST_PARAMETERS:
+
+def assemble(task: Task, devices: list[Any] | None = None) -> Experiment:
+    """What trains a task, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
+    require_learning(task.cfg.model)
+    if (parameters := count(task.spec).total) > _MOST_PARAMETERS:
         raise ConfigError(f"the model would have {parameters:,} parameters, more than can be held; make it smaller")
-    return Experiment(
-        cfg=cfg,
-        model=model,
-        objective=language_model(model, cfg.train.loss),
-        optimizer=build(cfg.optimizer, model.spec),
-        mesh=make_mesh(cfg, devices),
-    )
+    return Experiment(task, optimizers.build(task.cfg.optimizer, task.spec), make_mesh(task.cfg, devices))
 
 
-def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
-    """The config with model.vocab filled in. Raises ConfigError when the model has too few rows for the tokens."""
-    if cfg.model.vocab is not None and cfg.model.vocab < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab={cfg.model.vocab} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it unset"
-        )
-    vocab = cfg.model.vocab or tokenizer.vocab_size
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab=vocab))
+# Devices ----------------------------------------------------------------------------------------------------------
 
 
 def make_mesh(cfg: Config, devices: list[Any] | None = None) -> jax.sharding.Mesh | None:
@@ -99,8 +83,9 @@ def check_stages(mesh: jax.sharding.Mesh, cfg: Config) -> None:
 
 def jitted_step(experiment: Experiment) -> Any:
     """The train step, its state donated, its outputs pinned to the shardings of its inputs; call it in the mesh."""
+    task = experiment.task
     return jax.jit(
-        make_step(experiment.objective, experiment.optimizer, microbatches=experiment.cfg.train.microbatches),
+        make_step(task.objective, experiment.optimizer, microbatches=task.cfg.train.microbatches),
         donate_argnums=0,
         out_shardings=(shardings(experiment), None),
     )
@@ -110,48 +95,67 @@ def compiled_step(experiment: Experiment) -> Step:
     """The train step, compiled when it is first called."""
     step = jitted_step(experiment)
 
-    def in_mesh(*arguments: Any) -> Any:
+    def in_mesh(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         with use_mesh(experiment.mesh):
-            return group.in_turn(step(*arguments))
+            return group.in_turn(step(state, frozen, batch))
 
     return in_mesh
 
 
-def abstract_batch(experiment: Experiment) -> Batch:
+def abstract_batch(experiment: Experiment) -> Any:
     """Shapes, dtypes and shardings of a batch: what the step is compiled for."""
-    cfg, mesh = experiment.cfg, experiment.mesh
-    rows_BS = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)
-    batch = as_batch(rows_BS, rows_BS, np.arange(cfg.train.batch), cfg.data.documents)
 
-    def placed(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        sharding = None if mesh is None else rows.batch_sharding(mesh, x.ndim)
+    def placed(names: str, x: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if experiment.mesh is None else rows.row_sharding(experiment.mesh, names)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, batch)
+    return rows.map_arrays(placed, experiment.task.batch)
+
+
+# State ------------------------------------------------------------------------------------------------------------
 
 
 def initial_state(experiment: Experiment) -> TrainState:
-    """A run's state before its first step, made where it will live."""
-
-    def make() -> TrainState:
-        return _state(experiment, initialize(experiment.model.spec, jax.random.key(experiment.cfg.train.seed)))
-
+    """A run's state before its first step, made where it will live. Raises what the task's `start` does."""
+    task, laid_out = experiment.task, shardings(experiment)
     with use_mesh(experiment.mesh):
-        return jax.jit(make, out_shardings=shardings(experiment))()
+        params = task.start(jax.random.key(task.cfg.train.seed), task.scalars, laid_out.params)
+        opt_state = jax.jit(experiment.optimizer.init, out_shardings=laid_out.opt_state)(params)
+        scalars = jax.device_put(all_scalars(experiment), laid_out.hyper)
+        return TrainState(params, opt_state, scalars, jax.device_put(zero_counters(), laid_out.counters))
 
 
-def _state(experiment: Experiment, params: Params) -> TrainState:
+def frozen_params(experiment: Experiment) -> Params:
+    """The weights that the loss reads and nothing changes."""
+    task, mesh = experiment.task, experiment.mesh
+    if task.frozen is None:
+        return {}
+    laid_out = spec_shardings(task.frozen.spec, mesh)
+    with use_mesh(mesh):
+        key = jax.random.key(task.cfg.train.seed)
+        return task.frozen.start(key, task.scalars, laid_out)
+
+
+def all_scalars(experiment: Experiment) -> Hyper:
+    """The optimizer's scalar hyperparameters and the task's, as the step reads them."""
     train = experiment.cfg.train
-    scalars = hyper(experiment.cfg.optimizer, steps=train.steps, seed=train.seed)
-    return TrainState(params, experiment.optimizer.init(params), scalars, {}, zero_counters())
+    own = hyper(experiment.cfg.optimizer, steps=train.steps, seed=train.seed)
+    return {**own, **scalar_arrays(experiment.task.scalars)}
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: _state(experiment, initialize(experiment.model.spec, jax.random.key(0))))
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings(experiment)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state_shapes(experiment),
+        shardings(experiment),
     )
+
+
+def state_shapes(experiment: Experiment) -> TrainState:
+    params = abstract(experiment.task.spec)
+    opt_state = jax.eval_shape(experiment.optimizer.init, params)
+    return TrainState(params, opt_state, all_scalars(experiment), jax.eval_shape(zero_counters))
 
 
 def device_bytes(tree: Any) -> int:
@@ -161,17 +165,24 @@ def device_bytes(tree: Any) -> int:
 
 def shardings(experiment: Experiment) -> Any:
     """A TrainState of shardings; step outputs are pinned to them, so that the step compiles once."""
-    mesh = experiment.mesh
+    mesh, shapes, spec = experiment.mesh, state_shapes(experiment), experiment.task.spec
     if mesh is None:
-        single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.eval_shape(lambda: _state(experiment, initialize(experiment.model.spec, jax.random.key(0))))
-        return jax.tree.map(lambda _: single, shapes)
+        return jax.tree.map(lambda _: on_one_device(), shapes)
     replicated = meshes.replicated(mesh)
-    scalars = hyper(experiment.cfg.optimizer, steps=experiment.cfg.train.steps)
     return TrainState(
-        params=meshes.shardings(experiment.model.spec, mesh),
-        opt_state=state_shardings(experiment.optimizer, experiment.model.spec, mesh),
-        hyper=jax.tree.map(lambda _: replicated, scalars),
-        buffers={},
-        counters=jax.tree.map(lambda _: replicated, zero_counters()),
+        params=spec_shardings(spec, mesh),
+        opt_state=state_shardings(experiment.optimizer, spec, mesh),
+        hyper=jax.tree.map(lambda _: replicated, shapes.hyper),
+        counters=jax.tree.map(lambda _: replicated, shapes.counters),
     )
+
+
+def spec_shardings(spec: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """A tree of shardings, one for each weight."""
+    if mesh is None:
+        return jax.tree.map(lambda _: on_one_device(), abstract(spec))
+    return meshes.shardings(spec, mesh)
+
+
+def on_one_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -7,10 +7,11 @@ from lmjax.config import Config
 from lmjax.data.store import manifest
 from lmjax.data.store.manifest import Manifest
 from lmjax.errors import ConfigError
-from lmjax.models.flops import sequence_flops
-from lmjax.models.model import Model
 from lmjax.record import files
 from lmjax.run import assemble
+from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.task import Task
+from lmjax.train.accounting import Cost
 from lmjax.weights import count
 
 
@@ -18,8 +19,9 @@ def describe(cfg: Config) -> Iterator[str]:
     """Lines about size, FLOPs, memory, tokens and epochs. Prepares and stages no data, and allocates nothing."""
     manifests = _manifests(cfg)
     cfg = _with_vocab(cfg, manifests)
-    experiment = assemble.assemble(cfg)
-    yield from size(cfg, experiment.model)
+    task = without_data(cfg)
+    experiment = assemble.assemble(task)
+    yield from size(task)
     state = assemble.abstract_state(experiment)
     devices = 1 if experiment.mesh is None else experiment.mesh.size
     state_bytes, gradients = assemble.device_bytes(state), assemble.device_bytes(state.params)
@@ -38,21 +40,20 @@ def describe(cfg: Config) -> Iterator[str]:
         yield f"data         {name}: {available:,} tokens, {epochs:.2f} epochs"
 
 
-def size(cfg: Config, model: Model) -> Iterator[str]:
+def size(task: Task) -> Iterator[str]:
     """Lines about parameters, and the tokens and FLOPs of the whole run."""
-    counts = count(model.spec)
+    cfg, counts = task.cfg, count(task.spec)
     yield f"parameters   {counts.total:,} total, {counts.non_embedding:,} non-embedding, {counts.matmul:,} matmul"
     if counts.active != counts.total:
         yield f"             {counts.active:,} active: what a token passes through, the N of 6ND"
-    sequences = cfg.train.steps * cfg.train.batch
-    tokens, flops = sequences * cfg.data.seq_len, sequence_flops(model, cfg.data.seq_len)
+    run = Cost(0, 0, 0, 0, 0).plus(cfg.train.steps * cfg.train.batch, task.cost)
     yield (
-        f"tokens       {tokens:,} = {cfg.train.steps:,} steps x {cfg.train.batch} x {cfg.data.seq_len}, "
-        f"{tokens / counts.total:.1f} per parameter"
+        f"tokens       {run.tokens:,} = {cfg.train.steps:,} steps x {cfg.train.batch} x {cfg.data.seq_len}, "
+        f"{run.tokens / counts.total:.1f} per parameter"
     )
     yield (
-        f"FLOPs        {sequences * flops.six_nd:.3g} as 6ND, {sequences * flops.causal:.3g} exact with causal "
-        f"attention, {sequences * flops.full:.3g} exact with full attention"
+        f"FLOPs        {run.flops_6nd:.3g} as 6ND, {run.flops_causal:.3g} exact with causal "
+        f"attention, {run.flops_full:.3g} exact with full attention"
     )
 
 

@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,37 +13,38 @@ from etils import epath
 
 from lmjax import config as configs
 from lmjax.config import Config
-from lmjax.data.batch import Batch
-from lmjax.data.loader import Loader
-from lmjax.devices.chips import peak_flops
-from lmjax.devices.place import local_rows, on_one_device, replicate, shard_batch
+from lmjax.devices.place import local_rows, on_one_device
 from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError, StallError
-from lmjax.evaluate import baselines, splits
-from lmjax.evaluate.likelihood import Evaluation
-from lmjax.models.flops import sequence_flops
-from lmjax.optim.config import hyper
-from lmjax.process import faults, group, start_up
+from lmjax.process import group, start_up
+from lmjax.process.faults import fault
 from lmjax.process.signals import Preemption, Watchdog
 from lmjax.record import seal
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.console import ConsoleTracker
-from lmjax.record.ledger import Ledger, joined_crc, row_crcs
+from lmjax.record.ledger import Ledger
 from lmjax.record.redact import redact
 from lmjax.record.report import write_report
 from lmjax.record.tracking import JsonlTracker, Status, Tracker, Trackers
 from lmjax.record.wandb_tracker import WandbTracker
-from lmjax.run import assemble
+from lmjax.run import assemble, feed
 from lmjax.run.assemble import Experiment
-from lmjax.run.workdir import check_unchanged, finished_step, locate, lock, make_workdir, next_attempt, wandb_id
-from lmjax.tasks import pretrain
-from lmjax.tasks.pretrain import Data
-from lmjax.train.loop import Accounting, Counts, Periodic, Reader, train
+from lmjax.run.progress import Progress
+from lmjax.run.workdir import (
+    check_unchanged,
+    finished_step,
+    locate,
+    lock,
+    make_workdir,
+    next_attempt,
+    wandb_id,
+)
+from lmjax.tasks.registry import TASKS
+from lmjax.tasks.task import Task
+from lmjax.train.loop import Periodic, Reader, train
 from lmjax.train.state import TrainState
 from lmjax.weights import count
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Options(NamedTuple):
@@ -56,10 +57,13 @@ class Options(NamedTuple):
     command: str = ""
 
 
-def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
+def run(
+    cfg: Config, workdir: epath.PathLike, options: Options, make_task: Callable[[Config], Task] | None = None
+) -> int:
     """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is.
 
-    DONE means that the last checkpoint verifies and that summary and report are there, on every call.
+    `make_task` makes of the config what is trained (default: the one that the config names). DONE means that the last
+    checkpoint verifies and that summary and report are there, on every call.
     """
     workdir = locate(workdir)
     check_agreed(cfg)
@@ -72,11 +76,10 @@ def run(cfg: Config, workdir: epath.PathLike, options: Options) -> int:
             return say_finished(workdir)
         make_workdir(workdir)
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
-        data = pretrain.open_data(cfg)
-        pretrain.check_sample(cfg.train.sample, data.tokenizer)
-        experiment = assemble.assemble(assemble.with_vocab(cfg, data.tokenizer))
+        task = (make_task or TASKS[cfg.task])(cfg)
+        experiment = assemble.assemble(task)
         with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
-            return Run(experiment, data, workdir, options, preemption, watchdog).train()
+            return Run(experiment, workdir, options, preemption, watchdog).train()
 
 
 def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
@@ -107,15 +110,6 @@ def check_agreed(cfg: Config) -> None:
         raise ConfigError(f"{key} is {here!r} here, but {there!r} at process 0; start all with the same command")
 
 
-def prefetch(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each asked for while the one before is being used."""
-    item = next(items)
-    for following in items:
-        yield item
-        item = following
-    yield item
-
-
 class Interrupted(Exception):  # noqa: N818
     """Something that can be done again was left off, to stop sooner."""
 
@@ -129,23 +123,16 @@ class Run:
     def __init__(
         self,
         experiment: Experiment,
-        data: Data,
         workdir: epath.Path,
         options: Options,
         preemption: Preemption,
         watchdog: Watchdog,
     ) -> None:
-        self.experiment, self.cfg, self.data = experiment, experiment.cfg, data
+        self.experiment, self.task, self.cfg = experiment, experiment.task, experiment.cfg
+        self.mesh = experiment.mesh
         self.workdir, self.options = workdir, options
         self.preemption, self.watchdog = preemption, watchdog
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.cfg.checkpoint)
-        self.scorer = splits.float32(self.cfg.model)
-        self.validation = {
-            name: dataset.split("valid")
-            for name, dataset in data.datasets.items()
-            if "valid" in dataset.manifest.splits
-        }
-        self.evaluate_batch = self.cfg.train.evaluate_batch or self.cfg.train.batch
         self.evaluations: dict[int, dict[str, Any]] = {}
         """By step, what evaluation found."""
         self.vote: Callable[[bool], bool] = bool if group.processes() == 1 else group.Vote()
@@ -159,13 +146,9 @@ class Run:
         """Returns the exit code; the trackers learn how it ended even when it raises."""
         self.watchdog.beat("restoring")
         state = self.start_or_resume()
+        self.frozen = assemble.frozen_params(self.experiment)
         self.attempt = next_attempt(self.workdir)
-        if group.leads():
-            self.run_id = wandb_id(self.workdir, self.cfg)
-            seal.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
-            self.data.tokenizer.save(self.workdir / "tokenizer")
-            self.ledger = Ledger(self.workdir / "ledger.jsonl")
-            self.records.append(self.ledger)
+        self.open_records()
         self.trackers = self.make_trackers()
         self.trackers.start(self.information())
         status: Status = "failed"
@@ -190,89 +173,57 @@ class Run:
         return DONE
 
     def start_or_resume(self) -> TrainState:
-        """The state to go on from; sets the accounting and the loader to match it."""
-        restored = self.checkpoints.restore(assemble.abstract_state(self.experiment))
-        meta: dict[str, Any] = {}
-        if restored is None:
-            state, step = assemble.initial_state(self.experiment), 0
-        else:
-            state, meta, step = restored
-            train = self.cfg.train
-            if step > train.steps:
-                raise ConfigError(
-                    f"train.steps={train.steps} is below step {step} of the newest checkpoint in {self.workdir}; give "
-                    f"at least {step}, or move the checkpoints after step {train.steps} away to go back"
-                )
-            # A changed config was allowed explicitly: what is scalar in it counts from here on.
-            scalars = hyper(self.cfg.optimizer, steps=train.steps, seed=train.seed)
-            state = state.replace(hyper=jax.device_put(scalars, jax.tree.map(lambda x: x.sharding, state.hyper)))
-            print(f"resuming {self.workdir} from step {step}")
-        self.loader = Loader(
-            self.cfg.data,
-            batch_size=self.cfg.train.batch,
-            rows=local_rows(self.experiment.mesh, self.cfg.train.batch),
+        """The state to go on from; sets the progress and the source to match it."""
+        state, meta, step = self.restore() or (assemble.initial_state(self.experiment), {}, 0)
+        assert self.task.source is not None, "a run needs a task with data"
+        source = self.task.source(
+            rows=local_rows(self.mesh, self.cfg.train.batch),
             start=meta["data"] if meta else 0,
             allow_data_change=self.options.allow_data_change,
         )
-        if group.share("the data", self.loader.fingerprint) != self.loader.fingerprint:
+        if group.share("the data", source.fingerprint) != source.fingerprint:
             raise DataError("the data here are not those of process 0; give all processes the same files")
-        self.accounting = self.make_accounting(step, meta)
-        self.epochs_before = self.make_epochs_before(meta)
+        devices = 1 if self.mesh is None else self.mesh.size
+        self.progress = Progress(self.task, source, step, meta, devices=devices)
         self.owed = meta.get("evaluation_owed", False) and step < self.cfg.train.steps
         return state
 
-    def make_accounting(self, step: int, meta: dict[str, Any]) -> Accounting:
-        """Counts on from what the checkpoint says was done."""
-        device = jax.devices()[0]
-        peak = peak_flops(device.device_kind)
-        mesh = self.experiment.mesh
-        flops = sequence_flops(self.experiment.model, self.cfg.data.seq_len)
-        per_sequence = Counts(1, self.cfg.data.seq_len, flops.six_nd, flops.causal, flops.full)
-        if "counts" in meta:
-            before = Counts(**meta["counts"])
-        else:  # a new run, or an older checkpoint, whose sequences count as those to come
-            before = Counts(0, 0, 0, 0, 0).plus(self.loader.next_sample, per_sequence)
-            if meta:
-                before = before._replace(tokens=meta["tokens"], flops_causal=meta["flops"])
-        return Accounting(
-            start=step,
-            before=before,
-            batch=self.cfg.train.batch,
-            per_sequence=per_sequence,
-            peak_flops=None if peak is None else peak * (1 if mesh is None else mesh.size),
-        )
-
-    def make_epochs_before(self, meta: dict[str, Any]) -> dict[str, float]:
-        """By source, what the loader does not count: epochs from before the data were changed."""
-        if "epochs" not in meta or meta["data"]["fingerprint"] == self.loader.fingerprint:
-            return meta.get("epochs_before", {})
-        counted = self.loader.epoch(self.loader.next_sample)
-        return {name: epochs - counted.get(name, 0.0) for name, epochs in meta["epochs"].items()}
-
-    def epochs(self, samples: int) -> dict[str, float]:
-        """How often each source was seen, those too that the run no longer reads."""
-        counted = self.loader.epoch(samples)
-        names = {**self.epochs_before, **counted}
-        return {name: self.epochs_before.get(name, 0.0) + counted.get(name, 0.0) for name in names}
+    def restore(self) -> tuple[TrainState, dict[str, Any], int] | None:
+        """(state, meta, step) of the newest good checkpoint, or None. Scalar hyperparameters are the config's: it may
+        have been changed explicitly."""
+        abstract = assemble.abstract_state(self.experiment)
+        restored = self.checkpoints.restore(abstract, unread=("hyper",))
+        if restored is None:
+            return None
+        state, meta, step = restored
+        steps = self.cfg.train.steps
+        if step > steps:
+            raise ConfigError(
+                f"train.steps={steps} is below step {step} of the newest checkpoint in {self.workdir}; give "
+                f"at least {step}, or move the checkpoints after step {steps} away to go back"
+            )
+        shardings = jax.tree.map(lambda x: x.sharding, abstract.hyper)
+        scalars = jax.device_put(assemble.all_scalars(self.experiment), shardings)
+        print(f"resuming {self.workdir} from step {step}")
+        return state.replace(hyper=scalars), meta, step
 
     def loop(self, state: TrainState) -> tuple[TrainState, int]:
-        train_cfg = self.cfg.train
         if self.owed:  # a signal stopped the evaluation of the step that this attempt starts from
-            self.evaluate(self.accounting.start, state)
+            self.evaluate(self.progress.start, state)
         reader = Reader(
             self.trackers.log,
-            train_cfg.log_every,
-            self.accounting,
-            max_skipped=train_cfg.max_skipped_in_a_row,
+            self.cfg.train.log_every,
+            self.progress.accounting,
+            max_skipped=self.cfg.train.max_skipped_in_a_row,
             skipped=int(state.counters.skipped_in_a_row),
         )
         return train(
             state,
-            {},
+            self.frozen,
             assemble.compiled_step(self.experiment),
             self.batches(),
-            start=self.accounting.start,
-            steps=train_cfg.steps,
+            start=self.progress.start,
+            steps=self.cfg.train.steps,
             reader=reader,
             periodic=self.periodic(),
             stop=self.stop,
@@ -288,32 +239,8 @@ class Run:
         self.stopped = self.vote(self.preemption.requested) or self.stopped
         return self.stopped
 
-    def batches(self) -> Iterator[Batch]:
-        """Batches on the devices, each written to the ledger before it is used."""
-        size = self.cfg.train.batch
-        placed = self.placed_batches()
-        for step, (batch, crcs_B) in enumerate(placed, self.accounting.start + 1):
-            if self.ledger is not None:
-                crc = joined_crc(np.asarray(crcs_B), 4 * self.cfg.data.seq_len)
-                first = self.accounting.counts(step - 1).samples
-                self.ledger.record(self.attempt, step, first, size, crc, self.loader.fingerprint[:8])
-            yield batch
-
-    def placed_batches(self) -> Iterator[tuple[Batch, Any]]:
-        """Batches on the devices, with the CRC of each of their rows from the process that feeds it.
-
-        Several processes need a collective to learn the others' CRCs. It is sent off one batch ahead: then it is done
-        by the time that it is read, and the devices never wait for the ledger.
-        """
-        mesh = self.experiment.mesh
-        place = shard_batch(mesh, self.cfg.train.batch)
-
-        def with_crcs(batch: Batch) -> tuple[Batch, Any]:
-            crcs_B = row_crcs(batch.tokens_BT)
-            return place(batch), crcs_B if group.processes() == 1 else replicate(mesh, place(crcs_B))
-
-        placed = map(with_crcs, self.loader)
-        return placed if group.processes() == 1 else prefetch(placed)
+    def batches(self) -> Iterator[Any]:
+        return feed.batches(self.progress, self.mesh, self.cfg.train.batch, self.ledger, self.attempt)
 
     # What is done now and then
 
@@ -328,54 +255,36 @@ class Run:
         ]
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Score the same batches every time, as `val/`; at the end also the whole sets, as `val_full/`.
+        """Run the task's evaluations, with more of them at the end.
 
-        Asked to stop, it ends between two batches, and what it has by then counts for nothing: the next attempt owes
-        this evaluation.
+        Asked to stop, they end between two batches, and what they have by then counts for nothing: the next attempt
+        owes this evaluation.
         """
-        limit = self.cfg.train.evaluate_batches
+        metrics: dict[str, Any] = {}
+        last = step == self.cfg.train.steps
         try:
-            results = self.score(step, state, limit)
-            metrics: dict[str, Any] = splits.evaluation_metrics(results)
-            metrics |= {f"data/{name}/valid_digest": result.digest for name, result in results.items()}
-            if step == self.cfg.train.steps:
-                whole = results if limit is None else self.score(step, state, None)
-                metrics |= splits.evaluation_metrics(whole, "val_full")
+            for evaluate in self.task.evaluations.values():
+                on_batch = functools.partial(self.between_batches, step)
+                metrics |= evaluate(state.params, self.frozen, mesh=self.mesh, last=last, on_batch=on_batch)
         except Interrupted:
             return
         self.evaluations[step] = metrics
-        self.trackers.log(step, {**self.accounting.totals(step), **metrics})
+        self.trackers.log(step, {**self.progress.accounting.totals(step), **metrics})
 
-    def score(self, step: int, state: TrainState, limit: int | None) -> dict[str, Evaluation]:
-        """Every validation set, or its first `limit` batches, under the parameters of `step`."""
-        return {
-            name: splits.evaluate_split(
-                self.scorer,
-                state.params,
-                split,
-                self.cfg.data,
-                batch=self.evaluate_batch,
-                limit=limit,
-                mesh=self.experiment.mesh,
-                on_batch=functools.partial(self.between_batches, f"evaluation of {name} at step {step}"),
-            )
-            for name, split in self.validation.items()
-        }
-
-    def between_batches(self, doing: str) -> None:
-        self.watchdog.beat(doing)
-        faults.fault("evaluation.batch")
+    def between_batches(self, step: int, what: str) -> None:
+        self.watchdog.beat(f"evaluation of {what} at step {step}")
+        fault("evaluation.batch")
         if self.stop():
             raise Interrupted
 
     def sample(self, step: int, state: TrainState) -> None:
-        if not self.cfg.train.sample.prompts:
+        if self.task.sample is None:
             return
-        params = on_one_device(self.experiment.mesh, state.params)
+        params, frozen = on_one_device(self.mesh, (state.params, self.frozen))
         if not group.leads():
             return
         try:
-            text = pretrain.sample_text(self.experiment.model, params, self.data.tokenizer, self.cfg.train.sample)
+            text = self.task.sample(params, frozen)
         except Exception as error:  # a text to look at; what was trained is worth more
             logger.warning("no sample at step %d: %s: %s", step, type(error).__name__, " ".join(str(error).split()))
             return
@@ -385,17 +294,9 @@ class Run:
     def save(self, step: int, state: TrainState) -> None:
         for record in self.records:
             record.sync()
-        counts = self.accounting.counts(step)
         every = self.cfg.train.evaluate_every
-        meta = {
-            "data": self.loader.state(counts.samples),
-            "config": configs.digest(self.cfg),
-            **self.accounting.totals(step),
-            "counts": counts._asdict(),
-            "epochs": self.epochs(counts.samples),
-            "epochs_before": self.epochs_before,
-            "evaluation_owed": every is not None and step % every == 0 and step not in self.evaluations,
-        }
+        owed = every is not None and step % every == 0 and step not in self.evaluations
+        meta = {**self.progress.meta(step), "config": configs.digest(self.cfg), "evaluation_owed": owed}
         scores = self.evaluations.get(step, {}).items()
         losses = [value for key, value in scores if key.startswith("val/") and key.endswith("/loss")]
         self.checkpoints.save(step, state, meta, value=float(np.mean(losses)) if losses else None)
@@ -410,7 +311,7 @@ class Run:
             jax.block_until_ready(state)
             if step == before:
                 jax.profiler.start_trace(self.workdir / "profile")
-            elif before > self.accounting.start:
+            elif before > self.progress.start:
                 jax.profiler.stop_trace()
 
         return [Periodic("profile", None, toggle, at=(before, last))]
@@ -446,10 +347,8 @@ class Run:
 
     def finish(self, reached: int) -> None:
         """Write the summary: then the run is finished."""
-        summary = self.summary(reached)
-        if self.cfg.train.compression_baseline:
-            self.watchdog.beat("compressing the validation text")
-            summary |= baselines.compression_baselines(self.data.datasets, self.data.tokenizer)
+        self.watchdog.beat("the baselines")
+        summary = {**self.summary(reached), **self.task.baselines()}
         self.trackers.summary(summary)
         for record in self.records:
             record.sync()
@@ -457,8 +356,8 @@ class Run:
         self.print_summary(summary)
 
     def summary(self, step: int) -> dict[str, Any]:
-        counts = count(self.experiment.model.spec)
-        totals = self.accounting.counts(step)
+        counts = count(self.task.spec)
+        totals = self.progress.accounting.counts(step)
         return {
             "status": "finished",
             "step": step,
@@ -471,8 +370,8 @@ class Run:
             "flops_6nd": totals.flops_6nd,
             "flops_causal": totals.flops_causal,
             "flops_full": totals.flops_full,
-            **{f"epochs/{name}": epochs for name, epochs in self.epochs(totals.samples).items()},
-            "data/fingerprint": self.loader.fingerprint,
+            **{f"epochs/{name}": epochs for name, epochs in self.progress.epochs(totals.samples).items()},
+            "data/fingerprint": self.progress.source.fingerprint,
             **self.evaluations.get(step, {}),
         }
 
@@ -484,7 +383,17 @@ class Run:
         if sample.exists():
             print(sample.read_text())
 
-    # Tracking
+    # Records
+
+    def open_records(self) -> None:
+        """The files of the work directory, by process 0 alone."""
+        if not group.leads():
+            return
+        self.run_id = wandb_id(self.workdir, self.cfg)
+        seal.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
+        self.task.write_files(self.workdir)
+        self.ledger = Ledger(self.workdir / "ledger.jsonl")
+        self.records.append(self.ledger)
 
     def make_trackers(self) -> Trackers:
         """None but at process 0."""
@@ -500,16 +409,14 @@ class Run:
 
     def information(self) -> dict[str, Any]:
         """What an attempt says of itself when it starts."""
-        counts = count(self.experiment.model.spec)
         return {
-            "step": self.accounting.start,
+            "step": self.progress.start,
             "steps": self.cfg.train.steps,
             "attempt": self.attempt,
             "command": self.options.command,
             "workdir": str(self.workdir),
             "config": redact(dataclasses.asdict(self.cfg)),
-            "params": dataclasses.asdict(counts),
-            "data": {name: dataset.manifest.fingerprint for name, dataset in self.data.datasets.items()},
-            "validation": {name: split.digest for name, split in self.validation.items()},
+            "params": dataclasses.asdict(count(self.task.spec)),
+            **self.task.about,
             "environment": start_up.environment(),
         }

@@ -13,7 +13,7 @@ from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from lmjax.errors import DataError
 from lmjax.evaluate.likelihood import Evaluation
 from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split, float32
-from lmjax.models import decoder
+from lmjax.models import architectures
 from lmjax.models.model import Model
 from lmjax.record import checkpoint
 from lmjax.weights import Params, abstract
@@ -33,7 +33,7 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
     """The model of a work directory with the parameters of a checkpoint (default: the newest), on one device."""
     workdir = epath.Path(workdir)
     cfg = from_json(workdir / "config.json")
-    model = decoder.build(cfg.model)
+    model = architectures.build(cfg.model)
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(model.spec))
     parts, _, found = checkpoint.restore_parts(workdir, {"params": shapes}, step=step)

@@ -18,7 +18,17 @@ from lmjax.record.ledger import check_ledger, read_ledger
 from lmjax.record.tracking import read_events
 
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
-_FIXED = ("model.", "data.", "optimizer.", "train.steps", "train.batch", "train.seed", "train.loss.")
+_FIXED = (
+    "task",
+    "model.",
+    "data.",
+    "optimizer.",
+    "train.steps",
+    "train.batch",
+    "train.seed",
+    "train.init_from",
+    "train.loss.",
+)
 _FREE = (
     "data.prefetch",
     "data.verify",

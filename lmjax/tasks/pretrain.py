@@ -1,21 +1,96 @@
 """Pretraining: the loss of the next token over prepared text."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
 
 from lmjax.config import Config
+from lmjax.data.loader import Loader
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.shards import Dataset, open_dataset
-from lmjax.data.tokenizers.tokenizer import Tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer, saved_hash
+from lmjax.data.windows import as_batch
 from lmjax.errors import ConfigError, DataError
-from lmjax.evaluate.baselines import check_compressible
+from lmjax.evaluate.baselines import check_compressible, compression_baselines
+from lmjax.evaluate.splits import evaluate_split, evaluation_metrics, float32
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
 from lmjax.generate.slide import generate_past
+from lmjax.models import architectures
+from lmjax.models.flops import sequence_flops
 from lmjax.models.model import Model
 from lmjax.process import group
 from lmjax.schema import validated
+from lmjax.tasks.start import drawn, from_run
+from lmjax.tasks.task import Evaluate, Task
+from lmjax.train.accounting import Cost
 from lmjax.train.config import SampleConfig
-from lmjax.weights import Params, by_path
+from lmjax.train.objective import language_model
+from lmjax.weights import Params, by_path, merge
+
+
+def pretrain(cfg: Config) -> Task:
+    """The task of a config, its data prepared where they are not yet, its vocabulary filled in.
+
+    Raises DataError for data that is missing, damaged, or made with different tokenizers; ConfigError for settings that
+    do not fit the tokenizer.
+    """
+    data = open_data(cfg)
+    check_sample(cfg.train.sample, data.tokenizer)
+    cfg = with_vocab(cfg, data.tokenizer)
+    check_init_from(cfg.train.init_from, data.tokenizer)
+    return with_data(without_data(cfg), data, architectures.build(cfg.model), float32(cfg.model))
+
+
+def without_data(cfg: Config) -> Task:
+    """The task as far as it is known without data: enough to compile it, to plan, and to train on batches at hand."""
+    model = architectures.build(cfg.model, microbatches=cfg.train.microbatches)
+    rows_BT1 = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)
+    flops = sequence_flops(model, cfg.data.seq_len)
+    return Task(
+        cfg=cfg,
+        spec=model.spec,
+        start=from_run(cfg.train.init_from, model.spec) if cfg.train.init_from else drawn(model.start),
+        objective=language_model(model, cfg.train.loss),
+        batch=as_batch(rows_BT1, rows_BT1, np.arange(cfg.train.batch), cfg.data.documents),
+        cost=Cost(1, cfg.data.seq_len, flops.six_nd, flops.causal, flops.full),
+        scalars={**model.scalars, "z_weight": cfg.train.loss.z_weight},
+    )
+
+
+def with_data(task: Task, data: "Data", model: Model, scorer: Model) -> Task:
+    """The task reading and scoring text. `scorer` is `model` computing in float32."""
+    cfg = task.cfg
+    sets = {
+        name: dataset.split("valid") for name, dataset in data.datasets.items() if "valid" in dataset.manifest.splits
+    }
+    return task._replace(
+        source=functools.partial(Loader, cfg.data, batch_size=cfg.train.batch),
+        evaluations={"validation": validation(cfg, scorer, sets)},
+        sample=functools.partial(sample_text, model, data.tokenizer, cfg.train.sample)
+        if cfg.train.sample.prompts
+        else None,
+        baselines=functools.partial(compression_baselines, data.datasets, data.tokenizer)
+        if cfg.train.compression_baseline
+        else dict,
+        write_files=functools.partial(save_tokenizer, data.tokenizer),
+        about={
+            "data": {name: dataset.manifest.fingerprint for name, dataset in data.datasets.items()},
+            "validation": {name: split.digest for name, split in sets.items()},
+        },
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, workdir: epath.Path) -> None:
+    tokenizer.save(workdir / "tokenizer")
+
+
+# Data -------------------------------------------------------------------------------------------------------------
 
 
 class Data(NamedTuple):
@@ -45,6 +120,69 @@ def open_data(cfg: Config) -> Data:
     return Data(datasets, tokenizer)
 
 
+def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
+    """The config with model.vocab filled in. Raises ConfigError when the model has too few rows for the tokens."""
+    if cfg.model.vocab is not None and cfg.model.vocab < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab={cfg.model.vocab} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it unset"
+        )
+    vocab = cfg.model.vocab or tokenizer.vocab_size
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab=vocab))
+
+
+def check_init_from(workdir: str | None, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError when the run that the weights come from read other tokens."""
+    saved = epath.Path(workdir.partition("@")[0]) / "tokenizer" if workdir else None
+    if saved is not None and saved.exists() and saved_hash(saved) != tokenizer.hash:
+        raise ConfigError(
+            f"train.init_from={workdir} was trained with another tokenizer than the data's; prepare them with "
+            f"--tokenizer-file={saved}"
+        )
+
+
+# Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def validation(cfg: Config, scorer: Model, sets: Mapping[str, Any]) -> Evaluate:
+    """Score the same batches of every set each time, as `val/`; at the end also the whole sets, as `val_full/`."""
+    size, limit = cfg.train.evaluate_batch or cfg.train.batch, cfg.train.evaluate_batches
+
+    def evaluate(
+        params: Params,
+        frozen: Params,
+        *,
+        mesh: jax.sharding.Mesh | None,
+        last: bool,
+        on_batch: Callable[[str], None],
+    ) -> dict[str, Any]:
+        def score(limit: int | None) -> dict[str, Any]:
+            return {
+                name: evaluate_split(
+                    scorer,
+                    merge(frozen, params),
+                    split,
+                    cfg.data,
+                    batch=size,
+                    limit=limit,
+                    mesh=mesh,
+                    on_batch=functools.partial(on_batch, name),
+                )
+                for name, split in sets.items()
+            }
+
+        results = score(limit)
+        metrics: dict[str, Any] = evaluation_metrics(results)
+        metrics |= {f"data/{name}/valid_digest": result.digest for name, result in results.items()}
+        if last:
+            metrics |= evaluation_metrics(results if limit is None else score(None), "val_full")
+        return metrics
+
+    return evaluate
+
+
+# Samples ----------------------------------------------------------------------------------------------------------
+
+
 def check_sample(cfg: SampleConfig, tokenizer: Tokenizer) -> None:
     """Raise ConfigError for prompts and settings that no sample can be made with: before the first step."""
     _sample_settings(cfg)
@@ -55,17 +193,18 @@ def check_sample(cfg: SampleConfig, tokenizer: Tokenizer) -> None:
             raise ConfigError(f"train.sample.prompts: {prompt!r}: {error}; change it, or set no prompts: ()") from None
 
 
-def sample_text(model: Model, params: Params, tokenizer: Tokenizer, cfg: SampleConfig) -> str:
+def sample_text(model: Model, tokenizer: Tokenizer, cfg: SampleConfig, params: Params, frozen: Params) -> str:
     """A text for every prompt, generated on the one device that the weights are on.
 
     It may be longer than a learned table of positions: see generate/slide.py.
     """
+    weights = merge(frozen, params)
     tables = [weight.shape[0] for weight in by_path(model.spec).values() if weight.in_axes == ("context",)]
     settings = _sample_settings(cfg)
     if tables:
-        texts = generate_past(model, params, tokenizer, cfg.prompts, settings, context=min(tables))
+        texts = generate_past(model, weights, tokenizer, cfg.prompts, settings, context=min(tables))
     else:
-        texts = [one.text for one in generate(model, params, tokenizer, cfg.prompts, settings)]
+        texts = [one.text for one in generate(model, weights, tokenizer, cfg.prompts, settings)]
     return "\n\n".join(prompt + text for prompt, text in zip(cfg.prompts, texts, strict=True))
 
 

@@ -42,6 +42,8 @@ class TrainConfig:
     the same."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of initial weights and dropout."""
+    init_from: str | None = None
+    """A run whose weights this one starts from, `WORKDIR` or `WORKDIR@STEP`; all else of it starts anew."""
     loss: LossConfig = LossConfig()
     log_every: PositiveInt = 10
     evaluate_every: PositiveInt | None = None

@@ -3,19 +3,19 @@
 Everything that can be left out (evaluation, samples, checkpoints, profiles) is a `Periodic` in a list.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lmjax.data.batch import Batch
 from lmjax.errors import NumericalError
 from lmjax.metrics import Metrics, finish
 from lmjax.process.faults import fault
 from lmjax.process.signals import Watchdog
+from lmjax.train.accounting import Accounting
 from lmjax.train.state import TrainState
 from lmjax.train.step import Step
 from lmjax.weights import Params
@@ -35,52 +35,6 @@ class Periodic(NamedTuple):
 
     def due(self, step: int, last: int) -> bool:
         return bool(self.every and step % self.every == 0) or (self.at_end and step == last) or step in self.at
-
-
-class Counts(NamedTuple):
-    """What training has cost, or costs per sequence, in exact Python integers: they never round or overflow."""
-
-    samples: int
-    tokens: int
-    flops_6nd: int
-    flops_causal: int
-    flops_full: int
-
-    def plus(self, times: int, other: "Counts") -> "Counts":
-        return Counts(*(here + times * there for here, there in zip(self, other, strict=True)))
-
-
-class Accounting(NamedTuple):
-    """What training costs, counted on from where this attempt starts: what lies before may have cost something else."""
-
-    start: int
-    """The step that this attempt starts from."""
-    before: Counts
-    """All that the steps up to there cost."""
-    batch: int
-    per_sequence: Counts
-    peak_flops: float | None
-    """Of all devices together; None where unknown, and then there is no MFU."""
-
-    def counts(self, step: int) -> Counts:
-        """Of the first `step` steps; their samples are the index of the next one."""
-        return self.before.plus((step - self.start) * self.batch, self.per_sequence)
-
-    def totals(self, step: int) -> dict[str, int]:
-        """As every line of metrics has them."""
-        counts = self.counts(step)
-        return {"tokens": counts.tokens, "flops": counts.flops_causal}
-
-    def rates(self, steps: int, seconds: float) -> dict[str, float]:
-        """Throughput; MFU counts causal attention (a query against the keys it may see) and no recomputation."""
-        sequences_per_second = steps * self.batch / seconds
-        flops_per_second = sequences_per_second * self.per_sequence.flops_causal
-        rates = {
-            "perf/step_time": seconds / steps,
-            "perf/tokens_per_sec": sequences_per_second * self.per_sequence.tokens,
-            "perf/flops_per_sec": flops_per_second,
-        }
-        return rates if self.peak_flops is None else {**rates, "perf/mfu": flops_per_second / self.peak_flops}
 
 
 class Reader:
@@ -123,7 +77,7 @@ def train(
     state: TrainState,
     frozen: Params,
     step: Step,
-    batches: Iterator[Batch],
+    batches: Iterator[Any],
     *,
     start: int,
     steps: int,
@@ -146,7 +100,7 @@ def train(
         watchdog.beat(f"step {reached}")
         batch = next(batches)
         if fault("step", reached) == "nan_grad":
-            batch = dataclasses.replace(batch, weights_BT=batch.weights_BT * np.nan)
+            batch = jax.tree.map(lambda x: x * np.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, batch)
         state, metrics = step(state, frozen, batch)
         if pending is not None:
             reader.read(reached - 1, pending)

@@ -30,5 +30,4 @@ class TrainState:
     opt_state: Any
     hyper: dict[str, jax.Array]
     """Scalar hyperparameters as arrays: runs that differ only here share one compiled step."""
-    buffers: Any
     counters: Counters

@@ -408,7 +408,7 @@ def test_which_layers_are_mixtures() -> None:
     kinds = [kind for period, repeats in cfg.segments for kind in period * repeats]
     assert tuple(kinds) == cfg.kinds
     assert [kind.mlp for kind in kinds] == ["dense", "dense", "dense"] + ["moe", "dense"] * 3
-    assert [kind.attention for kind in kinds] == ["local", "local", "global"] * 3
+    assert [kind.mixer for kind in kinds] == ["local", "local", "global"] * 3
     assert [(len(period), repeats) for period, repeats in cfg.segments] == [(2, 1), (6, 1), (1, 1)]
     spec = by_path(decoder.weights(cfg))
     assert spec["segments/1/1/moe/experts/up"].names == ("layers", "experts", "embed", "expert_mlp")

@@ -15,7 +15,7 @@ its tokens, so that neither microbatches nor a mesh can change it. Letters besid
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -291,10 +291,19 @@ def combine(y_BTXD: jax.Array, weights_BTX: jax.Array) -> jax.Array:
 # Losses and balance -----------------------------------------------------------------------------------------------
 
 
-def loss_weights(moe: MoeConfig) -> dict[str, float]:
-    """The auxiliary losses by the names of their metrics. Each is a mean over tokens and mixture layers."""
-    weights = {"balance_loss": moe.balance_weight, "router_z_loss": moe.router_z_weight}
-    return {} if moe.experts is None else {name: weight for name, weight in weights.items() if weight}
+def scalars(moe: MoeConfig) -> dict[str, float]:
+    """What a sweep may vary without another program."""
+    weights = {"balance_weight": moe.balance_weight, "router_z_weight": moe.router_z_weight}
+    return {} if moe.experts is None else {**weights, "bias_rate": moe.bias_rate or 0.0}
+
+
+def auxiliary(moe: MoeConfig) -> dict[str, str]:
+    """The auxiliary losses by the names of their metrics, and the scalar that each is multiplied by.
+
+    Each is a mean over tokens and mixture layers.
+    """
+    losses = {"balance_loss": "balance_weight", "router_z_loss": "router_z_weight"}
+    return {loss: weight for loss, weight in losses.items() if scalars(moe).get(weight)}
 
 
 def metrics(tallies: dict[str, dict[str, Tally]], real_BT: jax.Array, moe: MoeConfig) -> Metrics:
@@ -317,7 +326,9 @@ def metrics(tallies: dict[str, dict[str, Tally]], real_BT: jax.Array, moe: MoeCo
     }
 
 
-def settle(params: Params, metrics: Metrics, *, cfg: MoeConfig) -> tuple[Params, Metrics]:
+def after_update(
+    params: Params, metrics: Metrics, hyper: Mapping[str, Any], *, cfg: MoeConfig
+) -> tuple[Params, Metrics]:
     """After an update: biases move against the load of the whole batch, which is then reported as one number.
 
     An expert that more tokens chose than the mean loses `bias_rate`, one that fewer chose gains it (arXiv:2408.15664,
@@ -329,17 +340,18 @@ def settle(params: Params, metrics: Metrics, *, cfg: MoeConfig) -> tuple[Params,
     busiest_L = [load_LE.max(axis=1) / load_LE.mean(axis=1) for load_LE in jax.tree.leaves(loads)]  # by slot
     shown = {name: pair for name, pair in metrics.items() if name != "load"}
     shown["max_load"] = (sum(map(jnp.sum, busiest_L)), jnp.float32(sum(map(len, busiest_L))))
-    rate = cfg.bias_rate
-    if rate is None or "segments" not in params:  # the layers may be frozen
+    if cfg.bias_rate is None:
         return params, shown
 
-    def moved(layer: Params, load_LE: jax.Array) -> Params:
+    def moved(layer: Params, load_LE: jax.Array | None) -> Params:
+        if load_LE is None or "bias" not in layer.get("moe", {}):  # a dense layer, or one whose biases are frozen
+            return layer
         error_LE = load_LE.mean(axis=1, keepdims=True) - load_LE
-        bias_LE = layer["moe"]["bias"] + rate * jnp.sign(error_LE)
+        bias_LE = layer["moe"]["bias"] + hyper["bias_rate"] * jnp.sign(error_LE)
         return {**layer, "moe": {**layer["moe"], "bias": bias_LE}}
 
     segments = {
-        name: {slot: moved(layer, loads[name][slot]) if slot in loads[name] else layer for slot, layer in slots.items()}
-        for name, slots in params["segments"].items()
+        name: {slot: moved(layer, loads[name].get(slot)) for slot, layer in slots.items()}
+        for name, slots in params.get("segments", {}).items()
     }
-    return {**params, "segments": segments}, shown
+    return {**params, **({"segments": segments} if segments else {})}, shown

@@ -1,0 +1,95 @@
+"""Attention as a layer's mixer: weights, projections, positions, cache, FLOPs. The kernels are in attention.py."""
+
+import jax
+
+from lmjax.models.attention import cache as caches
+from lmjax.models.attention.attention import attention
+from lmjax.models.attention.scores import Mask, Score
+from lmjax.models.config import LayerKind, ModelConfig
+from lmjax.models.context import Context, Mixer, Scalars
+from lmjax.models.dropout import WEIGHTS_SITE, PairDropout, site_key
+from lmjax.models.flops import visible_pairs
+from lmjax.models.layers import norm_weights, rms_norm
+from lmjax.models.linear import linear
+from lmjax.models.position import alibi_slopes, rotate
+from lmjax.weights import Initializer, Params, Spec, Weight, zeros
+
+
+def weights(cfg: ModelConfig, into: Initializer, out: Initializer) -> Spec:
+    spec: Spec = {
+        "query": Weight("embed -> heads head_dim", init=into),
+        "key": Weight("embed -> kv_heads head_dim", init=into),
+        "value": Weight("embed -> kv_heads head_dim", init=into),
+        "output": Weight("heads head_dim -> embed", init=out),
+    }
+    if cfg.bias or cfg.qkv_bias or cfg.attention_bias:
+        spec["query_bias"] = Weight("-> heads head_dim", kind="bias", init=zeros)
+        spec["key_bias"] = Weight("-> kv_heads head_dim", kind="bias", init=zeros)
+        spec["value_bias"] = Weight("-> kv_heads head_dim", kind="bias", init=zeros)
+    if cfg.bias or cfg.attention_bias:
+        spec["output_bias"] = Weight("-> embed", kind="bias", init=zeros)
+    if cfg.qk_norm:
+        heads, kv_heads = ("heads ", "kv_heads ") if cfg.qk_norm_heads == "together" else ("", "")
+        spec["query_norm"] = {"scale": norm_weights(cfg, f"{heads}head_dim")["scale"]}
+        spec["key_norm"] = {"scale": norm_weights(cfg, f"{kv_heads}head_dim")["scale"]}
+    return spec
+
+
+def self_attention(
+    p: Params,
+    x_BTD: jax.Array,
+    context: Context,
+    cache: caches.LayerCache | None,
+    cfg: ModelConfig,
+    kind: LayerKind,
+    layer: int | jax.Array,
+) -> tuple[jax.Array, caches.LayerCache | None]:
+    """Project, place, compare, mix; with a cache, keys and values of earlier tokens come from it."""
+    q_BTNH = linear(x_BTD, p["query"], p.get("query_bias"))
+    k_BTKH = linear(x_BTD, p["key"], p.get("key_bias"))
+    v_BTKH = linear(x_BTD, p["value"], p.get("value_bias"))
+    if cfg.qk_norm:
+        q_BTNH, k_BTKH = rms_norm(p["query_norm"], q_BTNH, cfg), rms_norm(p["key_norm"], k_BTKH, cfg)
+    if cfg.position == "rope":
+        by = context.rotations[kind.mixer]
+        q_BTNH, k_BTKH = rotate(q_BTNH, by), rotate(k_BTKH, by)
+
+    score = Score(
+        scale=cfg.attention_scale or cfg.dims["head_dim"] ** -0.5,
+        softcap=cfg.attention_softcap,
+        slopes_N=alibi_slopes(cfg.heads) if cfg.position == "alibi" else None,
+        dropout=pair_dropout(context.keys_B, cfg, context.rates, layer),
+    )
+    mask = Mask(cfg.window_of(kind), context.segments_BT)
+    if cache is not None:
+        assert context.positions_BT is not None
+        seen, cache = caches.extend(cache, k_BTKH, v_BTKH, context.positions_BT)
+        k_BTKH, v_BTKH = seen.k_BKSH.swapaxes(1, 2), seen.v_BKSH.swapaxes(1, 2)
+        mask = Mask(mask.window, None, context.positions_BT, seen.positions_BS)
+    y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, score, cfg.attention)
+    return linear(y_BTNH, p["output"], p.get("output_bias"), contract=2), cache
+
+
+def pair_dropout(
+    keys_B: jax.Array | None, cfg: ModelConfig, rates: Scalars, layer: int | jax.Array
+) -> PairDropout | None:
+    """None where nothing is dropped, as in evaluation (`keys_B` None)."""
+    if keys_B is None or cfg.attention_dropout == 0:
+        return None
+    layer_keys_B = jax.vmap(lambda key: site_key(key, layer, WEIGHTS_SITE))(keys_B)
+    return PairDropout(rates["attention_dropout"], layer_keys_B)
+
+
+def empty_cache(cfg: ModelConfig, kind: LayerKind, batch: int, length: int) -> caches.LayerCache:
+    """Room for `length` tokens a row, or for those of the window where attention slides."""
+    window = cfg.window_of(kind)
+    places = length if window is None else min(window, length)
+    return caches.empty(batch, places, cfg.dims["kv_heads"], cfg.dims["head_dim"], cfg.dtype)
+
+
+def flops(cfg: ModelConfig, kind: LayerKind, T: int, *, causal: bool) -> int:
+    """Scores and weighted sums: 4 N H per visible (query, key) pair."""
+    return 4 * cfg.heads * cfg.dims["head_dim"] * visible_pairs(T, cfg.window_of(kind), causal=causal)
+
+
+ATTENTION = Mixer("attention", weights, self_attention, empty_cache, flops)

@@ -1,0 +1,60 @@
+"""What the layers of one forward pass share, and what a mixer is: the part of a layer that sees other tokens."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from lmjax.models.config import LayerKind, ModelConfig
+from lmjax.models.position import Rotation
+from lmjax.weights import Initializer, Params, Spec
+
+Scalars = Mapping[str, Any]
+"""The scalars of a config that a sweep may vary, by name: Python numbers, or traced arrays in a train step."""
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    rotations: dict[str, Rotation]
+    """The rotary angles of each kind of mixer."""
+    positions_BT: jax.Array | None
+    real_BT: jax.Array
+    """Which tokens are not padding."""
+    segments_BT: jax.Array | None
+    keys_B: jax.Array | None
+    """One per sample in training, None in evaluation."""
+    rates: Scalars
+    """Of dropout, by the names of `model.dropout` and its like."""
+
+
+class Mix(Protocol):
+    """Let the tokens of each row see each other."""
+
+    def __call__(
+        self,
+        p: Params,
+        x_BTD: jax.Array,
+        context: Context,
+        cache: Any,
+        cfg: ModelConfig,
+        kind: LayerKind,
+        layer: int | jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """(y_BTD, the cache with these tokens added). With a cache (decoding) earlier tokens are known from it alone;
+        without one (training, scoring) it is None. `layer` is the layer's place in the model, perhaps traced."""
+
+
+class Mixer(NamedTuple):
+    """One way for tokens to see each other, by its name in `model.pattern`."""
+
+    name: str
+    """Where its weights lie in a layer's params."""
+    weights: Callable[[ModelConfig, Initializer, Initializer], Spec]
+    """(cfg, initializer into the layer, initializer out of it) -> the weights of one layer"""
+    mix: Mix
+    empty_cache: Callable[[ModelConfig, LayerKind, int, int], Any]
+    """(cfg, kind, batch, length) -> one layer's memory of the tokens already seen: arrays with the batch in front, or
+    scalars"""
+    flops: Callable[..., int]
+    """(cfg, kind, T, *, causal) -> FLOPs between activations in one layer's forward pass over a row of T tokens"""

@@ -1,0 +1,65 @@
+"""How far a run is: what its steps have cost, and where they stand in the data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lmjax.devices.chips import peak_flops
+from lmjax.tasks.task import Source, Task
+from lmjax.train.accounting import Accounting, Cost
+
+
+class Progress:
+    """Counted on from the checkpoint that an attempt starts from."""
+
+    def __init__(self, task: Task, source: Source, step: int, meta: Mapping[str, Any], *, devices: int) -> None:
+        """`meta` is that of the checkpoint of `step`; empty at the start of a run."""
+        self.source = source
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.accounting = Accounting(
+            start=step,
+            before=counts_before(meta, source, task.cost),
+            batch=task.cfg.train.batch,
+            per_sequence=task.cost,
+            peak_flops=None if peak is None else peak * devices,
+        )
+        self._epochs_before = epochs_before(meta, source)
+
+    @property
+    def start(self) -> int:
+        """The step that this attempt starts from."""
+        return self.accounting.start
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each part of the data was seen, those too that the run no longer reads."""
+        counted = self.source.epoch(samples)
+        names = {**self._epochs_before, **counted}
+        return {name: self._epochs_before.get(name, 0.0) + counted.get(name, 0.0) for name in names}
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` keeps, as JSON."""
+        counts = self.accounting.counts(step)
+        return {
+            "data": self.source.state(counts.samples),
+            **self.accounting.totals(step),
+            "counts": counts._asdict(),
+            "epochs": self.epochs(counts.samples),
+            "epochs_before": self._epochs_before,
+        }
+
+
+def counts_before(meta: Mapping[str, Any], source: Source, cost: Cost) -> Cost:
+    if "counts" in meta:
+        return Cost(**meta["counts"])
+    # A new run, or an older checkpoint, whose samples count as those to come.
+    before = Cost(0, 0, 0, 0, 0).plus(source.next_sample, cost)
+    return before._replace(tokens=meta["tokens"], flops_causal=meta["flops"]) if meta else before
+
+
+def epochs_before(meta: Mapping[str, Any], source: Source) -> dict[str, float]:
+    """By name, what the source does not count: epochs from before the data were changed."""
+    if "epochs" not in meta or meta["data"]["fingerprint"] == source.fingerprint:
+        return meta.get("epochs_before", {})
+    counted = source.epoch(source.next_sample)
+    return {name: epochs - counted.get(name, 0.0) for name, epochs in meta["epochs"].items()}

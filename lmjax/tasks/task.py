@@ -1,0 +1,99 @@
+"""The seam between what is trained and the run that trains it.
+
+`run/` knows of a task nothing but what stands here. A wrapper, such as low-rank adapters, is a function from a Task to
+a Task; another kind of training is another function from a config to a Task, and a line in registry.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from etils import epath
+
+from lmjax.config import Config
+from lmjax.optim.schedules import Hyper
+from lmjax.tasks.start import Start
+from lmjax.train.accounting import Cost
+from lmjax.train.objective import Objective
+from lmjax.weights import Params, Spec
+
+
+class Source(Protocol):
+    """Training samples by their global index: sample n is a pure function of (`fingerprint`, n)."""
+
+    fingerprint: str
+    """Names everything that fixes the order of samples."""
+    next_sample: int
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches from `next_sample` on, forever: those rows of each that this process feeds, on the host."""
+
+    def state(self, next_sample: int) -> Mapping[str, Any]:
+        """What a checkpoint keeps, as JSON, so that a source goes on with sample `next_sample`."""
+
+    def epoch(self, next_sample: int) -> Mapping[str, float]:
+        """How often each part of the data was seen, by name, when the samples before `next_sample` are done."""
+
+    def recorded(self, batch: Any) -> np.ndarray:
+        """What the ledger keeps a checksum of: an array with a row for each of the batch's."""
+
+
+class MakeSource(Protocol):
+    def __call__(self, *, rows: np.ndarray, start: Mapping[str, Any] | int, allow_data_change: bool = False) -> Source:
+        """The source of batches whose `rows` this process feeds, from a sample index or a saved state on."""
+
+
+class Evaluate(Protocol):
+    def __call__(
+        self,
+        params: Params,
+        frozen: Params,
+        *,
+        mesh: jax.sharding.Mesh | None,
+        last: bool,
+        on_batch: Callable[[str], None],
+    ) -> Mapping[str, Any]:
+        """Metrics by their full names, as in `val/NAME/loss`; more of them at the `last` step. All processes call it
+        together. `on_batch(what)` is called as each batch begins, and may raise to leave off."""
+
+
+class Frozen(NamedTuple):
+    """Weights that the loss reads and nothing changes: sharded by their own spec, never donated, never saved."""
+
+    spec: Spec
+    start: Start
+
+
+class Task(NamedTuple):
+    """What a run trains."""
+
+    cfg: Config
+    """With everything filled in that the data decide: what config.json says."""
+    spec: Spec
+    """Of what is trained: optimizer, shardings and checkpoints follow from it."""
+    start: Start
+    objective: Objective
+    batch: Any
+    """Shapes and dtypes of one global batch, on the host."""
+    cost: Cost
+    """Of one sample."""
+    scalars: Mapping[str, float] = MappingProxyType({})
+    """What the objective and `start` read from the step's hyperparameters, beside the optimizer's."""
+    frozen: Frozen | None = None
+    source: MakeSource | None = None
+    evaluations: Mapping[str, Evaluate] = MappingProxyType({})
+    sample: Callable[[Params, Params], str] | None = None
+    """(params, frozen), on one device -> a text to look at."""
+    baselines: Callable[[], Mapping[str, float]] = dict
+    """Numbers that do not depend on training, for the summary."""
+    write_files: Callable[[epath.Path], None] = lambda workdir: None
+    """What the work directory needs so that others can use what was trained, such as the tokenizer."""
+    about: Mapping[str, Any] = MappingProxyType({})
+    """What an attempt says of its data when it starts, as JSON."""
+
+
+def scalar_arrays(scalars: Mapping[str, float]) -> Hyper:
+    """float32 arrays of a task's scalars."""
+    return {name: np.float32(value) for name, value in scalars.items()}  # type: ignore[misc]
