@@ -17,6 +17,7 @@ import sys
 import numpy as np
 from lmjax import config
 from lmjax.run import assemble
+from lmjax.tasks.pretrain import without_data
 from lmjax.data.batch import Batch
 
 def last_loss(*settings):
@@ -25,7 +26,7 @@ def last_loss(*settings):
     tree.optimizer.schedule.warmup = 1
     for setting in settings:
         config._apply_override(tree, setting)
-    parts = assemble.assemble(config.parse(tree.to_dict()))
+    parts = assemble.assemble(without_data(config.parse(tree.to_dict())))
     ids = np.random.default_rng(0).integers(0, 31, (4, 13)).astype(np.int32)
     batch = Batch(ids[:, :-1], ids[:, 1:], np.ones((4, 12), np.float32), np.arange(4, dtype=np.int32))
     state, step = assemble.initial_state(parts), assemble.compiled_step(parts)

@@ -110,8 +110,6 @@ def weights(cfg: ModelConfig, stds: Scalars | None = None) -> Spec:
     return spec
 
 
-
-
 def scaled(scale: Any, start: Initializer) -> Initializer:
     return lambda key, weight: scale * start(key, weight)
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,20 @@ from jax.sharding import NamedSharding
 
 from lmjax.devices.mesh import replicated, shardings
 from lmjax.optim.config import OptimizerConfig
-from lmjax.optim.rules import OPTIMIZERS
+from lmjax.optim.rules import OPTIMIZERS, RATES, Rate
 from lmjax.optim.schedules import SCHEDULES, Hyper
-from lmjax.weights import Params, Spec, abstract
+from lmjax.weights import Params, Spec, Weight, abstract, map_weights
+
+
+class Update(Protocol):
+    def __call__(
+        self, grads: Params, state: Any, params: Params, hyper: Hyper, step: jax.Array, norm: jax.Array
+    ) -> tuple[Params, Any]:
+        """(updates to add to the params, the new optimizer state).
+
+        `step` counts updates from 0. `norm` is the global norm of the gradients, which the caller needs anyway, for its
+        finite gate: when `norm` is not finite, what comes out means nothing.
+        """
 
 
 class Optimizer(NamedTuple):
@@ -20,19 +31,18 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Params], Any]
     """`init(params) -> opt_state`, a pytree of arrays whose structure never changes."""
-    update: Callable[..., tuple[Params, Any]]
-    """`update(grads, opt_state, params, hyper, step, norm) -> (updates, opt_state)`; add the updates to the params.
-
-    `step` counts updates from 0. `norm` is the global norm of the gradients, which the caller needs anyway, for its
-    finite gate: when `norm` is not finite, what comes out means nothing.
-    """
+    update: Update
     learning_rate: Callable[[jax.Array, Hyper], jax.Array]
     """`learning_rate(step, hyper)`: the one that update `step` uses."""
 
 
-def build(cfg: OptimizerConfig, spec: Spec) -> Optimizer:
-    """The optimizer that `cfg` names, for the weights of `spec`. Every scalar comes from `hyper`, at each update."""
+def build(cfg: OptimizerConfig, spec: Spec, rate: Rate | None = None) -> Optimizer:
+    """The optimizer that `cfg` names, for the weights of `spec`. Every scalar comes from `hyper`, at each update.
+
+    `rate` multiplies the learning rate of single weights, beside what the rule itself does.
+    """
     rule = OPTIMIZERS[cfg.name]
+    rates = [one for one in (RATES.get(cfg.name), rate) if one is not None]
     schedule = SCHEDULES[cfg.schedule.name]
 
     def learning_rate(step: jax.Array, hyper: Hyper) -> jax.Array:
@@ -46,10 +56,20 @@ def build(cfg: OptimizerConfig, spec: Spec) -> Optimizer:
         grads: Params, state: Any, params: Params, hyper: Hyper, step: jax.Array, norm: jax.Array
     ) -> tuple[Params, Any]:
         directions, state = rule(spec, hyper).update(clip(grads, norm, hyper), state, params)
-        rate = learning_rate(step, hyper)
-        return jax.tree.map(lambda direction: -rate * direction, directions), state
+        for multiplier in rates:
+            directions = scale_by_weight(multiplier, spec, directions, hyper)
+        now = learning_rate(step, hyper)
+        return jax.tree.map(lambda direction: -now * direction, directions), state
 
     return Optimizer(init, update, learning_rate)
+
+
+def scale_by_weight(rate: Rate, spec: Spec, directions: Params, hyper: Hyper) -> Params:
+    def scale(weight: Weight, direction: jax.Array) -> jax.Array:
+        multiplier = rate(weight, hyper)
+        return direction if multiplier is None else multiplier * direction
+
+    return map_weights(scale, spec, directions)
 
 
 def clip(grads: Params, norm: jax.Array, hyper: Hyper) -> Params:

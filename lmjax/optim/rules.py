@@ -7,7 +7,9 @@ weight's shape or norm goes through `per_weight`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
 
 from lmjax.optim.adafactor import scale_by_factored_rms
@@ -67,7 +69,7 @@ def adafactor(spec: Spec, hyper: Hyper) -> optax.GradientTransformation:
 
 
 def muon(spec: Spec, hyper: Hyper) -> optax.GradientTransformation:
-    """Orthogonalized Nesterov momentum for hidden matrices, AdamW at `adam_rate` times the rate for all other weights.
+    """Orthogonalized Nesterov momentum for hidden matrices, AdamW for all other weights, at `adam_rate` below.
 
     Steps of matrices are scaled to AdamW's size, so AdamW's learning rate and decay carry over (arXiv:2502.16982).
     """
@@ -81,13 +83,21 @@ def muon(spec: Spec, hyper: Hyper) -> optax.GradientTransformation:
         del params
         return map_weights(lambda weight, u: orthogonalize(weight, u) if is_hidden_matrix(weight) else u, spec, updates)
 
-    def at_adam_rate(updates: Params, params: Params) -> Params:
-        del params
-        return map_weights(lambda weight, u: u if is_hidden_matrix(weight) else hyper["adam_rate"] * u, spec, updates)
+    return optax.chain(per_weight(rule, spec), optax.stateless(orthogonal), decay(spec, hyper))
 
-    steps = per_weight(rule, spec), optax.stateless(orthogonal), decay(spec, hyper), optax.stateless(at_adam_rate)
-    return optax.chain(*steps)
 
+def adam_rate(weight: Weight, hyper: Hyper) -> jax.Array | None:
+    """Of all that is no hidden matrix."""
+    return None if is_hidden_matrix(weight) else hyper["adam_rate"]
+
+
+Rate = Callable[[Weight, Hyper], Any]
+"""What multiplies the learning rate of one weight, decay included; None leaves it as it is."""
+
+RATES: dict[str, Rate] = {
+    "muon": adam_rate,
+}
+"""By the names of OPTIMIZERS, of those that do not train every weight at the same rate."""
 
 OPTIMIZERS: dict[str, Callable[[Spec, Hyper], optax.GradientTransformation]] = {
     "adafactor": adafactor,

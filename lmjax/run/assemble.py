@@ -18,7 +18,8 @@ from lmjax.optim.config import hyper
 from lmjax.optim.optimizers import Optimizer, state_shardings
 from lmjax.optim.schedules import Hyper
 from lmjax.process import group
-from lmjax.tasks.task import Task, scalar_arrays
+from lmjax.tasks.task import Task
+from lmjax.train.objective import scalar_arrays
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import Step, make_step
 from lmjax.weights import Params, abstract, count
@@ -119,7 +120,7 @@ def initial_state(experiment: Experiment) -> TrainState:
     """A run's state before its first step, made where it will live. Raises what the task's `start` does."""
     task, laid_out = experiment.task, shardings(experiment)
     with use_mesh(experiment.mesh):
-        params = task.start(jax.random.key(task.cfg.train.seed), task.scalars, laid_out.params)
+        params = task.start(jax.random.key(task.cfg.train.seed), task.objective.scalars, laid_out.params)
         opt_state = jax.jit(experiment.optimizer.init, out_shardings=laid_out.opt_state)(params)
         scalars = jax.device_put(all_scalars(experiment), laid_out.hyper)
         return TrainState(params, opt_state, scalars, jax.device_put(zero_counters(), laid_out.counters))
@@ -133,14 +134,14 @@ def frozen_params(experiment: Experiment) -> Params:
     laid_out = spec_shardings(task.frozen.spec, mesh)
     with use_mesh(mesh):
         key = jax.random.key(task.cfg.train.seed)
-        return task.frozen.start(key, task.scalars, laid_out)
+        return task.frozen.start(key, task.objective.scalars, laid_out)
 
 
 def all_scalars(experiment: Experiment) -> Hyper:
     """The optimizer's scalar hyperparameters and the task's, as the step reads them."""
     train = experiment.cfg.train
     own = hyper(experiment.cfg.optimizer, steps=train.steps, seed=train.seed)
-    return {**own, **scalar_arrays(experiment.task.scalars)}
+    return {**own, **scalar_arrays(experiment.task.objective.scalars)}
 
 
 def abstract_state(experiment: Experiment) -> TrainState:

@@ -59,7 +59,6 @@ def without_data(cfg: Config) -> Task:
         objective=language_model(model, cfg.train.loss),
         batch=as_batch(rows_BT1, rows_BT1, np.arange(cfg.train.batch), cfg.data.documents),
         cost=Cost(1, cfg.data.seq_len, flops.six_nd, flops.causal, flops.full),
-        scalars={**model.scalars, "z_weight": cfg.train.loss.z_weight},
     )
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from etils import epath
 
 from lmjax.config import Config
-from lmjax.optim.schedules import Hyper
 from lmjax.tasks.start import Start
 from lmjax.train.accounting import Cost
 from lmjax.train.objective import Objective
@@ -79,8 +78,6 @@ class Task(NamedTuple):
     """Shapes and dtypes of one global batch, on the host."""
     cost: Cost
     """Of one sample."""
-    scalars: Mapping[str, float] = MappingProxyType({})
-    """What the objective and `start` read from the step's hyperparameters, beside the optimizer's."""
     frozen: Frozen | None = None
     source: MakeSource | None = None
     evaluations: Mapping[str, Evaluate] = MappingProxyType({})
@@ -92,8 +89,3 @@ class Task(NamedTuple):
     """What the work directory needs so that others can use what was trained, such as the tokenizer."""
     about: Mapping[str, Any] = MappingProxyType({})
     """What an attempt says of its data when it starts, as JSON."""
-
-
-def scalar_arrays(scalars: Mapping[str, float]) -> Hyper:
-    """float32 arrays of a task's scalars."""
-    return {name: np.float32(value) for name, value in scalars.items()}  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """What a train step minimizes. Pretraining, fine-tuning and policy learning differ in their objective alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -37,6 +38,8 @@ class Objective(NamedTuple):
     loss: Loss
     after_update: Callable[[Params, Metrics, Hyper], tuple[Params, Metrics]] = _unchanged
     """After an update, with the metrics of the whole batch: see `Model.after_update`."""
+    scalars: Mapping[str, float] = MappingProxyType({})
+    """What it reads from `hyper` beside the optimizer's: runs that differ in these alone share a compiled step."""
 
 
 def language_model(model: Model, cfg: LossConfig) -> Objective:
@@ -76,4 +79,9 @@ def language_model(model: Model, cfg: LossConfig) -> Objective:
     def terms(tokens: Any, auxiliary: Any) -> Any:
         return {"tokens": tokens, "auxiliary": auxiliary} if model.auxiliary else tokens
 
-    return Objective(weight, loss, model.after_update)
+    return Objective(weight, loss, model.after_update, {**model.scalars, "z_weight": cfg.z_weight})
+
+
+def scalar_arrays(scalars: Mapping[str, float]) -> Hyper:
+    """As `hyper` holds them, float32."""
+    return {name: jnp.float32(value) for name, value in scalars.items()}

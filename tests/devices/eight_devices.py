@@ -24,7 +24,7 @@ from lmjax.devices import place
 from lmjax.devices.config import MeshConfig
 from lmjax.devices.gather import whole_copies
 from lmjax.devices.mesh import GATHERED, LAYOUTS, RULES, make_mesh, mesh_axes, shardings
-from lmjax.devices.rows import batch_sharding, check_batch
+from lmjax.devices.rows import check_batch, map_arrays, row_sharding
 from lmjax.errors import ConfigError
 from lmjax.hf.families import FAMILIES
 from lmjax.hf.imported import Imported, write_checkpoint
@@ -41,8 +41,9 @@ from lmjax.plan.collectives import Collective, collectives
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.run import assemble
 from lmjax.run.assemble import Experiment
-from lmjax.train.config import TrainConfig
-from lmjax.train.objective import LossConfig, language_model
+from lmjax.tasks.pretrain import without_data
+from lmjax.train.config import LossConfig, TrainConfig
+from lmjax.train.objective import language_model, scalar_arrays
 from lmjax.train.state import TrainState
 from lmjax.train.step import sample_keys
 from lmjax.weights import Weight, abstract, by_path, initialize
@@ -119,7 +120,7 @@ def random_batch() -> Batch:
 
 
 def experiment(layout: str = "dp", model: str = "dense", **sizes: int) -> Experiment:
-    return assemble.assemble(replace(CONFIGS[model], mesh=MeshConfig(layout=layout, **sizes)))
+    return assemble.assemble(without_data(replace(CONFIGS[model], mesh=MeshConfig(layout=layout, **sizes))))
 
 
 def compiled(experiment: Experiment) -> Any:
@@ -133,7 +134,7 @@ def one_step(experiment: Experiment, program: Any) -> tuple[TrainState, dict[str
     """(the state after an update, its metrics)."""
     state = assemble.initial_state(experiment)
     assert jax.tree.map(lambda x: x.sharding, state) == assemble.shardings(experiment)
-    batch = place.shard_batch(experiment.mesh, B)(random_batch())
+    batch = place.shard_batch(random_batch(), experiment.mesh, B)
     state, metrics = jax.block_until_ready(program(state, {}, batch))
     return state, finish(metrics)
 
@@ -173,7 +174,7 @@ def check_budget(experiment: Experiment, found: list[Collective]) -> None:
     def pieces(*names: str) -> int:
         return math.prod(mesh.shape[axis] for name in names for axis in mesh_axes(name, mesh) if axis not in GATHERED)
 
-    weights = by_path(experiment.model.spec).values()
+    weights = by_path(experiment.task.spec).values()
     layer_of = [w.of_layer() if w.names[0] == "layers" else w for w in weights]
     largest = max(4 * w.size / pieces(*w.names) for w in layer_of)
     everything = 1.02 * sum((1 + w.tied) * 4 * w.size / pieces(*w.names) for w in weights) * microbatches
@@ -243,7 +244,7 @@ def test_memory_of_long_rows(attention: str, growth: float | None) -> None:
     def temporaries(devices: int) -> float:
         long = ModelConfig(vocab=V, layers=4, embed=64, heads=2, mlp=128, attention=attention)
         cfg = Config(model=long, data=DataConfig(seq_len=512 * devices), train=TrainConfig(batch=1))
-        run = assemble.assemble(replace(cfg, mesh=MeshConfig(layout="cp")), jax.devices()[:devices])
+        run = assemble.assemble(without_data(replace(cfg, mesh=MeshConfig(layout="cp"))), jax.devices()[:devices])
         return compiled(run).memory_analysis().temp_size_in_bytes
 
     jax.config.update("jax_disable_most_optimizations", False)
@@ -326,7 +327,8 @@ def summed_loss(model: Model) -> Callable[[Any, Batch], jax.Array]:
     objective = language_model(model, LossConfig(chunk=5))
 
     def loss(params: Any, batch: Batch) -> jax.Array:
-        return optax.tree.sum(objective.loss(params, {}, {}, batch, sample_keys(jnp.uint32(0), batch.ids_B))[0])
+        keys_B, hyper = sample_keys(jnp.uint32(0), batch.ids_B), scalar_arrays(objective.scalars)
+        return optax.tree.sum(objective.loss(params, {}, batch, keys_B, hyper)[0])
 
     return loss
 
@@ -342,11 +344,12 @@ def test_every_family_fits_every_mesh(cfg: ModelConfig, layout: str) -> None:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     params = jax.tree.map(placed, abstract(model.spec), declared)
-    batch = jax.tree.map(lambda x: placed(x, batch_sharding(mesh, x.ndim)), random_batch())
+    batch = map_arrays(lambda names, x: placed(x, row_sharding(mesh, names)), random_batch())
     with jax.set_mesh(mesh):
         x_BTD = jax.eval_shape(model.hidden, params, batch.tokens_BT)[0]
         gradients = jax.eval_shape(jax.grad(summed_loss(model)), params, batch)
-    assert x_BTD.sharding.spec == batch_sharding(mesh, 2).spec.update((*batch_sharding(mesh, 2).spec, None))
+    rows_spec = row_sharding(mesh, "batch time").spec
+    assert x_BTD.sharding.spec == rows_spec.update((*rows_spec, None))
     for gradient, sharding in zip(jax.tree.leaves(gradients), jax.tree.leaves(declared), strict=True):
         assert gradient.sharding.spec == sharding.spec
 
@@ -359,7 +362,7 @@ def test_every_family_computes_what_one_device_does(cfg: ModelConfig, layout: st
     params = initialize(model.spec, jax.random.key(0))
     expected, expected_gradients = run(params, random_batch())
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(model.spec, mesh)), place.shard_batch(mesh, B)(random_batch())
+        placed = jax.device_put(params, shardings(model.spec, mesh)), place.shard_batch(random_batch(), mesh, B)
         loss, gradients = jax.block_until_ready(run(*placed))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     largest = max(np.abs(want).max() for want in jax.tree.leaves(expected_gradients))
@@ -404,7 +407,7 @@ def test_a_frequent_token_adds_up_its_gradient_in_float32(layout: str | None) ->
             table_VD = jax.device_put(
                 table_VD, shardings({"embed": Weight("vocab -> embed", sizes=(V, 8))}, mesh)["embed"]
             )
-            ids_BT = place.shard_batch(mesh, 16)(ids_BT)
+            ids_BT = place.shard_array(ids_BT, "batch time", mesh, 16)
         gradient_VD = np.asarray(jax.jit(jax.grad(total))(table_VD, ids_BT))
     np.testing.assert_array_equal(gradient_VD[0], 16 * 255)
     np.testing.assert_array_equal(gradient_VD[1], 16)
@@ -423,7 +426,7 @@ def test_splash_and_xla_on_a_mesh(cfgs: Cfgs) -> None:
                 params, tokens_BT, segments_BT
             )
         params = jax.device_put(params, shardings(model.spec, mesh))
-        rows = place.shard_batch(mesh, len(tokens_BT))((tokens_BT, segments_BT))
+        rows = [place.shard_array(x, "batch time", mesh, len(x)) for x in (tokens_BT, segments_BT)]
         with jax.set_mesh(mesh):
             return jax.jit(lambda *inputs: model.hidden(*inputs[:2], segments_BT=inputs[2])[0])(params, *rows)
 

@@ -164,7 +164,7 @@ import test_likelihood as t
 mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2))
 with jax.set_mesh(mesh):
     params = jax.device_put(t.params(), shardings(t.MODEL.spec, mesh))
-    batches = map(shard_batch(mesh, 4), t.batches(4))
+    batches = (shard_batch(batch, mesh, 4) for batch in t.batches(4))
     print(json.dumps(t.numbers(t.evaluate(t.MODEL, params, batches, n_tokens=300, n_bytes=700))))
 """
 

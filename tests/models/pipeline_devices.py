@@ -34,8 +34,8 @@ from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.config import CheckpointConfig
 from lmjax.run import assemble
 from lmjax.run.assemble import Experiment
-from lmjax.train.config import TrainConfig
-from lmjax.train.objective import LossConfig
+from lmjax.tasks.pretrain import without_data
+from lmjax.train.config import LossConfig, TrainConfig
 from lmjax.train.state import TrainState
 from lmjax.weights import Weight, abstract, by_path, initialize
 
@@ -126,7 +126,7 @@ class Comparison(NamedTuple):
 def one_step(experiment: Experiment) -> Outcome:
     state = assemble.initial_state(experiment)
     assert jax.tree.map(lambda x: x.sharding, state) == assemble.shardings(experiment)
-    batch = shard_batch(experiment.mesh, B)(random_batch())
+    batch = shard_batch(random_batch(), experiment.mesh, B)
     with use_mesh(experiment.mesh):
         program = assemble.jitted_step(experiment).lower(state, {}, batch).compile()
         state, metrics = jax.block_until_ready(program(state, {}, batch))
@@ -135,7 +135,7 @@ def one_step(experiment: Experiment) -> Outcome:
 
 def alone(experiment: Experiment) -> Experiment:
     """The same on one device."""
-    return assemble.assemble(replace(experiment.cfg, mesh=MeshConfig(data=1)))
+    return assemble.assemble(without_data(replace(experiment.cfg, mesh=MeshConfig(data=1))))
 
 
 def config_of(run: Run, cfgs: Cfgs) -> Config:
@@ -143,7 +143,7 @@ def config_of(run: Run, cfgs: Cfgs) -> Config:
 
 
 def comparison(run: Run, cfgs: Cfgs) -> Comparison:
-    experiment = assemble.assemble(config_of(run, cfgs))
+    experiment = assemble.assemble(without_data(config_of(run, cfgs)))
     return Comparison(experiment, one_step(experiment), one_step(alone(experiment)))
 
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_does_not_know_of_stages(compared: Any, tmp_path: Any) -> N
 @pytest.mark.parametrize("name", RUNS)
 def test_stages_send_each_other_activations_and_keep_their_weights(compared: Any, name: str) -> None:
     experiment, (*_, program), _ = compared(name)
-    cfg, mesh, spec = experiment.cfg, experiment.mesh, by_path(experiment.model.spec)
+    cfg, mesh, spec = experiment.cfg, experiment.mesh, by_path(experiment.task.spec)
     stages, microbatches = mesh.shape["pipeline"], cfg.train.microbatches
     sent = collectives(program)
     across = [one for one in sent if "pipeline" in one.axes(mesh.shape)]
@@ -271,7 +271,7 @@ def test_metrics_of_layers_are_summed_and_differentiated() -> None:
 
     want = loss(lambda stage, *arguments: stage(*arguments, 0))(w_L, x_BTD, rows_BT)
     mesh = make_mesh(MeshConfig(pipeline=4, data=2))
-    place = functools.partial(jax.device_put, device=rows.batch_sharding(mesh, 1))
+    place = functools.partial(jax.device_put, device=rows.row_sharding(mesh, "batch"))
     for microbatches in (None, 8):
         run = functools.partial(pipelined, microbatches=microbatches)
         layers = jax.device_put(w_L, shardings({"w": Weight("layers | ->", sizes=(8,))}, mesh)["w"])
@@ -293,7 +293,7 @@ def test_the_bubble_is_what_stages_do_in_vain(microbatches: int) -> None:
     mesh = make_mesh(MeshConfig(pipeline=4, data=2))
     w_LDE = jax.device_put(np.ones((4, 3, 3)), shardings({"w": Weight("layers | ->", sizes=(4,))}, mesh)["w"])
     with jax.set_mesh(mesh):
-        x_BTD = jax.device_put(np.ones((B, T, 3)), rows.batch_sharding(mesh, 1))
+        x_BTD = jax.device_put(np.ones((B, T, 3)), rows.row_sharding(mesh, "batch"))
         program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(w_LDE, x_BTD).jaxpr
     times = [product.times for product in matrix_products(program)]
     assert len(times) >= 3 and len(set(times)) == 1
@@ -309,7 +309,7 @@ def test_a_pipeline_also_runs_without_training(cfgs: Cfgs) -> None:
     mesh = make_mesh(MeshConfig(pipeline=4, data=2))
     params = jax.device_put(params, shardings(model.spec, mesh))
     with jax.set_mesh(mesh):
-        tokens_BT = jax.device_put(tokens_BT, rows.batch_sharding(mesh))
+        tokens_BT = jax.device_put(tokens_BT, rows.row_sharding(mesh, "batch time"))
         got = jax.jit(lambda params, tokens_BT: model.hidden(params, tokens_BT)[0])(params, tokens_BT)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -345,4 +345,4 @@ def test_a_search_fills_pipelines_and_a_plan_compiles_them(cfgs: Cfgs, monkeypat
 def test_what_does_not_divide_is_refused(cfgs: Cfgs, family: str, layers: int, microbatches: int, message: str) -> None:
     cfg = config(replace(cfgs[family], layers=layers), MeshConfig(pipeline=4, data=2), microbatches)
     with pytest.raises(ConfigError, match=message):
-        assemble.assemble(cfg)
+        assemble.assemble(without_data(cfg))

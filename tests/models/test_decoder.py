@@ -16,7 +16,7 @@ from lmjax.models import decoder
 from lmjax.models.attention.attention import BACKENDS
 from lmjax.models.config import ModelConfig, RopeConfig, layer_index
 from lmjax.models.dropout import dropout
-from lmjax.models.flops import attention_flops, program_flops, sequence_flops, visible_pairs
+from lmjax.models.flops import program_flops, sequence_flops, visible_pairs
 from lmjax.models.model import Model
 from lmjax.models.moe import grouped
 from lmjax.models.remat import REMAT
@@ -168,7 +168,7 @@ def loss(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
     inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     weights_BT = jnp.full(targets_BT.shape, 1 / targets_BT.size)
     x_BTD = model.hidden(params, inputs_BT, keys_B=sample_keys(len(inputs_BT)))[0]
-    head = {name: params[name] for name in model.head}
+    head = model.head(params)
     return chunked_token_sums(model.unembed, head, x_BTD, targets_BT, weights_BT, chunk=T // 2).loss
 
 
@@ -224,8 +224,8 @@ def test_every_layer_and_site_has_its_own_dropout_mask() -> None:
         for repeat, slot in itertools.product(range(repeats), range(len(period)))
     ]
     assert indices == list(range(cfg.layers))
-    sites = itertools.product(range(3), (decoder.ATTENTION_SITE, decoder.MLP_SITE))
-    names = [(0, decoder.EMBED_SITE), *sites]
+    sites = itertools.product(range(3), (dropout.MIXER_SITE, dropout.MLP_SITE))
+    names = [(0, dropout.EMBED_SITE), *sites]
     ones = jnp.ones((1, 4, 24))
     masks = [tuple(np.asarray(dropout(ones, sample_keys(1), 0.5, *name)).ravel()) for name in names]
     assert len(set(masks)) == len(names)
@@ -339,7 +339,7 @@ def test_flops_are_those_of_the_program(cfg: ModelConfig, layers: str, monkeypat
     if layers == "unrolled":
         params = jax.eval_shape(model.unstack, params)
     tokens_1T = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    forward = 2 * count(model.spec).matmul * T + attention_flops(cfg, T, causal=False)
+    forward = 2 * count(model.spec).matmul * T + model.mixing_flops(T, causal=False)
     assert program_flops(model.logits, params, tokens_1T) == forward
     tokens_1T = jax.ShapeDtypeStruct((1, T + 1), jnp.int32)
     training = program_flops(jax.grad(functools.partial(loss, model)), params, tokens_1T)

@@ -17,7 +17,8 @@ from lmjax.models.model import Model
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig, hyper
 from lmjax.optim.muon import is_hidden_matrix
-from lmjax.train.objective import LossConfig, language_model
+from lmjax.train.config import LossConfig
+from lmjax.train.objective import language_model, scalar_arrays
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import make_step
 from lmjax.weights import Params, Weight, by_path, count, decays
@@ -76,8 +77,10 @@ def test_loss_falls(case: Case) -> None:
     model, params, _ = case()
     cfg = OptimizerConfig(learning_rate=0.05, schedule=ScheduleConfig(name="constant", warmup=0))
     optimizer = optimizers.build(cfg, model.spec)
-    step = jax.jit(make_step(language_model(model, LossConfig(chunk=4)), optimizer, microbatches=2))
-    state = TrainState(params, optimizer.init(params), hyper(cfg, steps=30), {}, zero_counters())
+    objective = language_model(model, LossConfig(chunk=4))
+    step = jax.jit(make_step(objective, optimizer, microbatches=2))
+    scalars = hyper(cfg, steps=30) | scalar_arrays(objective.scalars)
+    state = TrainState(params, optimizer.init(params), scalars, zero_counters())
     inputs_BT, targets_BT = TOKENS_BT[:, :-1], TOKENS_BT[:, 1:]
     batch = Batch(inputs_BT, targets_BT, np.ones(inputs_BT.shape, np.float32), np.arange(4))
     losses = []

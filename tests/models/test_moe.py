@@ -19,6 +19,7 @@ from lmjax.models import decoder
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp
+from lmjax.models.model import Model
 from lmjax.models.moe import moe
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig, hyper
@@ -26,7 +27,9 @@ from lmjax.optim.rules import OPTIMIZERS
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.config import CheckpointConfig
 from lmjax.run import assemble
-from lmjax.train.objective import LossConfig, Objective, language_model
+from lmjax.tasks.pretrain import without_data
+from lmjax.train.config import LossConfig
+from lmjax.train.objective import Objective, language_model, scalar_arrays
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import accumulate, make_step, sample_keys
 from lmjax.weights import Params, Spec, Weight, bind, by_path, map_weights, zeros
@@ -272,7 +275,7 @@ class Setup(NamedTuple):
     keys_B: jax.Array
 
     def accumulated(self, microbatches: int) -> Any:
-        """Gradient, metrics and buffers of the batch."""
+        """Gradient and metrics of the batch."""
 
         def run(params: Params) -> Any:
             state = dataclasses.replace(self.state, params=params)
@@ -285,16 +288,17 @@ class Setup(NamedTuple):
 def setup(name: str) -> Setup:
     model = decoder.build(TRAINED[name])
     batch = batch_of(6)
-    state = initial_state(model.spec, OptimizerConfig())
+    state = initial_state(model, OptimizerConfig())
     return Setup(language_model(model, LossConfig()), state, batch, sample_keys(jnp.uint32(0), batch.ids_B))
 
 
-def initial_state(spec: Spec, settings: OptimizerConfig, bias_LE: Any = None) -> TrainState:
-    params = random_params(spec)
+def initial_state(model: Model, settings: OptimizerConfig, bias_LE: Any = None) -> TrainState:
+    params = random_params(model.spec)
     if bias_LE is not None:
         layer_of(params)["bias"] = jnp.asarray(bias_LE, jnp.float32)
-    opt_state = optimizers.build(settings, spec).init(params)
-    state = TrainState(params, opt_state, hyper(settings, steps=1000, seed=1), {}, zero_counters())
+    opt_state = optimizers.build(settings, model.spec).init(params)
+    scalars = hyper(settings, steps=1000, seed=1) | scalar_arrays(language_model(model, LossConfig()).scalars)
+    state = TrainState(params, opt_state, scalars, zero_counters())
     return jax.device_put(state, jax.devices()[0])  # as a restored state lies: one compilation serves both
 
 
@@ -326,12 +330,12 @@ def test_the_gradient_is_that_of_the_named_losses() -> None:
     layer = TRAINED["capacity"].moe
 
     def minimized(params: Params) -> jax.Array:
-        _, metrics, _ = objective.loss(params, {}, {}, batch, keys_B)
+        _, metrics = objective.loss(params, {}, batch, keys_B, state.hyper)
         mean = {name: total / weight for name, (total, weight) in metrics.items() if name != "load"}
         auxiliary = layer.balance_weight * mean["balance_loss"] + layer.router_z_weight * mean["router_z_loss"]
         return mean["loss"] + auxiliary
 
-    gradient, metrics, _ = gradient_of_a_batch("capacity")
+    gradient, metrics = gradient_of_a_batch("capacity")
     assert float(metrics["loss"][1]) != float(metrics["balance_loss"][1])
     assert_close(gradient, jax.jit(jax.grad(minimized))(state.params), 1e-6)
 
@@ -343,16 +347,16 @@ BIAS_RATE = 0.03
 
 @functools.cache
 def training(name: str) -> Any:
-    """(spec, step) of a model whose experts have biases; the learning rate is not compiled in."""
+    """(model, step) of a model whose experts have biases; the learning rate is not compiled in."""
     model = decoder.build(replace(PLAIN, moe=replace(SIGMOID, balance_weight=0.0, bias_rate=BIAS_RATE)))
     optimizer = optimizers.build(OptimizerConfig(name=name), model.spec)
-    return model.spec, jax.jit(make_step(language_model(model, LossConfig()), optimizer))
+    return model, jax.jit(make_step(language_model(model, LossConfig()), optimizer))
 
 
 def test_the_bias_balances_a_skewed_router() -> None:
-    spec, step = training("muon")
+    model, step = training("muon")
     skewed_LE = np.tile(0.2 * np.arange(6), (2, 1))  # whatever the token, the last three
-    state = initial_state(spec, OptimizerConfig(name="muon", learning_rate=1e-6), skewed_LE)
+    state = initial_state(model, OptimizerConfig(name="muon", learning_rate=1e-6), skewed_LE)
     loads = []
     for _ in range(40):
         state, metrics = step(state, {}, batch_of(6))
@@ -362,8 +366,8 @@ def test_the_bias_balances_a_skewed_router() -> None:
 
 def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
     """Of the biases too, which no gradient moves."""
-    spec, step = training("muon")
-    states = [initial_state(spec, OptimizerConfig(name="muon", learning_rate=1e-2))]
+    model, step = training("muon")
+    states = [initial_state(model, OptimizerConfig(name="muon", learning_rate=1e-2))]
     for _ in range(4):
         states.append(step(states[-1], {}, batch_of(6))[0])
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
@@ -380,8 +384,10 @@ def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path: Path) -
 @pytest.mark.parametrize("name", slow_but(OPTIMIZERS, {"muon"}))
 def test_every_optimizer_trains_experts_and_leaves_biases_alone(name: str) -> None:
     """Biases move by whole steps of their own rate and by nothing else, weight decay included."""
-    spec, step = training(name)
-    state = initial_state(spec, OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1), np.full((2, 6), 0.25))
+    model, step = training(name)
+    state = initial_state(
+        model, OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1), np.full((2, 6), 0.25)
+    )
     before = by_path(layer_of(state.params))
     for _ in range(2):
         state, metrics = step(state, {}, batch_of(6))
@@ -435,7 +441,7 @@ def test_a_router_that_cannot_learn_is_refused_for_training_alone(tmp_path: Path
     cfg = ModelConfig(**SIZES, moe=MoeConfig(experts=2, top_k=1))
     decoder.build(cfg)
     with pytest.raises(ConfigError, match="from which no router learns"):
-        assemble.assemble(Config(model=cfg))
+        assemble.assemble(without_data(Config(model=cfg)))
     (tmp_path / "one.py").write_text("from lmjax.config import default_config as get_config\n")
     overrides = ["model.moe.experts=2", "model.moe.top_k=1"]
     with pytest.raises(ConfigError, match="from which no router learns"):

@@ -15,7 +15,8 @@ from lmjax.data.batch import Batch
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
 from lmjax.models.linear import linear
-from lmjax.train.objective import LossConfig, language_model
+from lmjax.train.config import LossConfig
+from lmjax.train.objective import language_model, scalar_arrays
 from lmjax.weights import Spec, abstract, by_path, initialize, map_weights, normal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,7 +34,7 @@ def gradient(cfg: ModelConfig, B: int, T: int) -> tuple[Callable[[Any], Any], Sp
 
     def loss(params: Any) -> jax.Array:
         keys_B = jax.vmap(jax.random.key)(batch.ids_B) if cfg.moe.dispatch == "capacity" else None
-        total, _, _ = objective.loss(params, {}, {}, batch, keys_B)
+        total, _ = objective.loss(params, {}, batch, keys_B, scalar_arrays(objective.scalars))
         return sum(jax.tree.leaves(total)) / (B * T)
 
     return jax.grad(loss), model.spec

@@ -12,10 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lmjax.config import Config, parse
 from lmjax.devices import place
 from lmjax.errors import ConfigError
-from lmjax.models.flops import sequence_flops
 from lmjax.plan import roofline, step, topology
 from lmjax.plan.collectives import Collective, by_kind, collectives
 from lmjax.run import assemble
+from lmjax.tasks.pretrain import without_data
 from lmjax.weights import count
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,7 +54,7 @@ def fsdp() -> step.Plan:
 
 
 def test_memory_is_what_a_state_takes(fsdp: step.Plan) -> None:
-    state = assemble.initial_state(assemble.assemble(fsdp.cfg, jax.devices()))
+    state = assemble.initial_state(assemble.assemble(without_data(fsdp.cfg), jax.devices()))
     memory = fsdp.memory
     assert memory.padding is not None and memory.temporaries is not None
     assert (memory.params, memory.optimizer) == (held(state.params), held(state.opt_state))
@@ -96,7 +96,8 @@ def test_a_ring_computes_what_its_busiest_device_does(devices: int, window: int 
     """
     cfg = config(layout="fsdp+cp", context=devices)
     local = {"pattern": ("local",), "window": window} if window else {}
-    experiment = assemble.assemble(replace(cfg, model=replace(cfg.model, remat="none", **local)), jax.devices())
+    alone = replace(cfg, model=replace(cfg.model, remat="none", **local))
+    experiment = assemble.assemble(without_data(alone), jax.devices())
     with place.use_mesh(experiment.mesh):
         arguments = assemble.abstract_state(experiment), {}, assemble.abstract_batch(experiment)
         program = assemble.jitted_step(experiment).trace(*arguments).jaxpr.jaxpr
@@ -104,7 +105,7 @@ def test_a_ring_computes_what_its_busiest_device_does(devices: int, window: int 
     for me in range(devices):
         others = [you for you in range(devices) if you != me and sees_any(me, you, T // (2 * devices), devices, window)]
         busiest = max(busiest, own * own * (1 + len(others) / 2))
-    counts, flops = count(experiment.model.spec), sequence_flops(experiment.model, T)
+    counts, flops = count(experiment.task.spec), experiment.task.cost
     matmuls, full = (BATCH / 8 * n for n in (6 * counts.matmul * T, flops.full))
     executed = roofline.work(program, visible=1.0, state_bytes=0.0).flops
     assert executed == matmuls + 2 * (BATCH * devices // 8) * LAYERS * EMBED * (7 * busiest + own)

@@ -47,7 +47,10 @@ def main(directory: Path) -> None:
     for mesh in meshes.values():
         whole_BT, whole_B = np.arange(B * T, dtype=np.int32).reshape(B, T), np.arange(B, dtype=np.uint32)
         rows = place.local_rows(mesh, B)
-        placed = place.shard_batch(mesh, B)((whole_BT[rows], whole_B[rows]))
+        placed = (
+            place.shard_array(whole_BT[rows], "batch time", mesh, B),
+            place.shard_array(whole_B[rows], "batch", mesh, B),
+        )
         for found, expected in zip(place.replicate(mesh, placed), (whole_BT, whole_B), strict=True):
             np.testing.assert_array_equal(found, expected)
     report["restored"] = share_checkpoints(directory, meshes["data=4"])

@@ -21,6 +21,7 @@ from lmjax.record.config import CheckpointConfig
 from lmjax.run import assemble
 from lmjax.run.assemble import Experiment
 from lmjax.schema import validated
+from lmjax.tasks.pretrain import without_data
 from lmjax.train.state import TrainState
 
 
@@ -28,7 +29,7 @@ def main(workdir: Path, out: Path, mesh: str) -> None:
     group.start(os.environ, timeout=60, on_loss=lambda message: ending.exit_now(message, 6))
     sizes = dict(setting.split("=") for setting in mesh.split())
     cfg = dataclasses.replace(config.from_json(workdir / "config.json"), mesh=validated(MeshConfig, sizes))
-    parts = assemble.assemble(cfg)
+    parts = assemble.assemble(without_data(cfg))
     restored = Checkpoints(workdir / "checkpoints", CheckpointConfig()).restore(assemble.abstract_state(parts))
     assert restored is not None
     state, meta, step = restored
@@ -43,7 +44,7 @@ def say_next_step(parts: Experiment, state: TrainState, position: LoaderState) -
     cfg, size = parts.cfg, parts.cfg.train.batch
     rows = place.local_rows(parts.mesh, size)
     batch = next(iter(Loader(cfg.data, batch_size=size, rows=rows, start=position)))
-    _, metrics = assemble.compiled_step(parts)(state, {}, place.shard_batch(parts.mesh, size)(batch))
+    _, metrics = assemble.compiled_step(parts)(state, {}, place.shard_batch(batch, parts.mesh, size))
     values = finish(metrics)
     print(json.dumps({name: values[name] for name in ("loss", "grad_norm")}))
 

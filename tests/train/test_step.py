@@ -15,7 +15,8 @@ from lmjax.models.config import ModelConfig
 from lmjax.models.dropout import dropout
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig, hyper
-from lmjax.train.objective import LossConfig, Objective, language_model
+from lmjax.train.config import LossConfig
+from lmjax.train.objective import Objective, language_model, scalar_arrays
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import accumulate, make_step, sample_keys
 from lmjax.weights import Spec, Weight, initialize
@@ -38,10 +39,14 @@ def random_batch(seed: int = 0) -> Batch:
     return Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], weights_BT, ids_B)
 
 
+def scalars(seed: int = 0) -> Any:
+    return hyper(OPTIMIZER, steps=10, seed=seed) | scalar_arrays(OBJECTIVE.scalars)
+
+
 def start(spec: Spec = MODEL.spec) -> TrainState:
     optimizer = optimizers.build(OPTIMIZER, spec)
     params = initialize(spec, jax.random.key(0))
-    return TrainState(params, optimizer.init(params), hyper(OPTIMIZER, steps=10, seed=3), {}, zero_counters())
+    return TrainState(params, optimizer.init(params), scalars(seed=3), zero_counters())
 
 
 def test_accumulation_is_one_batch() -> None:
@@ -54,9 +59,9 @@ def test_accumulation_is_one_batch() -> None:
 
         return jax.jit(run)(state, batch)
 
-    whole, whole_metrics, _ = gradient(1)
+    whole, whole_metrics = gradient(1)
     assert finish(whole_metrics).keys() == {"loss", "accuracy", "z_loss"}
-    pieces, metrics, _ = gradient(4)
+    pieces, metrics = gradient(4)
     for name, (total, weight) in metrics.items():
         np.testing.assert_allclose((total, weight), whole_metrics[name], rtol=1e-6, err_msg=name)
     for got, want in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
@@ -117,12 +122,13 @@ def test_frozen_weights_are_read_and_not_moved() -> None:
     frozen = {"embed": params.pop("embed")}
     spec = {name: weight for name, weight in MODEL.spec.items() if name != "embed"}
     optimizer = optimizers.build(OPTIMIZER, spec)
-    state = TrainState(params, optimizer.init(params), hyper(OPTIMIZER, steps=10), {}, zero_counters())
+    state = TrainState(params, optimizer.init(params), scalars(), zero_counters())
     new, metrics = jax.jit(make_step(OBJECTIVE, optimizer))(state, frozen, random_batch())
     assert new.params.keys() == params.keys()
     whole = {**params, **frozen}
     batch = random_batch()
-    loss_sum, _, _ = jax.jit(OBJECTIVE.loss)(whole, {}, {}, batch, sample_keys(jnp.uint32(0), batch.ids_B))
+    keys_B = sample_keys(jnp.uint32(0), batch.ids_B)
+    loss_sum, _ = jax.jit(OBJECTIVE.loss)(whole, {}, batch, keys_B, scalars())
     total, weight = metrics["loss"]
     z_loss, _ = metrics["z_loss"]
     assert float(total + z_loss) == pytest.approx(float(loss_sum), rel=1e-5)
@@ -132,7 +138,7 @@ def test_frozen_weights_are_read_and_not_moved() -> None:
 def test_a_batch_without_weight_moves_nothing_through_the_loss() -> None:
     state, batch = start(), random_batch()
     batch = dataclasses.replace(batch, weights_BT=np.zeros_like(batch.weights_BT))
-    gradients, metrics, _ = jax.jit(lambda state, batch: accumulate(OBJECTIVE, state, {}, batch, None, 1))(state, batch)
+    gradients, metrics = jax.jit(lambda state, batch: accumulate(OBJECTIVE, state, {}, batch, None, 1))(state, batch)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
     assert finish(metrics) == {}
 
@@ -145,12 +151,12 @@ SPEC: Spec = {"w": Weight("-> embed", kind="scale", sizes=(3,))}
 def toy(trouble: str) -> Objective:
     """A loss whose first token decides whether the loss, or the gradient alone, is not a number."""
 
-    def loss(params: Any, frozen: Any, buffers: Any, batch: Batch, keys_B: Any) -> Any:
+    def loss(params: Any, frozen: Any, batch: Batch, keys_B: Any, hyper: Any) -> Any:
         w, bad = params["w"], batch.tokens_BT[0, 0] == 1
         zero = jnp.where(bad, 0.0, 1.0) * w.sum()
         extra = jnp.sqrt(jnp.abs(zero)) if trouble == "gradient" else jnp.where(bad, jnp.inf, 0.0)
         total = jnp.sum(w * w) + extra
-        return total, {"loss": (total, jnp.ones(()))}, jax.tree.map(lambda x: x + 1, buffers)
+        return total, {"loss": (total, jnp.ones(()))}
 
     return Objective(weight=lambda batch: batch.weights_BT.sum(), loss=loss)
 
@@ -164,11 +170,11 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(trouble: str, micr
         Batch(np.full((2, 1), token, np.int32), np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32), np.arange(2))
         for token in (0, 1)
     )
-    state = dataclasses.replace(start(SPEC), buffers={"seen": jnp.zeros(())})
+    state = start(SPEC)
     expected_counts = [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 2, 0), (5, 3, 1)]  # step, skipped, skipped in a row
     for batch, expected in zip([good, bad, bad, good, bad], expected_counts, strict=True):
         new, metrics = step(state, {}, batch)
-        before, after = (jax.tree.leaves((s.params, s.opt_state, s.buffers)) for s in (state, new))
+        before, after = (jax.tree.leaves((s.params, s.opt_state)) for s in (state, new))
         same = [np.array_equal(x, y) for x, y in zip(before, after, strict=True)]
         assert all(same) if batch is bad else not any(same)
         assert all(np.all(np.isfinite(x)) for x in after)
