@@ -11,7 +11,8 @@ import numpy as np
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig, SourceConfig
 from lmjax.data.mixture import SHORTEST, Mixture, close_resolution
-from lmjax.data.store.shards import Dataset, TokenSplit, open_dataset, verify_dataset
+from lmjax.data.store.dataset import Dataset, open_dataset, verify_dataset
+from lmjax.data.store.shards import TokenSplit
 from lmjax.data.windows import Windows, as_batch
 from lmjax.errors import ConfigError, DataError
 from lmjax.record import files

@@ -8,8 +8,9 @@ import jax
 from etils import epath
 
 from lmjax.config import Config, from_json
-from lmjax.data.store.shards import open_dataset
-from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from lmjax.data.store.dataset import open_dataset
+from lmjax.data.tokenizers.load import load_tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 from lmjax.evaluate.likelihood import Evaluation
 from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split, float32

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from lmjax.config import Config
 from lmjax.data.prepare.prepare import prepare
-from lmjax.data.store.shards import Dataset, open_dataset
+from lmjax.data.store.dataset import Dataset, open_dataset
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.evaluate.baselines import check_compressible

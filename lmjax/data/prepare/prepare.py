@@ -30,7 +30,8 @@ from lmjax.data.store.manifest import (
     write_manifest,
 )
 from lmjax.data.store.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, write_shard
-from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lmjax.data.tokenizers.load import load_tokenizer, train_tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 from lmjax.record.files import has_size, hash_file, locate, locked, read_bytes, reporting, write_atomically
 
