@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -62,6 +63,13 @@ def verify_dataset(path: str | os.PathLike[str], *, cache: str | None = None) ->
                 if files.hash_file(dataset.path / name) != expected:
                     raise DataError(f"{dataset.path / name} is damaged: its hash is not the manifest's; restore it")
     return dataset
+
+
+def check_same_tokenizer(datasets: Mapping[str, Dataset], expected_hash: str, said: Callable[[str], str]) -> None:
+    """Raise a DataError, as `said` of its name, for the first data set that was prepared with another tokenizer."""
+    for name, dataset in datasets.items():
+        if dataset.manifest.tokenizer_hash != expected_hash:
+            raise DataError(said(name))
 
 
 def _check_sizes(directory: epath.Path, shard: ShardManifest, dtype: str) -> None:

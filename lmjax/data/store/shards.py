@@ -52,7 +52,7 @@ def write_shard(
     ends = np.asarray(document_ends, "<u8").tobytes()
     checksums = np.array([zlib.crc32(block) for block in _blocks(content)], "<u4").tobytes()
     for suffix, data in (("tokens", content), ("documents", ends), ("checksums", checksums)):
-        files.write_atomically(directory / f"{name}.{suffix}", data)
+        files.write_bytes(directory / f"{name}.{suffix}", data)
     return ShardManifest(
         name=name,
         tokens=len(tokens),

@@ -111,10 +111,10 @@ class Tokenizer(Protocol):
         with files.reporting(target, "write"):
             target.mkdir(parents=True, exist_ok=True)
         if name := FILES[self.kind]:
-            files.write_atomically(target / name, self.content())
+            files.write_bytes(target / name, self.content())
         use = {"begin_id": self.begin_id, "stop_ids": self.stop_ids}
         foreign = {USE: use} if any(value not in (None, ()) for value in use.values()) else {}
-        files.write_atomically(target / DESCRIPTION, json.dumps(self.description() | foreign, indent=2).encode())
+        files.write_bytes(target / DESCRIPTION, json.dumps(self.description() | foreign, indent=2).encode())
 
 
 def content_hash(description: dict[str, Any], content: bytes) -> str:
