@@ -184,11 +184,6 @@ def _map_with_path(function: Callable[[str, Weight], Any], spec: Spec, prefix: s
     }
 
 
-def mask(spec: Spec, keep: Callable[[Weight], bool]) -> Any:
-    """A tree of booleans, for instance which weights decay."""
-    return map_weights(keep, spec)
-
-
 def decays(weight: Weight) -> bool:
     """Weight decay pulls on matrices and tables, not on scales and biases."""
     return weight.kind in ("matmul", "lookup")

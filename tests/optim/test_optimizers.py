@@ -280,7 +280,7 @@ def test_it_equals_optax(name):
     spec = bind({name: weight for name, weight in LAYER.items() if name in ("norm", "down")} | ENDS, DIMS)
     cfg = config(name, clip_norm=None, schedule=ScheduleConfig(name="constant", warmup=0))
     ours, _ = run(cfg, hyper(cfg, steps=STEPS), initial(spec), spec)
-    reference = by_reference(REFERENCES[name](cfg, weights.mask(spec, weights.decays)), initial(spec))
+    reference = by_reference(REFERENCES[name](cfg, weights.map_weights(weights.decays, spec)), initial(spec))
     assert largest_difference(ours, reference) <= 2e-7
 
 
@@ -310,7 +310,7 @@ def test_muon_first_step_equals_optax_on_stacked_weights():
     """The first step only: optax corrects the momentum's bias, which later weighs gradient and buffer differently."""
     cfg = config("muon", weight_decay=0, clip_norm=None, schedule=ScheduleConfig(name="constant", warmup=0))
     ours, _ = run(cfg, hyper(cfg, steps=1), initial(), steps=1)
-    mask = weights.mask(SPEC, weights.decays)
+    mask = weights.map_weights(weights.decays, SPEC)
     reference = by_reference(muon_by_optax(cfg, mask), initial(), steps=1)
     matrices = map_weights(lambda weight, x: x if is_hidden_matrix(weight) else jnp.zeros(()), SPEC, ours)
     theirs = map_weights(lambda weight, x: x if is_hidden_matrix(weight) else jnp.zeros(()), SPEC, reference)
