@@ -51,10 +51,6 @@ class Surface:
         """The least loss that `flops` can buy, nats per token."""
         return self.loss(*self.optimum(flops))
 
-    def params_at(self, tokens, loss):
-        """The N that reaches `loss` with D `tokens`; NaN where no N does."""
-        return self._invert(loss - self.E - self.B * np.power(tokens, -self.beta), self.A, self.alpha)
-
     def tokens_at(self, params, loss):
         """The D that reaches `loss` with N `params`; NaN where no D does."""
         return self._invert(loss - self.E - self.A * np.power(params, -self.alpha), self.B, self.beta)

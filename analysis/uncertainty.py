@@ -81,23 +81,6 @@ def resample_pairs(
     return fit_replicates(params, tokens, np.log(loss), fit.surface, delta=fit.delta, weights=counts)
 
 
-def resample_noise(
-    params, tokens, fit: ParametricFit, *, replicates: int = 4000, seed: int = 0, noise_sd: float | None = None
-) -> Surface:
-    """Surfaces refitted to fitted losses plus noise: N(0, `noise_sd`) nats, or else residuals drawn with replacement.
-
-    Residuals are centred and scaled by sqrt(runs / (runs - 5)), as fitting shrinks them (Efron & Tibshirani 1993, 9.3).
-    """
-    rng, runs = np.random.default_rng(seed), fit.runs
-    fitted = np.log(fit.surface.loss(np.asarray(params), np.asarray(tokens)))
-    if noise_sd is None:
-        scale = np.sqrt(runs / (runs - PARAMETRIC_PARAMETERS))
-        noise = rng.choice((fit.log_residuals - fit.log_residuals.mean()) * scale, (replicates, runs))
-    else:
-        noise = rng.normal(0.0, noise_sd, (replicates, runs)) / np.exp(fitted)
-    return fit_replicates(params, tokens, fitted + noise, fit.surface, delta=fit.delta)
-
-
 def leave_one_out(params, tokens, loss, fit: ParametricFit) -> Surface:
     """Jackknife surfaces; fields are (runs,)."""
     weights = 1.0 - np.eye(fit.runs)

@@ -269,13 +269,13 @@ def verify(arguments: Arguments) -> int:
     """Hash every file of a run's checkpoints, or of a prepared data set, against its manifest."""
     from etils import epath
 
-    from lmjax.data.store import manifest, shards
+    from lmjax.data.store import dataset, manifest
     from lmjax.run import workdir
 
     path = epath.Path(arguments.path)
     if (path / manifest.FILE).exists():
-        dataset = shards.verify_dataset(path)
-        print(f"{path}: every file is as it was written; fingerprint {dataset.manifest.fingerprint}")
+        fingerprint = dataset.verify_dataset(path).manifest.fingerprint
+        print(f"{path}: every file is as it was written; fingerprint {fingerprint}")
         return 0
     if problems := workdir.verify(path):
         raise CheckpointError(f"{path}: {'; '.join(problems)}")

@@ -10,7 +10,6 @@ before JAX is imported, which takes a second: the schema reads the names that it
 import ast
 import dataclasses
 import difflib
-import hashlib
 import importlib.util
 import json
 import types
@@ -22,10 +21,11 @@ from ml_collections import ConfigDict
 
 from lmjax.data.config import DataConfig
 from lmjax.devices.config import MeshConfig
-from lmjax.errors import ConfigError
+from lmjax.errors import ConfigError, one_line
 from lmjax.models.config import ModelConfig, require_learning
 from lmjax.optim.config import OptimizerConfig
 from lmjax.record.config import CheckpointConfig, TrackingConfig
+from lmjax.record.files import hash_bytes
 from lmjax.schema import config_class, names_in, one_of, validated
 from lmjax.train.config import TrainConfig
 
@@ -114,7 +114,7 @@ def _run_config_file(location: str) -> ConfigDict:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"--config={location}: {type(error).__name__}: {_one_line(error)}") from error
+        raise ConfigError(f"--config={location}: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={location}: get_config() must return default_config() with changes")
     return config
@@ -127,10 +127,6 @@ def _import_file(path: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _apply_override(tree: ConfigDict, override: str) -> None:
@@ -201,7 +197,7 @@ def from_json(path: epath.PathLike) -> Config:
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable config ({_one_line(error)}); is it a work directory?") from None
+        raise ConfigError(f"{path}: not a readable config ({one_line(error)}); is it a work directory?") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: not a readable config (it holds no JSON object); is it a work directory?")
     try:
@@ -217,7 +213,7 @@ def digest(cfg: Config) -> str:
 
 def hash_text(*texts: str) -> str:
     """A short hash of texts, as of the config.json of a work directory."""
-    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
+    return hash_bytes("\n".join(texts).encode(), digest_size=8)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -43,3 +43,8 @@ class StallError(LmjaxError):
     """A peer was lost or a step did not finish in time."""
 
     exit_code = 6
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """What an error says, in one line of at most `limit` characters; its class where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

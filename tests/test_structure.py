@@ -1,7 +1,8 @@
 """The house rules, read from the source: who may import whom, and what no module may do."""
 
 import ast
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,41 @@ FLOORS: list[set[str]] = [
     {"commands"},
     {"__main__"},
 ]
+
+# The order of inner rooms and of single modules: nothing in the first imports from the second, in functions neither.
+ORDER: list[tuple[str, str]] = [
+    ("lmjax.data.tokenizers", "lmjax.data.store"),
+    ("lmjax.data.store", "lmjax.data.prepare"),
+    ("lmjax.data.prepare", "lmjax.data.loader"),
+    ("lmjax.data.tokenizers.tokenizer", "lmjax.data.tokenizers.load"),
+    ("lmjax.data.store.shards", "lmjax.data.store.staging"),
+    ("lmjax.data.store.staging", "lmjax.data.store.dataset"),
+    ("lmjax.models.attention", "lmjax.models.decoder"),
+    ("lmjax.models.moe", "lmjax.models.decoder"),
+    ("lmjax.models.attention", "lmjax.models.moe"),
+    ("lmjax.record.files", "lmjax.record.seal"),
+    ("lmjax.record.seal", "lmjax.record.checkpoint"),
+    ("lmjax", "analysis"),
+    ("lmjax", "launch"),
+    ("launch", "analysis"),
+]
+
+# What a program runs without, and the modules to which that does not apply: benchmarks; and lmjax.errors, free of JAX,
+# which has the exit codes that the launcher acts on.
+FRAMEWORKS = {"torch", "keras", "transformers"}
+WITHOUT: list[tuple[str, set[str], set[str]]] = [
+    ("lmjax", FRAMEWORKS, set()),
+    ("launch", FRAMEWORKS | {"jax", "flax", "optax", "lmjax"}, {"lmjax.errors"}),
+    ("analysis", FRAMEWORKS | {"jax", "flax", "optax", "lmjax", "analysis.bench"}, {"analysis.bench"}),
+]
+
+TOP_LEVEL = {"lmjax", "configs", "launch", "tests", "analysis", "docs"}
+
+MOST_LINES_OF_A_FUNCTION = 50
+MOST_LINES_OF_A_FILE = 400
+# What is still longer: exactly these, so that the list shrinks and never grows.
+LONG_FUNCTIONS = {"lmjax/models/decoder.py: run_segment", "analysis/runs.py: load_runs"}
+LONG_FILES = {"lmjax/run/run.py"}
 
 
 def tree(path: Path) -> ast.Module:
@@ -76,6 +112,112 @@ def test_imports_come_from_floors_above(path: Path) -> None:
     imported = set(imports(path)) - {own}
     wrong = {name for name in imported if FLOOR_OF[name] >= FLOOR_OF.get(own, -1)}
     assert not wrong, f"{own} may not import {', '.join(sorted(wrong))}"
+
+
+# Who imports whom, module by module ----------------------------------------------------------------------------------
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+GRAPH_FILES = {module_name(path): path for path in PROGRAMS if path.relative_to(ROOT).parts[0] != "configs"}
+
+
+def names_imported(path: Path) -> Iterator[str]:
+    """What a module names in its imports, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in GRAPH_FILES else node.module for name in names)
+
+
+IMPORTED = {name: set(names_imported(path)) for name, path in GRAPH_FILES.items()}
+
+
+def find_cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one cycle, the first also last, or none."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for imported in sorted(graph[name] & graph.keys()):
+            if found := search(imported, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next(filter(None, (search(name, []) for name in graph)), [])
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_imports_have_no_cycles() -> None:
+    cycle = find_cycle(IMPORTED)
+    assert not cycle, "imports go in a circle: " + " -> ".join(cycle)
+
+
+def test_a_cycle_is_found() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"e", "b"}}) == ["b", "d", "b"]
+
+
+@pytest.mark.parametrize(("inner", "outer"), ORDER)
+def test_inner_rooms_do_not_import_outer_ones(inner: str, outer: str) -> None:
+    for room in (inner, outer):
+        assert any(within(name, room) for name in GRAPH_FILES), f"there is no {room}"
+    wrong = [
+        f"{name} imports {imported}"
+        for name, names in IMPORTED.items()
+        for imported in names
+        if within(name, inner) and within(imported, outer)
+    ]
+    assert not wrong, "; ".join(wrong)
+
+
+@pytest.mark.parametrize(("program", "packages", "apart_from"), WITHOUT)
+def test_programs_run_without(program: str, packages: set[str], apart_from: set[str]) -> None:
+    wrong = [
+        f"{name} imports {imported}"
+        for name, names in IMPORTED.items()
+        for imported in names
+        if within(name, program) and any(within(imported, package) for package in packages)
+        if not any(within(one, other) for one in (name, imported) for other in apart_from)
+    ]
+    assert not wrong, "; ".join(wrong)
+
+
+# How large things are -------------------------------------------------------------------------------------------------
+
+
+def test_the_top_level_is_known() -> None:
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split() if not line.startswith("#")]
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    unknown = {name for name in folders - TOP_LEVEL if not any(fnmatch.fnmatch(name, one) for one in ignored)}
+    assert not unknown and folders >= TOP_LEVEL
+
+
+def test_functions_fit_on_a_screen() -> None:
+    long = {
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in GRAPH_FILES.values()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (node.end_lineno or 0) - node.lineno + 1 > MOST_LINES_OF_A_FUNCTION
+    }
+    assert long == LONG_FUNCTIONS
+
+
+def test_files_are_short() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in GRAPH_FILES.values()}
+    assert {name for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FILE} == LONG_FILES
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -20,7 +20,7 @@ import numpy as np
 from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.data.loader import Loader
 from lmjax.data.prepare.prepare import prepare
-from lmjax.data.store.shards import open_dataset
+from lmjax.data.store.dataset import open_dataset
 
 RUNS = 3
 BATCH_SIZES = (64, 8)

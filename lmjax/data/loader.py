@@ -11,7 +11,8 @@ import numpy as np
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig, SourceConfig
 from lmjax.data.mixture import SHORTEST, Mixture, close_resolution
-from lmjax.data.store.shards import Dataset, TokenSplit, open_dataset, verify_dataset
+from lmjax.data.store.dataset import Dataset, check_same_tokenizer, open_dataset, verify_dataset
+from lmjax.data.store.shards import TokenSplit
 from lmjax.data.windows import Windows, as_batch
 from lmjax.errors import ConfigError, DataError
 from lmjax.record import files
@@ -241,12 +242,14 @@ def _open_sources(cfg: DataConfig) -> list[_Source]:
     """The sources in order of their names, which a reordered config does not change."""
     datasets = {name: _open(cfg, source) for name, source in sorted(cfg.sources.items())}
     first_name, first = next(iter(datasets.items()))
-    for name, dataset in datasets.items():
-        if dataset.manifest.tokenizer_hash != first.manifest.tokenizer_hash:
-            raise DataError(
-                f"data.sources.{name} and data.sources.{first_name} were prepared with different tokenizers; "
-                "prepare both with the same one (tokenizer.kind=file)"
-            )
+    check_same_tokenizer(
+        datasets,
+        first.manifest.tokenizer_hash,
+        lambda name: (
+            f"data.sources.{name} and data.sources.{first_name} were prepared with different tokenizers; "
+            "prepare both with the same one (tokenizer.kind=file)"
+        ),
+    )
     return [_source(cfg, name, dataset) for name, dataset in datasets.items()]
 
 

@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Mapping
 
-from lmjax.data.store.shards import Dataset, TokenSplit
+from lmjax.data.store.dataset import Dataset
+from lmjax.data.store.shards import TokenSplit
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 from lmjax.evaluate import compression

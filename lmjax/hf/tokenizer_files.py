@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.pieces import SentencePieceTokenizer
-from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.hf import symbols
 from lmjax.hf.config_json import read_json

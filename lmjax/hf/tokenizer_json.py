@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lmjax.data.tokenizers.huggingface import byte_of_character
 from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, Tokenizer
 from lmjax.errors import DataError
 from lmjax.hf.symbols import special_tokens
@@ -34,8 +35,6 @@ def as_json(tokenizer: Tokenizer) -> bytes | None:
 
 
 def _of_bytes(tokenizer: Tokenizer, tokenizers: Any) -> Any:
-    from lmjax.data.tokenizers.huggingface import byte_of_character
-
     built = tokenizers.Tokenizer(tokenizers.models.BPE(byte_of_character(), []))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     built.decoder = tokenizers.decoders.ByteLevel()

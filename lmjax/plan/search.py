@@ -47,10 +47,6 @@ class Candidate(NamedTuple):
     seconds: float
     """A rough step time, to try the promising first."""
 
-    @property
-    def least_bytes(self) -> float:
-        return self.fixed_bytes + self.saved_bytes
-
 
 class Search(NamedTuple):
     cfg: Config

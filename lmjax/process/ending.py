@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, LmjaxError
+from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, LmjaxError, one_line
 from lmjax.process import group
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
@@ -26,14 +26,14 @@ def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
     try:
         sys.exit(function() or DONE)
     except LmjaxError as error:
-        _fail(_one_line(error), error.exit_code, debug)
+        _fail(one_line(error), error.exit_code, debug)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT, debug)
     except BrokenPipeError:  # whoever read our output has left, as `| head` does
         os._exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in _STORAGE_ERRNOS:
-            _fail(f"storage: {_one_line(error)}; free or mend it and run again", CheckpointError.exit_code, debug)
+            _fail(f"storage: {one_line(error)}; free or mend it and run again", CheckpointError.exit_code, debug)
         _fail_bug(error, debug)
     except Exception as error:
         _fail_bug(error, debug)
@@ -42,7 +42,7 @@ def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
 def _fail_bug(error: Exception, debug: bool) -> NoReturn:
     with tempfile.NamedTemporaryFile("w", prefix="lmjax-traceback-", suffix=".txt", delete=False) as file:
         file.write(traceback.format_exc())
-    _fail(f"{type(error).__name__}: {_one_line(error)} (this is a bug; traceback in {file.name})", BUG, debug)
+    _fail(f"{type(error).__name__}: {one_line(error)} (this is a bug; traceback in {file.name})", BUG, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:
@@ -58,10 +58,6 @@ def exit_now(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     print(f"lmjax: error: {group.name()}{message}", file=sys.stderr, flush=True)
     os._exit(code)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def leave_on_sigterm() -> None:

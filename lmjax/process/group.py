@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from lmjax.errors import ConfigError, StallError
+from lmjax.errors import ConfigError, StallError, one_line
 from lmjax.process.cluster import Cluster, detect, tpu_metadata
 from lmjax.process.lifeline import Lifeline
 
@@ -229,10 +229,6 @@ def naming_lost_peers(doing: str) -> Iterator[None]:
         if _started is None or not _LOST.search(str(error)):
             raise
         raise StallError(
-            f"{doing}: another process is gone or stuck ({_short(error)}); what the first to end said is the cause; "
-            "run again to go on from the last checkpoint"
+            f"{doing}: another process is gone or stuck ({one_line(error, 200)}); what the first to end said is the "
+            "cause; run again to go on from the last checkpoint"
         ) from error
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lmjax.errors import CheckpointError, StallError
+from lmjax.errors import CheckpointError, StallError, one_line
 from lmjax.process import group
 from lmjax.process.faults import fault
-from lmjax.record import seal
+from lmjax.record import files, seal
 from lmjax.record.config import CheckpointConfig
 from lmjax.record.seal import Manifest
 from lmjax.record.steps import (
@@ -47,7 +47,7 @@ from lmjax.record.steps import (
     set_aside,
     step_directories,
 )
-from lmjax.record.trees import count_parts, leaves_by_path, load_tree, one_line, orbax, shape_dtype
+from lmjax.record.trees import count_parts, leaves_by_path, load_tree, orbax, shape_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Checkpoints:
                 self._retain()
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint {path} is sealed, but an older one could not be deleted: {one_line(error)}"
+                f"checkpoint {path} is sealed, but an older one could not be deleted: {one_line(error, 300)}"
             ) from error
 
     def _seal(self, path: epath.Path, manifest: Manifest) -> None:
@@ -190,7 +190,7 @@ class Checkpoints:
         if group.leads():
             seal.write(path, manifest, {name: entry for part in hashes for name, entry in part.items()})
             if not (self.directory / SEALED).exists():
-                seal.write_atomically(self.directory / SEALED, f"first sealed step: {manifest['step']}\n")
+                files.write_atomically(self.directory / SEALED, f"first sealed step: {manifest['step']}\n")
 
     def _clear_from(self, step: int) -> None:
         self._delete_unfinished()
@@ -227,10 +227,10 @@ class Checkpoints:
 
 def _failure(path: epath.Path, manifest: Manifest, error: Exception) -> CheckpointError:
     need = sum(size for _, _, size in count_parts(manifest["leaves"]).values()) / 1e9
-    local = seal.is_local(path) and path.parent.exists()
+    local = not files.is_remote(path) and path.parent.exists()
     free = f", {shutil.disk_usage(path.parent).free / 1e9:.3f} GB free" if local else ""
     return CheckpointError(
-        f"checkpoint {path} was not saved: {one_line(error)} (it needs up to {need:.3f} GB{free}); "
+        f"checkpoint {path} was not saved: {one_line(error, 300)} (it needs up to {need:.3f} GB{free}); "
         "free or mend the storage and run again"
     )
 

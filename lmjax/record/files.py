@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -12,7 +14,8 @@ from etils import epath
 from lmjax.errors import DataError
 
 _EXTRAS = {"gs": "gcp", "s3": "aws"}
-_CHUNK_BYTES = 1 << 22
+DIGEST_BYTES = 32
+_BLOCK_BYTES = 1 << 22
 
 
 def locate(path: str | os.PathLike[str]) -> epath.Path:
@@ -57,41 +60,63 @@ def read_bytes(path: epath.Path) -> bytes:
         return path.read_bytes()
 
 
-def write_atomically(path: epath.Path, *parts: bytes | memoryview) -> None:
-    """Write the parts so that `path` either holds all of them, on disk, or is as before."""
-    draft = path.parent / (path.name + ".tmp")
+def write_bytes(path: epath.Path, *parts: bytes | memoryview) -> None:
+    """`write_atomically`; DataError if that fails."""
     with reporting(path, "write"):
-        try:
-            with draft.open("wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                if not is_remote(path):
-                    os.fsync(file.fileno())
-            draft.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)  # a draft would keep a full disk full
-            raise
+        write_atomically(path, *parts)
 
 
-def hash_bytes(*parts: bytes | memoryview) -> str:
-    """BLAKE2b of the parts one after the other, 256 bits, in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=32)
+def write_atomically(path: epath.Path, *parts: str | bytes | memoryview) -> None:
+    """Write the parts so that `path` either holds all of them, on disk, or is as before. Raises OSError."""
+    content = (part.encode() if isinstance(part, str) else part for part in parts)
+    if is_remote(path):  # an object store does that for every object
+        path.write_bytes(b"".join(content))
+        return
+    draft = path.parent / (path.name + ".tmp")
+    try:
+        with draft.open("wb") as file:
+            for part in content:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)  # a draft would keep a full disk full
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # which holds the new name
+    finally:
+        os.close(directory)
+
+
+def hash_bytes(*parts: bytes | memoryview, digest_size: int = DIGEST_BYTES) -> str:
+    """BLAKE2b of the parts one after the other, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=digest_size)
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
 
 
 def hash_file(path: epath.Path, copy_to: BinaryIO | None = None) -> str:
-    """`hash_bytes` of a file's content, copied on the way if wished."""
-    digest = hashlib.blake2b(digest_size=32)
-    with reporting(path), path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    """`hash_bytes` of a file's content, copied on the way if wished; DataError if it cannot be read."""
+    with reporting(path):
+        return hash_and_size(path, copy_to)[0]
+
+
+def hash_and_size(
+    path: epath.Path, copy_to: BinaryIO | None = None, *, digest_size: int = DIGEST_BYTES
+) -> tuple[str, int]:
+    """`hash_bytes` of a file's content, read block by block, and its length. Raises OSError if it cannot be read."""
+    digest, size = hashlib.blake2b(digest_size=digest_size), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
             if copy_to is not None:
-                copy_to.write(chunk)
-    return digest.hexdigest()
+                copy_to.write(block)
+    return digest.hexdigest(), size
 
 
 def fetch(source: epath.Path, target: epath.Path, expected_hash: str) -> None:
@@ -132,17 +157,44 @@ def require_space(directory: epath.Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def locked(directory: epath.Path) -> Iterator[None]:
-    """Keeps other processes on this file system out of `directory`; a process that dies lets go.
-
-    A bucket has no locks: there two writers at once are the caller's to avoid.
-    """
-    if is_remote(directory):
+    """Keeps other processes out of `directory`, as `lock` does; DataError if nothing can be written there."""
+    with contextlib.ExitStack() as stack:
+        with reporting(directory, "write"):
+            stack.enter_context(lock(directory / "lock"))
         yield
+
+
+@contextlib.contextmanager
+def lock(path: epath.Path, patience: float = math.inf, notice: str | None = None) -> Iterator[bool]:
+    """Holds the lock of the file `path`, which is made; a process that dies lets go.
+
+    Gives whether it is held: not if another process still has it after `patience` seconds. `notice` is printed before
+    the wait. Buckets, and file systems without locks, keep nobody out: there two writers at once are the caller's to
+    avoid. Raises OSError when the file cannot be made.
+    """
+    if is_remote(path):
+        yield True
         return
+    with path.open("ab") as file:  # not "wb": a file of this name may be somebody's
+        yield _acquired(file, patience, notice)
+
+
+def _acquired(file: BinaryIO, patience: float, notice: str | None) -> bool:
     import fcntl
 
-    with reporting(directory, "write"):
-        file = (directory / "lock").open("ab")  # not "wb": a file of this name may be somebody's
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    deadline = None
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by a forked child
+        except (BlockingIOError, PermissionError):
+            if deadline is None:
+                deadline = time.monotonic() + patience
+                if notice is not None:
+                    print(notice, flush=True)
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return True
+        else:
+            return True

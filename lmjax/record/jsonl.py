@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from lmjax.errors import CheckpointError
-from lmjax.record.seal import is_local
+from lmjax.record.files import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class JsonLines:
 
     def __init__(self, path: epath.PathLike) -> None:
         self._path = epath.Path(path)
-        self._local = is_local(self._path)
+        self._local = not is_remote(self._path)
         with _storage_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a+b", buffering=0) if self._local else self._copy()  # noqa: SIM115

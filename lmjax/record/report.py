@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lmjax.record import seal
+from lmjax.record import files, seal
 from lmjax.record.history import Attempt, Record, Row, read_record
 from lmjax.record.loss_plot import plot_loss, smooth
 
@@ -44,7 +44,7 @@ def write_report(workdir: epath.PathLike, *, defaults: Mapping[str, Any] | None 
         _sample(record),
     ]
     (record.workdir / "loss.png").write_bytes(plot_loss(record))
-    seal.write_atomically(record.workdir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
+    files.write_atomically(record.workdir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
 
 
 def _headline(record: Record) -> str:

@@ -6,7 +6,7 @@ A directory without a manifest was never finished. One whose manifest or files d
 """
 
 import concurrent.futures
-import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +14,10 @@ from typing import Any
 
 from etils import epath
 
+from lmjax.record.files import hash_and_size, hash_bytes, is_remote, write_atomically
+
 MANIFEST = "LMJAX_MANIFEST.json"
+_DIGEST_BYTES = 16
 
 Manifest = dict[str, Any]
 Hashes = dict[str, list[Any]]
@@ -106,12 +109,7 @@ def _hash_files(paths: Mapping[str, epath.Path]) -> Hashes:
 
 
 def _hash_file(path: epath.Path) -> list[Any]:
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return [digest.hexdigest(), size]
+    return list(hash_and_size(path, digest_size=_DIGEST_BYTES))
 
 
 def _canonical(document: Any) -> str:
@@ -119,37 +117,12 @@ def _canonical(document: Any) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-# Local storage ----------------------------------------------------------------------------------------------------
-
-
-def is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Whole or not at all: write, flush to the disk, rename. Object stores do that for every object."""
-    if not is_local(path):
-        path.write_text(text)
-        return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    return hash_bytes(text.encode(), digest_size=_DIGEST_BYTES)
 
 
 def _drop_from_page_cache(paths: Iterable[epath.Path]) -> None:
     """Force files to the disk and out of memory, so that a check reads what the disk holds."""
-    for path in filter(is_local, paths):
+    for path in itertools.filterfalse(is_remote, paths):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lmjax.errors import CheckpointError, StallError
+from lmjax.errors import CheckpointError, StallError, one_line
 from lmjax.process import group
 from lmjax.record.seal import Manifest
 
@@ -37,10 +37,6 @@ def one_array_at_a_time(arrays: Any) -> Iterator[None]:
     context.array.saving.storage_options.chunk_byte_size = _PIECE_BYTES
     with context:
         yield
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def count_parts(leaves: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
@@ -81,7 +77,7 @@ def load_tree(
     except StallError:
         raise
     except Exception as error:
-        raise CheckpointError(f"checkpoint {path} verifies but cannot be loaded: {one_line(error)}") from error
+        raise CheckpointError(f"checkpoint {path} verifies but cannot be loaded: {one_line(error, 300)}") from error
     return jax.tree.unflatten(
         jax.tree.structure(abstract), [loaded[name] if name in wanted else leaf for name, leaf in leaves.items()]
     )

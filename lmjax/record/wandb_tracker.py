@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from etils import epath
 
+from lmjax.errors import one_line
 from lmjax.record.config import TrackingConfig
 from lmjax.record.tracking import Status
 
@@ -92,7 +93,7 @@ class WandbTracker:
         try:
             self._open("online", info)
         except wandb.Error as error:  # no key, no network, no such entity
-            logger.warning("wandb cannot be reached: %s", " ".join(str(error).split())[:200])
+            logger.warning("wandb cannot be reached: %s", one_line(error, 200))
             _tear_down()  # else the service holds the run id
             return False
         return True

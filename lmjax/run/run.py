@@ -14,11 +14,11 @@ from etils import epath
 from lmjax import config as configs
 from lmjax.config import Config
 from lmjax.devices.place import local_rows, on_one_device
-from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError, StallError
+from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError, StallError, one_line
 from lmjax.process import group, start_up
 from lmjax.process.faults import fault
 from lmjax.process.signals import Preemption, Watchdog
-from lmjax.record import seal
+from lmjax.record import files
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.console import ConsoleTracker
 from lmjax.record.ledger import Ledger
@@ -286,7 +286,7 @@ class Run:
         try:
             text = self.task.sample(params, frozen)
         except Exception as error:  # a text to look at; what was trained is worth more
-            logger.warning("no sample at step %d: %s: %s", step, type(error).__name__, " ".join(str(error).split()))
+            logger.warning("no sample at step %d: %s: %s", step, type(error).__name__, one_line(error))
             return
         (self.workdir / "samples").mkdir(exist_ok=True)
         (self.workdir / "samples" / f"{step}.txt").write_text(text)
@@ -352,7 +352,7 @@ class Run:
         self.trackers.summary(summary)
         for record in self.records:
             record.sync()
-        seal.write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1))
+        files.write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1))
         self.print_summary(summary)
 
     def summary(self, step: int) -> dict[str, Any]:
@@ -390,7 +390,7 @@ class Run:
         if not group.leads():
             return
         self.run_id = wandb_id(self.workdir, self.cfg)
-        seal.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
+        files.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
         self.task.write_files(self.workdir)
         self.ledger = Ledger(self.workdir / "ledger.jsonl")
         self.records.append(self.ledger)

@@ -8,9 +8,9 @@ import jax
 from etils import epath
 
 from lmjax.config import Config, from_json
-from lmjax.data.store.shards import open_dataset
-from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from lmjax.errors import DataError
+from lmjax.data.store.dataset import check_same_tokenizer, open_dataset
+from lmjax.data.tokenizers.load import load_tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.evaluate.likelihood import Evaluation
 from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split, float32
 from lmjax.models import architectures
@@ -58,11 +58,14 @@ def evaluate_trained(
     model, results = float32(trained.cfg.model), {}
     for path in paths:
         dataset = open_dataset(path, cache=trained.cfg.data.cache)
-        if dataset.manifest.tokenizer_hash != trained.tokenizer.hash:
-            raise DataError(
-                f"{path} was prepared with another tokenizer than this model's; prepare it with --tokenizer-file="
+        check_same_tokenizer(
+            {path: dataset},
+            trained.tokenizer.hash,
+            lambda name: (
+                f"{name} was prepared with another tokenizer than this model's; prepare it with --tokenizer-file="
                 "WORKDIR/tokenizer"
-            )
+            ),
+        )
         if documents == "alone" or documents == "cut":
             results[path] = evaluate_documents(
                 model,

@@ -3,9 +3,7 @@
 import contextlib
 import fnmatch
 import json
-import time
 from collections.abc import Iterator
-from typing import Any
 
 from etils import epath
 
@@ -119,32 +117,11 @@ def lock(workdir: epath.Path, patience: float = 120.0) -> Iterator[None]:
         if group.leads():
             with _writing(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
-                if not files.is_remote(workdir):
-                    file = stack.enter_context((workdir / ".lock").open("wb"))
-                    free = _locked(file, workdir, patience)
+                notice = f"another process trains in {workdir}; waiting up to {patience:.0f} s for it to end"
+                free = stack.enter_context(files.lock(workdir / ".lock", patience, notice))
         if not group.share("whether the work directory is free", free):
             raise StallError(f"another process trains in {workdir}; wait for it, stop it, or use another --workdir")
         yield
-
-
-def _locked(file: Any, workdir: epath.Path, patience: float) -> bool:
-    import fcntl
-
-    deadline = None
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by a forked child
-        except (BlockingIOError, PermissionError):
-            if deadline is None:
-                print(f"another process trains in {workdir}; waiting up to {patience:.0f} s for it to end", flush=True)
-                deadline = time.monotonic() + patience
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return True
-        else:
-            return True
 
 
 def make_workdir(workdir: epath.Path) -> None:
@@ -216,7 +193,7 @@ def wandb_id(workdir: epath.Path, cfg: Config) -> str:
     path, config = workdir / "wandb_id", workdir / "config.json"
     if not path.exists():
         text = config.read_text() if config.exists() else configs.to_json(cfg)
-        seal.write_atomically(path, configs.hash_text(text, str(workdir)) + "\n")
+        files.write_atomically(path, configs.hash_text(text, str(workdir)) + "\n")
     return path.read_text().strip()
 
 

@@ -12,8 +12,9 @@ from etils import epath
 from lmjax.config import Config
 from lmjax.data.loader import Loader
 from lmjax.data.prepare.prepare import prepare
-from lmjax.data.store.shards import Dataset, open_dataset
-from lmjax.data.tokenizers.tokenizer import Tokenizer, saved_hash
+from lmjax.data.store.dataset import Dataset, check_same_tokenizer, open_dataset
+from lmjax.data.tokenizers.load import saved_hash
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.data.windows import as_batch
 from lmjax.errors import ConfigError, DataError
 from lmjax.evaluate.baselines import check_compressible, compression_baselines
@@ -109,11 +110,13 @@ def open_data(cfg: Config) -> Data:
             if source.prepare is not None:
                 prepare(source.prepare, source.path)
     datasets = {name: open_dataset(source.path, cache=cfg.data.cache) for name, source in cfg.data.sources.items()}
-    (first, dataset), *others = datasets.items()
+    first, dataset = next(iter(datasets.items()))
     tokenizer = dataset.tokenizer()
-    for name, other in others:
-        if other.manifest.tokenizer_hash != tokenizer.hash:
-            raise DataError(f"data sources '{first}' and '{name}' were prepared with different tokenizers")
+    check_same_tokenizer(
+        datasets,
+        tokenizer.hash,
+        lambda name: f"data sources '{first}' and '{name}' were prepared with different tokenizers",
+    )
     if cfg.train.compression_baseline:
         check_compressible(datasets)
     return Data(datasets, tokenizer)

@@ -15,9 +15,9 @@ import pytest
 
 from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.prepare.prepare import prepare
+from lmjax.data.store.dataset import open_dataset, verify_dataset
 from lmjax.data.store.manifest import read_manifest, write_manifest
-from lmjax.data.store.shards import open_dataset, verify_dataset
-from lmjax.data.tokenizers.tokenizer import train_tokenizer
+from lmjax.data.tokenizers.load import train_tokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.schema import validated
 

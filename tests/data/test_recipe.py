@@ -10,8 +10,8 @@ import pytest
 from lmjax import config
 from lmjax.__main__ import parse
 from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from lmjax.data.store.dataset import open_dataset
 from lmjax.data.store.manifest import Manifest
-from lmjax.data.store.shards import open_dataset
 from lmjax.errors import ConfigError, LmjaxError
 from lmjax.models.config import ModelConfig
 from lmjax.run import run

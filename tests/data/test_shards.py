@@ -8,8 +8,9 @@ import re
 import numpy as np
 import pytest
 
+from lmjax.data.store.dataset import open_dataset, verify_dataset
 from lmjax.data.store.manifest import read_manifest
-from lmjax.data.store.shards import open_dataset, token_dtype, verify_dataset
+from lmjax.data.store.shards import token_dtype
 from lmjax.errors import DataError
 
 
@@ -174,7 +175,7 @@ def test_manifests_cannot_point_elsewhere(dataset):
 
 def test_another_tokenizer_is_refused(dataset):
     from lmjax.data.config import TokenizerConfig
-    from lmjax.data.tokenizers.tokenizer import train_tokenizer
+    from lmjax.data.tokenizers.load import train_tokenizer
 
     assert open_dataset(dataset).tokenizer().hash == read_manifest(open_dataset(dataset).path).tokenizer_hash
     train_tokenizer(TokenizerConfig(kind="chars"), ["abc"]).save(dataset / "tokenizer")

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 
 from lmjax.data.config import TokenizerConfig
+from lmjax.data.tokenizers.load import load_tokenizer, saved_hash, train_tokenizer
 from lmjax.data.tokenizers.sections import SECTION_CHARS, sections
-from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, load_tokenizer, saved_hash, train_tokenizer
+from lmjax.data.tokenizers.tokenizer import ENDOFTEXT
 from lmjax.errors import DataError
 
 CODE = 'def f(x):\n\tif x:\n        return "<a> " + x\n\n\nclass A:\n    pass  # ▁ über\n'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from lmjax.data.store.shards import open_dataset
+from lmjax.data.store.dataset import open_dataset
 from lmjax.data.windows import Windows, as_batch, document_batches, evaluation_batches
 from lmjax.errors import DataError
 

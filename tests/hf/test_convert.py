@@ -16,7 +16,7 @@ from lmjax import __main__ as program
 from lmjax import commands
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
-from lmjax.data.tokenizers.tokenizer import train_tokenizer
+from lmjax.data.tokenizers.load import train_tokenizer
 from lmjax.errors import CheckpointError, ConfigError, LmjaxError
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from lmjax.data.tokenizers.tokenizer import load_tokenizer
+from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.errors import CheckpointError, ConfigError, DataError
 from lmjax.hf import llama2c
 from lmjax.models import decoder

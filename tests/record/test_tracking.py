@@ -132,7 +132,7 @@ def test_a_full_disk_stops_training(tmp_path: Path) -> None:
 
 
 def test_an_object_store_gets_the_whole_file_at_each_sync(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(jsonl, "is_local", lambda path: False)
+    monkeypatch.setattr(jsonl, "is_remote", lambda path: True)
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"ste')
     tracker = JsonlTracker(path)

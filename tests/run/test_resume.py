@@ -189,8 +189,7 @@ def test_the_same_command_twice_at_once_is_one_run(corpus: Path, uninterrupted: 
 
 def test_a_second_run_does_not_wait_forever(tmp_path: Path) -> None:
     held = (
-        "import sys; from etils import epath; from lmjax.run.workdir import to_itself\n"
-        "with to_itself(epath.Path(sys.argv[1])):"
+        "import sys; from etils import epath; from lmjax.run.workdir import lock\nwith lock(epath.Path(sys.argv[1])):"
     )
     first = subprocess.Popen([sys.executable, "-c", held + " print(flush=True); input()", tmp_path], **PIPES)
     assert first.stdout and first.stdout.readline() == "\n"

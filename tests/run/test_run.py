@@ -180,7 +180,7 @@ def test_in_a_bucket_a_kill_costs_neither_metrics_nor_the_ledger(
     train: Train, finished: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """What lies there when the second save is about to be sealed is what a kill at that moment leaves."""
-    monkeypatch.setattr("lmjax.record.jsonl.is_local", lambda path: False)
+    monkeypatch.setattr("lmjax.record.jsonl.is_remote", lambda path: True)
     left, fault = tmp_path / "left", fault_hooks.fault
 
     def watch(site: str) -> str | None:

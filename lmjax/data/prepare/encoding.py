@@ -19,7 +19,8 @@ from typing import IO, Literal, cast
 import numpy as np
 
 from lmjax.data.store.shards import token_dtype
-from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from lmjax.data.tokenizers.load import load_tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 
 Unknown = Literal["error", "replace", "skip"]

@@ -30,9 +30,10 @@ from lmjax.data.store.manifest import (
     write_manifest,
 )
 from lmjax.data.store.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, write_shard
-from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lmjax.data.tokenizers.load import load_tokenizer, train_tokenizer
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
-from lmjax.record.files import has_size, hash_file, locate, locked, read_bytes, reporting, write_atomically
+from lmjax.record.files import has_size, hash_file, locate, locked, read_bytes, reporting, write_bytes
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
 _BATCH_CHARS = 1 << 20  # what one request to a worker holds at least
@@ -134,7 +135,7 @@ def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile
             sample_passages(texts, cfg.tokenizer.sample_bytes, cfg.seed) if learns else (item.text for item in texts)
         )
         train_tokenizer(cfg.tokenizer, sample).save(home)
-        write_atomically(marker, b"{}")
+        write_bytes(marker, b"{}")
     tokenizer = load_tokenizer(home)
     if cfg.tokenizer.kind == "file" and train_tokenizer(cfg.tokenizer, ()).hash != tokenizer.hash:
         raise DataError(f"{cfg.tokenizer.path} changed since {directory} was begun; delete that directory")
@@ -250,7 +251,7 @@ class _Writer:
         tokens = np.concatenate(self._documents)
         shard = write_shard(self._directory, self._name(), tokens, ends, self._text_bytes, self._inexact, self._unknown)
         record = json.loads(as_json(shard)) | {"left_out": self._left_out}
-        write_atomically(self._record(shard.name), json.dumps(record, sort_keys=True).encode())
+        write_bytes(self._record(shard.name), json.dumps(record, sort_keys=True).encode())
         self.shards.append(shard)
         self._start_shard()
 

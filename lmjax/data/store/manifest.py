@@ -105,7 +105,7 @@ def write_manifest(manifest: Manifest, directory: epath.Path) -> None:
     content = _as_json(manifest) | {"fingerprint": manifest.fingerprint}
     text = json.dumps(content | {"seal": _hash(content)}, indent=2, sort_keys=True, ensure_ascii=False)
     # The names of input files need not be UTF-8; JSON spells what is not as \udcXX, as backslashreplace does.
-    files.write_atomically(directory / FILE, text.encode("utf-8", "backslashreplace"))
+    files.write_bytes(directory / FILE, text.encode("utf-8", "backslashreplace"))
 
 
 def read_manifest(directory: epath.Path) -> Manifest:

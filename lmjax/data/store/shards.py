@@ -1,4 +1,4 @@
-"""Shards of token ids on disk, and a prepared data set opened for reading.
+"""Shards of token ids on disk, and the splits that they make up.
 
 A shard is three flat little-endian files.
 - `.tokens`: uint16 or uint32 ids, documents end to end, each closed by endoftext.
@@ -7,7 +7,6 @@ A shard is three flat little-endian files.
   damage is found before a batch is made of it, at a cost spread over the run (a CRC takes 1/4 ns per byte).
 """
 
-import dataclasses
 import itertools
 import os
 import sys
@@ -18,8 +17,7 @@ from typing import Literal, NoReturn
 import numpy as np
 from etils import epath
 
-from lmjax.data.store.manifest import Manifest, ShardManifest, SplitManifest, read_manifest
-from lmjax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, saved_hash
+from lmjax.data.store.manifest import ShardManifest, SplitManifest
 from lmjax.errors import DataError
 from lmjax.record import files
 
@@ -54,7 +52,7 @@ def write_shard(
     ends = np.asarray(document_ends, "<u8").tobytes()
     checksums = np.array([zlib.crc32(block) for block in _blocks(content)], "<u4").tobytes()
     for suffix, data in (("tokens", content), ("documents", ends), ("checksums", checksums)):
-        files.write_atomically(directory / f"{name}.{suffix}", data)
+        files.write_bytes(directory / f"{name}.{suffix}", data)
     return ShardManifest(
         name=name,
         tokens=len(tokens),
@@ -194,56 +192,6 @@ def _read_index(path: epath.Path, dtype: str, expected_hash: str) -> np.ndarray:
     return np.frombuffer(content, dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A prepared data set on local disk."""
-
-    path: epath.Path
-    manifest: Manifest
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the data set was prepared with."""
-        return load_tokenizer(self.path / TOKENIZER)
-
-    def split(self, name: Literal["train", "valid"]) -> TokenSplit:
-        """A split. Raises DataError if the data set does not have it."""
-        manifest = self.manifest
-        if name not in manifest.splits:
-            raise DataError(f"{self.path} has no {name} split; prepare it with a valid_fraction between 0 and 1")
-        return TokenSplit(self.path, manifest.splits[name], np.dtype(manifest.dtype), manifest.vocab_size)
-
-
-def open_dataset(path: str | os.PathLike[str], *, cache: str | None = None) -> Dataset:
-    """The prepared data set at `path`, staged under `cache` first if it is in a bucket.
-
-    Reads the manifest and the tokenizer's files and compares file sizes: quick for any size. Raises DataError for a
-    missing or damaged manifest, a missing or truncated shard, a tokenizer that is not the data set's.
-    """
-    located = files.locate(path)
-    manifest = read_manifest(located)
-    if files.is_remote(located):
-        from lmjax.data.store.staging import stage
-
-        located = stage(located, manifest, cache)
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            _check_sizes(located, shard, manifest.dtype)
-    if saved_hash(located / TOKENIZER) != manifest.tokenizer_hash:
-        raise DataError(f"the tokenizer in {located / TOKENIZER} is not the one that the data set was made with")
-    return Dataset(located, manifest)
-
-
-def verify_dataset(path: str | os.PathLike[str], *, cache: str | None = None) -> Dataset:
-    """`open_dataset`, then every byte compared with the manifest's hashes. DataError names the first bad file."""
-    dataset = open_dataset(path, cache=cache)
-    for split in dataset.manifest.splits.values():
-        for shard in split.shards:
-            for name, expected in shard_files(shard).items():
-                if files.hash_file(dataset.path / name) != expected:
-                    raise DataError(f"{dataset.path / name} is damaged: its hash is not the manifest's; restore it")
-    return dataset
-
-
 def shard_files(shard: ShardManifest) -> dict[str, str]:
     """File name -> hash of each of the shard's files."""
     return {
@@ -261,16 +209,3 @@ def shard_sizes(shard: ShardManifest, dtype: str) -> dict[str, int]:
         f"{shard.name}.documents": shard.documents * 8,
         f"{shard.name}.checksums": -(-token_bytes // BLOCK_BYTES) * 4,
     }
-
-
-def _check_sizes(directory: epath.Path, shard: ShardManifest, dtype: str) -> None:
-    for name, expected in shard_sizes(shard, dtype).items():
-        path = directory / name
-        if not path.exists():
-            raise DataError(f"{path} is missing; restore it or prepare the data set again")
-        found = path.stat().length
-        if found != expected:
-            raise DataError(
-                f"{path} has {found} bytes instead of {expected} ({shard.tokens} tokens of {dtype}): truncated or of "
-                "another type; restore it or prepare the data set again"
-            )

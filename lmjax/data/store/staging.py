@@ -38,11 +38,11 @@ def stage(source: epath.Path, manifest: Manifest, cache: str | None = None) -> e
         for copy in copies:
             copy.result()
         right = {name: files.stamp(target / name) for name in sizes}
-        files.write_atomically(target / _STAMPS, json.dumps(right, indent=0).encode())
+        files.write_bytes(target / _STAMPS, json.dumps(right, indent=0).encode())
         (target / TOKENIZER).mkdir(exist_ok=True)
         for path in sorted((source / TOKENIZER).iterdir()):
             name = os.path.basename(os.fspath(path))
-            files.write_atomically(target / TOKENIZER / name, files.read_bytes(path))
+            files.write_bytes(target / TOKENIZER / name, files.read_bytes(path))
         manifests.write_manifest(manifest, target)
     return target
 

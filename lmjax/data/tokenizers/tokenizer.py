@@ -1,4 +1,4 @@
-"""Text to token ids and back: the protocol, and loading, saving and training by kind.
+"""Text to token ids and back: the protocol, and how a tokenizer is saved.
 
 Three promises hold for every tokenizer here.
 - A token that stands for "unknown" is not emitted unless `replaces_unknown` asks for it: encoding raises a DataError
@@ -16,9 +16,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from etils import epath
-
-from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizers.sections import sections
 from lmjax.errors import DataError
 from lmjax.record import files
@@ -26,9 +23,9 @@ from lmjax.record import files
 ENDOFTEXT = "<|endoftext|>"
 NAME_ENDOFTEXT = "name its end of text in tokenizer.endoftext (prepare --endoftext=SYMBOL)"
 NO_TEXT = "no text to train the tokenizer on: the documents are empty"
-_DESCRIPTION = "tokenizer.description.json"
-_USE = "use"  # how a model uses the tokenizer: part of the description's file, not of the hash
-_FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "chars": "alphabet.json", "bytes": None}
+DESCRIPTION = "tokenizer.description.json"
+USE = "use"  # how a model uses the tokenizer: part of the description's file, not of the hash
+FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "chars": "alphabet.json", "bytes": None}
 
 
 class Tokenizer(Protocol):
@@ -96,10 +93,11 @@ class Tokenizer(Protocol):
 
     @functools.cached_property
     def hash(self) -> str:
-        """BLAKE2b of all that fixes what the tokenizer does."""
-        return _hash(self._description(), self.content())
+        """`content_hash` of this tokenizer."""
+        return content_hash(self.description(), self.content())
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """What is saved beside the file, and hashed with it."""
         return {
             "kind": self.kind,
             "vocab_size": self.vocab_size,
@@ -112,62 +110,16 @@ class Tokenizer(Protocol):
         target = files.locate(directory)
         with files.reporting(target, "write"):
             target.mkdir(parents=True, exist_ok=True)
-        if name := _FILES[self.kind]:
-            files.write_atomically(target / name, self.content())
+        if name := FILES[self.kind]:
+            files.write_bytes(target / name, self.content())
         use = {"begin_id": self.begin_id, "stop_ids": self.stop_ids}
-        foreign = {_USE: use} if any(value not in (None, ()) for value in use.values()) else {}
-        files.write_atomically(target / _DESCRIPTION, json.dumps(self._description() | foreign, indent=2).encode())
+        foreign = {USE: use} if any(value not in (None, ()) for value in use.values()) else {}
+        files.write_bytes(target / DESCRIPTION, json.dumps(self.description() | foreign, indent=2).encode())
 
 
-def load_tokenizer(path: str | os.PathLike[str], endoftext: str | None = None) -> Tokenizer:
-    """The tokenizer saved in a directory, or of a SentencePiece .model or a Hugging Face tokenizer.json file.
-
-    `endoftext` names the symbol that ends a document in a foreign file; by default the customary ones are looked for.
-    Raises DataError if it is missing, damaged, or has no such symbol.
-    """
-    located = files.locate(path)
-    if located.is_dir() and not (located / _DESCRIPTION).exists():
-        candidates = [located / name for name in ("tokenizer.model", "tokenizer.json") if (located / name).exists()]
-        if not candidates:
-            raise DataError(f"no tokenizer in {located}: neither tokenizer.model nor tokenizer.json")
-        located = candidates[0]
-    if not located.is_dir():
-        if not located.exists():
-            raise DataError(f"tokenizer {located} does not exist; check tokenizer.path")
-        kind = "huggingface" if located.suffix == ".json" else "sentencepiece"
-        return _build(kind, files.read_bytes(located), endoftext, str(located))
-    description, content, use = _read_saved(located)
-    tokenizer = _build(description["kind"], content, description["endoftext"], str(located))
-    if tokenizer._description() != description:
-        raise DataError(f"tokenizer in {located} is not what its {_DESCRIPTION} says; restore it or prepare again")
-    tokenizer.begin_id, tokenizer.stop_ids = use
-    return tokenizer
-
-
-def saved_hash(directory: str | os.PathLike[str]) -> str:
-    """`Tokenizer.hash` of a saved tokenizer without building it. Raises DataError if its files are damaged."""
-    description, content, _ = _read_saved(files.locate(directory))
-    return _hash(description, content)
-
-
-def train_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that the config asks for; bpe, unigram and chars learn from `texts`, all of them.
-
-    The same texts in the same order give the same tokenizer, bit by bit. Raises DataError if the texts cannot give a
-    vocabulary of the size asked for.
-    """
-    from lmjax.data.tokenizers import alphabets
-
-    if cfg.kind == "bytes":
-        return alphabets.ByteTokenizer()
-    if cfg.kind == "chars":
-        return alphabets.CharacterTokenizer(_characters(texts))
-    if cfg.kind == "file":
-        assert cfg.path is not None
-        return load_tokenizer(cfg.path, cfg.endoftext)
-    from lmjax.data.tokenizers.pieces import train_sentencepiece
-
-    return train_sentencepiece(cfg, texts)
+def content_hash(description: dict[str, Any], content: bytes) -> str:
+    """BLAKE2b of all that fixes what a tokenizer does."""
+    return files.hash_bytes(json.dumps(description, sort_keys=True).encode(), b"\n", content)
 
 
 def bytes_of(ids: Sequence[int], table: Sequence[bytes]) -> bytes:
@@ -176,51 +128,3 @@ def bytes_of(ids: Sequence[int], table: Sequence[bytes]) -> bytes:
         return b"".join([table[index] for index in ids])
     except IndexError:
         raise DataError(f"token id {max(ids)} is outside the tokenizer's vocabulary of {len(table)}") from None
-
-
-def _characters(texts: Iterable[str]) -> set[str]:
-    alphabet: set[str] = set()
-    for text in texts:
-        alphabet.update(text)
-    if not alphabet:
-        raise DataError(NO_TEXT)
-    return alphabet
-
-
-def _build(kind: str, content: bytes, endoftext: str | None, name: str) -> Tokenizer:
-    if kind == "bytes":
-        from lmjax.data.tokenizers.alphabets import ByteTokenizer
-
-        return ByteTokenizer()
-    if kind == "chars":
-        from lmjax.data.tokenizers.alphabets import CharacterTokenizer
-
-        return CharacterTokenizer.from_content(content, name)
-    if kind == "sentencepiece":
-        from lmjax.data.tokenizers.pieces import SentencePieceTokenizer
-
-        return SentencePieceTokenizer(content, endoftext, name)
-    from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
-
-    return HuggingFaceTokenizer(content, endoftext, name)
-
-
-def _read_saved(directory: epath.Path) -> tuple[dict[str, Any], bytes, tuple[int | None, tuple[int, ...]]]:
-    """The description, the content, and (begin_id, stop_ids), on which no token depends and hence not the hash."""
-    path = directory / _DESCRIPTION
-    try:
-        description = json.loads(files.read_bytes(path))
-        file, _ = _FILES[description["kind"]], str(description["endoftext"])
-        stored = description.pop(_USE, {"begin_id": None, "stop_ids": []})
-        begin, stops = stored["begin_id"], tuple(stored["stop_ids"])
-        if not all(isinstance(index, int) for index in (*stops, *([] if begin is None else [begin]))):
-            raise TypeError("ids are integers")
-    except DataError:
-        raise
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {error!r}; restore it or prepare the data set again") from error
-    return description, files.read_bytes(directory / file) if file else b"", (begin, stops)
-
-
-def _hash(description: dict[str, Any], content: bytes) -> str:
-    return files.hash_bytes(json.dumps(description, sort_keys=True).encode(), b"\n", content)
