@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Functions, Memory, prefill, step, take_rows
+from lmjax.generate.spread import whole
 from lmjax.weights import Params
 
 
@@ -71,7 +72,7 @@ def beam_search(
     )
     logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
     beams = jax.lax.while_loop(unfinished, body, _grow(start, logits_BKV, stops_S, cfg))
-    return _best(beams, cfg)
+    return whole(_best(beams, cfg))
 
 
 def _grow(beams: Beams, logits_BKV: jax.Array, stops_S: jax.Array, cfg: GenerateConfig) -> Beams:
