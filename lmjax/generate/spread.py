@@ -62,6 +62,7 @@ def _partition(w: Any) -> PartitionSpec:
 
 
 def _off_stages(mesh: Mesh, weight: Weight, lies: PartitionSpec) -> PartitionSpec:
+    """As fsdp lies: with every axis `embed` split alike, XLA sends activations to the weights, not weights to rows."""
     stages = RULES["layers"]
     axes = {name: axes_of(entry) for name, entry in itertools.zip_longest(weight.names, lies)}
     axes = {name: tuple(axis for axis in of_name if axis not in stages) for name, of_name in axes.items()}
