@@ -2,7 +2,8 @@
 
 Everything runs under jax's Explicit axis types: a sharding is part of an array's type, and an operation that would move
 data unasked is an error at trace time that names the operation. Without a mesh (`jax.set_mesh` not entered) every
-function here does nothing, so a model runs on one device, in a notebook or a test, without knowing about layouts.
+function here does nothing, so a model runs on one device, in a notebook or a test, without knowing about layouts; and
+so it generates text, whose few tokens XLA lays out (lmjax/generate/spread.py).
 
     slices    copies of the model on groups of devices that only a data-centre network joins
     data      copies of the model, each sees other rows of the batch
@@ -126,7 +127,10 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> jax.sharding
 
 
 def current_mesh() -> Any | None:
-    """The mesh that `jax.set_mesh` entered, or None. Raises ConfigError for one that `make_mesh` has not made."""
+    """The mesh that `jax.set_mesh` entered, or None, as where its axes are Auto: there XLA lays arrays out.
+
+    Raises ConfigError for one that `make_mesh` has not made.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
@@ -134,7 +138,7 @@ def current_mesh() -> Any | None:
         raise ConfigError(
             f"the mesh has the axes {', '.join(mesh.axis_names)}; make it by lmjax.devices.mesh.make_mesh"
         )
-    return mesh
+    return None if {*mesh.axis_types} == {AxisType.Auto} else mesh
 
 
 def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def beam_search(
     )
     logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
     beams = jax.lax.while_loop(unfinished, body, _grow(start, logits_BKV, stops_S, cfg))
-    return _best(beams, cfg)
+    return replicate(_best(beams, cfg))
 
 
 def _grow(beams: Beams, logits_BKV: jax.Array, stops_S: jax.Array, cfg: GenerateConfig) -> Beams:

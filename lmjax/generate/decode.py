@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.tokenizers.tokenizer import Tokenizer
-from lmjax.devices.mesh import current_mesh
+from lmjax.devices.place import use_mesh
 from lmjax.errors import ConfigError, DataError
 from lmjax.generate.beam import beam_search
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Functions, Memory, functions, prefill, step
 from lmjax.generate.sampling import sample
+from lmjax.generate.spread import auto_mesh, decoding_weights, replicate
 from lmjax.models.model import Model
+from lmjax.process import group
 from lmjax.weights import Params, Spec, by_path
 
 
@@ -47,8 +49,9 @@ def generate(
     """Continue every prompt: a text, or ids that are read as they are (a conversation, from hf/chat.py).
 
     A text is read after the tokenizer's `begin_id`, if it has one; an empty text starts a document. A row ends with one
-    of the tokenizer's `stop_ids`, or endoftext where it has none. Runs on one device. Raises ConfigError under
-    `jax.set_mesh`, and when a prompt and its new tokens are longer than the model's table of positions.
+    of the tokenizer's `stop_ids`, or endoftext where it has none. Under `jax.set_mesh` rows are spread over the
+    devices (spread.py), and every process has all texts. Raises ConfigError when a prompt and its new tokens are longer
+    than the model's table of positions.
     """
     stops = _stops(tokenizer)
     rows = generate_ids(
@@ -88,13 +91,15 @@ def generate_ids(
     tokens_BT, lengths_B = _pad(prompts, endoftext)
     _check(model.spec, tokens_BT, int(lengths_B.max()), cfg.tokens)
     stops_S = _stop_array(stops or (endoftext,), cfg)
-    params = model.unstack(params)
-    if cfg.beams > 1:
-        ids_BO, _ = beam_search(functions(model, vocab), params, tokens_BT, lengths_B, stops_S, cfg=_program(cfg))
-    else:
-        keys_B = row_keys(cfg.seed, len(prompts))
-        ids_BO = _decode(functions(model, vocab), params, tokens_BT, lengths_B, keys_B, stops_S, cfg=_program(cfg))
-    return np.asarray(ids_BO).tolist()
+    parts, program, mesh = functions(model, vocab), _program(cfg), auto_mesh()
+    params = decoding_weights(model, params, mesh)
+    with use_mesh(mesh):
+        if cfg.beams > 1:
+            ids_BO, _ = beam_search(parts, params, tokens_BT, lengths_B, stops_S, cfg=program)
+        else:
+            keys_B = row_keys(cfg.seed, len(prompts))
+            ids_BO = _decode(parts, params, tokens_BT, lengths_B, keys_B, stops_S, cfg=program)
+        return np.asarray(group.in_turn(ids_BO)).tolist()
 
 
 def stream(
@@ -115,13 +120,16 @@ def stream(
         raise ConfigError(f"beam search (beams={cfg.beams}) cannot stream; set beams=1")
     tokens_BT, lengths_B = _pad([_read(prompt, tokenizer)], tokenizer.endoftext_id)
     _check(model.spec, tokens_BT, int(lengths_B.max()), cfg.tokens)
-    chunks = _stream_ids(model, model.unstack(params), tokenizer, tokens_BT, lengths_B, cfg, chunk)
+    mesh = auto_mesh()
+    params = decoding_weights(model, params, mesh)
+    chunks = _stream_ids(model, params, mesh, tokenizer, tokens_BT, lengths_B, cfg, chunk)
     return _spell(chunks, tokenizer, tokenizer.prefix if _opens(prompt) else b"")
 
 
 def _stream_ids(
     model: Model,
     params: Params,
+    mesh: jax.sharding.Mesh | None,
     tokenizer: Tokenizer,
     tokens_BT: np.ndarray,
     lengths_B: np.ndarray,
@@ -131,15 +139,18 @@ def _stream_ids(
     parts, program = functions(model, tokenizer.vocab_size), _program(cfg)
     stops = _stops(tokenizer) if cfg.stop_at_endoftext else ()
     stops_S = _stop_array(stops, cfg)
-    state = _start(parts, params, tokens_BT, lengths_B, row_keys(cfg.seed, 1), stops_S, cfg=program)
-    ids, count = [int(state.token_B[0])], 1
+    with use_mesh(mesh):
+        keys_1 = row_keys(cfg.seed, 1)
+        state = group.in_turn(_start(parts, params, tokens_BT, lengths_B, keys_1, stops_S, cfg=program))
+    ids, count = np.asarray(state.token_B).tolist(), 1
     while True:
         kept = _until(ids, stops)
         yield kept
         if len(kept) < len(ids) or count == cfg.tokens:
             return
-        state, ids_BO = _advance(parts, params, state, stops_S, cfg=program, tokens=chunk)
-        ids = ids_BO[0, : cfg.tokens - count].tolist()
+        with use_mesh(mesh):  # and left before the caller goes on
+            state, ids_BO = group.in_turn(_advance(parts, params, state, stops_S, cfg=program, tokens=chunk))
+        ids = np.asarray(ids_BO)[0, : cfg.tokens - count].tolist()
         count += len(ids)
 
 
@@ -233,7 +244,7 @@ def _choose(state: State, logits_BV: jax.Array, stops_S: jax.Array, cfg: Generat
 
 def _seen(tokens_BT: jax.Array, lengths_B: jax.Array, vocab: int) -> jax.Array:
     B, T = tokens_BT.shape
-    ids_BT = jnp.where(jnp.arange(T) < lengths_B[:, None], tokens_BT, vocab)  # padding lies outside: mode="drop"
+    ids_BT = jnp.where(jnp.arange(T) < lengths_B[:, None], tokens_BT, vocab)  # padding specs outside: mode="drop"
     return jnp.zeros((B, vocab), bool).at[jnp.arange(B)[:, None], ids_BT].set(True, mode="drop")
 
 
@@ -256,7 +267,7 @@ def _decode(
     state = start(model, params, tokens_BT, lengths_B, keys_B, stops_S, cfg)
     first_B1 = state.token_B[:, None]
     _, rest = advance(model, params, state, stops_S, cfg, cfg.tokens - 1)
-    return jnp.concatenate([first_B1, rest], axis=1)
+    return replicate(jnp.concatenate([first_B1, rest], axis=1))
 
 
 # On the host ------------------------------------------------------------------------------------------------------
@@ -319,8 +330,6 @@ def _bucket(length: int) -> int:
 
 def _check(spec: Spec, tokens_BT: np.ndarray, prompt: int, tokens: int) -> None:
     """Learned positions end with their table, all others go on; a table of tokens may have fewer than a tokenizer."""
-    if current_mesh() is not None:
-        raise ConfigError("text is generated on one device: leave jax.set_mesh and put the weights on one device")
     for weight in by_path(spec).values():
         if weight.in_axes == ("vocab",) and tokens_BT.max() >= weight.shape[0]:
             raise DataError(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmjax.generate.spread import spread_rows
 from lmjax.models.model import Model
 from lmjax.weights import Params
 
@@ -37,6 +38,7 @@ def prefill(
 
     Without a cache the memory is the text itself.
     """
+    tokens_BT, lengths_B = spread_rows((tokens_BT, lengths_B))
     B, T = tokens_BT.shape
     if model.empty_cache is None:
         texts_BS = jnp.pad(tokens_BT, ((0, 0), (0, room)))
@@ -51,6 +53,7 @@ def step(
     model: Functions, params: Params, memory: Memory, token_B: jax.Array, position_B: jax.Array
 ) -> tuple[jax.Array, Memory]:
     """Add one token to every row, at its position -> (float32 logits_BV of the next one, memory)."""
+    token_B, position_B = spread_rows((token_B, position_B))
     if model.empty_cache is None:
         texts_BS = memory.at[jnp.arange(len(token_B)), position_B].set(token_B)
         return _read_again(model, params, texts_BS, position_B), texts_BS

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
-from lmjax.devices.config import MeshConfig
-from lmjax.devices.mesh import make_mesh
 from lmjax.errors import ConfigError, DataError
 from lmjax.generate import decode
 from lmjax.generate.config import GenerateConfig
@@ -280,14 +278,6 @@ def test_a_character_is_never_cut() -> None:
 def test_streaming_stops_at_endoftext() -> None:
     pieces = list(stream(*ending_model("f"), TOKENIZER, "b", GenerateConfig(tokens=50, temperature=0), chunk=3))
     assert pieces == ["c", "def"]
-
-
-def test_a_mesh_is_refused() -> None:
-    with (
-        jax.set_mesh(make_mesh(MeshConfig(data=1))),
-        pytest.raises(ConfigError, match="one device"),
-    ):
-        generate(*build(), TOKENIZER, PROMPTS, GREEDY)
 
 
 def test_beams_do_not_stream() -> None:

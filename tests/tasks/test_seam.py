@@ -1,5 +1,5 @@
-"""The seam holds: three kinds of training that no existing file knows of, each trained, stopped, resumed and evaluated by
-the same `run`."""
+"""The seam holds: three kinds of training that no existing file knows of, each trained, stopped, resumed and evaluated
+by the same `run`."""
 
 import dataclasses
 import functools
@@ -209,7 +209,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", TASKS)
 def test_it_is_trained_stopped_resumed_and_evaluated(name: str, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     make_task, settings = TASKS[name]
-    cfg = configs.load(f"{CONFIG}:{corpus}", [*SETTINGS, "optimizer.learning_rate=0.01", *settings])
+    cfg = configs.load(f"{CONFIG}:{corpus}", [*SETTINGS, "optimizer.learning_rate=0.05", *settings])
 
     def train(directory: str, faults: str = "") -> int:
         monkeypatch.setenv("LMJAX_FAULTS", faults)
