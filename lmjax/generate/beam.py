@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Functions, Memory, prefill, step, take_rows
+from lmjax.generate.spread import replicate
 from lmjax.weights import Params
 
 

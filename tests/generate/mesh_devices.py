@@ -14,6 +14,7 @@ from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.devices import place
 from lmjax.devices.config import MeshConfig
 from lmjax.devices.mesh import make_mesh, shardings
+from lmjax.devices.place import use_mesh
 from lmjax.generate import decode
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate, generate_ids, stream

@@ -230,7 +230,7 @@ def test_it_is_trained_stopped_resumed_and_evaluated(name: str, corpus: Path, tm
 
 def test_what_is_frozen_is_neither_saved_nor_moved(corpus: Path, tmp_path: Path) -> None:
     """A checkpoint of adapters holds nothing but them, and at rank 2 they are a small part of the model."""
-    cfg = configs.load(f"{CONFIG}:{corpus}", [*SETTINGS, "train.steps=2", "train.sample.prompts=()"])
+    cfg = configs.load(f"{CONFIG}:{corpus}", [*SETTINGS, "train.steps=6", "train.sample.prompts=()"])
     task = lora(pretrain(cfg))
     assert run.run(cfg, tmp_path / "run", run.Options(), lambda _: task) == DONE
     leaves = inspect(tmp_path / "run")["leaves"]
