@@ -8,7 +8,8 @@ import pytest
 
 from lmjax.models.activations import ACTIVATIONS
 from lmjax.models.attention.attention import BACKENDS
-from lmjax.models.config import ModelConfig
+from lmjax.models.config import ModelConfig, MoeConfig
+from lmjax.models.moe.moe import DISPATCHES
 from lmjax.models.remat import REMAT
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig
 from lmjax.optim.rules import OPTIMIZERS
@@ -115,6 +116,7 @@ def test_modules_say_what_they_are_for(path: Path) -> None:
     [
         (ModelConfig, "activation", ACTIVATIONS, set()),
         (ModelConfig, "attention", BACKENDS, {"auto"}),
+        (MoeConfig, "dispatch", DISPATCHES, set()),
         (ModelConfig, "remat", REMAT, set()),
         (OptimizerConfig, "name", OPTIMIZERS, set()),
         (ScheduleConfig, "name", SCHEDULES, set()),
