@@ -1,6 +1,7 @@
 """The house rules, read from the source: who may import whom, and what no module may do."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +128,35 @@ def test_every_registered_thing_can_be_chosen(config: type, field: str, registry
         assert getattr(config(**{field: name}), field) == name
     with pytest.raises(ValueError, match=next(iter(registry))):
         config(**{field: next(iter(registry)) + "x"})
+
+
+def identifiers(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree(path)):
+        for field in ("id", "arg", "attr", "name"):
+            name = getattr(node, field, None)
+            if isinstance(name, str):
+                yield name, getattr(node, "lineno", 0)
+
+
+def shape_suffix(name: str) -> str:
+    """The letters after the last underscore; none for a constant such as `MAX_T`."""
+    match = re.search(r"[a-z0-9]_([A-Z0-9]*[A-Z][A-Z0-9]*)$", name)
+    return match[1] if match else ""
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("x_BTD", "BTD"), ("order_B1T1", "B1T1"), ("MAX_T", ""), ("top_k", "")])
+def test_a_shape_is_read_from_a_name(name: str, suffix: str) -> None:
+    assert shape_suffix(name) == suffix
+
+
+def test_every_letter_of_a_shape_is_in_the_legend() -> None:
+    docstring = ast.get_docstring(tree(ROOT / "lmjax/models/model.py"), clean=False) or ""
+    legend = re.findall(r"^    ([A-Z])  \S", docstring, re.M)
+    assert len(legend) == len(set(legend)) > 10
+    for path in MODULES:
+        for name, line in identifiers(path):
+            unknown = {*shape_suffix(name)} - {*legend, *"0123456789"}
+            assert not unknown, f"{path.name}:{line}: the legend in model.py has no {', '.join(unknown)} of {name}"
 
 
 def test_importing_the_library_starts_nothing() -> None:
