@@ -121,33 +121,53 @@ class _Kernel:
         self.buffers = np.empty((count + 7, width, runs))
 
     def __call__(self, theta_KP, targets_KR, weights_KR):
-        lanes, params = theta_KP.shape
-        *shares_TKR, total, residual, slope, bend, grip, both, spare = self.buffers[:, :lanes]
-        self._shares(theta_KP, shares_TKR, total)
-        np.subtract(targets_KR, np.log(total, out=total), out=residual)
-        clipped = np.minimum(np.maximum(residual, -self.delta, out=slope), self.delta, out=slope)
-        # Huber: r^2/2 inside delta, delta (|r| - delta/2) outside: both are clip(r) * (r - clip(r)/2).
-        np.subtract(residual, np.multiply(clipped, 0.5, out=spare), out=spare)
-        np.multiply(weights_KR, np.equal(clipped, residual), out=bend)
-        np.maximum(np.abs(residual, out=residual), self.delta, out=residual)
-        np.multiply(weights_KR, np.divide(self.delta, residual, out=grip), out=grip)
-        np.multiply(weights_KR, clipped, out=slope)
-        np.add(bend, slope, out=bend)
-        objective_K = np.einsum("kr,kr->k", slope, spare)
+        """The objective (K,), its gradient (K, P) and Hessian (K, P, P), and the metric (K, P, P) at `theta_KP`.
 
+        For each lane, with s_t the share of term t in the sum over terms, r = log L - logsumexp_t(Z_t theta) the
+        residual, w the weight, and h = clip(r, -delta, delta) the derivative of the Huber loss:
+
+            objective   sum over runs of  w h (r - h / 2)
+            gradient    sum over runs of  -w h sum_t s_t Z_t
+            Hessian     sum over runs of  w (h' + h) sum_ij s_i s_j Z_i Z_j^T - w h sum_t s_t Z_t Z_t^T
+            metric      sum over runs of  w delta / max(|r|, delta) sum_ij s_i s_j Z_i Z_j^T
+        """
+        *shares_TKR, total_KR, residual_KR, slope_KR, curvature_KR, metric_weight_KR, product_KR, spare_KR = (
+            self.buffers[:, : len(theta_KP)]
+        )
+        self._shares(theta_KP, shares_TKR, total_KR)
+        np.subtract(targets_KR, np.log(total_KR, out=total_KR), out=residual_KR)
+        factors = (slope_KR, curvature_KR, metric_weight_KR)
+        objective_K = self._huber(residual_KR, weights_KR, *factors, spare_KR)
+        return objective_K, *self._derivatives(shares_TKR, *factors, product_KR, spare_KR)
+
+    def _huber(self, residual_KR, weights_KR, slope_KR, curvature_KR, metric_weight_KR, spare_KR):
+        """Return the objective, and write w h, w (h' + h) and w delta / max(|r|, delta). Overwrites the residuals."""
+        clipped_KR = np.minimum(np.maximum(residual_KR, -self.delta, out=slope_KR), self.delta, out=slope_KR)
+        # Huber: r^2/2 inside delta, delta (|r| - delta/2) outside: both are clip(r) * (r - clip(r)/2).
+        huber_over_slope_KR = np.subtract(residual_KR, np.multiply(clipped_KR, 0.5, out=spare_KR), out=spare_KR)
+        np.multiply(weights_KR, np.equal(clipped_KR, residual_KR), out=curvature_KR)
+        size_KR = np.maximum(np.abs(residual_KR, out=residual_KR), self.delta, out=residual_KR)
+        np.multiply(weights_KR, np.divide(self.delta, size_KR, out=metric_weight_KR), out=metric_weight_KR)
+        np.multiply(weights_KR, clipped_KR, out=slope_KR)
+        np.add(curvature_KR, slope_KR, out=curvature_KR)
+        return np.einsum("kr,kr->k", slope_KR, huber_over_slope_KR)
+
+    def _derivatives(self, shares_TKR, slope_KR, curvature_KR, metric_weight_KR, product_KR, spare_KR):
+        """Gradient, Hessian and metric, summed over pairs of terms."""
+        lanes, params = len(slope_KR), self.design_TRP.shape[2]
         gradient_KP = np.zeros((lanes, params))
         hessian, metric = np.zeros((2, lanes, params * params))
-        for i, j, columns, products in self.pairs:
-            np.multiply(shares_TKR[i], shares_TKR[j], out=both)
-            metric[:, columns] += np.multiply(grip, both, out=spare) @ products
-            np.multiply(bend, both, out=both)
+        for i, j, columns, designs in self.pairs:
+            np.multiply(shares_TKR[i], shares_TKR[j], out=product_KR)
+            metric[:, columns] += np.multiply(metric_weight_KR, product_KR, out=spare_KR) @ designs
+            np.multiply(curvature_KR, product_KR, out=product_KR)
             if i == j:
-                pull = np.multiply(slope, shares_TKR[i], out=spare)
-                gradient_KP[:, self.columns[i]] -= pull @ self.design_TRP[i][:, self.columns[i]]
-                np.subtract(both, pull, out=both)
-            hessian[:, columns] += both @ products
+                pull_KR = np.multiply(slope_KR, shares_TKR[i], out=spare_KR)
+                gradient_KP[:, self.columns[i]] -= pull_KR @ self.design_TRP[i][:, self.columns[i]]
+                np.subtract(product_KR, pull_KR, out=product_KR)
+            hessian[:, columns] += product_KR @ designs
         square = (lanes, params, params)
-        return objective_K, gradient_KP, hessian.reshape(square), metric.reshape(square)
+        return gradient_KP, hessian.reshape(square), metric.reshape(square)
 
     def _shares(self, theta_KP, shares_TKR, total) -> None:
         """Write each term's share of the sum, and the sum."""

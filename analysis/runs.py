@@ -157,6 +157,11 @@ def load_runs(
         for runs in loaded.values():
             refuse_curves(runs.table, told_apart, name)
     loaded = {stage: replace(runs, loss_unit=unit) for stage, runs in loaded.items()}
+    return _last_stage(loaded)
+
+
+def _last_stage(loaded: dict[str, Runs]) -> Runs:
+    """The runs of the last stage, with those of all stages beside them, where there are several."""
     last, runs = list(loaded.items())[-1]
     if len(loaded) == 1:
         return runs

@@ -5,6 +5,7 @@ holds them for a few positions at a time and takes the gradient of each chunk wh
 computed twice.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,8 +39,8 @@ def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax
     return _logsumexp(logits_BTV) - _of_targets(logits_BTV, targets_BT)
 
 
-# What each token adds to the loss: (float32 logits_BTV, targets_BT) -> [B, T]. All but the first are given whole logits
-# where devices share the vocabulary.
+# What each token adds to the loss: (float32 logits_BTV, targets_BT) -> [B, T]. Where logits are sharded along the
+# vocabulary, the first works on the shards, and all others are given logits that were all-gathered.
 TOKEN_LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "cross_entropy": negative_log_likelihood,
 }
@@ -59,13 +60,13 @@ def token_sums(
     logits_BTV = logits_BTV.astype(jnp.float32)
     nll_BT = loss_BT = negative_log_likelihood(logits_BTV, targets_BT)
     if token_loss != "cross_entropy":
-        loss_BT = TOKEN_LOSSES[token_loss](_whole(logits_BTV), targets_BT)
+        loss_BT = TOKEN_LOSSES[token_loss](_all_gathered(logits_BTV), targets_BT)
     z_loss_BT = z_weight * jnp.square(_logsumexp(logits_BTV))
     correct_BT = _of_targets(logits_BTV, targets_BT) >= _max(logits_BTV)
     return Sums(*(jnp.sum(x_BT * weights_BT) for x_BT in (loss_BT + z_loss_BT, nll_BT, z_loss_BT, correct_BT)))
 
 
-# Along the vocabulary, of which each device along `tensor` may hold a part -----------------------------------------
+# Along the vocabulary, which may be sharded along `tensor` ---------------------------------------------------------
 
 
 def _logsumexp(logits_BTV: jax.Array) -> jax.Array:
@@ -88,7 +89,7 @@ def _of_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jax.lax.psum(jnp.sum(jnp.where(targets_BT[..., None] == ids_V, logits_BTV, 0), axis=-1), axes)
 
 
-def _whole(logits_BTV: jax.Array) -> jax.Array:
+def _all_gathered(logits_BTV: jax.Array) -> jax.Array:
     axes = mesh_axes("vocab")
     return jax.lax.all_gather(logits_BTV, axes, axis=-1, tiled=True) if axes else logits_BTV
 
@@ -109,73 +110,93 @@ def chunked_token_sums(
 ) -> Sums:
     """`token_sums(unembed(head, x), ...)` with logits for at most `chunk` positions of every row at a time.
 
-    Only `loss` is differentiable. Chunks are of equal size; what is missing in the last is padded with weight 0.
-    On a mesh every device cuts its own tokens into chunks, for which it gathers the head, and the head's gradients add
-    up over devices once, after the last chunk.
+    Only `loss` is differentiable, and only with respect to `head` and `x_BTD`. All chunks have the same size: the last
+    one is padded with tokens of weight 0. On a mesh every device cuts its own tokens into chunks. It all-gathers the
+    head once, before the first chunk, and the head's gradients are added up over devices once, after the last chunk.
+    A compiled program does not depend on the value of a `z_weight` that is a traced scalar.
     """
-
-    def sums_of(head: Head, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array) -> Sums:
-        return token_sums(unembed(head, x_BCD), targets_BC, weights_BC, z_weight, token_loss)
-
     if current_mesh() is None and chunk >= x_BTD.shape[1]:
-        return sums_of(head, x_BTD, targets_BT, weights_BT)
-    head_lies, x_lies, tokens_lie = specs_of(head), partition_spec((*_TOKENS, None)), partition_spec(_TOKENS)
-    in_specs = (head_lies, x_lies, tokens_lie, tokens_lie)
+        return token_sums(unembed(head, x_BTD), targets_BT, weights_BT, z_weight, token_loss)
     devices = mesh_axes("batch") + mesh_axes("time")
-
-    @jax.custom_vjp
-    def total(head: Head, x_BTD: jax.Array) -> Sums:
-        local = functools.partial(_sums, sums_of, chunk, devices, head_lies)
-        return per_device(local, in_specs, partition_spec(()))(head, x_BTD, targets_BT, weights_BT)
-
-    def forward(head: Head, x_BTD: jax.Array) -> tuple[Sums, Any]:
-        local = functools.partial(_sums_and_gradients, sums_of, chunk, devices, head_lies)
-        spread = per_device(local, in_specs, (partition_spec(()), head_lies, x_lies))
-        sums, *gradients = spread(head, x_BTD, targets_BT, weights_BT)
-        return sums, tuple(gradients)
-
-    def backward(gradients: Any, cotangent: Sums) -> Any:
-        return jax.tree.map(lambda gradient: (gradient * cotangent.loss).astype(gradient.dtype), gradients)
-
-    total.defvjp(forward, backward)
-    return total(head, x_BTD)
+    loss = _ChunkedLoss(unembed, token_loss, chunk, specs_of(head), devices)
+    total = jax.custom_vjp(loss.total)
+    total.defvjp(loss.forward, loss.backward)
+    return total(head, z_weight, x_BTD, targets_BT, weights_BT)
 
 
-def _sums(
-    sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head_lies: Any, head: Head, *tokens: jax.Array
-) -> Sums:
-    """The sums of all devices."""
-    head = all_gather(head, head_lies)
-
-    def body(sums: Sums, inputs: Any) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, sums, sums_of(head, *inputs)), None
-
-    sums, _ = jax.lax.scan(body, _zero_sums(), tuple(_split(x, chunk) for x in tokens))
-    return jax.lax.psum(sums, devices)
-
-
-def _sums_and_gradients(
-    sums_of: Callable[..., Sums], chunk: int, devices: tuple[str, ...], head_lies: Any, head: Head, *tokens: jax.Array
-) -> tuple[Sums, Head, jax.Array]:
-    """The sums of all devices, with the loss's gradients with respect to the head and x_BTD, taken chunk by chunk.
-
-    Devices along `tensor` compute one loss together; a gradient inside is that of the sum of all their losses.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ChunkedLoss:
+    """The fields are what is known when a program is traced. The methods take the head, z_weight, x_BTD, targets_BT and
+    weights_BT: `total`, `forward` and `backward` of all devices, the others of one device's own tokens.
     """
-    head = all_gather(head, head_lies)
 
-    def loss(head: Head, *inputs: Any) -> tuple[jax.Array, Sums]:
-        sums = sums_of(head, *inputs)
-        return sums.loss / shards("vocab"), sums
+    unembed: Unembed
+    token_loss: str
+    chunk: int
+    head_specs: Any
+    """A tree of PartitionSpec, or None without a mesh."""
+    devices: tuple[str, ...]
+    """The mesh axes along which devices hold different tokens."""
 
-    def body(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        sums, head_gradient = carry
-        (_, more), (dhead, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, *inputs)
-        return jax.tree.map(jnp.add, (sums, head_gradient), (more, dhead)), dx
+    @property
+    def in_specs(self) -> tuple[Any, ...]:
+        tokens_spec = partition_spec(_TOKENS)
+        return self.head_specs, partition_spec(()), partition_spec((*_TOKENS, None)), tokens_spec, tokens_spec
 
-    start = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))
-    (sums, head_gradient), dx = jax.lax.scan(body, start, tuple(_split(x, chunk) for x in tokens))
-    dx_BTD = jax.lax.psum(_joined(dx, tokens[0].shape[1]), mesh_axes("vocab"))
-    return jax.lax.psum(sums, devices), reduce_scatter(head_gradient, head_lies, devices), dx_BTD
+    def total(
+        self, head: Head, z_weight: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    ) -> Sums:
+        sums = per_device(self._sums, self.in_specs, partition_spec(()))
+        return sums(head, z_weight, x_BTD, targets_BT, weights_BT)
+
+    def forward(
+        self, head: Head, z_weight: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    ) -> tuple[Sums, Any]:
+        """The sums, and what `backward` needs: the gradients, taken while the logits of each chunk exist."""
+        head_specs, _, x_spec, *_ = self.in_specs
+        sums_and_gradients = per_device(
+            self._sums_and_gradients, self.in_specs, (partition_spec(()), (head_specs, x_spec))
+        )
+        return sums_and_gradients(head, z_weight, x_BTD, targets_BT, weights_BT)
+
+    def backward(self, gradients: Any, cotangent: Sums) -> tuple[Head, None, jax.Array, None, None]:
+        dhead, dx_BTD = jax.tree.map(lambda dx: (dx * cotangent.loss).astype(dx.dtype), gradients)
+        return dhead, None, dx_BTD, None, None
+
+    def _sums(self, head: Head, z_weight: jax.Array, *tokens: jax.Array) -> Sums:
+        """The sums over the tokens of all devices."""
+        head = all_gather(head, self.head_specs)
+
+        def add_chunk(sums: Sums, chunk: Any) -> tuple[Sums, None]:
+            return jax.tree.map(jnp.add, sums, self._of_chunk(head, z_weight, *chunk)), None
+
+        sums, _ = jax.lax.scan(add_chunk, _zero_sums(), tuple(_split(x, self.chunk) for x in tokens))
+        return jax.lax.psum(sums, self.devices)
+
+    def _sums_and_gradients(
+        self, head: Head, z_weight: jax.Array, *tokens: jax.Array
+    ) -> tuple[Sums, tuple[Head, jax.Array]]:
+        """The sums over the tokens of all devices, and the loss's gradients with respect to the head and x_BTD."""
+        head = all_gather(head, self.head_specs)
+
+        def loss(head: Head, x_BCD: jax.Array, *targets_and_weights: jax.Array) -> tuple[jax.Array, Sums]:
+            sums = self._of_chunk(head, z_weight, x_BCD, *targets_and_weights)
+            # Devices along `tensor` compute one loss together, and jax differentiates the sum of all their losses.
+            return sums.loss / shards("vocab"), sums
+
+        def add_chunk(total: Any, chunk: Any) -> tuple[Any, jax.Array]:
+            (_, sums), (dhead, dx_BCD) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, *chunk)
+            return jax.tree.map(jnp.add, total, (sums, dhead)), dx_BCD
+
+        zero = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))
+        (sums, dhead), dx = jax.lax.scan(add_chunk, zero, tuple(_split(x, self.chunk) for x in tokens))
+        dx_BTD = jax.lax.psum(_joined(dx, tokens[0].shape[1]), mesh_axes("vocab"))
+        return jax.lax.psum(sums, self.devices), (reduce_scatter(dhead, self.head_specs, self.devices), dx_BTD)
+
+    def _of_chunk(
+        self, head: Head, z_weight: jax.Array, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
+    ) -> Sums:
+        return token_sums(self.unembed(head, x_BCD), targets_BC, weights_BC, z_weight, self.token_loss)
 
 
 def token_logprobs(
@@ -188,9 +209,9 @@ def token_logprobs(
 
 
 def _token_logprobs(
-    unembed: Unembed, head_lies: Any, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
+    unembed: Unembed, head_specs: Any, head: Head, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    head = all_gather(head, head_lies)
+    head = all_gather(head, head_specs)
 
     @jax.checkpoint
     def score(x_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:

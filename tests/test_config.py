@@ -126,6 +126,7 @@ def test_mistakes_in_a_config_are_found_without_jax(arguments: list[str], tmp_pa
     [
         ("lmjax.models.activations", "ACTIVATIONS"),
         ("lmjax.models.attention.attention", "BACKENDS"),
+        ("lmjax.models.moe.moe", "DISPATCHES"),
         ("lmjax.models.remat", "REMAT"),
         ("lmjax.optim.rules", "OPTIMIZERS"),
         ("lmjax.optim.schedules", "SCHEDULES"),

@@ -1,5 +1,6 @@
 """Chunking and masking change memory, never a number."""
 
+import functools
 from typing import Any
 
 import jax
@@ -64,6 +65,26 @@ def test_chunked_equals_plain(length: int, chunk: int) -> None:
     for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * float(jnp.abs(want).max()))
     np.testing.assert_allclose(chunked(head, x_BTD)[1], expected_sums, rtol=1e-6)  # also when not differentiated
+
+
+@pytest.mark.parametrize("chunk", [4, 50])
+def test_a_traced_z_weight_gives_the_same_numbers_from_one_program(chunk: int) -> None:
+    head, x_BTD, targets_BT, weights_BT = random_inputs()
+
+    def loss(head: Any, x_BTD: jax.Array, z_weight: Any) -> tuple[jax.Array, Sums]:
+        sums = chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=chunk, z_weight=z_weight)
+        return sums.loss, sums
+
+    differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    traced = jax.jit(differentiate)
+    want = jax.jit(functools.partial(differentiate, z_weight=Z_WEIGHT))(head, x_BTD)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        traced(head, x_BTD, jnp.float32(Z_WEIGHT)),
+        want,
+    )
+    programs = {traced.lower(head, x_BTD, jnp.float32(value)).as_text() for value in (0.0, Z_WEIGHT)}
+    assert len(programs) == 1
 
 
 def test_masked_targets_have_no_influence() -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.mlp import mlp, mlp_weights
-from lmjax.models.moe import grouped, moe
+from lmjax.models.moe import grouped, moe, routing
 from lmjax.weights import bind, fan_in, initialize
 
 B, T, ROUNDS = 8, 256, 9
@@ -27,14 +27,14 @@ def main() -> None:
     experts = initialize(bind(moe.weights(cfg, fan_in, fan_in)["experts"], cfg.dims), jax.random.key(1))
     x_BTD = jax.random.normal(jax.random.key(2), (B, T, cfg.embed))
     scores_BTE = jax.nn.softmax(jax.random.normal(jax.random.key(3), (B, T, 8)))
-    routing = moe.choose(scores_BTE, None, jnp.ones((B, T), bool), cfg.moe)
+    chosen = routing.choose(scores_BTE, None, jnp.ones((B, T), bool), cfg.moe)
     some = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, dispatch="capacity"))
 
     products = {
         "dense": (gradient(lambda p, x: mlp(p, x, cfg)), dense),
-        "dropless, by blocks": (gradient(lambda p, x: moe.dropless(p, x, routing, cfg)), experts),
-        "capacity 1.25": (gradient(lambda p, x: moe.capacity(p, x, routing, some)[0]), experts),
-        "dropless, ragged_dot": (gradient(lambda p, x: moe.dropless(p, x, routing, cfg)), experts),
+        "dropless, by blocks": (gradient(lambda p, x: moe.dropless(p, x, chosen, cfg)[0]), experts),
+        "capacity 1.25": (gradient(lambda p, x: moe.capacity(p, x, chosen, some)[0]), experts),
+        "dropless, ragged_dot": (gradient(lambda p, x: moe.dropless(p, x, chosen, cfg)[0]), experts),
     }
     for name, (run, p) in products.items():
         grouped.platform = functools.partial(str, "another" if name.endswith("ragged_dot") else "cpu")

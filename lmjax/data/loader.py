@@ -130,12 +130,12 @@ class Loader:
         source, cursor = self._mixture.locate(samples)
         if len(self._sources) == 1:
             return self._sources[0].windows.gather(cursor)
-        tokens_BS = np.empty((len(samples), self._cfg.seq_len + 1), np.int32)
-        segments_BS = np.empty_like(tokens_BS)
+        tokens_BU = np.empty((len(samples), self._cfg.seq_len + 1), np.int32)
+        segments_BU = np.empty_like(tokens_BU)
         for index in np.unique(source):
             rows = source == index
-            tokens_BS[rows], segments_BS[rows] = self._sources[index].windows.gather(cursor[rows])
-        return tokens_BS, segments_BS
+            tokens_BU[rows], segments_BU[rows] = self._sources[index].windows.gather(cursor[rows])
+        return tokens_BU, segments_BU
 
     def state(self, next_sample: int) -> LoaderState:
         """What to store so that a loader goes on with sample `next_sample`, at any batch size."""

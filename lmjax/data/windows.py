@@ -65,12 +65,12 @@ class Windows:
         epochs = cursors // self.n_windows
         if (epochs == epochs[0]).all():
             return self._gather(int(epochs[0]), numbers)
-        tokens_BS = np.empty((len(cursors), self._seq_len + 1), self._split.dtype)
-        segments_BS = np.empty(tokens_BS.shape, np.int32)
+        tokens_BU = np.empty((len(cursors), self._seq_len + 1), self._split.dtype)
+        segments_BU = np.empty(tokens_BU.shape, np.int32)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            tokens_BS[rows], segments_BS[rows] = self._gather(int(epoch), numbers[rows])
-        return tokens_BS, segments_BS
+            tokens_BU[rows], segments_BU[rows] = self._gather(int(epoch), numbers[rows])
+        return tokens_BU, segments_BU
 
     def _gather(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         starts = self._offset(epoch) + numbers * self._seq_len
@@ -127,15 +127,15 @@ def _gather(
     return tokens, np.repeat(segment, lengths).reshape(tokens.shape)
 
 
-def as_batch(tokens_BS: np.ndarray, segments_BS: np.ndarray, ids_B: np.ndarray, documents: Documents) -> Batch:
+def as_batch(tokens_BU: np.ndarray, segments_BU: np.ndarray, ids_B: np.ndarray, documents: Documents) -> Batch:
     """Windows of T + 1 tokens as T inputs and T targets; a target in another document than its input weighs 0."""
-    tokens_BT = tokens_BS[:, :-1].astype(np.int32)
-    targets_BT = tokens_BS[:, 1:].astype(np.int32)
+    tokens_BT = tokens_BU[:, :-1].astype(np.int32)
+    targets_BT = tokens_BU[:, 1:].astype(np.int32)
     ids_B = (ids_B % (1 << 31)).astype(np.int32)
     if documents == "joined":
         return Batch(tokens_BT, targets_BT, np.ones(tokens_BT.shape, np.float32), ids_B)
-    segments_BT = np.ascontiguousarray(segments_BS[:, :-1])
-    weights_BT = (segments_BS[:, 1:] == segments_BT).astype(np.float32)
+    segments_BT = np.ascontiguousarray(segments_BU[:, :-1])
+    weights_BT = (segments_BU[:, 1:] == segments_BT).astype(np.float32)
     return Batch(tokens_BT, targets_BT, weights_BT, ids_B, segments_BT, _positions(segments_BT))
 
 
@@ -165,8 +165,8 @@ def evaluation_batches(
     n_targets = split.n_tokens - 1
     for low in range(0, -(-n_targets // seq_len), batch_size):
         numbers = low + rows
-        tokens_BS, segments_BS = _padded_rows(split, stream, numbers, seq_len, documents)
-        batch = as_batch(tokens_BS, segments_BS, numbers, documents)
+        tokens_BU, segments_BU = _padded_rows(split, stream, numbers, seq_len, documents)
+        batch = as_batch(tokens_BU, segments_BU, numbers, documents)
         scored_BT = numbers[:, None] * seq_len + np.arange(seq_len) < n_targets
         yield dataclasses.replace(batch, weights_BT=batch.weights_BT * scored_BT)
 
@@ -201,12 +201,12 @@ def _padded_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The windows of these numbers, as far as the stream goes; then padding, in a segment of its own."""
     n_full, rest = divmod(split.n_tokens - 1, seq_len)
-    tokens_BS = np.zeros((len(numbers), seq_len + 1), split.dtype)
-    segments_BS = np.full(tokens_BS.shape, seq_len + 1, np.int32)
+    tokens_BU = np.zeros((len(numbers), seq_len + 1), split.dtype)
+    segments_BU = np.full(tokens_BU.shape, seq_len + 1, np.int32)
     full = int((numbers < n_full).sum())
     for rows, length in ((slice(0, full), seq_len + 1), (slice(full, full + 1), rest + 1)):
         starts = numbers[rows] * seq_len
         if len(starts) and starts[0] < split.n_tokens - 1:
             found = _gather(split, stream, starts, length, documents)
-            tokens_BS[rows, :length], segments_BS[rows, :length] = found
-    return tokens_BS, segments_BS
+            tokens_BU[rows, :length], segments_BU[rows, :length] = found
+    return tokens_BU, segments_BU

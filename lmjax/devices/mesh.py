@@ -1,17 +1,17 @@
-"""The mesh, and the one table that says which named axis lies on which mesh axis. The only file that builds a mesh.
+"""The mesh, and the one table that maps named axes to mesh axes. No other file builds a mesh.
 
-Everything runs under jax's Explicit axis types: a sharding is part of an array's type, and an operation that would move
-data unasked is an error at trace time that names the operation. Without a mesh (`jax.set_mesh` not entered) every
-function here does nothing, so a model runs on one device, in a notebook or a test, without knowing about layouts; and
-so it generates text, whose few tokens XLA lays out (lmjax/generate/spread.py).
+Everything runs under jax's Explicit axis types: a sharding is part of an array's type, and an operation that would
+need a hidden transfer of data is an error at trace time. Without a mesh (`jax.set_mesh` not entered) the functions that
+shard arrays do nothing, so the same model runs on one device, for example in a notebook or a test; text
+generation, whose few tokens XLA lays out by itself, uses them so on a mesh too (lmjax/generate/spread.py).
 
     slices    copies of the model on groups of devices that only a data-centre network joins
-    data      copies of the model, each sees other rows of the batch
+    data      copies of the model, each of which sees other rows of the batch
     pipeline  stages, each of which holds its share of every stack of layers
-    fsdp      as data, but weights and optimizer state are split, and gathered where they are used
-    expert    as data, but each device holds its share of the experts
+    fsdp      as data, but weights and optimizer state are sharded; weights are all-gathered where they are used
+    expert    as data, but the experts are sharded
     context   as fsdp, but the devices see other tokens of the same rows
-    tensor    heads, mlp columns and vocabulary are split; between blocks, tokens
+    tensor    heads, mlp columns and vocabulary are sharded; between blocks, tokens are
 
 docs/parallelism.md says what each costs and when to choose it.
 """
@@ -34,10 +34,10 @@ Names = tuple[str | None, ...]
 AXES = ("slices", "data", "pipeline", "fsdp", "expert", "context", "tensor")  # the last ones have the fastest links
 
 
-# Named axis -> mesh axes. A name that is absent is not split.
+# Named axis -> the mesh axes that it is sharded along. A name that is absent is not sharded.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("pipeline", "slices", "data", "fsdp", "expert"),  # stages share rows, but for the layers they run
-    "microbatch": ("slices", "data", "fsdp", "expert"),  # B inside a stage
+    "batch": ("pipeline", "slices", "data", "fsdp", "expert"),  # in all layers outside the pipeline
+    "microbatch": ("slices", "data", "fsdp", "expert"),  # rows inside a pipeline stage
     "time": ("context",),  # T inside attention and mlp
     "residual_time": ("context", "tensor"),  # T of the residual stream
     "layers": ("pipeline",),
@@ -51,11 +51,11 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-GATHERED = RULES["embed"]  # what a weight is gathered over where it is used
-GATHER, CONSTRAIN = "gather", "constrain"  # by these names `remat` knows whose results it is to keep
+GATHERED = RULES["embed"]  # a weight is all-gathered along these where it is used
+GATHER, CONSTRAIN = "gather", "constrain"  # names of results, by which `remat` decides what it keeps
 
 
-# Name -> the axes that it splits over. The first takes the devices that the others leave, each of which has 2.
+# Layout -> its mesh axes. By default the first takes all devices that the others leave, and each other has size 2.
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "dp": ("data",),
     "fsdp": ("fsdp",),
@@ -106,7 +106,7 @@ def _nearest_divisors(size: int, of: int) -> str:
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of `cfg` over `devices` (default: all), which may be those of a topology that is not here.
 
-    Axes are laid onto the network so that the last ones have neighbours; `slices` lies across slices.
+    The devices along the last axes are neighbours in the network; those along `slices` are in different slices.
     Raises ConfigError when the sizes do not fit.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -142,9 +142,9 @@ def current_mesh() -> Any | None:
 
 
 def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:
-    """What splits a named axis on a mesh (default: the current one): the axes of its rule that are larger than 1.
+    """The mesh axes that a named axis is sharded along: those of its rule that are larger than 1.
 
-    Inside `per_stage` a stage stands alone: the stages' axis is left out.
+    The mesh is the current one by default. Inside `per_stage` the axis of the stages is left out.
     """
     mesh = mesh or current_mesh()
     if mesh is None:
@@ -152,12 +152,12 @@ def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:
     axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
     if not {*axes} & {*mesh.manual_axes} & {*RULES["layers"]}:
         return axes
-    assert (*mesh.manual_axes,) == RULES["layers"], f"what splits '{name}' is to be asked before per_device"
+    assert (*mesh.manual_axes,) == RULES["layers"], f"call mesh_axes('{name}') before per_device, not inside"
     return tuple(axis for axis in axes if axis not in RULES["layers"])
 
 
 def shards(name: str) -> int:
-    """Into how many pieces the current mesh splits a named axis."""
+    """Into how many shards the current mesh cuts a named axis."""
     mesh = current_mesh()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in mesh_axes(name))
 
@@ -171,7 +171,7 @@ def partition_spec(names: Names, mesh: Any = None) -> PartitionSpec:
     for axis in used:
         if used.count(axis) > 1:
             both = [repr(name) for name in names if axis in RULES.get(name or "", ())]
-            raise ConfigError(f"the axes {' and '.join(both)} of {names} both lie on mesh.{axis}")
+            raise ConfigError(f"the axes {' and '.join(both)} of {names} are both sharded along mesh.{axis}")
     return PartitionSpec(*(mesh_axes(name, mesh) or None for name in names))
 
 
@@ -205,12 +205,12 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Lay `x` out by its named axes."""
+    """Reshard `x` as the names of its axes say."""
     return x if current_mesh() is None else checkpoint_name(jax.sharding.reshard(x, partition_spec(names)), CONSTRAIN)
 
 
 def split_in_front(x: jax.Array, names: Names) -> jax.Array:
-    """Lay the first axes of `x` out by name; the others stay."""
+    """Reshard the first axes of `x` as their names say; the others keep their sharding."""
     if current_mesh() is None:
         return x
     return jax.sharding.reshard(x, PartitionSpec(*partition_spec(names), *jax.typeof(x).sharding.spec[len(names) :]))
@@ -226,7 +226,7 @@ def all_axes(entries: Iterable[Any]) -> list[str]:
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], axes: tuple[Any, ...]) -> jax.Array:
-    """Reshape, saying which mesh axes each of the new dimensions is split over."""
+    """Reshape; `axes` are the mesh axes that each new dimension is sharded along."""
     if current_mesh() is None:
         return jnp.reshape(x, shape)
     sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*(entry or None for entry in axes)))
@@ -234,5 +234,5 @@ def reshape(x: jax.Array, shape: tuple[int, ...], axes: tuple[Any, ...]) -> jax.
 
 
 def specs_of(tree: Any) -> Any:
-    """A tree of PartitionSpec: how arrays lie on the current mesh; None without one."""
+    """The PartitionSpecs of a tree of arrays on the current mesh; None without a mesh."""
     return None if current_mesh() is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)

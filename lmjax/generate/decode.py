@@ -1,7 +1,7 @@
 """Text from prompts: prefill and decoding in one compiled program, or in pieces for a terminal.
 
 Prompts are padded to a few lengths, so programs are few, and each is compiled once per model, number of rows and
-setting. Rows are independent: a row's text is the same alone and beside any others. S counts stop tokens.
+setting. Rows are independent: a row's text is the same alone and beside any others.
 """
 
 import codecs
@@ -90,16 +90,16 @@ def generate_ids(
         return []
     tokens_BT, lengths_B = _pad(prompts, endoftext)
     _check(model.spec, tokens_BT, int(lengths_B.max()), cfg.tokens)
-    stops_S = _stop_array(stops or (endoftext,), cfg)
+    stop_ids = _stop_array(stops or (endoftext,), cfg)
     parts, program, mesh = functions(model, vocab), _program(cfg), auto_mesh()
     params = decoding_weights(model, params, mesh)
     with use_mesh(mesh):
         if cfg.beams > 1:
-            ids_BO, _ = beam_search(parts, params, tokens_BT, lengths_B, stops_S, cfg=program)
+            ids_BZ, _ = beam_search(parts, params, tokens_BT, lengths_B, stop_ids, cfg=program)
         else:
             keys_B = row_keys(cfg.seed, len(prompts))
-            ids_BO = _decode(parts, params, tokens_BT, lengths_B, keys_B, stops_S, cfg=program)
-        return np.asarray(group.in_turn(ids_BO)).tolist()
+            ids_BZ = _decode(parts, params, tokens_BT, lengths_B, keys_B, stop_ids, cfg=program)
+        return np.asarray(group.in_turn(ids_BZ)).tolist()
 
 
 def stream(
@@ -138,10 +138,10 @@ def _stream_ids(
 ) -> Iterator[list[int]]:
     parts, program = functions(model, tokenizer.vocab_size), _program(cfg)
     stops = _stops(tokenizer) if cfg.stop_at_endoftext else ()
-    stops_S = _stop_array(stops, cfg)
+    stop_ids = _stop_array(stops, cfg)
     with use_mesh(mesh):
         keys_1 = row_keys(cfg.seed, 1)
-        state = group.in_turn(_start(parts, params, tokens_BT, lengths_B, keys_1, stops_S, cfg=program))
+        state = group.in_turn(_start(parts, params, tokens_BT, lengths_B, keys_1, stop_ids, cfg=program))
     ids, count = np.asarray(state.token_B).tolist(), 1
     while True:
         kept = _until(ids, stops)
@@ -149,8 +149,8 @@ def _stream_ids(
         if len(kept) < len(ids) or count == cfg.tokens:
             return
         with use_mesh(mesh):  # and left before the caller goes on
-            state, ids_BO = group.in_turn(_advance(parts, params, state, stops_S, cfg=program, tokens=chunk))
-        ids = np.asarray(ids_BO)[0, : cfg.tokens - count].tolist()
+            state, ids_BZ = group.in_turn(_advance(parts, params, state, stop_ids, cfg=program, tokens=chunk))
+        ids = np.asarray(ids_BZ)[0, : cfg.tokens - count].tolist()
         count += len(ids)
 
 
@@ -191,7 +191,7 @@ def start(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     keys_B: jax.Array,
-    stops_S: jax.Array,
+    stop_ids: jax.Array,
     cfg: GenerateConfig,
 ) -> State:
     """Read the prompts and choose each row's first token."""
@@ -199,11 +199,11 @@ def start(
     seen_BV = _seen(tokens_BT, lengths_B, logits_BV.shape[1]) if cfg.repetition_penalty != 1 else None
     zero, none_B = jnp.zeros((), jnp.int32), jnp.zeros(lengths_B.shape, bool)
     state = State(memory, lengths_B, lengths_B - 1, zero, none_B, keys_B, seen_BV)
-    return _choose(state, logits_BV, stops_S, cfg)
+    return _choose(state, logits_BV, stop_ids, cfg)
 
 
 def advance(
-    model: Functions, params: Params, state: State, stops_S: jax.Array, cfg: GenerateConfig, tokens: int
+    model: Functions, params: Params, state: State, stop_ids: jax.Array, cfg: GenerateConfig, tokens: int
 ) -> tuple[State, jax.Array]:
     """Up to `tokens` more tokens for every row, fewer once all are done -> (state, int32 [B, tokens])."""
 
@@ -212,23 +212,23 @@ def advance(
         return (i < tokens) & ~jnp.all(state.done_B)
 
     def body(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
-        state, ids_BO, i = carry
+        state, ids_BZ, i = carry
         logits_BV, memory = step(model, params, state.memory, state.token_B, state.position_B)
-        state = _choose(dataclasses.replace(state, memory=memory), logits_BV, stops_S, cfg)
-        return state, jax.lax.dynamic_update_slice(ids_BO, state.token_B[:, None], (0, i)), i + 1
+        state = _choose(dataclasses.replace(state, memory=memory), logits_BV, stop_ids, cfg)
+        return state, jax.lax.dynamic_update_slice(ids_BZ, state.token_B[:, None], (0, i)), i + 1
 
-    ids_BO = jnp.full((state.token_B.shape[0], tokens), stops_S[0], jnp.int32)
+    ids_BZ = jnp.full((state.token_B.shape[0], tokens), stop_ids[0], jnp.int32)
     if tokens == 0:  # the loop's body would be traced, and no token fits into an empty array
-        return state, ids_BO
-    state, ids_BO, _ = jax.lax.while_loop(unfinished, body, (state, ids_BO, jnp.zeros((), jnp.int32)))
-    return state, ids_BO
+        return state, ids_BZ
+    state, ids_BZ, _ = jax.lax.while_loop(unfinished, body, (state, ids_BZ, jnp.zeros((), jnp.int32)))
+    return state, ids_BZ
 
 
-def _choose(state: State, logits_BV: jax.Array, stops_S: jax.Array, cfg: GenerateConfig) -> State:
+def _choose(state: State, logits_BV: jax.Array, stop_ids: jax.Array, cfg: GenerateConfig) -> State:
     """Choose the token that follows each row's newest one; done rows only repeat a stop token."""
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.count)
     token_B = sample(logits_BV, keys_B, cfg, state.seen_BV).astype(jnp.int32)
-    token_B = jnp.where(state.done_B, stops_S[0], token_B)
+    token_B = jnp.where(state.done_B, stop_ids[0], token_B)
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
@@ -237,7 +237,7 @@ def _choose(state: State, logits_BV: jax.Array, stops_S: jax.Array, cfg: Generat
         token_B=token_B,
         position_B=state.position_B + 1,
         count=state.count + 1,
-        done_B=state.done_B | jnp.isin(token_B, stops_S),
+        done_B=state.done_B | jnp.isin(token_B, stop_ids),
         seen_BV=seen_BV,
     )
 
@@ -259,14 +259,14 @@ def _decode(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     keys_B: jax.Array,
-    stops_S: jax.Array,
+    stop_ids: jax.Array,
     *,
     cfg: GenerateConfig,
 ) -> jax.Array:
     """Prefill and all steps in one program -> int32 [B, cfg.tokens]."""
-    state = start(model, params, tokens_BT, lengths_B, keys_B, stops_S, cfg)
+    state = start(model, params, tokens_BT, lengths_B, keys_B, stop_ids, cfg)
     first_B1 = state.token_B[:, None]
-    _, rest = advance(model, params, state, stops_S, cfg, cfg.tokens - 1)
+    _, rest = advance(model, params, state, stop_ids, cfg, cfg.tokens - 1)
     return replicate(jnp.concatenate([first_B1, rest], axis=1))
 
 

@@ -41,8 +41,8 @@ def prefill(
     tokens_BT, lengths_B = spread_rows((tokens_BT, lengths_B))
     B, T = tokens_BT.shape
     if model.empty_cache is None:
-        texts_BS = jnp.pad(tokens_BT, ((0, 0), (0, room)))
-        return _read_again(model, params, texts_BS, lengths_B - 1), texts_BS
+        texts_BT = jnp.pad(tokens_BT, ((0, 0), (0, room)))
+        return _read_again(model, params, texts_BT, lengths_B - 1), texts_BT
     positions_BT = jnp.where(jnp.arange(T) < lengths_B[:, None], jnp.arange(T), -1)
     cache = model.empty_cache(B, T + room)
     x_BTD, cache, _ = model.hidden(params, tokens_BT, positions_BT=positions_BT, cache=cache)
@@ -55,8 +55,8 @@ def step(
     """Add one token to every row, at its position -> (float32 logits_BV of the next one, memory)."""
     token_B, position_B = spread_rows((token_B, position_B))
     if model.empty_cache is None:
-        texts_BS = memory.at[jnp.arange(len(token_B)), position_B].set(token_B)
-        return _read_again(model, params, texts_BS, position_B), texts_BS
+        texts_BT = memory.at[jnp.arange(len(token_B)), position_B].set(token_B)
+        return _read_again(model, params, texts_BT, position_B), texts_BT
     x_B1D, cache, _ = model.hidden(params, token_B[:, None], positions_BT=position_B[:, None], cache=memory)
     return model.unembed(params, x_B1D[:, 0])[:, : model.vocab], cache
 
@@ -66,9 +66,9 @@ def take_rows(memory: Memory, rows_B: jax.Array) -> Memory:
     return jax.tree.map(lambda x: x if x.ndim == 0 else x[rows_B], memory)
 
 
-def _read_again(model: Functions, params: Params, texts_BS: jax.Array, last_B: jax.Array) -> jax.Array:
+def _read_again(model: Functions, params: Params, texts_BT: jax.Array, last_B: jax.Array) -> jax.Array:
     """The whole text in one causal pass: what comes after a row's end cannot change it."""
-    return _logits(model, params, model.hidden(params, texts_BS)[0], last_B)
+    return _logits(model, params, model.hidden(params, texts_BT)[0], last_B)
 
 
 def _logits(model: Functions, params: Params, x_BTD: jax.Array, last_B: jax.Array) -> jax.Array:

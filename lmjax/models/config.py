@@ -80,7 +80,7 @@ class MoeConfig:
     shared_gate: bool = False
     """Multiply the shared mlp's output by a sigmoid of its input (Qwen2-MoE)."""
 
-    dispatch: Literal["dropless", "capacity"] = "dropless"
+    dispatch: Annotated[str, one_of(names_in("lmjax.models.moe.moe", "DISPATCHES"))] = "dropless"
     """capacity: in training an expert takes only so many tokens of a sequence, the first that choose it; arrays then
     have a fixed size. Evaluation and generation drop nothing."""
     capacity_factor: PositiveFloat = 1.25

@@ -46,11 +46,11 @@ def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: 
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of a whole float32 table -> [B, T, D], lying as the ids do."""
+    """Rows of a replicated float32 table -> [B, T, D], sharded as the ids are."""
     if current_mesh() is None:
         return table_VD[ids_BT].astype(dtype)
-    lies = PartitionSpec(*jax.typeof(ids_BT).sharding.spec, None)
-    return table_VD.at[ids_BT].get(out_sharding=lies).astype(dtype)
+    spec = PartitionSpec(*jax.typeof(ids_BT).sharding.spec, None)
+    return table_VD.at[ids_BT].get(out_sharding=spec).astype(dtype)
 
 
 def _rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ def _rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
 
 
 def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of the float32 embedding table -> [B, T, D], lying as the residual stream does.
+    """Rows of the float32 embedding table -> [B, T, D], sharded as the residual stream is.
 
     A row's gradient is added up in float32 whatever `dtype` is: a frequent token has thousands of terms, and a sum in
     bfloat16 stops growing after a few hundred.
@@ -81,10 +81,10 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Arr
     if current_mesh() is None:
         return table_VD[ids_BT].astype(dtype)
 
-    table_lies, tensor = partition_spec(("vocab", "embed")), mesh_axes("vocab")
+    table_spec, tensor = partition_spec(("vocab", "embed")), mesh_axes("vocab")
 
     def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        table_VD, V = all_gather(table_VD.astype(dtype), table_lies), len(table_VD)
+        table_VD, V = all_gather(table_VD.astype(dtype), table_spec), len(table_VD)
         if not tensor:
             return _rows(table_VD, ids_BT)
         ids_BT = ids_BT - V * jax.lax.axis_index(tensor)
@@ -92,5 +92,5 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Arr
         x_BTD = jnp.where(mine_BT[..., None], _rows(table_VD, jnp.where(mine_BT, ids_BT, 0)), 0)
         return jax.lax.psum_scatter(x_BTD, tensor, scatter_dimension=1, tiled=True)
 
-    in_specs = (table_lies, partition_spec(("batch", "time")))
+    in_specs = (table_spec, partition_spec(("batch", "time")))
     return per_device(local, in_specs, partition_spec(("batch", "residual_time", None)))(table_VD, ids_BT)

@@ -1,10 +1,34 @@
 """What a model is to the rest of the code: a spec and pure functions, as an optax optimizer is a pair.
 
-Array names carry their axes, with one legend for the whole project:
+The names of arrays end with the letters of their axes, as in x_BTD; 1 is an axis of length one. Each letter has the
+same meaning in all of lmjax:
 
-    B batch      D embed      H head dim     L layers
-    T query      N heads      F mlp          E experts
-    S key        K kv heads   V vocab        R rank       G = N / K
+    A  choices: pairs of a token and one of its experts, T X of a sequence, or those of all rows
+    B  rows of a batch
+    C  positions in a chunk of a row
+    D  embed, the width of the residual stream
+    E  experts
+    F  mlp width
+    G  query heads per kv head, N / K
+    H  head dim
+    I  inputs of a matrix
+    J  blocks of rows that are multiplied together
+    K  kv heads
+    L  layers
+    M  rows in a block
+    N  query heads
+    O  outputs of a matrix
+    P  devices along one mesh axis
+    Q  slots of all experts for one sequence
+    R  rows of a matrix product, any leading axes flattened
+    S  keys: positions that queries attend to
+    T  positions of a row: tokens, and queries in attention
+    U  T + 1: a row of data, whose inputs are all but the last token and whose targets are all but the first
+    V  vocab
+    W  hypotheses of a beam search
+    X  chosen experts of a token
+    Y  candidates of a beam search
+    Z  tokens to generate
 """
 
 from collections.abc import Callable, Mapping

@@ -52,14 +52,14 @@ class Schedule(NamedTuple):
 
     @property
     def bubble(self) -> float:
-        """The part of its time in which a stage works in vain."""
+        """The fraction of its time in which a stage has no microbatch to work on."""
         return (self.stages - 1) / self.ticks
 
 
 def pipelined(
     stage: Stage, context: Any, x_BTD: jax.Array, layers: Params, microbatches: int | None = None
 ) -> tuple[jax.Array, Any]:
-    """`stage(context, x_BTD, layers, 0)`, where the layers' first axis lies on the pipeline's stages.
+    """`stage(context, x_BTD, layers, 0)`, where the layers' first axis is sharded along the pipeline's stages.
 
     `microbatches` is a multiple of the stages (default: one each). Arrays of the context have a row for each of x, or a
     single one for all, or are scalars. Metrics are sums: those of microbatches are added up.
@@ -161,7 +161,7 @@ def _flow(
         block, number = jnp.divmod(jnp.clip(turn, 0, microbatches - 1), schedule.share)
         block = stages - 1 - block if upstream else block
         x_BTD, more, kept = work(x_BTD, block * schedule.share + number)
-        # While the pipeline fills and empties, a stage works on whatever lies there, and nobody uses the result.
+        # While the pipeline fills and empties, a stage works on arbitrary values, and the result is not used.
         useful = (turn >= 0) & (turn < microbatches)
         total = jax.tree.map(lambda sum, x: jnp.where(useful, sum + x, sum), total, more)
         newest = jnp.where(place == stages - 1, x_BTD, jax.lax.ppermute(oldest, AXIS, back))

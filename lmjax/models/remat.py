@@ -1,4 +1,4 @@
-"""What a scanned layer leaves for its backward pass; the rest is computed again."""
+"""What a scanned layer keeps for its backward pass; the rest is computed again (rematerialization)."""
 
 import functools
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from lmjax.devices.mesh import GATHER, current_mesh
 Body = Callable[..., Any]
 
 
-# In a scan's body nothing can be merged across the checkpoint, so its guard against that would only cost. Of a scan
-# that is unrolled, or has a single repeat, XLA merges what is computed again with what was computed first.
+# `prevent_cse=False`: common subexpressions of the forward and the backward pass of a scan's body cannot be merged, so
+# a guard against that would only cost time. When a scan is unrolled, or has a single repeat, XLA does merge them.
 
 
 def none(body: Body) -> Body:
-    """Keep everything, but of weights that devices share only the own part: all layers whole would be the model."""
+    """Keep everything but all-gathered weights, which are gathered again: of all layers they would be the model."""
     if current_mesh() is None:
         return body
 
-    # Of what `gather` does, no step is to be kept either. What `constrain` gives has its own name.
+    # The steps inside `gather` are not kept either. The results of `constrain` are kept by their own name.
     moves = {"reshard", "all_gather", "all_gather_reduced", "reshape", "transpose"}
 
     def keep(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -15,20 +15,16 @@ from lmjax import config as configs
 from lmjax.config import Config
 from lmjax.devices.place import local_rows, on_one_device
 from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError, StallError, one_line
-from lmjax.process import group, start_up
+from lmjax.process import group
 from lmjax.process.faults import fault
 from lmjax.process.signals import Preemption, Watchdog
-from lmjax.record import files
 from lmjax.record.checkpoint import Checkpoints
-from lmjax.record.console import ConsoleTracker
-from lmjax.record.ledger import Ledger
-from lmjax.record.redact import redact
 from lmjax.record.report import write_report
-from lmjax.record.tracking import JsonlTracker, Status, Tracker, Trackers
-from lmjax.record.wandb_tracker import WandbTracker
+from lmjax.record.tracking import Status
 from lmjax.run import assemble, feed
 from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress
+from lmjax.run.records import Records
 from lmjax.run.workdir import (
     check_unchanged,
     finished_step,
@@ -36,13 +32,11 @@ from lmjax.run.workdir import (
     lock,
     make_workdir,
     next_attempt,
-    wandb_id,
 )
 from lmjax.tasks.registry import TASKS
 from lmjax.tasks.task import Task
 from lmjax.train.loop import Periodic, Reader, train
 from lmjax.train.state import TrainState
-from lmjax.weights import count
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +132,6 @@ class Run:
         self.vote: Callable[[bool], bool] = bool if group.processes() == 1 else group.Vote()
         self.stopped = False
         """Whether all processes know that they shall stop."""
-        self.ledger: Ledger | None = None
-        self.records: list[Ledger | JsonlTracker] = []
-        """What must be on the storage when a checkpoint is sealed; none but at process 0."""
 
     def train(self) -> int:
         """Returns the exit code; the trackers learn how it ended even when it raises."""
@@ -148,9 +139,8 @@ class Run:
         state = self.start_or_resume()
         self.frozen = assemble.frozen_params(self.experiment)
         self.attempt = next_attempt(self.workdir)
-        self.open_records()
-        self.trackers = self.make_trackers()
-        self.trackers.start(self.information())
+        self.records = Records(self.workdir, self.task)
+        self.records.start(self.progress, self.attempt, self.options.command)
         status: Status = "failed"
         try:
             state, reached = self.loop(state)
@@ -160,9 +150,7 @@ class Run:
             self.seal_what_is_in_flight(error)
             raise
         finally:
-            if self.ledger is not None:
-                self.ledger.close()
-            self.trackers.close(status)
+            self.records.close(status)
         if group.leads():
             write_report(self.workdir, defaults=dataclasses.asdict(Config()))
         if status == "preempted":
@@ -211,7 +199,7 @@ class Run:
         if self.owed:  # a signal stopped the evaluation of the step that this attempt starts from
             self.evaluate(self.progress.start, state)
         reader = Reader(
-            self.trackers.log,
+            self.records.trackers.log,
             self.cfg.train.log_every,
             self.progress.accounting,
             max_skipped=self.cfg.train.max_skipped_in_a_row,
@@ -240,7 +228,7 @@ class Run:
         return self.stopped
 
     def batches(self) -> Iterator[Any]:
-        return feed.batches(self.progress, self.mesh, self.cfg.train.batch, self.ledger, self.attempt)
+        return feed.batches(self.progress, self.mesh, self.cfg.train.batch, self.records.ledger, self.attempt)
 
     # What is done now and then
 
@@ -269,7 +257,7 @@ class Run:
         except Interrupted:
             return
         self.evaluations[step] = metrics
-        self.trackers.log(step, {**self.progress.accounting.totals(step), **metrics})
+        self.records.trackers.log(step, {**self.progress.accounting.totals(step), **metrics})
 
     def between_batches(self, step: int, what: str) -> None:
         self.watchdog.beat(f"evaluation of {what} at step {step}")
@@ -292,8 +280,7 @@ class Run:
         (self.workdir / "samples" / f"{step}.txt").write_text(text)
 
     def save(self, step: int, state: TrainState) -> None:
-        for record in self.records:
-            record.sync()
+        self.records.sync()
         every = self.cfg.train.evaluate_every
         owed = every is not None and step % every == 0 and step not in self.evaluations
         meta = {**self.progress.meta(step), "config": configs.digest(self.cfg), "evaluation_owed": owed}
@@ -331,8 +318,9 @@ class Run:
             if self.stopped:
                 return "preempted"
             self.sample(reached, state)
+        self.watchdog.beat("the baselines")
         if group.leads():
-            self.finish(reached)
+            self.records.finish(self.progress, reached, self.evaluations[reached])
         return "finished"
 
     def seal_what_is_in_flight(self, error: BaseException) -> None:
@@ -344,79 +332,3 @@ class Run:
             self.checkpoints.wait()
         except Exception as second:
             logger.warning("%s", second)
-
-    def finish(self, reached: int) -> None:
-        """Write the summary: then the run is finished."""
-        self.watchdog.beat("the baselines")
-        summary = {**self.summary(reached), **self.task.baselines()}
-        self.trackers.summary(summary)
-        for record in self.records:
-            record.sync()
-        files.write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1))
-        self.print_summary(summary)
-
-    def summary(self, step: int) -> dict[str, Any]:
-        counts = count(self.task.spec)
-        totals = self.progress.accounting.counts(step)
-        return {
-            "status": "finished",
-            "step": step,
-            "seed": self.cfg.train.seed,
-            "params/total": counts.total,
-            "params/non_embedding": counts.non_embedding,
-            "params/matmul": counts.matmul,
-            "params/active": counts.active,
-            "tokens": totals.tokens,
-            "flops_6nd": totals.flops_6nd,
-            "flops_causal": totals.flops_causal,
-            "flops_full": totals.flops_full,
-            **{f"epochs/{name}": epochs for name, epochs in self.progress.epochs(totals.samples).items()},
-            "data/fingerprint": self.progress.source.fingerprint,
-            **self.evaluations.get(step, {}),
-        }
-
-    def print_summary(self, summary: dict[str, Any]) -> None:
-        for key, value in summary.items():
-            if key.startswith(("val/", "val_full/")):
-                print(f"{key} {value:.4f}")
-        sample = self.workdir / "samples" / f"{summary['step']}.txt"
-        if sample.exists():
-            print(sample.read_text())
-
-    # Records
-
-    def open_records(self) -> None:
-        """The files of the work directory, by process 0 alone."""
-        if not group.leads():
-            return
-        self.run_id = wandb_id(self.workdir, self.cfg)
-        files.write_atomically(self.workdir / "config.json", configs.to_json(self.cfg))
-        self.task.write_files(self.workdir)
-        self.ledger = Ledger(self.workdir / "ledger.jsonl")
-        self.records.append(self.ledger)
-
-    def make_trackers(self) -> Trackers:
-        """None but at process 0."""
-        if not group.leads():
-            return Trackers([])
-        metrics = JsonlTracker(self.workdir / "metrics.jsonl")
-        self.records.append(metrics)
-        trackers: list[Tracker] = [metrics, ConsoleTracker()]
-        if self.cfg.tracking.wandb != "off":
-            name = self.cfg.tracking.name or self.workdir.name
-            trackers.append(WandbTracker(self.cfg.tracking, self.run_id, name, self.workdir))
-        return Trackers(trackers)
-
-    def information(self) -> dict[str, Any]:
-        """What an attempt says of itself when it starts."""
-        return {
-            "step": self.progress.start,
-            "steps": self.cfg.train.steps,
-            "attempt": self.attempt,
-            "command": self.options.command,
-            "workdir": str(self.workdir),
-            "config": redact(dataclasses.asdict(self.cfg)),
-            "params": dataclasses.asdict(count(self.task.spec)),
-            **self.task.about,
-            "environment": start_up.environment(),
-        }

@@ -51,14 +51,14 @@ def pretrain(cfg: Config) -> Task:
 def without_data(cfg: Config) -> Task:
     """The task as far as it is known without data: enough to compile it, to plan, and to train on batches at hand."""
     model = architectures.build(cfg.model, microbatches=cfg.train.microbatches)
-    rows_BT1 = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)
+    rows_BU = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)
     flops = sequence_flops(model, cfg.data.seq_len)
     return Task(
         cfg=cfg,
         spec=model.spec,
         start=from_run(cfg.train.init_from, model.spec) if cfg.train.init_from else drawn(model.start),
         objective=language_model(model, cfg.train.loss),
-        batch=as_batch(rows_BT1, rows_BT1, np.arange(cfg.train.batch), cfg.data.documents),
+        batch=as_batch(rows_BU, rows_BU, np.arange(cfg.train.batch), cfg.data.documents),
         cost=Cost(1, cfg.data.seq_len, flops.six_nd, flops.causal, flops.full),
     )
 

@@ -46,7 +46,7 @@ def test_named_axes_become_mesh_axes() -> None:
 
 
 def test_one_mesh_axis_serves_one_dimension() -> None:
-    with pytest.raises(ConfigError, match=r"'heads' and 'mlp' .* both lie on mesh.tensor"):
+    with pytest.raises(ConfigError, match=r"'heads' and 'mlp' .* are both sharded along mesh.tensor"):
         partition_spec(("heads", "embed", "mlp"), mesh())
 
 

@@ -32,14 +32,14 @@ def params() -> Params:
 def batches(batch_size: int) -> Iterator[Batch]:
     """The same ROWS windows, the last one ragged, in batches whose last is padded with weight 0."""
     rng = np.random.default_rng(0)
-    tokens_BS = rng.integers(V, size=(ROWS, T + 1)).astype(np.int32)
+    tokens_BU = rng.integers(V, size=(ROWS, T + 1)).astype(np.int32)
     weights_BT = np.ones((ROWS, T), np.float32)
     weights_BT[-1, 7:] = 0
     padding = -ROWS % batch_size
-    tokens_BS, weights_BT = (np.pad(x, ((0, padding), (0, 0))) for x in (tokens_BS, weights_BT))
-    for low in range(0, len(tokens_BS), batch_size):
+    tokens_BU, weights_BT = (np.pad(x, ((0, padding), (0, 0))) for x in (tokens_BU, weights_BT))
+    for low in range(0, len(tokens_BU), batch_size):
         rows = slice(low, low + batch_size)
-        yield Batch(tokens_BS[rows, :-1], tokens_BS[rows, 1:], weights_BT[rows], np.arange(low, low + batch_size))
+        yield Batch(tokens_BU[rows, :-1], tokens_BU[rows, 1:], weights_BT[rows], np.arange(low, low + batch_size))
 
 
 def run(batch_size: int, chunk: int = 256) -> Evaluation:

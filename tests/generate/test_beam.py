@@ -41,8 +41,8 @@ def config(beams: int, length_penalty: float, tokens: int = NEW) -> GenerateConf
 
 def search(seed: int, cfg: GenerateConfig, ends: tuple[int, ...] = (END,)) -> tuple[np.ndarray, np.ndarray]:
     params = MODEL.unstack(random_params(seed))
-    ids_BO, score_B = beam_search(functions(MODEL, V), params, PROMPTS_BT, LENGTHS_B, np.array(ends), cfg=cfg)
-    return np.asarray(ids_BO), np.asarray(score_B)
+    ids_BZ, score_B = beam_search(functions(MODEL, V), params, PROMPTS_BT, LENGTHS_B, np.array(ends), cfg=cfg)
+    return np.asarray(ids_BZ), np.asarray(score_B)
 
 
 @jax.jit
@@ -69,8 +69,8 @@ def every_text() -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("length_penalty", [0.0, 2.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_enough_beams_find_the_best_text(seed: int, length_penalty: float) -> None:
-    ids_BO, score_B = search(seed, config(V**NEW, length_penalty))
-    for prompt, length, ids, score in zip(PROMPTS_BT, LENGTHS_B, ids_BO, score_B, strict=True):
+    ids_BZ, score_B = search(seed, config(V**NEW, length_penalty))
+    for prompt, length, ids, score in zip(PROMPTS_BT, LENGTHS_B, ids_BZ, score_B, strict=True):
         texts = every_text()
         expected = scores(seed, prompt[:length].tolist(), texts, length_penalty)
         assert tuple(ids) == texts[int(expected.argmax())]
@@ -81,8 +81,8 @@ def test_a_text_may_end_in_several_ways() -> None:
     """The best text that ends with either of two tokens, whose places in the vocabulary are then exchanged."""
     other = (END + 1) % V
     for ends in ((END, other), (other, END)):
-        ids_BO, score_B = search(0, config(V**NEW, 0.0), ends)
-        for prompt, length, ids, score in zip(PROMPTS_BT, LENGTHS_B, ids_BO, score_B, strict=True):
+        ids_BZ, score_B = search(0, config(V**NEW, 0.0), ends)
+        for prompt, length, ids, score in zip(PROMPTS_BT, LENGTHS_B, ids_BZ, score_B, strict=True):
             logp = {text: ended_logp(prompt[:length].tolist(), text, ends) for text in texts_until(ends)}
             best = max(logp, key=lambda text: logp[text])
             assert tuple(ids[: len(best)]) == best and set(ids[len(best) :]) <= {ends[0]}
@@ -104,8 +104,8 @@ def ended_logp(prompt: list[int], text: tuple[int, ...], ends: tuple[int, ...]) 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_score_is_that_of_the_text(seed: int, beams: int) -> None:
-    ids_BO, score_B = search(seed, config(beams, 0.6))
-    for prompt, length, ids, score in zip(PROMPTS_BT, LENGTHS_B, ids_BO, score_B, strict=True):
+    ids_BZ, score_B = search(seed, config(beams, 0.6))
+    for prompt, length, ids, score in zip(PROMPTS_BT, LENGTHS_B, ids_BZ, score_B, strict=True):
         assert score == pytest.approx(scores(seed, prompt[:length].tolist(), [tuple(ids)], 0.6)[0], abs=1e-5)
 
 

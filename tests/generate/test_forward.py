@@ -37,33 +37,33 @@ def random_texts() -> np.ndarray:
     return np.random.default_rng(1).integers(V, size=(len(LENGTHS_B), T + STEPS)).astype(np.int32)
 
 
-def stepwise_logits(model: Model, params: Params, texts_BS: np.ndarray) -> np.ndarray:
+def stepwise_logits(model: Model, params: Params, texts_BT: np.ndarray) -> np.ndarray:
     """Logits after each prompt and after each of the tokens that follow it, [B, STEPS + 1, V]."""
     parts = functions(model, V)
     params = model.unstack(params)
     read = jax.jit(functools.partial(prefill, parts), static_argnums=3)
     add = jax.jit(functools.partial(step, parts))
-    prompts_BT = np.where(np.arange(T) < LENGTHS_B[:, None], texts_BS[:, :T], 7)  # 7 is padding
+    prompts_BT = np.where(np.arange(T) < LENGTHS_B[:, None], texts_BT[:, :T], 7)  # 7 is padding
     logits_BV, memory = read(params, prompts_BT, LENGTHS_B, STEPS)
     logits = [logits_BV]
     for position_B in LENGTHS_B + np.arange(STEPS)[:, None]:
-        token_B = texts_BS[np.arange(len(LENGTHS_B)), position_B]
+        token_B = texts_BT[np.arange(len(LENGTHS_B)), position_B]
         logits_BV, memory = add(params, memory, token_B, position_B)
         logits.append(logits_BV)
     return np.stack(logits, axis=1)
 
 
-def whole_logits(model: Model, params: Params, texts_BS: np.ndarray) -> np.ndarray:
+def whole_logits(model: Model, params: Params, texts_BT: np.ndarray) -> np.ndarray:
     """The same from one pass over each whole text."""
-    logits_BSV = np.asarray(jax.jit(model.logits)(params, texts_BS))
+    logits_BSV = np.asarray(jax.jit(model.logits)(params, texts_BT))
     columns = LENGTHS_B[:, None] - 1 + np.arange(STEPS + 1)
     return np.take_along_axis(logits_BSV, columns[:, :, None], axis=1)
 
 
 def check_stepwise(model: Model, params: Params) -> None:
-    texts_BS = random_texts()
+    texts_BT = random_texts()
     np.testing.assert_allclose(
-        stepwise_logits(model, params, texts_BS), whole_logits(model, params, texts_BS), rtol=0, atol=TOLERANCE
+        stepwise_logits(model, params, texts_BT), whole_logits(model, params, texts_BT), rtol=0, atol=TOLERANCE
     )
 
 
@@ -76,25 +76,25 @@ def test_several_tokens_after_a_prompt() -> None:
     """A second pass over several tokens sees the cache and itself, around the ring's end too."""
     model = decoder.build(SLIDING)
     assert model.empty_cache is not None
-    params, tokens_BS = random_params(model.spec), random_texts()
-    whole_BSD = jax.jit(model.hidden)(params, tokens_BS)[0]
-    unstacked, cache = model.unstack(params), model.empty_cache(*tokens_BS.shape)
+    params, tokens_BT = random_params(model.spec), random_texts()
+    whole_BTD = jax.jit(model.hidden)(params, tokens_BT)[0]
+    unstacked, cache = model.unstack(params), model.empty_cache(*tokens_BT.shape)
     hidden, pieces = jax.jit(model.hidden), []
     for low, high in ((0, 7), (7, 11), (11, 12), (12, 21)):
-        positions_BT = np.broadcast_to(np.arange(low, high), (len(tokens_BS), high - low))
-        x_BTD, cache, _ = hidden(unstacked, tokens_BS[:, low:high], positions_BT=positions_BT, cache=cache)
+        positions_BT = np.broadcast_to(np.arange(low, high), (len(tokens_BT), high - low))
+        x_BTD, cache, _ = hidden(unstacked, tokens_BT[:, low:high], positions_BT=positions_BT, cache=cache)
         pieces.append(x_BTD)
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole_BSD, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole_BTD, rtol=0, atol=TOLERANCE)
 
 
 def test_rows_of_a_memory_can_be_reordered() -> None:
     model = decoder.build(SLIDING)
-    parts, params, texts_BS = functions(model, V), model.unstack(random_params(model.spec)), random_texts()
+    parts, params, texts_BT = functions(model, V), model.unstack(random_params(model.spec)), random_texts()
     rows = np.array([2, 0, 2, 1])
     read = jax.jit(functools.partial(prefill, parts, room=STEPS))
     add = jax.jit(functools.partial(step, parts))
-    _, memory = read(params, texts_BS[:, :T], LENGTHS_B)
-    _, expected = read(params, texts_BS[rows, :T], LENGTHS_B[rows])
+    _, memory = read(params, texts_BT[:, :T], LENGTHS_B)
+    _, expected = read(params, texts_BT[rows, :T], LENGTHS_B[rows])
     token_B = np.arange(4)
     taken, _ = add(params, take_rows(memory, rows), token_B, LENGTHS_B[rows])
     fresh, _ = add(params, expected, token_B, LENGTHS_B[rows])

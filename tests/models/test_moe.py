@@ -20,7 +20,7 @@ from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.linear import linear
 from lmjax.models.mlp import mlp
 from lmjax.models.model import Model
-from lmjax.models.moe import moe
+from lmjax.models.moe import moe, routing
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig, hyper
 from lmjax.optim.rules import OPTIMIZERS
@@ -129,7 +129,7 @@ def test_dispatch_equals_a_loop_over_experts(name: str) -> None:
     cfg = LAYERS[name]
     p, (x_BTD, real_BT) = random_layer(cfg), random_input(cfg)
     want = with_gradient(lambda p, x_BTD: dense_reference(p, x_BTD, cfg), p, x_BTD, real_BT)
-    for dispatch in ("dropless", "capacity"):
+    for dispatch in moe.DISPATCHES:
         layer = replace(cfg.moe, dispatch=dispatch, capacity_factor=cfg.moe.experts / cfg.moe.top_k)
         got = with_gradient(mixture_of(replace(cfg, moe=layer), real_BT), p, x_BTD, real_BT)
         assert_close(got, want)
@@ -141,18 +141,18 @@ def mixture_of(cfg: ModelConfig, real_BT: jax.Array) -> Any:
 
 def test_a_tie_goes_to_the_expert_of_lower_index() -> None:
     scores_BTE = jnp.asarray([[[0.1, 0.4, 0.4, 0.1], [0.25, 0.25, 0.25, 0.25]]])
-    routing = moe.choose(scores_BTE, None, jnp.ones((1, 2), bool), MoeConfig(experts=4, top_k=3))
-    assert routing.chosen_BTX.tolist() == [[[1, 2, 0], [0, 1, 2]]]
-    np.testing.assert_allclose(routing.weights_BTX, [[[4 / 9, 4 / 9, 1 / 9], [1 / 3, 1 / 3, 1 / 3]]], rtol=1e-6)
+    chosen = routing.choose(scores_BTE, None, jnp.ones((1, 2), bool), MoeConfig(experts=4, top_k=3))
+    assert chosen.chosen_BTX.tolist() == [[[1, 2, 0], [0, 1, 2]]]
+    np.testing.assert_allclose(chosen.weights_BTX, [[[4 / 9, 4 / 9, 1 / 9], [1 / 3, 1 / 3, 1 / 3]]], rtol=1e-6)
 
 
 def test_a_bias_moves_the_choice_and_not_the_weights() -> None:
     scores_BTE = jnp.asarray([[[0.5, 0.3, 0.2]]])
-    routing = moe.choose(
+    chosen = routing.choose(
         scores_BTE, jnp.asarray([-1.0, 0.0, 0.5]), jnp.ones((1, 1), bool), MoeConfig(experts=3, top_k=2)
     )
-    assert routing.chosen_BTX.tolist() == [[[2, 1]]]
-    np.testing.assert_allclose(routing.weights_BTX, [[[0.4, 0.6]]], rtol=1e-6)
+    assert chosen.chosen_BTX.tolist() == [[[2, 1]]]
+    np.testing.assert_allclose(chosen.weights_BTX, [[[0.4, 0.6]]], rtol=1e-6)
 
 
 # Capacity ---------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_capacity_equals_a_loop_over_tokens(name: str) -> None:
     """Experts fill up token by token, a token's choices by their scores; then as the loop over experts."""
     cfg = replace(LAYERS[name], moe=replace(LAYERS[name].moe, dispatch="capacity", capacity_factor=0.75))
     p, (x_BTD, real_BT) = random_layer(cfg), random_input(cfg)
-    scores_BTE = moe.score(x_BTD @ p["router"], cfg.moe)
+    scores_BTE = routing.score(x_BTD @ p["router"], cfg.moe)
     chosen_BTX = np.argsort(-(scores_BTE + p.get("bias", 0.0)), axis=-1)[..., : cfg.moe.top_k]
     kept_BTE = served(chosen_BTX, np.asarray(real_BT), cfg.moe)
     assert 0.1 < 1 - kept_BTE.sum() / (real_BT.sum() * cfg.moe.top_k) < 0.5
@@ -225,8 +225,10 @@ def test_balance_and_z_losses_by_hand() -> None:
     cfg = MoeConfig(experts=2, top_k=1, normalize=False)
     logits_BTE = jnp.log(jnp.asarray([[[0.8, 0.2], [0.6, 0.4], [0.1, 0.9]]]) * 3)
     real_BT = jnp.asarray([[True, True, False]])
-    scores_BTE = moe.score(logits_BTE, cfg)
-    tally = jax.jit(lambda: moe.observe(logits_BTE, scores_BTE, moe.choose(scores_BTE, None, real_BT, cfg), 0.0, cfg))()
+    scores_BTE = routing.score(logits_BTE, cfg)
+    tally = jax.jit(
+        lambda: routing.observe(logits_BTE, scores_BTE, routing.choose(scores_BTE, None, real_BT, cfg), 0.0, cfg)
+    )()
     assert tally.load_E.tolist() == [2, 0]
     assert float(tally.balance) == pytest.approx(2 * (2 * 0.7), rel=1e-6)
     assert float(tally.router_z) == pytest.approx(2 * np.log(3) ** 2, rel=1e-6)
@@ -235,8 +237,8 @@ def test_balance_and_z_losses_by_hand() -> None:
 def test_perfect_balance_has_the_loss_one() -> None:
     cfg = MoeConfig(experts=4, top_k=2)
     scores_BTE = jax.nn.softmax(10.0 * jnp.asarray([[[1, 1, 0, 0], [0, 0, 1, 1]]] * 5, jnp.float32))
-    routing = moe.choose(scores_BTE, None, jnp.ones((5, 2), bool), cfg)
-    tally = jax.jit(lambda: moe.observe(jnp.log(scores_BTE), scores_BTE, routing, 0.0, cfg))()
+    chosen = routing.choose(scores_BTE, None, jnp.ones((5, 2), bool), cfg)
+    tally = jax.jit(lambda: routing.observe(jnp.log(scores_BTE), scores_BTE, chosen, 0.0, cfg))()
     assert float(tally.balance) == pytest.approx(10, rel=1e-5)
 
 

@@ -1,19 +1,17 @@
 """A mixture of experts in place of an mlp: a router sends each token through the few experts that score highest.
 
-    route      scores in float32, the X highest chosen; on a tie the expert of lower index
-    dispatch   dropless: tokens sorted by expert, one ragged matrix product over all of them
-               capacity: each expert takes C tokens of a sequence, the first that choose it; arrays of fixed size
-    combine    the chosen experts' outputs, weighed by their scores
+    route      scores in float32, the X highest are chosen (routing.py)
+    dispatch   dropless: tokens are sorted by expert, and one ragged matrix product multiplies all of them
+               capacity: each expert takes the first tokens of a sequence that choose it, up to a fixed number
+    combine    the sum of the chosen experts' outputs, weighed by their scores
 
-A sequence is routed by itself. Which of its tokens find room depends on earlier tokens alone (GShard and Switch let the
-first choices of all tokens go before second choices, and share room between sequences: then whether a token passes
-depends on later ones, and on its neighbours in the batch). And the balance loss is that of each sequence, weighed by
-its tokens, so that neither microbatches nor a mesh can change it. Letters beside the legend in model.py:
+A new rule of dispatch is one function and one line in `DISPATCHES`.
 
-    X chosen experts of a token      A = T X choices of a sequence, or of all rows      C room of an expert
+A sequence is routed by itself. Whether one of its tokens is dropped depends on earlier tokens alone. GShard and Switch
+serve the first choices of all tokens before second choices, and share an expert's capacity between sequences: then
+whether a token is dropped depends on later tokens, and on the other sequences of the batch.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +29,8 @@ from lmjax.models.linear import add_bias, linear
 from lmjax.models.mlp import feed_forward, mlp, mlp_weights
 from lmjax.models.moe.exchange import routes, send, send_back
 from lmjax.models.moe.grouped import grouped_dot
+from lmjax.models.moe.routing import Routing, choose, observe, score
+from lmjax.models.moe.routing import Tally as Tally
 from lmjax.weights import Initializer, Params, Spec, Weight, map_weights, zeros
 
 # Weights ----------------------------------------------------------------------------------------------------------
@@ -58,37 +58,24 @@ def _experts(one: Weight, moe: MoeConfig) -> Weight:
 # The layer --------------------------------------------------------------------------------------------------------
 
 
-class Routing(NamedTuple):
-    chosen_BTX: jax.Array
-    """int32, the experts of each token, the highest score first."""
-    weights_BTX: jax.Array
-    """float32, what each one's output is multiplied by."""
-    real_BT: jax.Array
-    """Which tokens are not padding."""
+class Dispatch(NamedTuple):
+    """How tokens reach their experts in training."""
 
-
-class Tally(NamedTuple):
-    """What the router of one layer did, summed over tokens that are not padding."""
-
-    load_E: jax.Array
-    """How many tokens chose each expert."""
-    balance: jax.Array
-    """Of each sequence's balance loss, times its tokens."""
-    router_z: jax.Array
-    """logsumexp(logits)^2."""
-    dropped: jax.Array
-    """Choices that found no room."""
+    run: Callable[[Params, jax.Array, Routing, ModelConfig], tuple[jax.Array, jax.Array]]
+    """(experts, x_BTD, routing, cfg) -> (y_BTD, how many choices were dropped). On a mesh it runs on every device."""
+    whole_rows: bool
+    """Whether a device must see all tokens of a row, in their order, also where rows are sharded along `context` or
+    `tensor`. All of the devices that share a row then compute the same."""
 
 
 def mixture(
     p: Params, x_BTD: jax.Array, real_BT: jax.Array, cfg: ModelConfig, *, training: bool
 ) -> tuple[jax.Array, Tally]:
     """x_BTD through its experts -> (y_BTD, what the router did). Outside training nothing is dropped."""
-    with jax.default_matmul_precision("float32"):  # on accelerators too: a choice hangs on small differences
+    with jax.default_matmul_precision("float32"):  # on accelerators too: small differences decide a choice
         logits_BTE = linear(x_BTD.astype(jnp.float32), p["router"])
-    whole_rows = training and cfg.moe.dispatch == "capacity"
-    routed = _on_devices(functools.partial(_routed, cfg=cfg, whole_rows=whole_rows), whole_rows)
-    y_BTD, tally = routed(p["experts"], p.get("bias"), x_BTD, logits_BTE, real_BT)
+    dispatch = DISPATCHES[cfg.moe.dispatch if training else "dropless"]
+    y_BTD, tally = _on_devices(dispatch, cfg, p["experts"], p.get("bias"), x_BTD, logits_BTE, real_BT)
     if cfg.moe.shared_mlp is not None:
         shared_BTD = mlp(p["shared"], x_BTD, cfg)
         if cfg.moe.shared_gate:
@@ -98,109 +85,50 @@ def mixture(
     return y_BTD, tally
 
 
-Routed = Callable[..., tuple[jax.Array, Tally]]
-
-
-def _on_devices(routed: Routed, whole_rows: bool) -> Routed:
-    """On a mesh each device routes its own tokens; devices of mesh.expert then send them to each other's experts.
-
-    Capacity asks which tokens of a row come first: devices that share rows then all route the whole rows.
-    """
+def _on_devices(
+    dispatch: Dispatch, cfg: ModelConfig, experts: Params, bias_E: jax.Array | None, *tokens: jax.Array
+) -> tuple[jax.Array, Tally]:
+    """`_routed` of x_BTD, logits_BTE and real_BT; on a mesh every device routes its own tokens."""
     if current_mesh() is None:
-        return routed
+        return _routed(dispatch, cfg, experts, bias_E, *tokens)
     devices = mesh_axes("batch")
-    row = ("batch", None if whole_rows else "residual_time", None)
-    rows_lie, everywhere = partition_spec(row), partition_spec(())
+    names = ("batch", None if dispatch.whole_rows else "residual_time", None)
+    experts_specs, tokens_spec, replicated = specs_of(experts), partition_spec(names), partition_spec(())
 
-    def on_mesh(experts: Params, bias_E: jax.Array | None, *rows: jax.Array) -> tuple[jax.Array, Tally]:
-        experts_lie = specs_of(experts)
+    def local(experts: Params, bias_E: jax.Array | None, *tokens: jax.Array) -> tuple[jax.Array, Tally]:
+        T = tokens[0].shape[1]
+        order_T = token_order(T) if dispatch.whole_rows else jnp.arange(T)
+        in_order = (x[:, jnp.argsort(order_T)] for x in tokens)
+        y_BTD, tally = _routed(dispatch, cfg, all_gather(experts, experts_specs), bias_E, *in_order)
+        return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, devices), tally)
 
-        def local(experts: Params, bias_E: jax.Array | None, *rows: jax.Array) -> tuple[jax.Array, Tally]:
-            order_T = token_order(rows[0].shape[1]) if whole_rows else jnp.arange(rows[0].shape[1])
-            in_order = (x[:, jnp.argsort(order_T)] for x in rows)
-            y_BTD, tally = routed(all_gather(experts, experts_lie), bias_E, *in_order)
-            return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, devices), tally)
-
-        rows = tuple(constrain(x, *row[: x.ndim]) for x in rows)
-        in_specs = (experts_lie, everywhere, rows_lie, rows_lie, partition_spec(row[:2]))
-        y_BTD, tally = per_device(local, in_specs, (rows_lie, everywhere))(experts, bias_E, *rows)
-        return constrain(y_BTD, "batch", "time", None), tally
-
-    return on_mesh
+    tokens = tuple(constrain(x, *names[: x.ndim]) for x in tokens)
+    in_specs = (experts_specs, replicated, tokens_spec, tokens_spec, partition_spec(names[:2]))
+    y_BTD, tally = per_device(local, in_specs, (tokens_spec, replicated))(experts, bias_E, *tokens)
+    return constrain(y_BTD, "batch", "time", None), tally
 
 
 def _routed(
+    dispatch: Dispatch,
+    cfg: ModelConfig,
     experts: Params,
     bias_E: jax.Array | None,
     x_BTD: jax.Array,
     logits_BTE: jax.Array,
     real_BT: jax.Array,
-    cfg: ModelConfig,
-    *,
-    whole_rows: bool,
 ) -> tuple[jax.Array, Tally]:
     scores_BTE = score(logits_BTE, cfg.moe)
     routing = choose(scores_BTE, bias_E, real_BT, cfg.moe)
-    if whole_rows:
-        y_BTD, dropped = capacity(experts, x_BTD, routing, cfg)
-    else:
-        y_BTD, dropped = dropless(experts, x_BTD, routing, cfg), jnp.zeros(())
-    shared_by = () if whole_rows else mesh_axes("residual_time")
+    y_BTD, dropped = dispatch.run(experts, x_BTD, routing, cfg)
+    shared_by = () if dispatch.whole_rows else mesh_axes("residual_time")
     return y_BTD, observe(logits_BTE, scores_BTE, routing, dropped, cfg.moe, shared_by)
-
-
-# Routing ----------------------------------------------------------------------------------------------------------
-
-
-def score(logits_BTE: jax.Array, moe: MoeConfig) -> jax.Array:
-    return jax.nn.softmax(logits_BTE, axis=-1) if moe.score == "softmax" else jax.nn.sigmoid(logits_BTE)
-
-
-def choose(scores_BTE: jax.Array, bias_E: jax.Array | None, real_BT: jax.Array, moe: MoeConfig) -> Routing:
-    """The `top_k` highest scores; a bias moves the choice but not the weights (arXiv:2408.15664, equation 3)."""
-    ranked_BTE = scores_BTE if bias_E is None else scores_BTE + bias_E
-    _, chosen_BTX = jax.lax.top_k(jax.lax.stop_gradient(ranked_BTE), moe.top_k)
-    weights_BTX = jnp.take_along_axis(scores_BTE, chosen_BTX, axis=-1)
-    if moe.normalize:
-        weights_BTX /= weights_BTX.sum(axis=-1, keepdims=True) + 1e-20  # sigmoids may all be zero
-    return Routing(chosen_BTX, weights_BTX * moe.scale, real_BT)
-
-
-def observe(
-    logits_BTE: jax.Array,
-    scores_BTE: jax.Array,
-    routing: Routing,
-    dropped: jax.Array,
-    moe: MoeConfig,
-    shared_by: tuple[str, ...] = (),
-) -> Tally:
-    """Sums for the auxiliary losses and the metrics; `shared_by` are the mesh axes whose devices share rows.
-
-    The balance loss of a sequence is E sum_e f_e P_e, with f_e the share of its choices that fell on expert e and P_e
-    its mean probability: Switch (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6) for several choices, and as in
-    DeepSeek-V3 (arXiv:2412.19437, equations 17 to 20) by sequence, sigmoids divided by their sum. 1 is balance.
-    The z-loss is that of ST-MoE (Zoph et al. 2022, arXiv:2202.08906, equation 5).
-    """
-    E, X = scores_BTE.shape[-1], moe.top_k
-    real_BT1 = routing.real_BT[..., None]
-    probabilities_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
-
-    def of_row(x: jax.Array) -> jax.Array:
-        return jax.lax.psum(x, shared_by)
-
-    load_BE = of_row(jnp.sum(jax.nn.one_hot(routing.chosen_BTX, E).sum(axis=2) * real_BT1, axis=1))
-    probability_BE = of_row(jnp.sum(probabilities_BTE * real_BT1, axis=1))
-    tokens_B = jnp.maximum(of_row(routing.real_BT.sum(axis=1)), 1)
-    balance_B = E / X * jnp.sum(load_BE * probability_BE, axis=-1) / tokens_B
-    router_z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * routing.real_BT
-    return Tally(load_BE.sum(axis=0), balance_B.sum(), of_row(router_z_BT.sum()), dropped)
 
 
 # Dispatch ---------------------------------------------------------------------------------------------------------
 
 
-def dropless(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) -> jax.Array:
-    """Every token through all its experts, which may be another device's."""
+def dropless(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Every token through all its chosen experts, which other devices may hold -> (y_BTD, 0 dropped choices)."""
     D, experts = x_BTD.shape[-1], len(p["up"])
     chosen_A = routing.chosen_BTX.reshape(-1)
     order_A = jnp.argsort(chosen_A)
@@ -214,11 +142,12 @@ def dropless(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
         x_RD = send(by, x_AD, ragged=ragged)[order_R]
         y_RD = _sorted_rows(p, x_RD, expert_R[order_R], cfg)[jnp.argsort(order_R)]
         y_AD = send_back(by, y_RD, ragged=ragged)
-    return combine(y_AD[jnp.argsort(order_A)].reshape(*routing.chosen_BTX.shape, D), routing.weights_BTX)
+    y_BTXD = y_AD[jnp.argsort(order_A)].reshape(*routing.chosen_BTX.shape, D)
+    return combine(y_BTXD, routing.weights_BTX), jnp.zeros(())
 
 
 def _sorted_rows(p: Params, x_AD: jax.Array, expert_A: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Rows sorted by expert, multiplied group by group; what comes out of rows without an expert means nothing."""
+    """Multiply rows that are sorted by expert; the results of rows without an expert are undefined."""
     load_E = jnp.bincount(expert_A, length=len(p["up"]))
 
     def project(x_AI: jax.Array, name: str) -> jax.Array:
@@ -230,17 +159,17 @@ def _sorted_rows(p: Params, x_AD: jax.Array, expert_A: jax.Array, cfg: ModelConf
 
 
 def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Every expert takes C tokens of each sequence -> (y_BTD, how many choices found no room).
+    """Every expert takes a fixed number of tokens of each sequence -> (y_BTD, how many choices were dropped).
 
-    A choice without room adds nothing (Lepikhin et al. 2020, arXiv:2006.16668); padding takes no room.
+    A dropped choice adds nothing (Lepikhin et al. 2020, arXiv:2006.16668). Padding takes no slot.
     """
-    (B, T, D), E, C = x_BTD.shape, len(p["up"]) * shards("experts"), room(x_BTD.shape[1], cfg.moe)
-    slots_BA, source_BS = jax.vmap(lambda chosen_TX, real_T: _slots(chosen_TX, real_T, E, C))(
+    (B, T, D), E, slots = x_BTD.shape, len(p["up"]) * shards("experts"), room(x_BTD.shape[1], cfg.moe)
+    slot_BA, source_BQ = jax.vmap(lambda chosen_TX, real_T: _slots(chosen_TX, real_T, E, slots))(
         routing.chosen_BTX, routing.real_BT
     )
     # A slot without a token reads zeros, and so does a choice without a slot: both are out of bounds.
-    x_BSD = jax.vmap(lambda x_TD, source_S: x_TD.at[source_S].get(mode="fill", fill_value=0))(x_BTD, source_BS)
-    x_ERD = x_BSD.reshape(B, E, C, D).swapaxes(0, 1).reshape(E, B * C, D)
+    x_BQD = jax.vmap(lambda x_TD, source_Q: x_TD.at[source_Q].get(mode="fill", fill_value=0))(x_BTD, source_BQ)
+    x_ERD = x_BQD.reshape(B, E, slots, D).swapaxes(0, 1).reshape(E, B * slots, D)
 
     def project(x_ERI: jax.Array, name: str) -> jax.Array:
         y_ERO = jnp.einsum("ERI,EIO->ERO", x_ERI, p[name], preferred_element_type=x_ERI.dtype)
@@ -248,10 +177,10 @@ def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
         return y_ERO if bias_EO is None else add_bias(y_ERO, bias_EO[:, None])
 
     y_ERD = feed_forward(project, x_ERD, cfg) if shards("experts") == 1 else _exchanged(project, x_ERD, cfg)
-    y_BSD = y_ERD.reshape(E, B, C, D).swapaxes(0, 1).reshape(B, E * C, D)
-    y_BAD = jax.vmap(lambda y_SD, slots_A: y_SD.at[slots_A].get(mode="fill", fill_value=0))(y_BSD, slots_BA)
+    y_BQD = y_ERD.reshape(E, B, slots, D).swapaxes(0, 1).reshape(B, E * slots, D)
+    y_BAD = jax.vmap(lambda y_QD, slot_A: y_QD.at[slot_A].get(mode="fill", fill_value=0))(y_BQD, slot_BA)
     chosen = routing.real_BT.sum() * cfg.moe.top_k
-    dropped = (chosen - (slots_BA < E * C).sum()).astype(jnp.float32)
+    dropped = (chosen - (slot_BA < E * slots).sum()).astype(jnp.float32)
     return combine(y_BAD.reshape(B, T, cfg.moe.top_k, D), routing.weights_BTX), dropped
 
 
@@ -263,29 +192,36 @@ def _exchanged(project: Callable[[jax.Array, str], jax.Array], x_ERD: jax.Array,
 
 
 def room(T: int, moe: MoeConfig) -> int:
-    """C, how many of a sequence's T tokens an expert takes."""
+    """How many slots an expert has for a sequence of T tokens: its capacity."""
     assert moe.experts is not None
     return min(T, math.ceil(moe.capacity_factor * moe.top_k * T / moe.experts))
 
 
-def _slots(chosen_TX: jax.Array, real_T: jax.Array, E: int, C: int) -> tuple[jax.Array, jax.Array]:
-    """(the slot of each choice, the token of each slot), S = E C slots; out of bounds where there is none.
+def _slots(chosen_TX: jax.Array, real_T: jax.Array, E: int, slots: int) -> tuple[jax.Array, jax.Array]:
+    """(slot_A, the slot of each choice; source_Q, the token of each slot); an index out of bounds means none.
 
-    Choices are served in the order of tokens, a token's own in the order of their scores.
+    Choices are served in the order of tokens, and those of one token in the order of their scores.
     """
     T, X = chosen_TX.shape
     expert_A = chosen_TX.reshape(-1)
     asked_AE = jax.nn.one_hot(expert_A, E, dtype=jnp.int32) * jnp.repeat(real_T, X)[:, None]
     before_A = jnp.sum((jnp.cumsum(asked_AE, axis=0) - asked_AE) * asked_AE, axis=1)
-    served_A = (before_A < C) & jnp.repeat(real_T, X)
-    slots_A = jnp.where(served_A, expert_A * C + before_A, E * C)
-    source_S = jnp.full(E * C, T).at[slots_A].set(jnp.arange(T * X) // X, mode="drop")
-    return slots_A, source_S
+    served_A = (before_A < slots) & jnp.repeat(real_T, X)
+    slot_A = jnp.where(served_A, expert_A * slots + before_A, E * slots)
+    source_Q = jnp.full(E * slots, T).at[slot_A].set(jnp.arange(T * X) // X, mode="drop")
+    return slot_A, source_Q
 
 
 def combine(y_BTXD: jax.Array, weights_BTX: jax.Array) -> jax.Array:
     """The weighted sum over a token's experts, in float32."""
     return jnp.sum(y_BTXD * weights_BTX[..., None], axis=2).astype(y_BTXD.dtype)
+
+
+# Rules of dispatch by the names that `model.moe.dispatch` takes.
+DISPATCHES: dict[str, Dispatch] = {
+    "dropless": Dispatch(dropless, whole_rows=False),
+    "capacity": Dispatch(capacity, whole_rows=True),
+}
 
 
 # Losses and balance -----------------------------------------------------------------------------------------------

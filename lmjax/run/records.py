@@ -1,0 +1,103 @@
+"""What a run writes of itself as it goes: config, ledger, metrics, summary. Process 0 alone writes."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from lmjax import config as configs
+from lmjax.process import group, start_up
+from lmjax.record import files
+from lmjax.record.console import ConsoleTracker
+from lmjax.record.ledger import Ledger
+from lmjax.record.redact import redact
+from lmjax.record.tracking import JsonlTracker, Status, Tracker, Trackers
+from lmjax.record.wandb_tracker import WandbTracker
+from lmjax.run.progress import Progress
+from lmjax.run.workdir import wandb_id
+from lmjax.tasks.task import Task
+from lmjax.weights import count
+
+
+class Records:
+    """The open files and trackers of one attempt; at other processes than 0 every method does nothing."""
+
+    def __init__(self, workdir: epath.Path, task: Task) -> None:
+        self.workdir, self.task = workdir, task
+        self.ledger: Ledger | None = None
+        self.trackers = Trackers([])
+        self._appended: list[Ledger | JsonlTracker] = []
+        if not group.leads():
+            return
+        run_id = wandb_id(workdir, task.cfg)
+        files.write_atomically(workdir / "config.json", configs.to_json(task.cfg))
+        task.write_files(workdir)
+        self.ledger, metrics = Ledger(workdir / "ledger.jsonl"), JsonlTracker(workdir / "metrics.jsonl")
+        self._appended = [self.ledger, metrics]
+        views: list[Tracker] = [ConsoleTracker()]
+        tracking = task.cfg.tracking
+        if tracking.wandb != "off":
+            views.append(WandbTracker(tracking, run_id, tracking.name or workdir.name, workdir))
+        self.trackers = Trackers([metrics, *views])
+
+    def start(self, progress: Progress, attempt: int, command: str) -> None:
+        """Say what an attempt is, when it starts."""
+        cfg = self.task.cfg
+        self.trackers.start(
+            {
+                "step": progress.start,
+                "steps": cfg.train.steps,
+                "attempt": attempt,
+                "command": command,
+                "workdir": str(self.workdir),
+                "config": redact(dataclasses.asdict(cfg)),
+                "params": dataclasses.asdict(count(self.task.spec)),
+                **self.task.about,
+                "environment": start_up.environment(),
+            }
+        )
+
+    def sync(self) -> None:
+        """Force what was appended to the storage: before a checkpoint is sealed."""
+        for one in self._appended:
+            one.sync()
+
+    def finish(self, progress: Progress, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the summary: then the run is finished. `metrics` are those of the last evaluation."""
+        summary = {**summarize(self.task, progress, step), **metrics, **self.task.baselines()}
+        self.trackers.summary(summary)
+        self.sync()
+        files.write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1))
+        for key, value in summary.items():
+            if key.startswith(("val/", "val_full/")):
+                print(f"{key} {value:.4f}")
+        sample = self.workdir / "samples" / f"{step}.txt"
+        if sample.exists():
+            print(sample.read_text())
+
+    def close(self, status: Status) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+        self.trackers.close(status)
+
+
+def summarize(task: Task, progress: Progress, step: int) -> dict[str, Any]:
+    """What training up to `step` cost."""
+    counts, spent = count(task.spec), progress.accounting.counts(step)
+    return {
+        "status": "finished",
+        "step": step,
+        "seed": task.cfg.train.seed,
+        "params/total": counts.total,
+        "params/non_embedding": counts.non_embedding,
+        "params/matmul": counts.matmul,
+        "params/active": counts.active,
+        "tokens": spent.tokens,
+        "flops_6nd": spent.flops_6nd,
+        "flops_causal": spent.flops_causal,
+        "flops_full": spent.flops_full,
+        **{f"epochs/{name}": epochs for name, epochs in progress.epochs(spent.samples).items()},
+        "data/fingerprint": progress.source.fingerprint,
+    }
