@@ -40,32 +40,74 @@ for setting in sys.argv[1:]:
     assert np.isfinite(changed) and changed != default, (setting, changed, default)
 """
 
+# A mixer with a state of its own decodes what it computes over whole rows, whatever padding is beside them; and its
+# FLOPs, as counted, are those of the program.
+MIXER = """
+import jax, jax.numpy as jnp, numpy as np
+from lmjax.generate.config import GenerateConfig
+from lmjax.generate.decode import generate_ids
+from lmjax.models import architectures
+from lmjax.models.config import ModelConfig
+from lmjax.models.flops import program_flops
+from lmjax.weights import count, initialize
+
+cfg = ModelConfig(vocab=31, layers=3, embed=16, mlp=32, pattern=("gla", "global"))
+model = architectures.build(cfg)
+params = jax.tree.map(lambda w: 2 * w, initialize(model.spec, jax.random.key(0)))
+prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+settings = GenerateConfig(tokens=6, temperature=0)
+found = generate_ids(model, params, prompts, settings, endoftext=30, vocab=31, stops=(-1,))
+for prompt, ids in zip(prompts, found):
+    row = [*prompt]
+    for token in ids:
+        assert token == int(jnp.argmax(model.logits(params, jnp.array([row]))[0, -1])), (prompt, ids)
+        row.append(token)
+tokens_BT = jnp.zeros((1, 8), jnp.int32)
+forward = program_flops(lambda params: model.logits(params, tokens_BT), params)
+assert forward == 2 * count(model.spec).matmul * 8 + model.mixing_flops(8, causal=False), forward
+"""
+
+MIXTURE = """
+from lmjax.data.config import DataConfig
+from lmjax.data.mixture import MIXTURES
+
+assert MIXTURES[DataConfig(mixture="by_root").mixture]([1.0, 2.0], [4, 9]) == [2.0, 6.0]
+"""
+
 
 def apply(section: str, package: Path) -> str:
     """Make a section's change in a copy of the package; returns the setting that selects it."""
-    path, registry = re.search(r"In `(.+?\.py)`", section)[1], re.search(r"a line in `(\w+)`", section)[1]
-    function, line = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    path, registry = (
+        re.search(r"In (?:the new file )?`(.+?\.py)`", section)[1],
+        re.search(r"a line in `(\w+)`", section)[1],
+    )
+    code, line = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     assert line.count("\n") == 1
+    if elsewhere := re.search(r"after `(from .+?)`, a line in `\w+` of `(.+?\.py)`", section):
+        assert not (package / path).exists()
+        (package / path).write_text(code)
+        path, code = elsewhere[2], f"{elsewhere[1]}\n"
     source = (package / path).read_text()
     before, opening, after = re.split(rf"^({registry}\b.*\{{\n)", source, maxsplit=1, flags=re.MULTILINE)
-    (package / path).write_text(f"{before}{function}\n\n{opening}{line}{after}")
+    (package / path).write_text(f"{before}{code}\n\n{opening}{line}{after}")
     return re.search(r"--config\.(\S+?)`", section)[1]
-
-
-def files_that_differ(package: Path) -> int:
-    return sum(path.read_text() != (ROOT / path.relative_to(package)).read_text() for path in package.rglob("*.py"))
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.split("\n")[0])
 def test_each_change_touches_one_file(section: str, tmp_path: Path) -> None:
+    """And adds one at most."""
     shutil.copytree(ROOT / "lmjax", tmp_path / "lmjax")
     apply(section, tmp_path)
-    assert files_that_differ(tmp_path) == 1
+    there = {path: ROOT / path.relative_to(tmp_path) for path in tmp_path.rglob("*.py")}
+    assert sum(old.exists() and new.read_text() != old.read_text() for new, old in there.items()) == 1
+    assert sum(not old.exists() for old in there.values()) == ("new file" in section)
 
 
 def test_the_changes_work(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "lmjax", tmp_path / "lmjax")
     settings = [apply(section, tmp_path) for section in SECTIONS]
-    command = [sys.executable, "-c", PROGRAM, *settings]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    models = [setting for setting in settings if not setting.startswith("data.")]
+    for program, arguments in ((PROGRAM, models), (MIXER, []), (MIXTURE, [])):
+        command = [sys.executable, "-c", program, *arguments]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from lmjax.config import Config
+from lmjax.data.config import DataConfig
+from lmjax.data.mixture import MIXTURES
 from lmjax.models.activations import ACTIVATIONS
+from lmjax.models.architectures import ARCHITECTURES
 from lmjax.models.attention.attention import BACKENDS
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.moe.moe import DISPATCHES
@@ -16,6 +20,7 @@ from lmjax.models.remat import REMAT
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig
 from lmjax.optim.rules import OPTIMIZERS
 from lmjax.optim.schedules import SCHEDULES
+from lmjax.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lmjax").rglob("*.py"))
@@ -260,6 +265,9 @@ def test_modules_say_what_they_are_for(path: Path) -> None:
         (ModelConfig, "remat", REMAT, set()),
         (OptimizerConfig, "name", OPTIMIZERS, set()),
         (ScheduleConfig, "name", SCHEDULES, set()),
+        (ModelConfig, "architecture", ARCHITECTURES, set()),
+        (DataConfig, "mixture", MIXTURES, set()),
+        (Config, "task", TASKS, set()),
     ],
 )
 def test_every_registered_thing_can_be_chosen(config: type, field: str, registry: dict, others: set[str]) -> None:

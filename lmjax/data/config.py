@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lmjax.errors import ConfigError
-from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, Size, config_class
+from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, Size, config_class, names_in, one_of
 
 _LEAST = 1e-9  # share of the documents that can be for validation
 
@@ -105,6 +105,8 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
     """The mixture, by name."""
+    mixture: Annotated[str, one_of(names_in("lmjax.data.mixture", "MIXTURES"))] = "by_weight"
+    """What the sources' shares of the samples are: their weights, or weight times size."""
     seq_len: Size = 256
     """Tokens per row."""
     documents: Literal["joined", "separate"] = "joined"

@@ -10,7 +10,7 @@ import numpy as np
 
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig, SourceConfig
-from lmjax.data.mixture import SHORTEST, Mixture, close_resolution
+from lmjax.data.mixture import MIXTURES, SHORTEST, Mixture, close_resolution
 from lmjax.data.store.dataset import Dataset, check_same_tokenizer, open_dataset, verify_dataset
 from lmjax.data.store.shards import TokenSplit
 from lmjax.data.windows import Windows, as_batch
@@ -58,6 +58,7 @@ class _Source:
     name: str
     windows: Windows
     order: str
+    tokens: int
     vocab_size: int
 
 
@@ -95,7 +96,8 @@ class Loader:
         self.batch_size = batch_size
         self._rows = np.arange(batch_size) if rows is None else rows
         self._sources = _open_sources(cfg)
-        self._weights = tuple(cfg.sources[source.name].weight for source in self._sources)
+        given = [cfg.sources[source.name].weight for source in self._sources]
+        self._weights = tuple(MIXTURES[cfg.mixture](given, [source.tokens for source in self._sources]))
         self.next_sample, self._origin = self._resume(start, allow_data_change)
         known = {} if isinstance(start, int) else start["sources"]
         self._away = {name: position for name, position in known.items() if name not in cfg.sources}
@@ -173,7 +175,9 @@ class Loader:
             "order": _ORDER,
             "documents": self._cfg.documents,
             "origin": origin,
-            "sources": {source.name: [source.order, self._cfg.sources[source.name].weight] for source in self._sources},
+            "sources": {
+                source.name: [source.order, weight] for source, weight in zip(self._sources, self._weights, strict=True)
+            },
         }
         return files.hash_bytes(json.dumps(content, sort_keys=True).encode())
 
@@ -261,4 +265,5 @@ def _open(cfg: DataConfig, source: SourceConfig) -> Dataset:
 def _source(cfg: DataConfig, name: str, dataset: Dataset) -> _Source:
     split: TokenSplit = dataset.split("train")
     order = files.hash_bytes(json.dumps([_ORDER, split.hash, cfg.seq_len, cfg.seed]).encode())
-    return _Source(name, Windows(split, cfg.seq_len, cfg.seed, cfg.documents), order, dataset.manifest.vocab_size)
+    windows = Windows(split, cfg.seq_len, cfg.seed, cfg.documents)
+    return _Source(name, windows, order, split.n_tokens, dataset.manifest.vocab_size)

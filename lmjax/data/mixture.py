@@ -9,9 +9,27 @@ import fractions
 import functools
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+Rule = Callable[[Sequence[float], Sequence[int]], Sequence[float]]
+"""(the sources' weights, their tokens) -> what each one's share of the samples is proportional to"""
+
+
+def by_weight(weights: Sequence[float], tokens: Sequence[int]) -> Sequence[float]:
+    return weights
+
+
+def by_size(weights: Sequence[float], tokens: Sequence[int]) -> Sequence[float]:
+    """A source of weight 1 is read as often as any other: shares follow its tokens."""
+    return [weight * size for weight, size in zip(weights, tokens, strict=True)]
+
+
+MIXTURES: dict[str, Rule] = {
+    "by_weight": by_weight,
+    "by_size": by_size,
+}
 
 SHORTEST, LONGEST = 1 << 16, 1 << 20
 _CLOSE = 1e-3  # how far, as a part of itself, rounding may take a share from its weight

@@ -81,13 +81,13 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _encode(value: Any) -> Any:
-    """Plain JSON values; array scalars become Python numbers."""
+    """Plain JSON values; arrays become Python numbers and lists."""
     if isinstance(value, Mapping):
         return {str(name): _encode(child) for name, child in value.items()}
     if isinstance(value, (list, tuple)):
         return [_encode(child) for child in value]
-    if hasattr(value, "item"):
-        value = value.item()
+    if hasattr(value, "tolist"):
+        return _encode(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

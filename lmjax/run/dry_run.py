@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from lmjax.config import Config
+from lmjax.data.mixture import MIXTURES
 from lmjax.data.store import manifest
 from lmjax.data.store.manifest import Manifest
 from lmjax.errors import ConfigError
@@ -30,14 +31,15 @@ def describe(cfg: Config) -> Iterator[str]:
         f"on each of {devices} device(s), activations not counted"
     )
     tokens = cfg.train.steps * cfg.train.batch * cfg.data.seq_len
-    total = sum(source.weight for source in cfg.data.sources.values())
-    for name, found in manifests.items():
-        if found is None:
+    sizes = [0 if found is None else found.splits["train"].tokens for found in manifests.values()]
+    weights = MIXTURES[cfg.data.mixture]([source.weight for source in cfg.data.sources.values()], sizes)
+    for name, available, weight in zip(manifests, sizes, weights, strict=True):
+        if available == 0:
             yield f"data         {name}: not prepared yet"
             continue
-        available = found.splits["train"].tokens
-        epochs = tokens * cfg.data.sources[name].weight / total / available
-        yield f"data         {name}: {available:,} tokens, {epochs:.2f} epochs"
+        known = all(sizes) or cfg.data.mixture == "by_weight"
+        epochs = f"{tokens * weight / sum(weights) / available:.2f} epochs" if known else "epochs not known yet"
+        yield f"data         {name}: {available:,} tokens, {epochs}"
 
 
 def size(task: Task) -> Iterator[str]:

@@ -43,7 +43,7 @@ class Reader:
     def __init__(self, log: Log, every: int, accounting: Accounting, *, max_skipped: int, skipped: int) -> None:
         """`skipped` is how many updates in a row were left out before this attempt."""
         self._log, self._every, self._accounting = log, every, accounting
-        self._max_skipped, self._skipped = max_skipped, skipped
+        self._max_skipped, self._skipped = max_skipped, np.asarray(skipped)
         self.resume_clock(accounting.start)
 
     def resume_clock(self, step: int) -> None:
@@ -53,10 +53,12 @@ class Reader:
     def read(self, step: int, metrics: Metrics) -> None:
         """Raises NumericalError after too many skipped updates in a row."""
         values = finish(metrics)
-        self._skipped = self._skipped + 1 if values["skipped"] else 0
-        if self._skipped > self._max_skipped:
+        self._skipped = np.where(
+            np.greater(values["skipped"], 0), self._skipped + 1, 0
+        )  # of each run, where many train
+        if (most := int(self._skipped.max())) > self._max_skipped:
             raise NumericalError(
-                f"step {step}: the loss or its gradient was not finite {self._skipped} steps in a row "
+                f"step {step}: the loss or its gradient was not finite {most} steps in a row "
                 f"(train.max_skipped_in_a_row={self._max_skipped}); lower optimizer.learning_rate or look at the data"
             )
         if step % self._every:
@@ -68,7 +70,7 @@ class Reader:
         self.resume_clock(step)
 
 
-def _named(values: dict[str, float]) -> dict[str, float]:
+def _named(values: dict[str, Any]) -> dict[str, Any]:
     optim = {"grad_norm", "lr", "skipped"}
     return {f"{'optim' if name in optim else 'train'}/{name}": value for name, value in values.items()}
 

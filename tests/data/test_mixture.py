@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
-from lmjax.data.mixture import Mixture
+from lmjax.data.mixture import MIXTURES, Mixture
 
 weights_lists = st.lists(st.sampled_from([0.05, 0.1, 0.3, 0.7, 1, 2, 3, 5, 1 / 3]), min_size=1, max_size=7)
 
@@ -70,3 +70,11 @@ def test_a_changed_mixture_goes_on_from_given_cursors():
     assert np.array_equal(np.sort(cursor[source == 0]), [250, 251, 252])
     assert np.array_equal(np.sort(cursor[source == 1]), [0, 1, 2])
     assert changed.cursors(1000) == [250, 0] and changed.cursors(1006) == [253, 3]
+
+
+def test_rules_make_shares_of_weights_and_sizes():
+    weights, sizes = [1.0, 3.0], [200, 100]
+    assert MIXTURES["by_weight"](weights, sizes) == weights
+    assert Mixture(MIXTURES["by_size"](weights, sizes)).shares == (2, 3)
+    for rule in MIXTURES.values():
+        assert len(rule(weights, sizes)) == 2 and min(rule(weights, sizes)) > 0

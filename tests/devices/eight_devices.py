@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from lmjax.config import Config
 from lmjax.data.batch import Batch
@@ -24,7 +26,7 @@ from lmjax.devices import place
 from lmjax.devices.config import MeshConfig
 from lmjax.devices.gather import whole_copies
 from lmjax.devices.mesh import GATHERED, LAYOUTS, RULES, make_mesh, mesh_axes, shardings
-from lmjax.devices.rows import check_batch, map_arrays, row_sharding
+from lmjax.devices.rows import axes, check_batch, map_arrays, row_sharding, time_order
 from lmjax.errors import ConfigError
 from lmjax.hf.families import FAMILIES
 from lmjax.hf.imported import Imported, write_checkpoint
@@ -320,6 +322,27 @@ def test_every_optimizer_updates_split_experts(name: str) -> None:
     for got, want in zip(jax.tree.leaves(after), jax.tree.leaves((params, state)), strict=True):
         spec_of_got, spec_of_want = (tuple(getattr(x.sharding, "spec", ())) for x in (got, want))  # a count has none
         assert spec_of_got == spec_of_want
+
+
+@flax.struct.dataclass
+class Seen:
+    """A batch with an image beside each row's text."""
+
+    tokens_BT: Any = axes("batch time")
+    patches_BPD: Any = axes("batch patch embed")
+    ids_B: Any = axes("batch")
+
+
+def test_only_what_has_a_time_axis_is_put_in_the_order_of_time() -> None:
+    """Devices that share rows hold zig-zag parts of their tokens; other axes stay as they are, and whole."""
+    mesh = make_mesh(MeshConfig(layout="fsdp+cp", context=4))
+    batch = Seen(np.arange(B * T).reshape(B, T), np.arange(B * 8 * 3).reshape(B, 8, 3), np.arange(B))
+    placed = place.shard_batch(batch, mesh, B)
+    assert placed.tokens_BT.sharding.spec == PartitionSpec("fsdp", "context")
+    np.testing.assert_array_equal(placed.tokens_BT, batch.tokens_BT[:, time_order(T, 4)])
+    assert placed.patches_BPD.sharding.spec == PartitionSpec("fsdp", None, None)
+    np.testing.assert_array_equal(placed.patches_BPD, batch.patches_BPD)
+    np.testing.assert_array_equal(placed.ids_B, batch.ids_B)
 
 
 def summed_loss(model: Model) -> Callable[[Any, Batch], jax.Array]:

@@ -1,0 +1,115 @@
+"""From a task to a step: what a config's numbers decide of the program, and what they do not."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax.config import Config
+from lmjax.data.config import DataConfig
+from lmjax.models.config import ModelConfig, MoeConfig
+from lmjax.optim.config import ScheduleConfig
+from lmjax.run import assemble
+from lmjax.tasks.pretrain import without_data
+from lmjax.train.config import LossConfig, TrainConfig
+from lmjax.train.step import Step
+
+MOE = MoeConfig(experts=4, score="sigmoid", bias_rate=1e-3, router_z_weight=1e-3)
+SIZES = {"vocab": 31, "layers": 2, "embed": 16, "mlp": 32, "moe": MOE}
+RATES = {"dropout": 0.1, "attention_dropout": 0.2, "embed_dropout": 0.3, "init_std": 0.02}
+BASE = Config(
+    model=ModelConfig(**SIZES, **RATES),
+    data=DataConfig(seq_len=16),
+    train=TrainConfig(batch=4, loss=LossConfig(z_weight=1e-4)),
+)
+
+
+@functools.cache
+def compiled() -> Step:
+    return assemble.compiled_step(assemble.assemble(without_data(BASE)))
+
+
+def program(cfg: Config) -> str:
+    """The train step's, as it is handed to XLA."""
+    experiment = assemble.assemble(without_data(cfg))
+    arguments = assemble.abstract_state(experiment), {}, assemble.abstract_batch(experiment)
+    return assemble.jitted_step(experiment).lower(*arguments).as_text()
+
+
+def changed(**settings: object) -> Config:
+    """The base config with settings of the model, of `moe__`, `train__`, `loss__` and `optimizer__`."""
+    groups: dict[str, dict] = {"model": {}, "moe": {}, "train": {}, "loss": {}, "optimizer": {}}
+    for name, value in settings.items():
+        group, _, field = name.rpartition("__")
+        groups[group or "model"][field] = value
+    moe = replace(BASE.model.moe, **groups["moe"])
+    return replace(
+        BASE,
+        model=replace(BASE.model, moe=moe, **groups["model"]),
+        optimizer=replace(BASE.optimizer, **groups["optimizer"]),
+        train=replace(BASE.train, loss=replace(BASE.train.loss, **groups["loss"]), **groups["train"]),
+    )
+
+
+def test_runs_that_differ_only_in_scalars_share_one_program() -> None:
+    other = changed(
+        dropout=0.5,
+        attention_dropout=0.6,
+        embed_dropout=0.7,
+        init_std=0.5,
+        embed_init_std=0.6,
+        residual_init_scale=0.7,
+        moe__balance_weight=0.5,
+        moe__router_z_weight=0.6,
+        moe__bias_rate=0.7,
+        loss__z_weight=0.5,
+        train__seed=7,
+        train__steps=123,
+        optimizer__learning_rate=0.5,
+        optimizer__weight_decay=0.6,
+        optimizer__schedule=ScheduleConfig(warmup=3, final_fraction=0.3),
+    )
+    assert program(other) == program(BASE)
+    assert program(changed(activation="silu")) != program(BASE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"init_std": 0.5}, {"embed_init_std": 0.6}, {"residual_init_scale": 0.7}, {"train__seed": 7}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_they_start_differently(settings: dict[str, float]) -> None:
+    states = [assemble.initial_state(assemble.assemble(without_data(cfg))) for cfg in (BASE, changed(**settings))]
+    same = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), *(state.params for state in states))
+    assert not all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dropout": 0.5},
+        {"attention_dropout": 0.6},
+        {"embed_dropout": 0.7},
+        {"moe__balance_weight": 0.5},
+        {"moe__router_z_weight": 0.6},
+        {"moe__bias_rate": 0.7},
+        {"loss__z_weight": 0.5},
+        {"optimizer__learning_rate": 0.5},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_they_train_differently(settings: dict[str, float]) -> None:
+    """Each scalar reaches what it is a scalar of: under one compiled step another value gives another update."""
+    step = compiled()
+    ids_BU = np.random.default_rng(0).integers(0, 31, (4, 17)).astype(np.int32)
+    base = assemble.assemble(without_data(BASE))
+    batch = replace(base.task.batch, tokens_BT=ids_BU[:, :-1], targets_BT=ids_BU[:, 1:])
+    after = []
+    for cfg in (BASE, changed(**settings)):
+        scalars = assemble.all_scalars(assemble.assemble(without_data(cfg)))
+        state = assemble.initial_state(base).replace(hyper=scalars)
+        after.append(step(state, {}, batch)[0].params)
+    same = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), *after)
+    assert not all(jax.tree.leaves(same))
