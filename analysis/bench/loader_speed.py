@@ -1,6 +1,6 @@
 """How many tokens a CPU-second of data loading gives: the whole path through Grain, beside plain numpy.
 
-    python analysis/bench/loader_speed.py [--data=PREPARED_DIRECTORY] [--seq_len=256] [--batches=2000]
+    python -m analysis.bench.loader_speed [--data=PREPARED_DIRECTORY] [--seq_len=256] [--batches=2000]
 
 Without --data it prepares the standard library's source code as bytes (about 11 million tokens) in a temporary folder.
 Convention: tokens are the inputs of a batch, B x T; CPU-seconds are `time.process_time`, which counts every thread;

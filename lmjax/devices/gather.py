@@ -17,7 +17,7 @@ from lmjax.devices.mesh import GATHER, GATHERED, RULES, Names, all_axes, axes_of
 from lmjax.weights import Spec, Weight, map_weights
 
 
-def whole_copies(x: jax.Array, batch_axes: Names) -> jax.Array:
+def gather_copies(x: jax.Array, batch_axes: Names) -> jax.Array:
     """Reshard a stack of matrices so that no matrix is cut: the stack's first axis is sharded instead.
 
     `batch_axes` are the names of the stack's axes. The first is sharded along as many of the mesh axes that cut a

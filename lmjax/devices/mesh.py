@@ -209,7 +209,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x if current_mesh() is None else checkpoint_name(jax.sharding.reshard(x, partition_spec(names)), CONSTRAIN)
 
 
-def split_in_front(x: jax.Array, names: Names) -> jax.Array:
+def constrain_leading(x: jax.Array, names: Names) -> jax.Array:
     """Reshard the first axes of `x` as their names say; the others keep their sharding."""
     if current_mesh() is None:
         return x

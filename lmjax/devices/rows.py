@@ -1,4 +1,4 @@
-"""The rows of a batch on the devices: a batch says which axes its arrays have, and from them follows where they lie.
+"""The rows of a batch on the devices: a batch says which axes its arrays have, and its shardings follow.
 
     @flax.struct.dataclass
     class Pairs:
@@ -7,7 +7,7 @@
         patches_BPD: Any = axes("batch patch embed")
 
 `batch` comes first and is spread over the devices that see different rows, `time` over those that share a row, whose
-tokens then lie in `time_order`. All other axes stay whole.
+tokens are then in `time_order`. All other axes are replicated.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def map_arrays(function: Callable[[str, Any], Any], batch: B) -> B:
 
 
 def time_order(T: int, context: int) -> np.ndarray:
-    """Which token of a row lies at each place of the time axis, [T], when `context` devices share the row.
+    """Which token of a row is at each place of the time axis, [T], when `context` devices share the row.
 
     Device i of n holds chunks i and 2n - 1 - i of the row's 2n chunks: under a causal mask early tokens have little to
     attend to and late ones much, and so every device has the same (zig-zag order: Zhu, github.com/zhuzilin/

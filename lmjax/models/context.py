@@ -49,7 +49,7 @@ class Mixer(NamedTuple):
     """One way for tokens to see each other, by its name in `model.pattern`."""
 
     name: str
-    """Where its weights lie in a layer's params."""
+    """The key of its weights in a layer's params."""
     weights: Callable[[ModelConfig, Initializer, Initializer], Spec]
     """(cfg, initializer into the layer, initializer out of it) -> the weights of one layer"""
     mix: Mix

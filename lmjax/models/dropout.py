@@ -1,4 +1,4 @@
-"""Dropout whose masks have names: (sample, layer, site) says which entries are zeroed, on whatever devices they lie."""
+"""Dropout whose masks have names: (sample, layer, site) says which entries are zeroed, whichever devices hold them."""
 
 import functools
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def site_key(key: jax.Array, layer: int | jax.Array, site: int) -> jax.Array:
 
 
 def bernoulli(key: jax.Array, p: Rate, T: int, D: int) -> jax.Array:
-    """`jax.random.bernoulli(key, p, (T, D))` of a row's tokens, as they lie in the residual stream.
+    """`jax.random.bernoulli(key, p, (T, D))` of a row's tokens, sharded as the residual stream is.
 
     On a mesh every device draws the bits of its own tokens. Entry i of threefry's stream depends on i alone, so they
     are the bits of a single device, whatever order the tokens are in.

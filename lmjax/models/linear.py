@@ -17,7 +17,7 @@ def linear(
     """x[*rows, *in] @ w[*in, *out] + bias[*out] -> [*rows, *out], contracting the `contract` axes named in.
 
     `dtype` is the result's type (default: that of x); the sum itself is kept at least in float32 by XLA. On a mesh rows
-    stay where they are and outputs lie as the weight's. The bias is float32.
+    stay where they are and outputs are sharded as the weight's output axes are. The bias is float32.
     """
     dtype = dtype or x.dtype
     y = _flat(x, w, contract, dtype) if current_mesh() is None else _on_mesh(x, w, contract, dtype)

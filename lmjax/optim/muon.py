@@ -47,6 +47,6 @@ def orthogonalize(weight: Weight, update: jax.Array) -> jax.Array:
     """
     single, copies = weight.unstacked(), weight.shape[: len(weight.batch_axes)]
     sides = single.fan_in, math.prod(single.shape) // single.fan_in
-    matrices = gather.whole_copies(update, weight.batch_axes).reshape(*copies, *sides)
+    matrices = gather.gather_copies(update, weight.batch_axes).reshape(*copies, *sides)
     step = ADAMW_RMS * math.sqrt(max(sides)) * newton_schulz(matrices)
     return mesh.constrain(step.reshape(weight.shape), *weight.names)

@@ -82,7 +82,7 @@ def clip(grads: Params, norm: jax.Array, hyper: Hyper) -> Params:
 
 
 def state_shardings(optimizer: Optimizer, spec: Spec, mesh: jax.sharding.Mesh) -> Any:
-    """A tree of NamedSharding like the optimizer's state: moments lie where their weights lie, counts everywhere.
+    """A tree of NamedSharding like the optimizer's state: moments are sharded as their weights are, counts replicated.
 
     Raises ConfigError for a weight that its mesh axes do not divide.
     """
@@ -90,7 +90,7 @@ def state_shardings(optimizer: Optimizer, spec: Spec, mesh: jax.sharding.Mesh) -
     def placed(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    # Under Explicit axis types a sharding is part of the type, so tracing `init` tells where each array lies.
+    # Under Explicit axis types a sharding is part of the type, so tracing `init` tells how each array is sharded.
     params = jax.tree.map(placed, abstract(spec), shardings(spec, mesh))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(optimizer.init, params)

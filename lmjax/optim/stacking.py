@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from lmjax.devices.mesh import split_in_front
+from lmjax.devices.mesh import constrain_leading
 from lmjax.weights import Params, Spec, Weight, map_weights
 
 
@@ -25,7 +25,9 @@ def per_weight(rule: Callable[[Weight], optax.GradientTransformation], spec: Spe
     def init(params: Params) -> Any:
         def init_one(weight: Weight, p: jax.Array) -> Any:
             state = _mapped(weight, rule(weight.unstacked()).init)(p)
-            return jax.tree.map(lambda x: split_in_front(x, weight.batch_axes), state)  # constants lie nowhere yet
+            return jax.tree.map(
+                lambda x: constrain_leading(x, weight.batch_axes), state
+            )  # constants have no sharding yet
 
         return map_weights(init_one, spec, params)
 

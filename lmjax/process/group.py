@@ -194,8 +194,8 @@ class Vote:
 
         self._mesh = jax.sharding.Mesh(jax.devices(), ("device",))
         self._spread = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec("device"))
-        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-        self._any = jax.jit(jnp.any, out_shardings=everywhere)
+        replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        self._any = jax.jit(jnp.any, out_shardings=replicated)
         self._before: Any = False
 
     def __call__(self, hand: bool) -> bool:

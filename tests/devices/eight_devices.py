@@ -24,7 +24,7 @@ from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig
 from lmjax.devices import place
 from lmjax.devices.config import MeshConfig
-from lmjax.devices.gather import whole_copies
+from lmjax.devices.gather import gather_copies
 from lmjax.devices.mesh import GATHERED, LAYOUTS, RULES, make_mesh, mesh_axes, shardings
 from lmjax.devices.rows import axes, check_batch, map_arrays, row_sharding, time_order
 from lmjax.errors import ConfigError
@@ -297,7 +297,7 @@ def test_layers_are_spread_to_be_whole(layers: int, split: tuple[str, ...]) -> N
     lies = shardings({"w": Weight("layers | embed -> mlp", sizes=(layers, 16, 8))}, mesh)["w"]
     stack = jax.device_put(np.arange(layers * 128.0).reshape(layers, 16, 8), lies)
     with jax.set_mesh(mesh):
-        whole = whole_copies(stack, ("layers",))
+        whole = gather_copies(stack, ("layers",))
     assert whole.sharding.spec == jax.P(split or None, None, None)
     np.testing.assert_array_equal(whole, stack)
 

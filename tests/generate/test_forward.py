@@ -14,23 +14,13 @@ from lmjax.generate.forward import functions, prefill, step, take_rows
 from lmjax.models import decoder, flax_model
 from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
-from lmjax.weights import Params, Spec, Weight, map_weights
+from lmjax.weights import Params
+from tests.random_params import random_params
 
 TOLERANCE = 1e-5  # largest absolute difference between two float32 ways to the same number of order one
 V, T, STEPS = 61, 12, 9
 LENGTHS_B = np.array([1, 11, 6], np.int32)  # short and long beside sliding windows of 3 and 5
 SLIDING = ModelConfig(vocab=V, layers=3, pattern=("local", "global"), window=5, embed=24, heads=4, kv_heads=2, mlp=40)
-
-
-def random_params(spec: Spec) -> Params:
-    """Weights large enough that no part of the model is idle."""
-    rng = np.random.default_rng(0)
-
-    def draw(weight: Weight) -> jax.Array:
-        std = weight.unstacked().fan_in ** -0.5 if weight.kind == "matmul" else 0.5
-        return jnp.asarray(std * rng.standard_normal(weight.shape), jnp.float32)
-
-    return map_weights(draw, spec)
 
 
 def random_texts() -> np.ndarray:

@@ -20,7 +20,8 @@ from lmjax.models.flops import program_flops, sequence_flops, visible_pairs
 from lmjax.models.model import Model
 from lmjax.models.moe import grouped
 from lmjax.models.remat import REMAT
-from lmjax.weights import Params, Spec, Weight, abstract, by_path, count, initialize, map_weights
+from lmjax.weights import Params, abstract, by_path, count, initialize
+from tests.random_params import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -28,17 +29,6 @@ TOLERANCE = 1e-5  # largest absolute difference between two float32 ways to the 
 T = 16
 
 replace = dataclasses.replace
-
-
-def random_params(spec: Spec) -> Params:
-    """No weight at zero or one, where a mistake could hide."""
-    rng = np.random.default_rng(0)
-
-    def draw(weight: Weight) -> jax.Array:
-        std = weight.unstacked().fan_in ** -0.5 if weight.kind == "matmul" else 0.5
-        return jnp.asarray(std * rng.standard_normal(weight.shape), jnp.float32)
-
-    return map_weights(draw, spec)
 
 
 def random_tokens(*shape: int, vocab: int = 61) -> np.ndarray:

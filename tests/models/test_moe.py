@@ -32,7 +32,8 @@ from lmjax.train.config import LossConfig
 from lmjax.train.objective import Objective, language_model, scalar_arrays
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import accumulate, make_step, sample_keys
-from lmjax.weights import Params, Spec, Weight, bind, by_path, map_weights, zeros
+from lmjax.weights import Params, bind, by_path, zeros
+from tests.random_params import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -60,18 +61,7 @@ def slow_but(names: Iterable[str], quick: Set[str]) -> list[Any]:
 
 
 def random_layer(cfg: ModelConfig) -> Params:
-    return random_params(bind(moe.weights(cfg, zeros, zeros), cfg.dims))
-
-
-def random_params(spec: Spec) -> Params:
-    """All of them random, biases and buffers, too."""
-    rng = np.random.default_rng(0)
-
-    def draw(weight: Weight) -> jax.Array:
-        std = weight.unstacked().fan_in ** -0.5 if weight.kind == "matmul" else 0.3
-        return jnp.asarray(std * rng.standard_normal(weight.shape), jnp.float32)
-
-    return map_weights(draw, spec)
+    return random_params(bind(moe.weights(cfg, zeros, zeros), cfg.dims), 0.3)
 
 
 def random_input(cfg: ModelConfig, rows: int = B, length: int = T) -> tuple[jax.Array, jax.Array]:
@@ -295,7 +285,7 @@ def setup(name: str) -> Setup:
 
 
 def initial_state(model: Model, settings: OptimizerConfig, bias_LE: Any = None) -> TrainState:
-    params = random_params(model.spec)
+    params = random_params(model.spec, 0.3)
     if bias_LE is not None:
         layer_of(params)["bias"] = jnp.asarray(bias_LE, jnp.float32)
     opt_state = optimizers.build(settings, model.spec).init(params)

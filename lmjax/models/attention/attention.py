@@ -180,14 +180,14 @@ def attention(
         fastest = "ring" if shards("time") > 1 else FASTEST.get(platform(), "reference")
         backend = "reference" if BACKENDS[fastest].refuses(q_BTNH, mask, score) else fastest
     if backend != "ring" and shards("time") > 1:
-        k_BSKH, v_BSKH, mask = _whole_rows(k_BSKH, v_BSKH, mask)
+        k_BSKH, v_BSKH, mask = _gather_rows(k_BSKH, v_BSKH, mask)
     refusal = BACKENDS[backend].refuses(q_BTNH, mask, score)
     if refusal is not None:
         raise ConfigError(f"model.attention={backend} {refusal}; model.attention=reference does everything")
     return BACKENDS[backend].attend(q_BTNH, k_BSKH, v_BSKH, mask, score)
 
 
-def _whole_rows(k_BTKH: jax.Array, v_BTKH: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array, Mask]:
+def _gather_rows(k_BTKH: jax.Array, v_BTKH: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array, Mask]:
     """Keys and values of all devices that share a row; tokens are then told apart by their places in the row."""
     assert mask.key_positions_BS is None
     order_1S = token_order(k_BTKH.shape[1])[None]

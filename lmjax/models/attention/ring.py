@@ -3,7 +3,7 @@
 A device never holds the keys of more than two, and saves for the backward pass its queries, keys, values and output
 alone, however long the row is; the backward pass hands the keys round again, and their gradients with them.
 
-Tokens lie in the zig-zag order of layout.time_order: device i of n holds an early chunk, i, and a late one, 2n - 1 - i.
+Tokens are in the zig-zag order of rows.time_order: device i of n holds an early chunk, i, and a late one, 2n - 1 - i.
 Of another device's keys, all its queries see the early chunk if that device comes before it, and if not, its late
 queries see both chunks. Either is half of all pairs, so no device waits for another.
 
@@ -68,7 +68,7 @@ Visit = Callable[[Queries, Any, Keys, Any], tuple[Any, Any]]
 
 
 def ring(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
-    """Causal attention over rows that several devices may share -> [B, T, N, H], lying as q does."""
+    """Causal attention over rows that several devices may share -> [B, T, N, H], sharded as q is."""
     rule = Rule(mask.window, score, shards("time"))
     heads, kv_heads = (
         partition_spec(("batch", "time", "heads", None)),
