@@ -75,7 +75,7 @@ def _warn_outside_srun(environment: Mapping[str, str]) -> None:
 def _connect(cluster: Cluster, timeout: float) -> None:
     import jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from runtime.Preemption
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from signals.Preemption
     # Where JAX notices a loss before we do it calls abort(). The signal's number, 6, is our exit code, so that the
     # handler that turns the one into the other is the C library's own _exit: it needs no lock, and no interpreter.
     libc = ctypes.CDLL(None)

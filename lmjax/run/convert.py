@@ -75,7 +75,7 @@ def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> No
 def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: int) -> list[str]:
     """Write the model of a work directory for transformers; the names of the files.
 
-    Raises what `experiment.load_trained` and `write_checkpoint` do.
+    Raises what `trained.load_trained` and `write_checkpoint` do.
     """
     cfg = configs.from_json(epath.Path(workdir) / "config.json")
     with one_array_at_a_time(abstract(decoder.weights(cfg.model))):
