@@ -193,8 +193,8 @@ class Loader:
         if not allow_data_change:
             raise DataError(
                 f"the data is not what this run was trained on: fingerprint {found[:16]} now, "
-                f"{start['fingerprint'][:16]} then (data set, seed, seq_len, documents or weights); restore it, or go "
-                "on with other data by --allow-data-change"
+                f"{start['fingerprint'][:16]} then (data set, seed, seq_len, documents, mixture or weights); "
+                "restore it, or go on with other data by --allow-data-change"
             )
         cursors = {source.name: _carried_cursor(source, start["sources"]) for source in self._sources}
         return next_sample, self._new_origin(next_sample, cursors)

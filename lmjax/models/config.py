@@ -109,6 +109,7 @@ class ModelConfig:
     """A decoder-only transformer."""
 
     architecture: Annotated[str, one_of(names_in("lmjax.models.architectures", "ARCHITECTURES"))] = "decoder"
+    """What is built of these settings."""
     vocab: Size | None = None
     """Rows of the embedding table; None takes the data set's vocabulary."""
     context: Size = 256

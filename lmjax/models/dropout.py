@@ -74,13 +74,13 @@ class PairDropout(NamedTuple):
         assert T * S < 1 << 32, "a head has a stream of 2^32 entries"
         head_KG = constrain(jnp.arange(K * G, dtype=jnp.uint32).reshape(K, G), "kv_heads", None)
         query_T, key_S = constrain(token_order(T), "time").astype(jnp.uint32), token_order(S).astype(jnp.uint32)
-        keep, scale = _kept(self.rate)
+        keep, _ = _kept(self.rate)
         place_TS = query_T[:, None] * jnp.uint32(S) + key_S
 
         def one(key: jax.Array, p_KGTS: jax.Array) -> jax.Array:
             nothing = jnp.zeros_like(p_KGTS, dtype=jnp.uint32)
             high, place = nothing + head_KG[:, :, None, None], nothing + place_TS
             bits = functools.reduce(jnp.bitwise_xor, threefry2x32_p.bind(*jax.random.key_data(key), high, place))
-            return jnp.where(_uniform(bits) < keep, p_KGTS * scale.astype(p_KGTS.dtype), 0)
+            return jnp.where(_uniform(bits) < keep, p_KGTS / keep.astype(p_KGTS.dtype), 0)
 
         return jax.vmap(one)(self.keys_B, p_BKGTS)

@@ -141,7 +141,9 @@ def all_scalars(experiment: Experiment) -> Hyper:
     """The optimizer's scalar hyperparameters and the task's, as the step reads them."""
     train = experiment.cfg.train
     own = hyper(experiment.cfg.optimizer, steps=train.steps, seed=train.seed)
-    return {**own, **scalar_arrays(experiment.task.objective.scalars)}
+    scalars = scalar_arrays(experiment.task.objective.scalars)
+    assert not own.keys() & scalars.keys(), sorted(own.keys() & scalars.keys())
+    return {**own, **scalars}
 
 
 def abstract_state(experiment: Experiment) -> TrainState:

@@ -11,6 +11,7 @@ from lmjax.errors import ConfigError
 from lmjax.record import files
 from lmjax.run import assemble
 from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.start import check_origin
 from lmjax.tasks.task import Task
 from lmjax.train.accounting import Cost
 from lmjax.weights import count
@@ -21,6 +22,8 @@ def describe(cfg: Config) -> Iterator[str]:
     manifests = _manifests(cfg)
     cfg = _with_vocab(cfg, manifests)
     task = without_data(cfg)
+    if cfg.train.init_from is not None:
+        check_origin(cfg.train.init_from, task.spec)
     experiment = assemble.assemble(task)
     yield from size(task)
     state = assemble.abstract_state(experiment)

@@ -32,6 +32,7 @@ from lmjax.run.workdir import (
     lock,
     make_workdir,
     next_attempt,
+    with_pinned_start,
 )
 from lmjax.tasks.registry import TASKS
 from lmjax.tasks.task import Task
@@ -61,6 +62,7 @@ def run(
     """
     workdir = locate(workdir)
     check_agreed(cfg)
+    cfg = with_pinned_start(workdir, cfg)
     if is_finished(workdir, cfg, options) and has_report(workdir):
         return say_finished(workdir)
     with lock(workdir):

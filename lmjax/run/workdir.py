@@ -1,8 +1,10 @@
 """A work directory: whose it is, who may write in it, and whether its run has ended."""
 
 import contextlib
+import dataclasses
 import fnmatch
 import json
+import os
 from collections.abc import Iterator
 
 from etils import epath
@@ -82,12 +84,27 @@ def _is_ours(workdir: epath.Path) -> bool:
     return isinstance(tree, dict) and {"model", "data", "optimizer", "train"} <= tree.keys()
 
 
+def with_pinned_start(workdir: epath.Path, cfg: Config) -> Config:
+    """The config whose `train.init_from` names the step that this run's first attempt found, where it names none."""
+    path, given = workdir / "config.json", cfg.train.init_from
+    saved = configs.from_json(path).train.init_from if given is not None and path.exists() else None
+    if saved is None or saved.rpartition("@")[0] != os.fspath(files.locate(given or "")):
+        return cfg
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=saved))
+
+
 def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
-    """Raise ConfigError when `workdir` holds a run of another config."""
+    """Raise ConfigError when `workdir` holds a run of another config.
+
+    What a run that has a checkpoint started from is past: no flag allows to change it.
+    """
     path = workdir / "config.json"
-    if allow or not path.exists():
+    if not path.exists():
         return
     changed = configs.differences(configs.from_json(path), cfg)
+    if allow:
+        started = steps.newest_sealed(workdir / "checkpoints") is not None
+        changed = {key: values for key, values in changed.items() if key == "train.init_from" and started}
     if cfg.model.vocab is None:  # the saved config has it filled in from the data, which has its own check
         changed.pop("model.vocab", None)
     fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and not _is_free(key)}

@@ -13,7 +13,6 @@ from lmjax.config import Config
 from lmjax.data.loader import Loader
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.dataset import Dataset, check_same_tokenizer, open_dataset
-from lmjax.data.tokenizers.load import saved_hash
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.data.windows import as_batch
 from lmjax.errors import ConfigError, DataError
@@ -27,7 +26,7 @@ from lmjax.models.flops import sequence_flops
 from lmjax.models.model import Model
 from lmjax.process import group
 from lmjax.schema import validated
-from lmjax.tasks.start import drawn, from_run
+from lmjax.tasks.start import drawn, from_run, pinned
 from lmjax.tasks.task import Evaluate, Task
 from lmjax.train.accounting import Cost
 from lmjax.train.config import SampleConfig
@@ -44,7 +43,8 @@ def pretrain(cfg: Config) -> Task:
     data = open_data(cfg)
     check_sample(cfg.train.sample, data.tokenizer)
     cfg = with_vocab(cfg, data.tokenizer)
-    check_init_from(cfg.train.init_from, data.tokenizer)
+    if cfg.train.init_from is not None:
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=pinned(cfg.train.init_from)))
     return with_data(without_data(cfg), data, architectures.build(cfg.model), float32(cfg.model))
 
 
@@ -56,7 +56,7 @@ def without_data(cfg: Config) -> Task:
     return Task(
         cfg=cfg,
         spec=model.spec,
-        start=from_run(cfg.train.init_from, model.spec) if cfg.train.init_from else drawn(model.start),
+        start=drawn(model.start) if cfg.train.init_from is None else from_run(cfg.train.init_from, model.spec),
         objective=language_model(model, cfg.train.loss),
         batch=as_batch(rows_BU, rows_BU, np.arange(cfg.train.batch), cfg.data.documents),
         cost=Cost(1, cfg.data.seq_len, flops.six_nd, flops.causal, flops.full),
@@ -69,6 +69,8 @@ def with_data(task: Task, data: "Data", model: Model, scorer: Model) -> Task:
     sets = {
         name: dataset.split("valid") for name, dataset in data.datasets.items() if "valid" in dataset.manifest.splits
     }
+    if cfg.train.init_from is not None:
+        task = task._replace(start=from_run(cfg.train.init_from, task.spec, data.tokenizer.hash))
     return task._replace(
         source=functools.partial(Loader, cfg.data, batch_size=cfg.train.batch),
         evaluations={"validation": validation(cfg, scorer, sets)},
@@ -130,16 +132,6 @@ def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
         )
     vocab = cfg.model.vocab or tokenizer.vocab_size
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab=vocab))
-
-
-def check_init_from(workdir: str | None, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError when the run that the weights come from read other tokens."""
-    saved = epath.Path(workdir.partition("@")[0]) / "tokenizer" if workdir else None
-    if saved is not None and saved.exists() and saved_hash(saved) != tokenizer.hash:
-        raise ConfigError(
-            f"train.init_from={workdir} was trained with another tokenizer than the data's; prepare them with "
-            f"--tokenizer-file={saved}"
-        )
 
 
 # Evaluation -------------------------------------------------------------------------------------------------------

@@ -1,14 +1,21 @@
 """Where weights come from at the start of a run: drawn anew, or read from another run."""
 
+import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 from etils import epath
 
-from lmjax.errors import ConfigError
-from lmjax.record import checkpoint
+from lmjax.data.tokenizers.load import saved_hash
+from lmjax.errors import CheckpointError, ConfigError, DataError
+from lmjax.record import checkpoint, files, seal
+from lmjax.record.steps import find_step
+from lmjax.record.trees import leaves_by_path, shape_dtype
 from lmjax.weights import Params, Spec, abstract
+
+logger = logging.getLogger(__name__)
 
 
 class Start(Protocol):
@@ -28,22 +35,75 @@ def drawn(initial: Callable[[jax.Array, Mapping[str, Any]], Params]) -> Start:
     return start
 
 
-def from_run(workdir: str, spec: Spec) -> Start:
+def from_run(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> Start:
     """The weights of another run's newest checkpoint, or of `WORKDIR@STEP`; nothing else of that run.
 
-    Starting raises CheckpointError for a checkpoint that is damaged, or whose weights differ in a path or a shape.
+    Starting raises what `check_origin` does, and CheckpointError for a checkpoint that is damaged.
     """
-    directory, _, step = workdir.partition("@")
-    if step and not step.isdigit():
-        raise ConfigError(f"train.init_from={workdir}: the step after @ is a whole number, as in runs/base@2000")
 
     def start(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
+        saved = check_origin(init_from, spec, tokenizer_hash)
         shapes = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract(spec), shardings
         )
-        path = epath.Path(directory)
-        parts, _, found = checkpoint.restore_parts(path, {"params": shapes}, step=int(step) if step else None)
-        print(f"starting from the weights of {directory} at step {found}")
+        parts, _, _ = checkpoint.restore_parts(saved, {"params": shapes})
+        print(f"starting from the weights of {saved}")
         return parts["params"]
 
     return start
+
+
+def check_origin(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> epath.Path:
+    """The directory of the checkpoint that the weights come from.
+
+    Raises ConfigError for a run that is not there, whose weights differ in a path or a shape, or that was trained with
+    another tokenizer than the one of this hash.
+    """
+    saved, (workdir, _) = _checkpoint(init_from), _parse(init_from)
+    leaves = {path: leaf for path, leaf in seal.read(saved)[0].get("leaves", {}).items() if path.startswith("params/")}
+    wanted = {path: shape_dtype(leaf) for path, leaf in leaves_by_path({"params": abstract(spec)}).items()}
+    if leaves and leaves != wanted:
+        path = next(path for path in {**leaves, **wanted} if leaves.get(path) != wanted.get(path))
+        was, wants = (str(tuple(found[path][0])) if path in found else "absent" for found in (leaves, wanted))
+        raise ConfigError(
+            f"train.init_from={init_from} has other weights than this model: {path.removeprefix('params/')} is {was} "
+            f"there, {wants} here; give the model the same sizes"
+        )
+    if tokenizer_hash is not None and not (workdir / "tokenizer").exists():
+        logger.warning("train.init_from=%s has no tokenizer; it is taken to be that of the data", init_from)
+    elif tokenizer_hash is not None and saved_hash(workdir / "tokenizer") != tokenizer_hash:
+        raise ConfigError(
+            f"train.init_from={init_from} was trained with another tokenizer than the data's; prepare them with "
+            f"--tokenizer-file={workdir / 'tokenizer'}"
+        )
+    return saved
+
+
+def pinned(init_from: str) -> str:
+    """`WORKDIR@STEP`, with the newest step where none is given: a restart must start from the same weights."""
+    workdir, step = _parse(init_from)
+    return f"{workdir}@{_checkpoint(init_from).name if step is None else step}"
+
+
+def _parse(init_from: str) -> tuple[epath.Path, int | None]:
+    """The work directory and the step."""
+    found = re.fullmatch(r"(.+?)(?:@([0-9]+))?", init_from)
+    if found is None or init_from.endswith("@"):
+        raise ConfigError(
+            f"train.init_from='{init_from}' is no WORKDIR or WORKDIR@STEP; is a variable of the shell unset?"
+        )
+    try:
+        return files.locate(found[1]), int(found[2]) if found[2] else None
+    except DataError as error:
+        raise ConfigError(f"train.init_from={init_from}: {error}") from None
+
+
+def _checkpoint(init_from: str) -> epath.Path:
+    """The directory of the checkpoint that the weights come from."""
+    workdir, step = _parse(init_from)
+    try:
+        if not (workdir / "checkpoints").is_dir():
+            raise CheckpointError(f"{workdir} is not the work directory of a run")
+        return find_step(workdir, step)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init_from={init_from}: {error}") from None

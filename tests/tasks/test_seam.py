@@ -3,6 +3,7 @@ by the same `run`."""
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -254,5 +255,51 @@ def test_a_run_starts_from_the_weights_of_another(corpus: Path, tmp_path: Path) 
         run.run(
             dataclasses.replace(second, train=dataclasses.replace(second.train, init_from=None)),
             tmp_path / "second",
-            run.Options(),
+            run.Options(allow_config_change=True),
         )
+
+
+def test_a_restart_starts_from_the_same_weights(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Whatever the other run has saved meanwhile; and once there is a checkpoint, the other run may be gone."""
+    settings = [*SETTINGS, "train.sample.prompts=()", "train.steps=8"]
+    base = tmp_path / "base"
+    assert run.run(configs.load(f"{CONFIG}:{corpus}", settings), base, run.Options()) == DONE
+    cfg = configs.load(f"{CONFIG}:{corpus}", [*settings, f"train.init_from={base}"])
+    shutil.move(base / "checkpoints" / "8", tmp_path / "8")
+    monkeypatch.setenv("LMJAX_FAULTS", "raise@step:2")
+    monkeypatch.setattr(fault_hooks, "_calls", {})
+    with pytest.raises(RuntimeError):
+        run.run(cfg, tmp_path / "run", run.Options())
+    shutil.move(tmp_path / "8", base / "checkpoints" / "8")
+    monkeypatch.setenv("LMJAX_FAULTS", "terminate@step:5")
+    monkeypatch.setattr(fault_hooks, "_calls", {})
+    assert run.run(cfg, tmp_path / "run", run.Options()) == PREEMPTED
+    assert configs.from_json(tmp_path / "run" / "config.json").train.init_from == f"{base}@4"
+    shutil.rmtree(base)
+    monkeypatch.setenv("LMJAX_FAULTS", "")
+    assert run.run(cfg, tmp_path / "run", run.Options()) == DONE
+
+
+@pytest.mark.parametrize(
+    ("init_from", "settings", "message"),
+    [
+        ("", (), "is no WORKDIR or WORKDIR@STEP"),
+        ("{base}@", (), "is no WORKDIR or WORKDIR@STEP"),
+        ("{base}-not", (), "is not the work directory of a run"),
+        ("{base}/checkpoints/8", (), "is not the work directory of a run"),
+        ("{base}@7", (), "no sealed checkpoint of step 7"),
+        ("{base}", ("model.mlp=96",), "has other weights than this model: .*mlp/down is .* there"),
+        ("s4://bucket/run", (), "cannot read s4"),
+    ],
+)
+def test_what_no_run_can_start_from_is_named(
+    init_from: str, settings: tuple[str, ...], message: str, corpus: Path, tmp_path: Path
+) -> None:
+    base = corpus / "base"
+    if not base.exists():
+        short = [*SETTINGS, "train.sample.prompts=()"]
+        assert run.run(configs.load(f"{CONFIG}:{corpus}", short), base, run.Options()) == DONE
+    given = f"train.init_from={init_from.format(base=base)}"
+    cfg = configs.load(f"{CONFIG}:{corpus}", [*SETTINGS, *settings, given])
+    with pytest.raises(ConfigError, match=message):
+        run.run(cfg, tmp_path / "run", run.Options())
