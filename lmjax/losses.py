@@ -31,7 +31,7 @@ class Sums(NamedTuple):
     """-log p(target), nats."""
     z_loss: jax.Array
     correct: jax.Array
-    """Targets that no token was more probable than; a tie counts, so constant logits are all correct."""
+    """Targets that have the highest probability; a tie counts, so constant logits are all correct."""
 
 
 def negative_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:

@@ -85,7 +85,11 @@ def start(key: jax.Array, stds: Scalars, *, cfg: ModelConfig) -> Params:
 
 
 def weights(cfg: ModelConfig, stds: Scalars | None = None) -> Spec:
-    """Every weight of the model, bound to its sizes. Its initializers read `stds`: the config's, unless traced."""
+    """Every weight of the model, bound to its sizes.
+
+    Its initializers close over `stds`, the config's unless others are given: `start` builds the spec once more to
+    draw weights, so that the standard deviations may be traced.
+    """
     stds = scalars(cfg) if stds is None else stds
     table = normal(stds["embed_init_std"])
     into = fan_in if cfg.init_std is None else normal(stds["init_std"])
@@ -262,7 +266,7 @@ def run_segment(
     period = layers_of(spec["segments"][str(segment)], cfg, segment)
     if isinstance(layers, list):
         return looped(period, context, x_BTD, layers, cache)
-    assert cache is None, "decoding runs over unstacked weights: decoder.unstack(params)"
+    assert cache is None, "decoding runs over unstacked weights: model.unstack(params)"
     scan = functools.partial(scanned, REMAT[cfg.remat], cfg.unroll, period)
     if shards("layers") > 1 and segment == dominant(cfg.segments):
         x_BTD, tallies = pipelined(scan, context, x_BTD, layers, microbatches)

@@ -87,7 +87,7 @@ def muon(spec: Spec, hyper: Hyper) -> optax.GradientTransformation:
 
 
 def adam_rate(weight: Weight, hyper: Hyper) -> jax.Array | None:
-    """Of all that is no hidden matrix."""
+    """The rate of the weights that Muon leaves to Adam, over the rate of hidden matrices."""
     return None if is_hidden_matrix(weight) else hyper["adam_rate"]
 
 

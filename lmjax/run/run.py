@@ -107,7 +107,7 @@ def check_agreed(cfg: Config) -> None:
 
 
 class Interrupted(Exception):  # noqa: N818
-    """Something that can be done again was left off, to stop sooner."""
+    """An evaluation was left off, because the run was asked to stop."""
 
 
 # The run ----------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class Run:
     # What is done now and then
 
     def periodic(self) -> list[Periodic]:
-        """The checkpoint holds the evaluation of its step, and a sample that fails costs nothing that it holds."""
+        """Evaluate, save, then sample: a checkpoint holds the evaluation of its step, a failed sample loses nothing."""
         train_cfg = self.cfg.train
         return [
             *self.profile(),

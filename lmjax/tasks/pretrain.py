@@ -51,7 +51,7 @@ def pretrain(cfg: Config) -> Task:
 def without_data(cfg: Config) -> Task:
     """The task as far as it is known without data: enough to compile it, to plan, and to train on batches at hand."""
     model = architectures.build(cfg.model, microbatches=cfg.train.microbatches)
-    rows_BU = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)
+    rows_BU = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)  # of which only shape and type count
     flops = sequence_flops(model, cfg.data.seq_len)
     return Task(
         cfg=cfg,

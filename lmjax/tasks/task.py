@@ -54,8 +54,9 @@ class Evaluate(Protocol):
         last: bool,
         on_batch: Callable[[str], None],
     ) -> Mapping[str, Any]:
-        """Metrics by their full names, as in `val/NAME/loss`; more of them at the `last` step. All processes call it
-        together. `on_batch(what)` is called as each batch begins, and may raise to leave off."""
+        """Metrics by their full names; more of them at the `last` step. The mean of all `val/NAME/loss` tells which
+        checkpoint is best. All processes call it together. `on_batch(what)` is called as each batch begins, and may
+        raise to leave off."""
 
 
 class Frozen(NamedTuple):
@@ -75,7 +76,7 @@ class Task(NamedTuple):
     start: Start
     objective: Objective
     batch: Any
-    """Shapes and dtypes of one global batch, on the host."""
+    """Shapes and dtypes of one global batch of the source: a dataclass as in devices/rows.py, with `ids_B`."""
     cost: Cost
     """Of one sample."""
     frozen: Frozen | None = None

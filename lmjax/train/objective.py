@@ -20,7 +20,8 @@ Keys = jax.Array | None  # one per sample, [B]
 
 class Loss(Protocol):
     def __call__(self, params: Params, frozen: Params, batch: Any, keys_B: Keys, hyper: Hyper) -> tuple[Any, Metrics]:
-        """(the loss, summed over the batch; metrics as (sum, weight)). The gradient is taken in `params` alone."""
+        """(the loss, summed over the batch; metrics as (sum, weight), `loss` among them, which is logged and must be
+        finite). The gradient is taken in `params` alone."""
 
 
 def _unchanged(params: Params, metrics: Metrics, hyper: Hyper) -> tuple[Params, Metrics]:

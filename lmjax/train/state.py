@@ -1,4 +1,5 @@
-"""All that a run needs to go on, and nothing else: what a checkpoint holds."""
+"""The arrays of a run that a checkpoint holds. The scalars in `hyper` are saved to be looked at; a run that goes on
+reads them from its config."""
 
 from typing import Any
 

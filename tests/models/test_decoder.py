@@ -175,7 +175,7 @@ def test_scanned_layers_equal_unrolled_and_looped_ones(cfg: ModelConfig) -> None
     params = random_params(decoder.weights(cfg))
     scanned = run(params, 0.0)
     assert differ(scanned, run(params, 1.0)) < TOLERANCE
-    assert differ(scanned, run(decoder.unstack(params, cfg.segments), 0.0)) < TOLERANCE
+    assert differ(scanned, run(decoder.build(cfg).unstack(params), 0.0)) < TOLERANCE
 
 
 def test_every_trainable_weight_receives_a_gradient(cfg: ModelConfig) -> None:

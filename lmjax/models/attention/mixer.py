@@ -44,7 +44,8 @@ def self_attention(
     kind: LayerKind,
     layer: int | jax.Array,
 ) -> tuple[jax.Array, caches.LayerCache | None]:
-    """Project, place, compare, mix; with a cache, keys and values of earlier tokens come from it."""
+    """Project to queries, keys and values, apply positions, attend, project back; with a cache, keys and values of
+    earlier tokens come from it."""
     q_BTNH = linear(x_BTD, p["query"], p.get("query_bias"))
     k_BTKH = linear(x_BTD, p["key"], p.get("key_bias"))
     v_BTKH = linear(x_BTD, p["value"], p.get("value_bias"))
