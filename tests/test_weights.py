@@ -19,7 +19,8 @@ from lmjax.weights import (
     decays,
     fan_in,
     initialize,
-    mask,
+    map_weights,
+    merge,
     normal,
     ones,
     path_hash,
@@ -96,10 +97,17 @@ def test_of_experts_those_that_a_token_passes_through_are_active() -> None:
 
 
 def test_masks_follow_the_kind() -> None:
-    decayed = by_path(mask(small_spec(), decays))
+    decayed = by_path(map_weights(decays, small_spec()))
     assert {path for path, keep in decayed.items() if keep} == {"embed", "layer/query", "layer/output"}
-    trainable = by_path(mask(small_spec(), lambda weight: weight.trainable))
+    trainable = by_path(map_weights(lambda weight: weight.trainable, small_spec()))
     assert {path for path, keep in trainable.items() if not keep} == {"average"}
+
+
+def test_two_trees_merge_at_any_depth_and_share_no_leaf() -> None:
+    base, more = {"a": 1, "layer": {"b": 2, "norm": {"c": 3}}}, {"layer": {"norm": {"d": 4}}, "e": 5}
+    assert merge(base, more) == {"a": 1, "layer": {"b": 2, "norm": {"c": 3, "d": 4}}, "e": 5}
+    with pytest.raises(AssertionError):
+        merge(base, {"layer": {"b": 6}})
 
 
 def test_abstract_and_initialized_agree() -> None:
