@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lmjax.devices.mesh import replicated
-from lmjax.devices.rows import B, map_arrays, row_sharding, time_order
+from lmjax.devices.rows import AnyBatch, map_arrays, row_sharding, time_order
 from lmjax.process import group
 
 
@@ -18,6 +18,7 @@ def use_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManage
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+@functools.cache
 def local_rows(mesh: jax.sharding.Mesh | None, size: int) -> np.ndarray:
     """The numbers of those rows of a batch of `size` that the devices of this process need."""
     rows = np.arange(size)
@@ -27,7 +28,7 @@ def local_rows(mesh: jax.sharding.Mesh | None, size: int) -> np.ndarray:
     return np.unique(np.concatenate([rows[index] for index in indices]))
 
 
-def shard_batch(batch: B, mesh: jax.sharding.Mesh | None, size: int) -> B:
+def shard_batch(batch: AnyBatch, mesh: jax.sharding.Mesh | None, size: int) -> AnyBatch:
     """A batch of `size` rows on the devices, of host arrays that hold this process's `local_rows` of it."""
     return map_arrays(lambda names, x: shard_array(x, names, mesh, size), batch)
 

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from lmjax.devices.mesh import check_divides, partition_spec, reshape, shards
 from lmjax.errors import ConfigError
 
-B = TypeVar("B")
+AnyBatch = TypeVar("AnyBatch")
 """A batch: a dataclass whose fields are arrays, or None where there is nothing."""
 
 
@@ -33,7 +33,7 @@ def axes(names: str, **default: Any) -> Any:
     return flax.struct.field(metadata={"axes": names}, **default)
 
 
-def map_arrays(function: Callable[[str, Any], Any], batch: B) -> B:
+def map_arrays(function: Callable[[str, Any], Any], batch: AnyBatch) -> AnyBatch:
     """The batch with `function(axes, array)` in the place of every array that is there."""
     fields = {field.name: field.metadata["axes"] for field in dataclasses.fields(batch)}  # type: ignore[arg-type]
     present = {name: names for name, names in fields.items() if getattr(batch, name) is not None}

@@ -10,8 +10,9 @@ from lmjax.devices.place import replicate, shard_array, shard_batch
 from lmjax.process import group
 from lmjax.record.ledger import Ledger, joined_crc, row_crcs
 from lmjax.run.progress import Progress
+from lmjax.tasks.task import Source
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 def batches(
@@ -27,7 +28,7 @@ def batches(
         yield batch
 
 
-def placed(source: Any, mesh: jax.sharding.Mesh | None, size: int) -> Iterator[tuple[Any, Any, int]]:
+def placed(source: Source, mesh: jax.sharding.Mesh | None, size: int) -> Iterator[tuple[Any, Any, int]]:
     """(a batch on the devices, the CRC of each of its rows from the process that feeds it, bytes of a row).
 
     Several processes need a collective to learn the others' CRCs. It is sent off one batch ahead: then it is done by
@@ -45,7 +46,7 @@ def placed(source: Any, mesh: jax.sharding.Mesh | None, size: int) -> Iterator[t
     return found if group.processes() == 1 else prefetch(found)
 
 
-def prefetch(items: Iterator[T]) -> Iterator[T]:
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each asked for while the one before is being used."""
     item = next(items)
     for following in items:

@@ -87,8 +87,10 @@ def _is_ours(workdir: epath.Path) -> bool:
 def with_pinned_start(workdir: epath.Path, cfg: Config) -> Config:
     """The config whose `train.init_from` names the step that this run's first attempt found, where it names none."""
     path, given = workdir / "config.json", cfg.train.init_from
-    saved = configs.from_json(path).train.init_from if given is not None and path.exists() else None
-    if saved is None or saved.rpartition("@")[0] != os.fspath(files.locate(given or "")):
+    if not given or not path.exists():
+        return cfg
+    saved = configs.from_json(path).train.init_from
+    if saved is None or saved.rpartition("@")[0] != os.fspath(files.locate(given)):
         return cfg
     return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=saved))
 

@@ -44,19 +44,23 @@ def pretrain(cfg: Config) -> Task:
     check_sample(cfg.train.sample, data.tokenizer)
     cfg = with_vocab(cfg, data.tokenizer)
     if cfg.train.init_from is not None:
-        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=pinned(cfg.train.init_from)))
-    return with_data(without_data(cfg), data, architectures.build(cfg.model), float32(cfg.model))
+        init_from = group.share("the weights to start from", pinned(cfg.train.init_from))
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=init_from))
+    return with_data(without_data(cfg, data.tokenizer.hash), data, architectures.build(cfg.model), float32(cfg.model))
 
 
-def without_data(cfg: Config) -> Task:
-    """The task as far as it is known without data: enough to compile it, to plan, and to train on batches at hand."""
-    model = architectures.build(cfg.model, microbatches=cfg.train.microbatches)
+def without_data(cfg: Config, tokenizer_hash: str | None = None) -> Task:
+    """The task as far as it is known without data: enough to compile it, to plan, and to train on batches at hand.
+
+    A run that the weights come from must have the tokenizer of this hash, if it is given.
+    """
+    model, init_from = architectures.build(cfg.model, microbatches=cfg.train.microbatches), cfg.train.init_from
     rows_BU = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)  # of which only shape and type count
     flops = sequence_flops(model, cfg.data.seq_len)
     return Task(
         cfg=cfg,
         spec=model.spec,
-        start=drawn(model.start) if cfg.train.init_from is None else from_run(cfg.train.init_from, model.spec),
+        start=drawn(model.start) if init_from is None else from_run(init_from, model.spec, tokenizer_hash),
         objective=language_model(model, cfg.train.loss),
         batch=as_batch(rows_BU, rows_BU, np.arange(cfg.train.batch), cfg.data.documents),
         cost=Cost(1, cfg.data.seq_len, flops.six_nd, flops.causal, flops.full),
@@ -69,8 +73,6 @@ def with_data(task: Task, data: "Data", model: Model, scorer: Model) -> Task:
     sets = {
         name: dataset.split("valid") for name, dataset in data.datasets.items() if "valid" in dataset.manifest.splits
     }
-    if cfg.train.init_from is not None:
-        task = task._replace(start=from_run(cfg.train.init_from, task.spec, data.tokenizer.hash))
     return task._replace(
         source=functools.partial(Loader, cfg.data, batch_size=cfg.train.batch),
         evaluations={"validation": validation(cfg, scorer, sets)},

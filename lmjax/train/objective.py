@@ -1,4 +1,4 @@
-"""What a train step minimizes. Pretraining, fine-tuning and policy learning differ in their objective alone."""
+"""What a train step minimizes: the same step serves every objective."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
