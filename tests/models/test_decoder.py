@@ -15,7 +15,7 @@ from lmjax.losses import chunked_token_sums
 from lmjax.models import decoder
 from lmjax.models.attention.attention import BACKENDS
 from lmjax.models.config import ModelConfig, RopeConfig, layer_index
-from lmjax.models.dropout import dropout
+from lmjax.models.dropout import EMBED_SITE, MIXER_SITE, MLP_SITE, dropout
 from lmjax.models.flops import program_flops, sequence_flops, visible_pairs
 from lmjax.models.model import Model
 from lmjax.models.moe import grouped
@@ -214,8 +214,8 @@ def test_every_layer_and_site_has_its_own_dropout_mask() -> None:
         for repeat, slot in itertools.product(range(repeats), range(len(period)))
     ]
     assert indices == list(range(cfg.layers))
-    sites = itertools.product(range(3), (dropout.MIXER_SITE, dropout.MLP_SITE))
-    names = [(0, dropout.EMBED_SITE), *sites]
+    sites = itertools.product(range(3), (MIXER_SITE, MLP_SITE))
+    names = [(0, EMBED_SITE), *sites]
     ones = jnp.ones((1, 4, 24))
     masks = [tuple(np.asarray(dropout(ones, sample_keys(1), 0.5, *name)).ravel()) for name in names]
     assert len(set(masks)) == len(names)

@@ -10,6 +10,7 @@ import pytest
 from lmjax.errors import ConfigError
 from lmjax.models import decoder
 from lmjax.models.attention.attention import BACKENDS, Mask, Score, attention
+from lmjax.models.attention.mixer import pair_dropout
 from lmjax.models.config import ModelConfig
 from lmjax.models.dropout import PairDropout
 from lmjax.train.step import sample_keys
@@ -87,6 +88,7 @@ def test_masks_belong_to_samples_and_training() -> None:
 
 
 def test_every_layer_drops_its_own() -> None:
-    drops = [decoder.pair_dropout(sample_keys(jnp.uint32(0), jnp.arange(1)), 0.5, layer) for layer in range(3)]
+    keys_B, rates = sample_keys(jnp.uint32(0), jnp.arange(1)), {"attention_dropout": CFG.attention_dropout}
+    drops = [pair_dropout(keys_B, CFG, rates, layer) for layer in range(3)]
     masks = [tuple(np.asarray(drop.apply(jnp.ones((1, 1, 1, 8, 8)))).ravel()) for drop in drops if drop is not None]
     assert len(set(masks)) == 3

@@ -106,7 +106,7 @@ def test_a_ring_computes_what_its_busiest_device_does(devices: int, window: int 
         others = [you for you in range(devices) if you != me and sees_any(me, you, T // (2 * devices), devices, window)]
         busiest = max(busiest, own * own * (1 + len(others) / 2))
     counts, flops = count(experiment.task.spec), experiment.task.cost
-    matmuls, full = (BATCH / 8 * n for n in (6 * counts.matmul * T, flops.full))
+    matmuls, full = (BATCH / 8 * n for n in (6 * counts.matmul * T, flops.flops_full))
     executed = roofline.work(program, visible=1.0, state_bytes=0.0).flops
     assert executed == matmuls + 2 * (BATCH * devices // 8) * LAYERS * EMBED * (7 * busiest + own)
     if window is None:
