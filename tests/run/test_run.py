@@ -181,7 +181,11 @@ def test_in_a_bucket_a_kill_costs_neither_metrics_nor_the_ledger(
 ) -> None:
     """What lies there when the second save is about to be sealed is what a kill at that moment leaves."""
     monkeypatch.setattr("lmjax.record.jsonl.is_remote", lambda path: True)
-    left, fault = tmp_path / "left", fault_hooks.fault
+    left, fault, save = tmp_path / "left", fault_hooks.fault, checkpoint.Checkpoints.save
+
+    def save_and_wait(checkpoints: Any, *args: Any, **kwargs: Any) -> None:
+        save(checkpoints, *args, **kwargs)
+        checkpoints.wait()  # a directory that is copied must not be written meanwhile
 
     def watch(site: str) -> str | None:
         if site == "checkpoint.before_seal" and (tmp_path / "run" / "checkpoints" / "8").exists() and not left.exists():
@@ -189,6 +193,7 @@ def test_in_a_bucket_a_kill_costs_neither_metrics_nor_the_ledger(
         return fault(site)
 
     monkeypatch.setattr(checkpoint, "fault", watch)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_wait)
     assert train(tmp_path / "run") == DONE
     assert sealed(left) == [4] and sorted(losses(left))[:8] == list(range(1, 9))
     before = len(read_ledger(left / "ledger.jsonl"))
