@@ -8,8 +8,10 @@ before JAX is imported, which takes a second: the schema reads the names that it
 """
 
 import ast
+import copy
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import types
@@ -95,29 +97,50 @@ def parse(tree: Mapping[str, Any]) -> Config:
 
 def load(location: str, overrides: Iterable[str] = ()) -> Config:
     """The config to train, of `path.py[:argument]` with overrides `a.b=value` applied and everything checked."""
-    tree = _run_config_file(location)
-    for override in overrides:
-        _apply_override(tree, override)
-    cfg = parse(tree.to_dict())
-    require_learning(cfg.model)
-    return cfg
+    return ConfigFile(location).config(overrides)
 
 
-def _run_config_file(location: str) -> ConfigDict:
-    path, _, argument = location.partition(":")
-    try:
-        module = _import_file(path)
-        get_config = module.get_config
-        config = get_config(argument) if argument else get_config()
-    except FileNotFoundError:
-        raise ConfigError(f"--config={location}: no such file '{path}'") from None
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"--config={location}: {type(error).__name__}: {one_line(error)}") from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config={location}: get_config() must return default_config() with changes")
-    return config
+class ConfigFile:
+    """A config file that was run once, for as many configs as its overrides make of it."""
+
+    def __init__(self, location: str) -> None:
+        """`path.py[:argument]`. Raises ConfigError for a file that is not there or does not give a config."""
+        self.location = location
+        path, _, self._argument = location.partition(":")
+        try:
+            self.module = _import_file(path)
+        except FileNotFoundError:
+            raise ConfigError(f"--config={location}: no such file '{path}'") from None
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+        self._tree = self.call("get_config")
+        if not isinstance(self._tree, ConfigDict):
+            raise ConfigError(f"--config={location}: get_config() must return default_config() with changes")
+
+    def call(self, name: str) -> Any:
+        """What a function of the file returns, given the argument of the location where there is one."""
+        try:
+            function = getattr(self.module, name)
+            return function(self._argument) if self._argument else function()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def config(self, overrides: Iterable[str] = ()) -> Config:
+        """The config with `a.b=value` applied, and everything checked."""
+        tree = copy.deepcopy(self._tree)
+        with tree.ignore_type():  # the schema knows types better: a setting may go from None to a number
+            for override in overrides:
+                _apply_override(tree, override)
+        cfg = parse(tree.to_dict())
+        require_learning(cfg.model)
+        return cfg
+
+    def _failure(self, error: Exception) -> ConfigError:
+        return ConfigError(f"--config={self.location}: {type(error).__name__}: {one_line(error)}")
 
 
 def _import_file(path: str) -> types.ModuleType:
@@ -138,8 +161,7 @@ def _apply_override(tree: ConfigDict, override: str) -> None:
     for depth, parent in enumerate(parents):
         above, here = parents[:depth], parents[: depth + 1]
         if _child(node, parent, path, ".".join(above)) is None and (group := _group(here)):
-            with node.ignore_type():
-                node[parent] = as_config_dict(group())  # its first setting switches a group on
+            node[parent] = dataclasses.asdict(group())  # its first setting switches a group on
         node = node[parent]
         if not isinstance(node, ConfigDict):
             raise ConfigError(f"--config.{path}: '{'.'.join(here)}' has no keys below it")
@@ -147,8 +169,7 @@ def _apply_override(tree: ConfigDict, override: str) -> None:
     off = text == "None" and types.NoneType in kinds
     if isinstance(old, ConfigDict) and not off:
         raise ConfigError(f"--config.{path} is a group of settings; set one of {', '.join(sorted(old))}")
-    with node.ignore_type():
-        node[name] = None if off else text if str in kinds or isinstance(old, str) else _literal(text)
+    node[name] = None if off else text if str in kinds or isinstance(old, str) else _literal(text)
 
 
 def _kinds(path: Sequence[str]) -> tuple[Any, ...]:
@@ -159,8 +180,11 @@ def _kinds(path: Sequence[str]) -> tuple[Any, ...]:
             hint = get_args(hint)[1]
         else:
             group = _group(path[:depth])
-            hint = None if group is None else get_type_hints(group).get(name)
+            hint = None if group is None else _type_hints(group).get(name)
     return get_args(hint) if get_origin(hint) in (types.UnionType, Union) else () if hint is None else (hint,)
+
+
+_type_hints = functools.cache(get_type_hints)
 
 
 def _group(path: Sequence[str]) -> Any:
@@ -216,8 +240,8 @@ def hash_text(*texts: str) -> str:
     return hash_bytes("\n".join(texts).encode(), digest_size=8)
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, `{"train.steps": (100, 200)}`."""
+def settings(cfg: Config) -> dict[str, Any]:
+    """All settings by their dotted keys."""
 
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, Mapping):
@@ -228,6 +252,12 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
             for key, value in flat(child, f"{prefix}.{name}" if prefix else name).items()
         }
 
-    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
+    return flat(dataclasses.asdict(cfg))
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, `{"train.steps": (100, 200)}`."""
+
+    before, after = settings(old), settings(new)
     keys = dict.fromkeys([*before, *after])
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

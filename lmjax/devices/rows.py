@@ -64,7 +64,7 @@ def row_sharding(mesh: jax.sharding.Mesh, names: str) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(tuple(split), mesh))
 
 
-def check_batch(mesh: jax.sharding.Mesh, *, rows: int, setting: str, T: int) -> None:
+def check_batch(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *, rows: int, setting: str, T: int) -> None:
     """Raise ConfigError unless the mesh divides batches of `rows` rows, a number set by `setting`, of T tokens."""
     check_divides("batch", rows, mesh, setting=setting)
     check_divides("residual_time", T, mesh, setting="data.seq_len")

@@ -64,16 +64,21 @@ def make_mesh(cfg: Config, devices: list[Any] | None = None) -> jax.sharding.Mes
         )
     if mesh.size == 1 and devices is None:
         return None
+    check_fits(mesh, cfg)
+    return mesh
+
+
+def check_fits(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, cfg: Config) -> None:
+    """Raise ConfigError unless the mesh divides the batches and the layers."""
     check_stages(mesh, cfg)
     pieces = cfg.train.batch // cfg.train.microbatches
     check_divides("microbatch", pieces, mesh, setting="train.batch / train.microbatches")
     rows.check_batch(mesh, rows=cfg.train.batch, setting="train.batch", T=cfg.data.seq_len)
     if cfg.train.evaluate_batch is not None:
         rows.check_batch(mesh, rows=cfg.train.evaluate_batch, setting="train.evaluate_batch", T=cfg.data.seq_len)
-    return mesh
 
 
-def check_stages(mesh: jax.sharding.Mesh, cfg: Config) -> None:
+def check_stages(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, cfg: Config) -> None:
     """Raise ConfigError unless the pipeline's stages divide the layers that they share, and the microbatches."""
     period, repeats = cfg.model.segments[dominant(cfg.model.segments)]
     layers = cfg.model.layers

@@ -16,11 +16,14 @@ from lmjax.tasks.task import Task
 from lmjax.train.accounting import Cost
 from lmjax.weights import count
 
+Manifests = dict[str, Manifest | None]
+"""Of the data sets of a config, by name; None for one that is not prepared yet."""
+
 
 def describe(cfg: Config) -> Iterator[str]:
     """Lines about size, FLOPs, memory, tokens and epochs. Prepares and stages no data, and allocates nothing."""
-    manifests = _manifests(cfg)
-    cfg = _with_vocab(cfg, manifests)
+    manifests = read_manifests(cfg)
+    cfg = with_vocab(cfg, manifests)
     task = without_data(cfg)
     if cfg.train.init_from is not None:
         check_origin(cfg.train.init_from, task.spec)
@@ -33,16 +36,25 @@ def describe(cfg: Config) -> Iterator[str]:
         f"memory       {state_bytes / 2**20:,.1f} MiB of state and {gradients / 2**20:,.1f} MiB of gradients "
         f"on each of {devices} device(s), activations not counted"
     )
+    counted = epochs(cfg, manifests)
+    for name, found in manifests.items():
+        if found is None:
+            yield f"data         {name}: not prepared yet"
+        else:
+            known = "epochs not known yet" if counted[name] is None else f"{counted[name]:.2f} epochs"
+            yield f"data         {name}: {found.splits['train'].tokens:,} tokens, {known}"
+
+
+def epochs(cfg: Config, manifests: Manifests) -> dict[str, float | None]:
+    """How often a run reads each of its data sets; None where what is not prepared yet leaves it open."""
     tokens = cfg.train.steps * cfg.train.batch * cfg.data.seq_len
     sizes = [0 if found is None else found.splits["train"].tokens for found in manifests.values()]
     weights = MIXTURES[cfg.data.mixture]([source.weight for source in cfg.data.sources.values()], sizes)
-    for name, available, weight in zip(manifests, sizes, weights, strict=True):
-        if available == 0:
-            yield f"data         {name}: not prepared yet"
-            continue
-        known = all(sizes) or cfg.data.mixture == "by_weight"
-        epochs = f"{tokens * weight / sum(weights) / available:.2f} epochs" if known else "epochs not known yet"
-        yield f"data         {name}: {available:,} tokens, {epochs}"
+    known = all(sizes) or cfg.data.mixture == "by_weight"
+    return {
+        name: tokens * weight / sum(weights) / size if known and size else None
+        for name, size, weight in zip(manifests, sizes, weights, strict=True)
+    }
 
 
 def size(task: Task) -> Iterator[str]:
@@ -67,10 +79,10 @@ def with_known_vocab(cfg: Config) -> Config:
 
     Raises ConfigError when none of them tells, and DataError for a place that cannot be read.
     """
-    return cfg if cfg.model.vocab is not None else _with_vocab(cfg, _manifests(cfg))
+    return cfg if cfg.model.vocab is not None else with_vocab(cfg, read_manifests(cfg))
 
 
-def _manifests(cfg: Config) -> dict[str, Manifest | None]:
+def read_manifests(cfg: Config) -> Manifests:
     return {name: _manifest(source.path) for name, source in cfg.data.sources.items()}
 
 
@@ -82,8 +94,11 @@ def _manifest(path: str) -> Manifest | None:
     return manifest.read_manifest(directory) if prepared else None
 
 
-def _with_vocab(cfg: Config, manifests: dict[str, Manifest | None]) -> Config:
-    """The vocabulary of the config, of the prepared data, or of the recipe, whichever is known."""
+def with_vocab(cfg: Config, manifests: Manifests) -> Config:
+    """The config with its vocabulary: its own, that of the prepared data, or of the recipe, whichever is known first.
+
+    Raises ConfigError when none of them tells.
+    """
     recipes = [source.prepare.tokenizer for source in cfg.data.sources.values() if source.prepare is not None]
     vocab = cfg.model.vocab
     for found in manifests.values():

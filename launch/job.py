@@ -1,0 +1,70 @@
+"""What an engine starts: a job is one cell of a sweep, whichever machine it runs on.
+
+    python -m launch cell DIR 3
+
+trains cell 3 of the sweep in DIR, or goes on with it; finished, it does nothing. SIGTERM makes it save and exit with 75,
+and then the same command goes on. Every other exit code is final until somebody starts the sweep again: 0 done, 2 config,
+3 data, 4 storage, 5 diverged, 6 a peer lost. An engine has to run that command on every host of the job, to run it again
+after 75, 6 and the loss of a machine, and to give it time to save. It needs to know nothing else.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from lmjax.errors import PREEMPTED, StallError
+
+RETRIED = (PREEMPTED, StallError.exit_code)
+"""The exit codes after which the same command goes on where it stopped."""
+
+
+class Hardware(NamedTuple):
+    """What one job runs on."""
+
+    accelerator: str | None = None
+    """As `lmjax plan` names TPU slices, `v5e-16` or `2xv5p-256`, or GPUs, `H100-8`; None is CPUs."""
+    nodes: int = 1
+    """Hosts, for engines that do not derive them from the accelerator; each runs the command once."""
+    spot: bool = False
+
+
+class Job(NamedTuple):
+    """One cell."""
+
+    index: int
+    name: str
+    """Of the sweep and the cell; at most 40 of a-z, 0-9 and -, as Kubernetes wants it."""
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    flops: float
+    """What is left of its price; the dearest go first."""
+
+
+class Engine(Protocol):
+    """A file of `launch/engines`; `python -m launch sweep --engine=NAME` chooses it."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Flags of its own, such as a partition or an image."""
+
+    def render(
+        self, name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
+    ) -> dict[str, str]:
+        """The files that it gives its own tool, by name: what `--dry-run` shows. Raises ConfigError."""
+
+    def submit(
+        self, name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
+    ) -> int:
+        """Start the jobs of the sweep called `name` in `directory`; returns an exit code. Only `local` waits for them.
+
+        Raises ConfigError where the engine's tool is missing or refuses.
+        """
+
+    def stop(self, name: str, directory: str, jobs: Sequence[Job]) -> int:
+        """Ask jobs that were started to save and end."""
+
+
+def dns_name(*words: str) -> str:
+    """At most 40 of a-z, 0-9 and -, beginning with a letter: what clusters take as a name."""
+    text = re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+    return (text if text[:1].isalpha() else f"s-{text}")[:40].rstrip("-")

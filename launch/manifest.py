@@ -1,0 +1,142 @@
+"""`sweep.json`: what a sweep is, written when it starts and whenever cells are added. Whoever reads it needs no JAX."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from launch.job import Job, dns_name
+from lmjax.errors import CheckpointError, ConfigError, DataError, one_line
+from lmjax.record import files
+from lmjax.schema import validated
+
+FILE = "sweep.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One cell as it was started."""
+
+    index: int
+    name: str
+    """What varies, in a few words."""
+    overrides: dict[str, Any]
+    digest: str
+    """Of its settings."""
+    run_id: str
+    """Of settings, code and data; its id in wandb."""
+    params: int
+    params_non_embedding: int
+    params_active: int
+    tokens: int
+    flops_6nd: int
+    flops: int
+    """Exact, attention causal."""
+    epochs: dict[str, float | None]
+    hours: float | None
+    dollars: float | None
+    round: int = 0
+    """Which growth of the sweep added it."""
+
+    @property
+    def workdir(self) -> str:
+        """Below the sweep's directory."""
+        return f"cells/{self.index:04d}"
+
+    @property
+    def attempts(self) -> str:
+        return f"attempts/{self.index:04d}.jsonl"
+
+    @property
+    def log(self) -> str:
+        return f"logs/{self.index:04d}.log"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A sweep."""
+
+    name: str
+    config: str
+    """`path.py[:argument]`, from the directory that the sweep was started in."""
+    common: list[str]
+    """Overrides of all cells."""
+    engine: str
+    accelerator: str | None
+    nodes: int
+    spot: bool
+    prices: str
+    """What the prices assume."""
+    created: str
+    lmjax: str
+    """The version."""
+    code: str
+    """The commit, with + where the tree had changes."""
+    data: dict[str, str]
+    """Fingerprints of the data sets, by path."""
+    cells: list[Entry]
+    format: int = FORMAT
+
+    def job(self, entry: Entry, directory: str, python: str) -> Job:
+        return Job(
+            index=entry.index,
+            name=dns_name(self.name[:34], str(entry.index)),
+            command=(python, "-m", "launch", "cell", directory, str(entry.index)),
+            environment={},
+            flops=entry.flops,
+        )
+
+
+def read(directory: epath.PathLike) -> Manifest:
+    """Raises ConfigError for a directory that holds no sweep, or one of a later version."""
+    path = epath.Path(directory) / FILE
+    try:
+        tree = json.loads(path.read_bytes())
+        if tree.get("format") != FORMAT:
+            raise ConfigError(f"{path} is of format {tree.get('format')}, this is {FORMAT}; use the lmjax it is of")
+        return validated(Manifest, tree)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, AttributeError, ImportError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a readable sweep ({one_line(error)}); name its --out") from None
+
+
+def write(directory: epath.PathLike, manifest: Manifest) -> None:
+    """Raises CheckpointError when it cannot be written."""
+    directory = epath.Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(directory / FILE, json.dumps(dataclasses.asdict(manifest), indent=1).encode())
+    except (OSError, DataError) as error:
+        raise CheckpointError(f"storage: cannot write {directory / FILE}: {one_line(error)}; free or mend it") from None
+
+
+def chosen(manifest: Manifest, only: str | None) -> list[Entry]:
+    """The cells that `--only=3,7,10-12` names; all by default. Raises ConfigError for those that are not there."""
+    if only is None:
+        return manifest.cells
+    wanted: list[int] = []
+    for part in only.split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if found is None:
+            raise ConfigError(f"--only={only}: write indices, such as --only=3,7,10-12")
+        wanted += range(int(found[1]), int(found[2] or found[1]) + 1)
+    by_index = {entry.index: entry for entry in manifest.cells}
+    if missing := [index for index in wanted if index not in by_index]:
+        raise ConfigError(f"--only={only}: there is no cell {missing[0]}; they go from 0 to {max(by_index)}")
+    return [by_index[index] for index in dict.fromkeys(wanted)]
+
+
+def changed(old: Manifest, new: Sequence[Entry]) -> list[str]:
+    """What keeps the cells `new` from being the sweep's own: a line for each, empty when they are the same."""
+    lines = []
+    for before, now in zip(old.cells, new, strict=False):
+        if before.digest != now.digest:
+            lines.append(f"cell {before.index} was {before.name or 'the config alone'}, now {now.name or 'that'}")
+    if len(new) != len(old.cells):
+        lines.append(f"the sweep has {len(old.cells)} cells, now {len(new)}")
+    return lines

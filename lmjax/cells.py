@@ -1,0 +1,161 @@
+"""The cells of a sweep: many sets of overrides of one config, all of them checked before anything starts.
+
+A config file may have a function `sweep` beside `get_config`, which takes the same argument and returns the cells:
+
+    def sweep(sizes: str = "") -> Iterable[Overrides]:
+        return product(each("model.embed", [64, 128, 256]), each("optimizer.learning_rate", [1e-3, 2e-3]), seeds(3))
+
+A cell is a dict in the dotted keys of the command line, `{"model.embed": 64, "train.seed": 0}`.
+"""
+
+import functools
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lmjax.config import Config, ConfigFile, hash_text, settings
+from lmjax.errors import ConfigError, one_line
+from lmjax.record import files
+
+Overrides = Mapping[str, Any]
+
+
+# To make them -----------------------------------------------------------------------------------------------------
+
+
+def each(key: str, values: Iterable[Any]) -> list[Overrides]:
+    """One cell for each value of a setting."""
+    return [{key: value} for value in values]
+
+
+def seeds(count: int) -> list[Overrides]:
+    """`count` runs that differ in their initial weights and dropout."""
+    return each("train.seed", range(count))
+
+
+def product(*factors: Iterable[Overrides]) -> list[Overrides]:
+    """Every combination of a cell of each factor; the last factor changes fastest."""
+    return [_merged(cells) for cells in itertools.product(*factors)]
+
+
+def zipped(*columns: Iterable[Overrides]) -> list[Overrides]:
+    """The first cells of all columns together, then the second ones. Raises ConfigError for unequal lengths."""
+    rows = [list(column) for column in columns]
+    if len({len(row) for row in rows}) > 1:
+        raise ConfigError(f"zipped() was given columns of {', '.join(str(len(row)) for row in rows)} cells")
+    return [_merged(cells) for cells in zip(*rows, strict=True)]
+
+
+def chain(*parts: Iterable[Overrides]) -> list[Overrides]:
+    """The cells of all parts, one part after another."""
+    return list(itertools.chain(*parts))
+
+
+def _merged(cells: Sequence[Overrides]) -> Overrides:
+    """Raises ConfigError for a setting that two of them set."""
+    merged: dict[str, Any] = {}
+    for cell in cells:
+        if twice := merged.keys() & cell.keys():
+            raise ConfigError(f"two factors of a sweep set {min(twice)}; leave it to one of them")
+        merged |= cell
+    return merged
+
+
+# To check them ----------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    overrides: dict[str, Any]
+    cfg: Config
+
+    @property
+    def arguments(self) -> list[str]:
+        """The overrides as flags of `lmjax train`."""
+        return [f"--config.{text}" for text in _texts(self.overrides)]
+
+    @property
+    def digest(self) -> str:
+        """A hash of what makes the run what it is: all settings that are not the defaults, without those of tracking.
+
+        Settings that a later version adds leave it as it is.
+        """
+        told = {
+            key: value
+            for key, value in settings(self.cfg).items()
+            if not key.startswith("tracking.") and (key not in _defaults() or _defaults()[key] != value)
+        }
+        return hash_text(json.dumps(told, sort_keys=True))
+
+
+@functools.cache
+def _defaults() -> Mapping[str, Any]:
+    return settings(Config())
+
+
+def load_cells(location: str, listed: str | None = None, common: Sequence[str] = ()) -> list[Cell]:
+    """The cells of the config file `path.py[:argument]`, or those of a JSON list, as `analysis design` writes one.
+
+    `common` has overrides of all cells, `a.b=value`; a cell's own come after them. Raises ConfigError that names the
+    first cell with a setting that does not fit, and for two cells that are the same run.
+    """
+    file = ConfigFile(location)
+    given = _listed(listed) if listed is not None else _swept(file)
+    cells: list[Cell] = []
+    first: dict[str, int] = {}
+    for index, overrides in enumerate(given):
+        cells.append(_cell(file, index, overrides, common))
+        other = first.setdefault(cells[-1].digest, index)
+        if other != index:
+            raise ConfigError(f"cells {other} and {index} are the same run, {shown(overrides)}; leave one out")
+    if not cells:
+        raise ConfigError(f"{listed or location} has no cells")
+    return cells
+
+
+def _cell(file: ConfigFile, index: int, overrides: Any, common: Sequence[str]) -> Cell:
+    if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):
+        raise ConfigError(f"cell {index} is {overrides!r}; write an object of settings, {{'model.embed': 64}}")
+    try:
+        return Cell(dict(overrides), file.config([*common, *_texts(overrides)]))
+    except ConfigError as error:
+        raise ConfigError(f"cell {index}: {error}") from None
+
+
+def _swept(file: ConfigFile) -> Iterable[Any]:
+    if not hasattr(file.module, "sweep"):
+        raise ConfigError(f"--config={file.location} has no function sweep(); write one, or give --cells=FILE.json")
+    return list(file.call("sweep"))
+
+
+def _listed(path: str) -> list[Any]:
+    try:
+        listed = json.loads(files.read_bytes(files.locate(path)))
+    except (ValueError, RecursionError) as error:  # a DataError, too: it names the file
+        raise ConfigError(f"--cells={path}: {one_line(error)}") from None
+    if not isinstance(listed, list):
+        raise ConfigError(f"--cells={path}: it holds no JSON list of cells")
+    return listed
+
+
+def _texts(overrides: Overrides) -> list[str]:
+    """As the command line has them: `a.b=value`."""
+    return [f"{key}={value if isinstance(value, str) else repr(value)}" for key, value in overrides.items()]
+
+
+def shown(overrides: Overrides) -> str:
+    """`embed=64 seed=0`: what varies, by the shortest names that tell its keys apart."""
+    return " ".join(f"{name}={value}" for name, value in zip(short_names(overrides), overrides.values(), strict=True))
+
+
+def short_names(keys: Iterable[str]) -> list[str]:
+    """The last words of dotted keys, as few as tell them apart."""
+    paths = [key.split(".") for key in keys]
+    names = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        count = next(n for n in range(1, len(path) + 1) if n == len(path) or all(o[-n:] != path[-n:] for o in others))
+        names.append(".".join(path[-count:]))
+    return names
