@@ -1,32 +1,142 @@
-"""Start a run: `python -m launch ENGINE [its flags] -- COMMAND`. Imports neither JAX nor what it starts.
+"""Start runs and sweeps: `python -m launch COMMAND --help`.
 
-python -m launch local --processes=4 --devices-per-process=2 -- lmjax train --config=... --workdir=...
+    local    several processes of one command on this machine:
+             python -m launch local --processes=4 --devices-per-process=2 -- lmjax train --config=... --workdir=...
+    sweep    the cells of a config file: python -m launch sweep configs/sweeps/cpu_isoflop.py --out=sweeps/first
+    status   what they are at, from their files; exit code 0 once all are done
+    logs     what a cell printed
+    stop     have those that run save and end
+    cell     one of them: what an engine starts
 """
 
 import argparse
+import dataclasses
+import json
+import shutil
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from launch import local
+from etils import epath
 
-# An engine is one file: its docstring, `add_arguments(parser)` and `launch(arguments, command) -> exit code`.
-ENGINES: dict[str, ModuleType] = {"local": local}
+from launch import cell, local, manifest, page, status
+from launch.engines import ENGINES
+from lmjax.errors import BUG, DONE, ConfigError
+from lmjax.process import ending
+
+WATCH_SECONDS = 10.0
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ours: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
 
 
 def main(argv: Sequence[str]) -> int:
     ours, command = _split(argv)
-    parser = argparse.ArgumentParser(prog="python -m launch", description=(__doc__ or "").splitlines()[0])
-    engines = parser.add_subparsers(dest="engine", required=True)
+    overrides = [word.removeprefix("--config.") for word in ours if word.startswith("--config.")]
+    arguments = _parser().parse_args([word for word in ours if not word.startswith("--config.")])
+    if command and arguments.command != "local":
+        raise ConfigError(f"launch {arguments.command} starts no command of yours: leave out what follows --")
+    if overrides and arguments.command != "sweep":
+        raise ConfigError(f"launch {arguments.command} takes no --config.{overrides[0]}")
+    arguments.overrides, arguments.started = overrides, command
+    return arguments.function(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def command(name: str, summary: str, function: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        return sub
+
+    local.add_arguments(command("local", "several processes of one command on this machine", _local))
+    _sweep_arguments(command("sweep", "train the cells of a config file", _sweep))
+    sub = command("status", "what the cells of a sweep are at", _status)
+    sub.add_argument("directory", metavar="DIR")
+    sub.add_argument("--watch", action="store_true", help=f"again every {WATCH_SECONDS:.0f} s, until all are done")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub = command("logs", "what a cell printed", _logs)
+    sub.add_argument("directory", metavar="DIR")
+    sub.add_argument("index", type=int, metavar="CELL")
+    command("stop", "have the cells that run save and end", _stop).add_argument("directory", metavar="DIR")
+    sub = command("cell", "train one cell, or go on with it: what an engine starts", _cell)
+    sub.add_argument("directory", metavar="DIR")
+    sub.add_argument("index", type=int, metavar="CELL")
+    return parser
+
+
+def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", metavar="CONFIG", help="FILE.py[:ARG] with get_config() and sweep()")
+    sub.add_argument("--out", required=True, metavar="DIR", help="the sweep's directory, local or in a bucket")
+    sub.add_argument("--cells", metavar="FILE.json", help="a list of cells instead of the config's sweep()")
+    sub.add_argument("--engine", choices=list(ENGINES), default="local", help="what starts the cells")
+    sub.add_argument("--accelerator", metavar="NAME", help="v5e-16, 2xv5p-256, H100-8; default: CPUs")
+    sub.add_argument("--nodes", type=int, default=1, help="hosts of a cell, where the accelerator leaves them open")
+    sub.add_argument("--spot", action="store_true", help="on machines that may be taken away")
+    sub.add_argument("--share-of-peak", type=float, default=0.4, help="of its FLOP/s, for hours and price")
+    sub.add_argument("--dollars", type=float, metavar="PRICE", help="of a device for an hour, if not the list's")
+    sub.add_argument("--dry-run", action="store_true", help="show the cells, and start nothing")
+    sub.add_argument("--only", metavar="3,7,10-12", help="start these cells alone")
+    sub.add_argument("--yes", action="store_true", help="do not ask before money is spent")
+    sub.add_argument("--extend", action="store_true", help="add the cells that the sweep in DIR lacks")
+    sub.epilog = "a setting of all cells: --config.train.steps=100"
     for name, engine in ENGINES.items():
-        summary = (engine.__doc__ or "").splitlines()[0]
-        engine.add_arguments(engines.add_parser(name, help=summary, description=summary))
-    arguments, unknown = parser.parse_known_args(ours)
-    if not command:
-        parser.error("say what to start, after `--`")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return ENGINES[arguments.engine].launch(arguments, command)
+        engine.add_arguments(sub.add_argument_group(f"--engine={name}"))
+
+
+def _local(arguments: argparse.Namespace) -> int:
+    if not arguments.started:
+        raise ConfigError("say what to start, after --")
+    return local.launch(arguments, arguments.started)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from launch import sweep  # it prices cells by JAX, which takes seconds to import
+
+    return sweep.launch(arguments)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    while True:
+        sweep, rows = manifest.read(arguments.directory), status.rows(arguments.directory)
+        if arguments.json:
+            print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        else:
+            print(status.table(rows))
+            print(f"{status.headline(rows)}; {page.write(arguments.directory, sweep, rows)}")
+        if status.all_done(rows):
+            return DONE
+        if not arguments.watch:
+            return BUG
+        time.sleep(WATCH_SECONDS)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    entry = manifest.entry(manifest.read(arguments.directory), arguments.index)
+    path = epath.Path(arguments.directory) / entry.log
+    if not path.exists():
+        raise ConfigError(f"{path} is not there: the cell has not started, or its engine keeps the log")
+    with path.open("rb") as file:
+        shutil.copyfileobj(file, sys.stdout.buffer)
+    return DONE
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    sweep = manifest.read(arguments.directory)
+    jobs = [sweep.job(entry, arguments.directory, sys.executable) for entry in sweep.cells]
+    return ENGINES[sweep.engine].stop(sweep.name, arguments.directory, jobs)
+
+
+def _cell(arguments: argparse.Namespace) -> int:
+    return cell.run(arguments.directory, arguments.index)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -36,4 +146,4 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ending.run_main(lambda: main(sys.argv[1:]), debug=False)

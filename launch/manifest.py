@@ -29,6 +29,7 @@ class Entry:
     """Of its settings."""
     run_id: str
     """Of settings, code and data; its id in wandb."""
+    steps: int
     params: int
     params_non_embedding: int
     params_active: int
@@ -36,6 +37,8 @@ class Entry:
     flops_6nd: int
     flops: int
     """Exact, attention causal."""
+    state_bytes: float
+    """Of weights, gradients and optimizer state on one device."""
     epochs: dict[str, float | None]
     hours: float | None
     dollars: float | None
@@ -115,28 +118,24 @@ def write(directory: epath.PathLike, manifest: Manifest) -> None:
         raise CheckpointError(f"storage: cannot write {directory / FILE}: {one_line(error)}; free or mend it") from None
 
 
-def chosen(manifest: Manifest, only: str | None) -> list[Entry]:
-    """The cells that `--only=3,7,10-12` names; all by default. Raises ConfigError for those that are not there."""
+def entry(sweep: Manifest, index: int) -> Entry:
+    """A cell by its number. Raises ConfigError for one that is not there."""
+    if not 0 <= index < len(sweep.cells):
+        raise ConfigError(f"the sweep {sweep.name} has no cell {index}; they go from 0 to {len(sweep.cells) - 1}")
+    return sweep.cells[index]
+
+
+def chosen(cells: Sequence[Entry], only: str | None) -> list[Entry]:
+    """Those that `--only=3,7,10-12` names; all by default. Raises ConfigError for those that are not there."""
     if only is None:
-        return manifest.cells
+        return list(cells)
     wanted: list[int] = []
     for part in only.split(","):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if found is None:
             raise ConfigError(f"--only={only}: write indices, such as --only=3,7,10-12")
-        wanted += range(int(found[1]), int(found[2] or found[1]) + 1)
-    by_index = {entry.index: entry for entry in manifest.cells}
-    if missing := [index for index in wanted if index not in by_index]:
-        raise ConfigError(f"--only={only}: there is no cell {missing[0]}; they go from 0 to {max(by_index)}")
-    return [by_index[index] for index in dict.fromkeys(wanted)]
-
-
-def changed(old: Manifest, new: Sequence[Entry]) -> list[str]:
-    """What keeps the cells `new` from being the sweep's own: a line for each, empty when they are the same."""
-    lines = []
-    for before, now in zip(old.cells, new, strict=False):
-        if before.digest != now.digest:
-            lines.append(f"cell {before.index} was {before.name or 'the config alone'}, now {now.name or 'that'}")
-    if len(new) != len(old.cells):
-        lines.append(f"the sweep has {len(old.cells)} cells, now {len(new)}")
-    return lines
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last >= len(cells) or first > last:
+            raise ConfigError(f"--only={only}: there is no such cell; they go from 0 to {len(cells) - 1}")
+        wanted += range(first, last + 1)
+    return [cells[index] for index in dict.fromkeys(wanted)]

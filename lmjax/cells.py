@@ -74,7 +74,7 @@ class Cell(NamedTuple):
     @property
     def arguments(self) -> list[str]:
         """The overrides as flags of `lmjax train`."""
-        return [f"--config.{text}" for text in _texts(self.overrides)]
+        return [f"--config.{text}" for text in texts(self.overrides)]
 
     @property
     def digest(self) -> str:
@@ -119,7 +119,7 @@ def _cell(file: ConfigFile, index: int, overrides: Any, common: Sequence[str]) -
     if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):
         raise ConfigError(f"cell {index} is {overrides!r}; write an object of settings, {{'model.embed': 64}}")
     try:
-        return Cell(dict(overrides), file.config([*common, *_texts(overrides)]))
+        return Cell(dict(overrides), file.config([*common, *texts(overrides)]))
     except ConfigError as error:
         raise ConfigError(f"cell {index}: {error}") from None
 
@@ -140,7 +140,7 @@ def _listed(path: str) -> list[Any]:
     return listed
 
 
-def _texts(overrides: Overrides) -> list[str]:
+def texts(overrides: Overrides) -> list[str]:
     """As the command line has them: `a.b=value`."""
     return [f"{key}={value if isinstance(value, str) else repr(value)}" for key, value in overrides.items()]
 

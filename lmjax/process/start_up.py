@@ -94,11 +94,11 @@ def environment() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        **_git_revision(),
+        **git_revision(),
     }
 
 
-def _git_revision() -> dict[str, Any]:
+def git_revision() -> dict[str, Any]:
     """`git_commit` and `git_dirty` of the checkout that this file is tracked in; empty for an installed package."""
     source = Path(__file__)
 

@@ -97,16 +97,21 @@ def _decode(record: dict[str, Any]) -> dict[str, Any]:
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 
 
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None if it is damaged or torn."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return _decode(record) if isinstance(record, dict) else None
+
+
 def read_lines(path: epath.PathLike) -> Iterator[dict[str, Any]]:
     """The records of a JSON-lines file in order; a torn or damaged line is left out with a warning."""
     for number, line in enumerate(epath.Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip(b"\0 \r"):
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            yield _decode(record)
+        if (record := parsed(line)) is not None:
+            yield record
         else:
             logger.warning("%s: line %d is damaged or torn and is left out", path, number)

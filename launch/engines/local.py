@@ -1,0 +1,156 @@
+"""The cells of a sweep on this machine: --jobs at a time, the dearest first, the cores shared out between them.
+
+A cell that was preempted, lost a peer or was killed is started again, at most --retries times; one that failed stays
+failed, and the others go on. Ctrl-C and SIGTERM let all that run save; the same command goes on with them.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from launch import status
+from launch.job import RETRIED, Hardware, Job
+from launch.local import Guard
+from lmjax.errors import BUG, DONE, PREEMPTED, ConfigError
+
+_POLL_SECONDS = 0.2
+_TELL_SECONDS = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, metavar="N", help="local: cells at a time; default: one a core")
+    parser.add_argument("--retries", type=int, default=2, metavar="N", help="local: of a cell that was killed")
+
+
+def render(
+    name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
+) -> dict[str, str]:
+    """Nothing: this engine has no tool beside itself."""
+    return {}
+
+
+def submit(
+    name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
+) -> int:
+    """Train all of them; returns 0, 75 when it was stopped, or 1 when a cell failed."""
+    cores = sorted(os.sched_getaffinity(0))
+    at_a_time = arguments.jobs or len(cores)
+    if at_a_time < 1 or arguments.retries < 0:
+        raise ConfigError("--jobs must be at least 1 and --retries at least 0")
+    at_a_time = min(at_a_time, len(jobs)) or 1
+    shares = [cores[slot::at_a_time] or cores for slot in range(at_a_time)]
+    waiting = sorted(jobs, key=lambda job: -job.flops)
+    with Guard() as guard, _stopping() as stop:
+        return _Pool(directory, waiting, shares, arguments.retries, guard, stop).run()
+
+
+def stop(name: str, directory: str, jobs: Sequence[Job]) -> int:
+    """Signal the launcher's cells by the process ids that they noted."""
+    rows = status.rows(directory)
+    for row in rows:
+        if row.state == "running" and row.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(row.pid, signal.SIGTERM)
+    return DONE
+
+
+class _Stop:
+    """Whether a signal asked to stop."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[_Stop]:
+    stop = _Stop()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Pool:
+    """The cells that run, each on its share of the cores."""
+
+    def __init__(
+        self, directory: str, jobs: list[Job], shares: list[list[int]], retries: int, guard: Guard, stop: _Stop
+    ) -> None:
+        self.directory, self.waiting, self.shares, self.stop = directory, jobs, shares, stop
+        self.guard = guard
+        self.left = {job.index: retries for job in jobs}
+        self.running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+        """By the number of the share of the cores."""
+        self.failed = 0
+        self.told = 0.0
+
+    def run(self) -> int:
+        while self.running or (self.waiting and not self.stop.requested):
+            while self.waiting and len(self.running) < len(self.shares) and not self.stop.requested:
+                self.start(self.waiting.pop(0))
+            self.look()
+            if self.stop.requested:
+                self.end()
+            self.tell()
+            time.sleep(_POLL_SECONDS)
+        self.tell(last=True)
+        return PREEMPTED if self.stop.requested and (self.waiting or self.failed == 0) else BUG if self.failed else DONE
+
+    def start(self, job: Job) -> None:
+        slot = next(slot for slot in range(len(self.shares)) if slot not in self.running)
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self.shares[slot])  # which the child inherits
+        try:
+            process = subprocess.Popen(
+                job.command,
+                env={**os.environ, **job.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # the cell's log has it
+                stderr=subprocess.DEVNULL,
+                process_group=self.guard.group,
+            )
+        finally:
+            os.sched_setaffinity(0, cores)
+        self.running[slot] = job, process
+
+    def look(self) -> None:
+        """What has ended makes room, and is tried again or counted."""
+        for slot, (job, process) in list(self.running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.running[slot]
+            again = code in RETRIED or code < 0 or code == 128 + signal.SIGKILL
+            if self.stop.requested and code == PREEMPTED:
+                self.waiting.append(job)
+            elif again and self.left[job.index] > 0 and not self.stop.requested:
+                self.left[job.index] -= 1
+                self.waiting.insert(0, job)
+            elif code != DONE:
+                self.failed += 1
+                print(f"cell {job.index} failed with exit code {code}: launch logs {self.directory} {job.index}")
+
+    def end(self) -> None:
+        for _, process in self.running.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+
+    def tell(self, last: bool = False) -> None:
+        """A line about all cells: over the one before on a terminal, each minute elsewhere."""
+        terminal = sys.stdout.isatty()
+        if not last and time.monotonic() - self.told < (_TELL_SECONDS if terminal else 12 * _TELL_SECONDS):
+            return
+        self.told = time.monotonic()
+        line = status.headline(status.rows(self.directory))
+        print(f"\r\033[K{line}" if terminal else line, end="\n" if last or not terminal else "", flush=True)

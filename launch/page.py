@@ -1,0 +1,3 @@
+"""stub"""
+def write(directory, sweep, rows):
+    return "page"

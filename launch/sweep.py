@@ -1,0 +1,195 @@
+"""`python -m launch sweep CONFIG --out=DIR`: the cells of a config file, priced, written down, and started.
+
+Nothing is written or started before every cell was checked. The same command again starts what is missing or did not
+finish.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+
+from etils import epath
+
+from launch import manifest, page, price, status, table
+from launch.engines import ENGINES
+from launch.job import Hardware
+from launch.manifest import Entry, Manifest
+from launch.price import Price
+from lmjax.cells import Cell, load_cells, shown
+from lmjax.config import hash_text
+from lmjax.data.prepare.prepare import prepare
+from lmjax.data.store.manifest import read_manifest
+from lmjax.devices.chips import PRICES_FROM
+from lmjax.errors import DONE, CheckpointError, ConfigError, one_line
+from lmjax.process.start_up import git_revision
+from lmjax.record import files
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    if arguments.nodes < 1:
+        raise ConfigError(f"--nodes={arguments.nodes} must be at least 1")
+    cells = load_cells(arguments.config, arguments.cells, arguments.overrides)
+    on = price.accelerator(arguments.accelerator, share_of_peak=arguments.share_of_peak, dollars=arguments.dollars)
+    wanted = entries(cells, price.price_all(cells, on))
+    print(table.of_entries(wanted))
+    print(table.totals(wanted, on))
+    directory = files.locate(arguments.out)
+    old = manifest.read(directory) if (directory / manifest.FILE).exists() else None
+    if old is not None:
+        wanted = joined(old, wanted, directory, extend=arguments.extend)
+    chosen = manifest.chosen(wanted, arguments.only)
+    if arguments.dry_run:
+        return DONE
+    with only_launcher(directory):
+        data = prepared(cells)
+        sweep = described(arguments, directory, wanted, data, old)
+        manifest.write(directory, sweep)
+        return start(sweep, directory, chosen, arguments)
+
+
+# What a sweep is --------------------------------------------------------------------------------------------------
+
+
+def entries(cells: Sequence[Cell], prices: Sequence[Price], round: int = 0) -> list[Entry]:
+    """The cells as the manifest has them, numbered from 0, their ids left open until the data are there."""
+    varying = [key for key in dict.fromkeys(key for cell in cells for key in cell.overrides) if _varies(key, cells)]
+    return [
+        Entry(
+            index=index,
+            name=shown({key: cell.overrides[key] for key in varying if key in cell.overrides}),
+            overrides=cell.overrides,
+            digest=cell.digest,
+            run_id="",
+            steps=cell.cfg.train.steps,
+            params=priced.counts.total,
+            params_non_embedding=priced.counts.non_embedding,
+            params_active=priced.counts.active,
+            tokens=priced.tokens,
+            flops_6nd=priced.flops_6nd,
+            flops=priced.flops,
+            state_bytes=priced.state_bytes,
+            epochs=priced.epochs,
+            hours=priced.hours,
+            dollars=priced.dollars,
+            round=round,
+        )
+        for index, (cell, priced) in enumerate(zip(cells, prices, strict=True))
+    ]
+
+
+def _varies(key: str, cells: Sequence[Cell]) -> bool:
+    return len({repr(cell.overrides.get(key)) for cell in cells}) > 1
+
+
+def joined(old: Manifest, wanted: Sequence[Entry], directory: epath.Path, *, extend: bool) -> list[Entry]:
+    """The sweep's own cells, and with `extend` those of `wanted` that it lacks after them.
+
+    Raises ConfigError for cells that are not the sweep's.
+    """
+    known = {entry.digest for entry in old.cells}
+    new = [entry for entry in wanted if entry.digest not in known]
+    lost = known - {entry.digest for entry in wanted}
+    if extend:
+        numbered = enumerate(new, start=len(old.cells))
+        return [*old.cells, *(dataclasses.replace(entry, index=index) for index, entry in numbered)]
+    if new or lost:
+        what = f"cell {new[0].index} ({new[0].name}) is not one of its" if new else f"{len(lost)} are missing of its"
+        raise ConfigError(
+            f"{directory} holds another sweep: {what} {len(old.cells)} cells; use another --out, or --extend to add cells"
+        )
+    return old.cells
+
+
+def prepared(cells: Sequence[Cell]) -> dict[str, str]:
+    """The fingerprints of all data sets, by path; those that have a recipe and are not there yet are made."""
+    sources = {source.path: source for cell in cells for source in cell.cfg.data.sources.values()}
+    return {
+        path: (prepare(source.prepare, path) if source.prepare else read_manifest(files.locate(path))).fingerprint
+        for path, source in sources.items()
+    }
+
+
+def described(
+    arguments: argparse.Namespace,
+    directory: epath.Path,
+    cells: Sequence[Entry],
+    data: dict[str, str],
+    old: Manifest | None,
+) -> Manifest:
+    """The manifest, every cell with an id that depends on its settings, the code and the data."""
+    code = code_version()
+    fingerprints = [data[path] for path in sorted(data)]
+    return Manifest(
+        name=directory.name if old is None else old.name,
+        config=arguments.config,
+        common=arguments.overrides,
+        engine=arguments.engine,
+        accelerator=arguments.accelerator,
+        nodes=arguments.nodes,
+        spot=arguments.spot,
+        prices=PRICES_FROM,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if old is None else old.created,
+        lmjax=metadata.version("lmjax"),
+        code=code,
+        data=data,
+        cells=[
+            entry
+            if entry.run_id
+            else dataclasses.replace(entry, run_id=hash_text(entry.digest, code, *fingerprints))
+            for entry in cells
+        ],
+    )
+
+
+def code_version() -> str:
+    """The commit, with + where the tree has changes; empty for an installed package."""
+    revision = git_revision()
+    return revision["git_commit"] + "+" * revision["git_dirty"] if revision else ""
+
+
+# Start ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_launcher(directory: epath.Path) -> Iterator[None]:
+    """Raises ConfigError while another one starts cells of the same sweep, and CheckpointError for a full disk."""
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            free = stack.enter_context(files.lock(directory / ".lock", patience=0))
+        except OSError as error:
+            raise CheckpointError(f"storage: cannot write {directory}: {one_line(error)}; free or mend it") from None
+        if not free:
+            raise ConfigError(f"another launcher works in {directory}; wait for it, or see launch status {directory}")
+        yield
+
+
+def start(sweep: Manifest, directory: epath.Path, chosen: Sequence[Entry], arguments: argparse.Namespace) -> int:
+    """Start those of the chosen cells that are neither done nor running."""
+    found = {row.index: row.state for row in status.rows(directory)}
+    todo = [entry for entry in chosen if found[entry.index] not in ("done", "running")]
+    if todo:
+        ask_for(todo, arguments)
+        hardware = Hardware(sweep.accelerator, sweep.nodes, sweep.spot)
+        jobs = [sweep.job(entry, str(directory), sys.executable) for entry in todo]
+        code = ENGINES[sweep.engine].submit(sweep.name, str(directory), jobs, hardware, arguments)
+    else:
+        code = DONE
+    rows = status.rows(directory)
+    print(status.table(rows))
+    print(f"{status.headline(rows)}; {page.write(directory, sweep, rows)}")
+    return code
+
+
+def ask_for(todo: Sequence[Entry], arguments: argparse.Namespace) -> None:
+    """Money is spent after a yes. Raises ConfigError without one."""
+    dollars = sum(entry.dollars or 0.0 for entry in todo)
+    if not dollars or arguments.yes:
+        return
+    question = f"start {len(todo)} cells for about ${dollars:,.2f}? [y/N] "
+    if not sys.stdin.isatty() or input(question).strip().lower() not in ("y", "yes"):
+        raise ConfigError(f"{len(todo)} cells would cost about ${dollars:,.2f}; say --yes")
