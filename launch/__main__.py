@@ -1,12 +1,12 @@
 """Start runs and sweeps: `python -m launch COMMAND --help`.
 
-    local    several processes of one command on this machine:
-             python -m launch local --processes=4 --devices-per-process=2 -- lmjax train --config=... --workdir=...
-    sweep    the cells of a config file: python -m launch sweep configs/sweeps/cpu_isoflop.py --out=sweeps/first
-    status   what they are at, from their files; exit code 0 once all are done
-    logs     what a cell printed
-    stop     have those that run save and end
-    cell     one of them: what an engine starts
+local    several processes of one command on this machine:
+         python -m launch local --processes=4 --devices-per-process=2 -- lmjax train --config=... --workdir=...
+sweep    the cells of a config file: python -m launch sweep configs/sweeps/cpu_isoflop.py --out=sweeps/first
+status   what they are at, from their files; exit code 0 once all are done
+logs     what a cell printed
+stop     have those that run save and end
+cell     one of them: what an engine starts
 """
 
 import argparse
@@ -35,13 +35,16 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
-
 def main(argv: Sequence[str]) -> int:
     ours, command = _split(argv)
     overrides = [word.removeprefix("--config.") for word in ours if word.startswith("--config.")]
-    arguments = _parser().parse_args([word for word in ours if not word.startswith("--config.")])
+    arguments, unknown = _parser().parse_known_args([word for word in ours if not word.startswith("--config.")])
     if command and arguments.command != "local":
         raise ConfigError(f"launch {arguments.command} starts no command of yours: leave out what follows --")
+    if not command and arguments.command == "local":
+        raise ConfigError("say what to start, after `--`")
+    if unknown:
+        raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}; see `python -m launch {arguments.command} -h`")
     if overrides and arguments.command != "sweep":
         raise ConfigError(f"launch {arguments.command} takes no --config.{overrides[0]}")
     arguments.overrides, arguments.started = overrides, command
@@ -87,14 +90,15 @@ def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--only", metavar="3,7,10-12", help="start these cells alone")
     sub.add_argument("--yes", action="store_true", help="do not ask before money is spent")
     sub.add_argument("--extend", action="store_true", help="add the cells that the sweep in DIR lacks")
+    sub.add_argument(
+        "--report", nargs="?", type=float, const=0.0, metavar="FLOPS", help="fit laws at the end, extrapolated to FLOPS"
+    )
     sub.epilog = "a setting of all cells: --config.train.steps=100"
     for name, engine in ENGINES.items():
         engine.add_arguments(sub.add_argument_group(f"--engine={name}"))
 
 
 def _local(arguments: argparse.Namespace) -> int:
-    if not arguments.started:
-        raise ConfigError("say what to start, after --")
     return local.launch(arguments, arguments.started)
 
 

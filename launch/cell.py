@@ -1,8 +1,8 @@
 """One cell of a sweep: `python -m launch cell DIR 3` trains it, or goes on with it, and notes how that ended.
 
-`DIR/attempts/0003.jsonl` has a line when an attempt starts and one when it ends; `DIR/logs/0003.log` has what it printed
-(of a sweep in a bucket the engine's own tool has that). SIGTERM and Ctrl-C reach the training, which saves and ends with
-75. On several hosts each runs this command, and process 0 alone takes notes.
+`DIR/attempts/0003.jsonl` has a line when an attempt starts and one when it ends; `DIR/logs/0003.log` has what it
+printed (of a sweep in a bucket the engine's own tool has that). SIGTERM and Ctrl-C reach the training, which saves and
+ends with 75. On several hosts each runs this command, and process 0 alone takes notes.
 """
 
 import contextlib

@@ -2,13 +2,14 @@
 
     python -m launch cell DIR 3
 
-trains cell 3 of the sweep in DIR, or goes on with it; finished, it does nothing. SIGTERM makes it save and exit with 75,
-and then the same command goes on. Every other exit code is final until somebody starts the sweep again: 0 done, 2 config,
-3 data, 4 storage, 5 diverged, 6 a peer lost. An engine has to run that command on every host of the job, to run it again
-after 75, 6 and the loss of a machine, and to give it time to save. It needs to know nothing else.
+trains cell 3 of the sweep in DIR, or goes on with it; finished, it does nothing. SIGTERM makes it save and exit with
+75, and then the same command goes on. Other exit codes are final until somebody starts the sweep again: 0 done, 2
+config, 3 data, 4 storage, 5 diverged, 6 a peer lost. An engine has to run that command on every host of the job, to run
+it again after 75, 6 and the loss of a machine, and to give it time to save. It needs to know nothing else.
 """
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -29,7 +30,8 @@ class Hardware(NamedTuple):
     spot: bool = False
 
 
-class Job(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Job:
     """One cell."""
 
     index: int
@@ -44,7 +46,7 @@ class Job(NamedTuple):
 class Engine(Protocol):
     """A file of `launch/engines`; `python -m launch sweep --engine=NAME` chooses it."""
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+    def add_arguments(self, parser: argparse._ActionsContainer) -> None:
         """Flags of its own, such as a partition or an image."""
 
     def render(

@@ -62,7 +62,7 @@ def row(root: epath.Path, entry: Entry) -> Row:
     notes, workdir = _lines(root / entry.attempts), root / entry.workdir
     summary, metrics = _json(workdir / "summary.json"), tail(workdir / "metrics.jsonl")
     logged = [line for line in metrics if "event" not in line and "step" in line]
-    step = int(summary.get("step", logged[-1]["step"] if logged else 0))
+    step = summary["step"] if "step" in summary else logged[-1]["step"] if logged else 0
     spent_hours = _hours(notes, logged)
     state, why = _state(entry, notes, logged, step if summary else None)
     loss_name, loss = _loss(summary, logged)
@@ -86,9 +86,7 @@ def row(root: epath.Path, entry: Entry) -> Row:
     )
 
 
-def _state(
-    entry: Entry, notes: Sequence[Line], logged: Sequence[Line], finished: int | None
-) -> tuple[State, str]:
+def _state(entry: Entry, notes: Sequence[Line], logged: Sequence[Line], finished: int | None) -> tuple[State, str]:
     """Where it stands, and why it is not done. `finished` is the step of the summary, where there is one."""
     if finished is not None and finished >= entry.steps:
         return "done", ""

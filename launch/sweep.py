@@ -7,6 +7,7 @@ finish.
 import argparse
 import contextlib
 import dataclasses
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,9 @@ from lmjax.devices.chips import PRICES_FROM
 from lmjax.errors import DONE, CheckpointError, ConfigError, one_line
 from lmjax.process.start_up import git_revision
 from lmjax.record import files
+
+TARGET_RATIO = 10
+"""How far beyond its dearest cell a sweep is extrapolated, where nobody says."""
 
 
 def launch(arguments: argparse.Namespace) -> int:
@@ -60,7 +64,8 @@ def entries(cells: Sequence[Cell], prices: Sequence[Price], round: int = 0) -> l
     return [
         Entry(
             index=index,
-            name=shown({key: cell.overrides[key] for key in varying if key in cell.overrides}),
+            name=cell.cfg.tracking.name
+            or shown({key: cell.overrides[key] for key in varying if key in cell.overrides}),
             overrides=cell.overrides,
             digest=cell.digest,
             run_id="",
@@ -97,9 +102,9 @@ def joined(old: Manifest, wanted: Sequence[Entry], directory: epath.Path, *, ext
         numbered = enumerate(new, start=len(old.cells))
         return [*old.cells, *(dataclasses.replace(entry, index=index) for index, entry in numbered)]
     if new or lost:
-        what = f"cell {new[0].index} ({new[0].name}) is not one of its" if new else f"{len(lost)} are missing of its"
+        what = f"cell {new[0].index} ({new[0].name}) is none of its" if new else f"{len(lost)} are missing of its"
         raise ConfigError(
-            f"{directory} holds another sweep: {what} {len(old.cells)} cells; use another --out, or --extend to add cells"
+            f"{directory} holds another sweep: {what} {len(old.cells)} cells; use another --out, or --extend adds cells"
         )
     return old.cells
 
@@ -137,9 +142,7 @@ def described(
         code=code,
         data=data,
         cells=[
-            entry
-            if entry.run_id
-            else dataclasses.replace(entry, run_id=hash_text(entry.digest, code, *fingerprints))
+            entry if entry.run_id else dataclasses.replace(entry, run_id=hash_text(entry.digest, code, *fingerprints))
             for entry in cells
         ],
     )
@@ -182,7 +185,15 @@ def start(sweep: Manifest, directory: epath.Path, chosen: Sequence[Entry], argum
     rows = status.rows(directory)
     print(status.table(rows))
     print(f"{status.headline(rows)}; {page.write(directory, sweep, rows)}")
+    if arguments.report is not None and status.all_done(rows):
+        return report(sweep, directory, arguments.report or TARGET_RATIO * max(entry.flops for entry in sweep.cells))
     return code
+
+
+def report(sweep: Manifest, directory: epath.Path, target: float) -> int:
+    """The fits of all cells, extrapolated to `target` FLOPs, by the analysis' own command; its exit code."""
+    flags = [f"--runs={directory}", f"--target={target:.3g}", f"--out={directory / 'report'}"]
+    return subprocess.run([sys.executable, "-m", "analysis", "report", *flags]).returncode
 
 
 def ask_for(todo: Sequence[Entry], arguments: argparse.Namespace) -> None:

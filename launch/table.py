@@ -34,9 +34,7 @@ def of_entries(cells: Sequence[Entry]) -> str:
 def totals(cells: Sequence[Entry], on: Accelerator) -> str:
     """What all cells cost together, and what these figures assume."""
     flops, tokens = sum(one.flops for one in cells), sum(one.tokens for one in cells)
-    lines = [
-        f"{len(cells)} cells, {number(tokens)} tokens, {flops:.3g} FLOPs (matmuls and causal attention), each on {on.name}"
-    ]
+    lines = [f"{len(cells)} cells, {number(tokens)} tokens, {flops:.3g} FLOPs (exact, causal), each on {on.name}"]
     if all(one.hours is not None for one in cells):
         hours = sum(one.hours or 0.0 for one in cells)
         dollars = sum(one.dollars or 0.0 for one in cells)

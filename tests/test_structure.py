@@ -37,7 +37,7 @@ FLOORS: list[set[str]] = [
     {"losses", "generate", "hf"},
     {"evaluate", "train"},
     {"config"},
-    {"tasks"},
+    {"tasks", "cells"},
     {"run"},
     {"plan"},
     {"commands"},
@@ -62,12 +62,11 @@ ORDER: list[tuple[str, str]] = [
     ("launch", "analysis"),
 ]
 
-# What a program runs without, and the modules to which that does not apply: benchmarks; and lmjax.errors, free of JAX,
-# which has the exit codes that the launcher acts on.
+# What a program runs without, and the modules to which that does not apply: benchmarks; and the price of a sweep.
 FRAMEWORKS = {"torch", "keras", "transformers"}
 WITHOUT: list[tuple[str, set[str], set[str]]] = [
     ("lmjax", FRAMEWORKS, set()),
-    ("launch", FRAMEWORKS | {"jax", "flax", "optax", "lmjax"}, {"lmjax.errors"}),
+    ("launch", FRAMEWORKS | {"jax", "flax", "optax"}, {"launch.price"}),
     ("analysis", FRAMEWORKS | {"jax", "flax", "optax", "lmjax", "analysis.bench"}, {"analysis.bench"}),
 ]
 

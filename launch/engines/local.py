@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.2
 _TELL_SECONDS = 5.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="local: cells at a time; default: one a core")
     parser.add_argument("--retries", type=int, default=2, metavar="N", help="local: of a cell that was killed")
 
@@ -35,9 +35,7 @@ def render(
     return {}
 
 
-def submit(
-    name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
-) -> int:
+def submit(name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace) -> int:
     """Train all of them; returns 0, 75 when it was stopped, or 1 when a cell failed."""
     cores = sorted(os.sched_getaffinity(0))
     at_a_time = arguments.jobs or len(cores)

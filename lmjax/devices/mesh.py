@@ -175,7 +175,9 @@ def partition_spec(names: Names, mesh: Any = None) -> PartitionSpec:
     return PartitionSpec(*(mesh_axes(name, mesh) or None for name in names))
 
 
-def check_divides(name: str, size: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *, setting: str | None = None) -> None:
+def check_divides(
+    name: str, size: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *, setting: str | None = None
+) -> None:
     """Raise ConfigError unless the mesh divides a named axis of this size (set by `setting`)."""
     axes = mesh_axes(name, mesh)
     pieces = math.prod(mesh.shape[axis] for axis in axes)

@@ -1,0 +1,65 @@
+"""An IsoFLOP sweep that two CPU cores train in minutes: the first scaling plot on a new machine.
+
+Reproduces  the shape of Hoffmann et al. (2022), approach 2, in miniature: at each of three budgets five sizes of one
+            family of models, on the source code of Python's own standard library. Each budget has its lowest loss
+            inside its sizes, and the optimum moves to larger models as the budget grows.
+Costs       2.6e13 FLOPs: five to eight minutes on 2 CPU cores of 2024.
+Command     python -m launch sweep configs/sweeps/cpu_isoflop.py --out=sweeps/first --report
+"""
+
+import math
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from lmjax.cells import Overrides
+from lmjax.config import as_config_dict, default_config
+from lmjax.data.config import PrepareConfig, SourceConfig, TokenizerConfig
+
+VOCAB, SEQ_LEN, BATCH = 1024, 128, 8
+
+# FLOPs -> (width, layers) of its models.
+BUDGETS = {
+    4e11: [(16, 2), (24, 2), (32, 2), (48, 2), (64, 3)],
+    1.2e12: [(24, 2), (32, 2), (48, 2), (64, 3), (96, 3)],
+    3.6e12: [(32, 2), (48, 2), (64, 3), (96, 3), (128, 4)],
+}
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    recipe = PrepareConfig(inputs=("stdlib:",), tokenizer=TokenizerConfig(kind="bpe", vocab=VOCAB), seed=2)
+    config.data.sources = {"stdlib": as_config_dict(SourceConfig(path="data/stdlib-1024", prepare=recipe))}
+    config.data.seq_len = SEQ_LEN
+
+    config.model.activation = "relu_squared"
+    config.model.qk_norm = True
+    config.model.unroll = 1.0
+
+    config.optimizer.schedule.final_fraction = 0.0
+    config.train.batch = BATCH
+    config.train.sample.prompts = ()
+    config.checkpoint.every = None
+    return config
+
+
+def sweep() -> Iterable[Overrides]:
+    for flops, shapes in BUDGETS.items():
+        for width, layers in shapes:
+            steps = round(flops / (BATCH * SEQ_LEN * flops_per_token(width, layers)))
+            yield {
+                "tracking.name": f"{flops:.1e}-d{width}",
+                "model.embed": width,
+                "model.layers": layers,
+                "model.heads": max(1, width // 64),
+                "model.mlp": 4 * width,
+                "optimizer.learning_rate": float(f"{6e-3 * math.sqrt(32 / width):.3g}"),
+                "optimizer.schedule.warmup": max(1, steps // 50),
+                "train.steps": steps,
+            }
+
+
+def flops_per_token(width: int, layers: int) -> int:
+    """Forward and backward: 6 for each weight of a matmul, the head included, and for each pair of causal attention."""
+    matmuls = 12 * layers * width**2 + VOCAB * width
+    return 6 * (matmuls + layers * SEQ_LEN * width)
