@@ -135,8 +135,7 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     sweep = manifest.read(arguments.directory)
-    jobs = [sweep.job(entry, arguments.directory, sys.executable) for entry in sweep.cells]
-    return ENGINES[sweep.engine].stop(sweep.name, arguments.directory, jobs)
+    return ENGINES[sweep.engine].stop(sweep.name, arguments.directory)
 
 
 def _cell(arguments: argparse.Namespace) -> int:

@@ -52,7 +52,10 @@ class Engine(Protocol):
     def render(
         self, name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
     ) -> dict[str, str]:
-        """The files that it gives its own tool, by name: what `--dry-run` shows. Raises ConfigError."""
+        """The files that it gives its own tool, by name: what `--dry-run` shows. Nothing is written yet.
+
+        Raises ConfigError for flags that do not fit.
+        """
 
     def submit(
         self, name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
@@ -62,8 +65,14 @@ class Engine(Protocol):
         Raises ConfigError where the engine's tool is missing or refuses.
         """
 
-    def stop(self, name: str, directory: str, jobs: Sequence[Job]) -> int:
-        """Ask jobs that were started to save and end."""
+    def stop(self, name: str, directory: str) -> int:
+        """Ask all that it started of the sweep to save and end."""
+
+
+def of(name: str, directory: str, index: int, flops: float, python: str) -> Job:
+    """The job of cell `index` of the sweep called `name`; `python` is the interpreter that runs it."""
+    command = (python, "-m", "launch", "cell", directory, str(index))
+    return Job(index, dns_name(name[:34], str(index)), command, {}, flops)
 
 
 def dns_name(*words: str) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 from etils import epath
 
-from launch.job import Job, dns_name
 from lmjax.errors import CheckpointError, ConfigError, DataError, one_line
 from lmjax.record import files
 from lmjax.schema import validated
@@ -83,15 +82,6 @@ class Manifest:
     """Fingerprints of the data sets, by path."""
     cells: list[Entry]
     format: int = FORMAT
-
-    def job(self, entry: Entry, directory: str, python: str) -> Job:
-        return Job(
-            index=entry.index,
-            name=dns_name(self.name[:34], str(entry.index)),
-            command=(python, "-m", "launch", "cell", directory, str(entry.index)),
-            environment={},
-            flops=entry.flops,
-        )
 
 
 def read(directory: epath.PathLike) -> Manifest:

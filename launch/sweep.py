@@ -15,7 +15,7 @@ from importlib import metadata
 
 from etils import epath
 
-from launch import manifest, page, price, status, table
+from launch import job, manifest, page, price, status, table
 from launch.engines import ENGINES
 from launch.job import Hardware
 from launch.manifest import Entry, Manifest
@@ -45,14 +45,24 @@ def launch(arguments: argparse.Namespace) -> int:
     old = manifest.read(directory) if (directory / manifest.FILE).exists() else None
     if old is not None:
         wanted = joined(old, wanted, directory, extend=arguments.extend)
-    chosen = manifest.chosen(wanted, arguments.only)
+    chosen = todo(manifest.chosen(wanted, arguments.only), directory)
+    name = directory.name if old is None else old.name
+    hardware = Hardware(arguments.accelerator, arguments.nodes, arguments.spot)
+    engine, jobs = (
+        ENGINES[arguments.engine],
+        [job.of(name, str(directory), entry.index, entry.flops, sys.executable) for entry in chosen],
+    )
+    rendered = engine.render(name, str(directory), jobs, hardware, arguments)
     if arguments.dry_run:
+        for file, text in rendered.items():
+            print(f"--- {file}\n{text}")
         return DONE
+    ask_for(chosen, arguments)
     with only_launcher(directory):
-        data = prepared(cells)
-        sweep = described(arguments, directory, wanted, data, old)
+        sweep = described(arguments, name, wanted, prepared(cells), old)
         manifest.write(directory, sweep)
-        return start(sweep, directory, chosen, arguments)
+        code = engine.submit(name, str(directory), jobs, hardware, arguments) if jobs else DONE
+        return told(sweep, directory, arguments, code)
 
 
 # What a sweep is --------------------------------------------------------------------------------------------------
@@ -119,17 +129,13 @@ def prepared(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def described(
-    arguments: argparse.Namespace,
-    directory: epath.Path,
-    cells: Sequence[Entry],
-    data: dict[str, str],
-    old: Manifest | None,
+    arguments: argparse.Namespace, name: str, cells: Sequence[Entry], data: dict[str, str], old: Manifest | None
 ) -> Manifest:
     """The manifest, every cell with an id that depends on its settings, the code and the data."""
     code = code_version()
     fingerprints = [data[path] for path in sorted(data)]
     return Manifest(
-        name=directory.name if old is None else old.name,
+        name=name,
         config=arguments.config,
         common=arguments.overrides,
         engine=arguments.engine,
@@ -171,29 +177,25 @@ def only_launcher(directory: epath.Path) -> Iterator[None]:
         yield
 
 
-def start(sweep: Manifest, directory: epath.Path, chosen: Sequence[Entry], arguments: argparse.Namespace) -> int:
-    """Start those of the chosen cells that are neither done nor running."""
-    found = {row.index: row.state for row in status.rows(directory)}
-    todo = [entry for entry in chosen if found[entry.index] not in ("done", "running")]
-    if todo:
-        ask_for(todo, arguments)
-        hardware = Hardware(sweep.accelerator, sweep.nodes, sweep.spot)
-        jobs = [sweep.job(entry, str(directory), sys.executable) for entry in todo]
-        code = ENGINES[sweep.engine].submit(sweep.name, str(directory), jobs, hardware, arguments)
-    else:
-        code = DONE
+def told(sweep: Manifest, directory: epath.Path, arguments: argparse.Namespace, code: int) -> int:
+    """Say how all cells stand, and where to look; the report, where it is asked for. Returns the exit code."""
     rows = status.rows(directory)
     print(status.table(rows))
     print(f"{status.headline(rows)}; {page.write(directory, sweep, rows)}")
-    if arguments.report is not None and status.all_done(rows):
-        return report(sweep, directory, arguments.report or TARGET_RATIO * max(entry.flops for entry in sweep.cells))
-    return code
+    if arguments.report is None or not status.all_done(rows):
+        return code
+    return report(directory, arguments.report or TARGET_RATIO * max(entry.flops for entry in sweep.cells))
 
 
-def report(sweep: Manifest, directory: epath.Path, target: float) -> int:
+def report(directory: epath.Path, target: float) -> int:
     """The fits of all cells, extrapolated to `target` FLOPs, by the analysis' own command; its exit code."""
     flags = [f"--runs={directory}", f"--target={target:.3g}", f"--out={directory / 'report'}"]
     return subprocess.run([sys.executable, "-m", "analysis", "report", *flags]).returncode
+
+
+def todo(chosen: Sequence[Entry], directory: epath.Path) -> list[Entry]:
+    """Those of the chosen cells that are neither done nor running."""
+    return [entry for entry in chosen if status.row(directory, entry).state not in ("done", "running")]
 
 
 def ask_for(todo: Sequence[Entry], arguments: argparse.Namespace) -> None:

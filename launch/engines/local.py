@@ -32,23 +32,24 @@ def render(
     name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
 ) -> dict[str, str]:
     """Nothing: this engine has no tool beside itself."""
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ConfigError(f"--jobs={arguments.jobs} must be at least 1")
+    if arguments.retries < 0:
+        raise ConfigError(f"--retries={arguments.retries} must be at least 0")
     return {}
 
 
 def submit(name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace) -> int:
     """Train all of them; returns 0, 75 when it was stopped, or 1 when a cell failed."""
     cores = sorted(os.sched_getaffinity(0))
-    at_a_time = arguments.jobs or len(cores)
-    if at_a_time < 1 or arguments.retries < 0:
-        raise ConfigError("--jobs must be at least 1 and --retries at least 0")
-    at_a_time = min(at_a_time, len(jobs)) or 1
+    at_a_time = min(arguments.jobs or len(cores), len(jobs))
     shares = [cores[slot::at_a_time] or cores for slot in range(at_a_time)]
     waiting = sorted(jobs, key=lambda job: -job.flops)
     with Guard() as guard, _stopping() as stop:
         return _Pool(directory, waiting, shares, arguments.retries, guard, stop).run()
 
 
-def stop(name: str, directory: str, jobs: Sequence[Job]) -> int:
+def stop(name: str, directory: str) -> int:
     """Signal the launcher's cells by the process ids that they noted."""
     rows = status.rows(directory)
     for row in rows:

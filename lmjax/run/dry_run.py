@@ -7,6 +7,7 @@ from lmjax.config import Config
 from lmjax.data.mixture import MIXTURES
 from lmjax.data.store import manifest
 from lmjax.data.store.manifest import Manifest
+from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.errors import ConfigError
 from lmjax.record import files
 from lmjax.run import assemble
@@ -105,6 +106,7 @@ def with_vocab(cfg: Config, manifests: Manifests) -> Config:
         vocab = vocab or (found.vocab_size if found is not None else None)
     for recipe in recipes:
         vocab = vocab or (recipe.vocab if recipe.kind in ("bpe", "unigram") else None)
+        vocab = vocab or (ByteTokenizer.vocab_size if recipe.kind == "bytes" else None)
     if vocab is None:
         raise ConfigError("the vocabulary is not known before the data is prepared; set model.vocab")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab=vocab))
