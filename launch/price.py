@@ -64,6 +64,8 @@ def accelerator(name: str | None, *, share_of_peak: float, dollars: float | None
     `dollars` is the price of a device for an hour, where the table's is not meant. Raises ConfigError for an unknown
     name.
     """
+    if not 0 < share_of_peak <= 1:
+        raise ConfigError(f"--share-of-peak={share_of_peak} must lie above 0 and be at most 1")
     if name is None:
         return Accelerator("this machine", 1, None, dollars, share_of_peak)
     kind, _, number = name.rpartition("-")
