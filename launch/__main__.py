@@ -12,6 +12,7 @@ cell     one of them: what an engine starts
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import time
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("say what to start, after `--`")
     if unknown:
         raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}; see `python -m launch {arguments.command} -h`")
-    if overrides and arguments.command != "sweep":
+    if overrides and arguments.command not in ("sweep", "grow"):
         raise ConfigError(f"launch {arguments.command} takes no --config.{overrides[0]}")
     arguments.overrides, arguments.started = overrides, command
     return arguments.function(arguments)
@@ -62,6 +63,16 @@ def _parser() -> argparse.ArgumentParser:
 
     local.add_arguments(command("local", "several processes of one command on this machine", _local))
     _sweep_arguments(command("sweep", "train the cells of a config file", _sweep))
+    sub = command("grow", "train the cells that tell most, until N* is known", _grow)
+    _goal_arguments(sub)
+    sub.add_argument("--config", metavar="CONFIG", help="FILE.py[:ARG]: the models of a sweep that begins")
+    sub.add_argument("--budget", type=float, required=True, metavar="FLOPS", help="to spend on all cells, 6ND")
+    sub.add_argument("--ratios", type=_ratios, default=(2.0, 200.0), metavar="LOW,HIGH", help="bounds of D/N")
+    sub.add_argument("--until-done", action="store_true", help="go on until it says stop")
+    _engine_arguments(sub)
+    sub = command("recommend", "write the config of the run that a sweep speaks for", _recommend)
+    _goal_arguments(sub)
+    _price_arguments(sub)
     sub = command("status", "what the cells of a sweep are at", _status)
     sub.add_argument("directory", metavar="DIR")
     sub.add_argument("--watch", action="store_true", help=f"again every {WATCH_SECONDS:.0f} s, until all are done")
@@ -80,22 +91,51 @@ def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("config", metavar="CONFIG", help="FILE.py[:ARG] with get_config() and sweep()")
     sub.add_argument("--out", required=True, metavar="DIR", help="the sweep's directory, local or in a bucket")
     sub.add_argument("--cells", metavar="FILE.json", help="a list of cells instead of the config's sweep()")
-    sub.add_argument("--engine", choices=list(ENGINES), default="local", help="what starts the cells")
-    sub.add_argument("--accelerator", metavar="NAME", help="v5e-16, 2xv5p-256, H100-8; default: CPUs")
-    sub.add_argument("--nodes", type=int, default=1, help="hosts of a cell, where the accelerator leaves them open")
-    sub.add_argument("--spot", action="store_true", help="on machines that may be taken away")
-    sub.add_argument("--share-of-peak", type=float, default=0.4, help="of its FLOP/s, for hours and price")
-    sub.add_argument("--dollars", type=float, metavar="PRICE", help="of a device for an hour, if not the list's")
     sub.add_argument("--dry-run", action="store_true", help="show the cells, and start nothing")
     sub.add_argument("--only", metavar="3,7,10-12", help="start these cells alone")
-    sub.add_argument("--yes", action="store_true", help="do not ask before money is spent")
     sub.add_argument("--extend", action="store_true", help="add the cells that the sweep in DIR lacks")
     sub.add_argument(
         "--report", nargs="?", type=float, const=0.0, metavar="FLOPS", help="fit laws at the end, extrapolated to FLOPS"
     )
     sub.epilog = "a setting of all cells: --config.train.steps=100"
+    _engine_arguments(sub)
+
+
+def _engine_arguments(sub: argparse.ArgumentParser) -> None:
+    """What cells run on, and what that costs."""
+    sub.add_argument("--engine", choices=list(ENGINES), default="local", help="what starts the cells")
+    sub.add_argument("--accelerator", metavar="NAME", help="v5e-16, 2xv5p-256, H100-8; default: CPUs")
+    sub.add_argument("--nodes", type=int, default=1, help="hosts of a cell, where the accelerator leaves them open")
+    sub.add_argument("--spot", action="store_true", help="on machines that may be taken away")
+    sub.add_argument("--yes", action="store_true", help="do not ask before money is spent")
+    _price_arguments(sub)
     for name, engine in ENGINES.items():
         engine.add_arguments(sub.add_argument_group(f"--engine={name}"))
+
+
+def _price_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--share-of-peak", type=float, default=0.4, help="of its FLOP/s, for hours and price")
+    sub.add_argument("--dollars", type=float, metavar="PRICE", help="of a device for an hour, if not the list's")
+
+
+def _goal_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("directory", metavar="DIR")
+    sub.add_argument("--target", type=float, required=True, metavar="FLOPS", help="at which N* is wanted, 6ND")
+    sub.add_argument("--tolerance", type=float, default=0.2, help="half the interval of ln N* (0.2: about 20%%)")
+    sub.add_argument("--level", type=float, default=0.9, help="of the interval")
+    sub.add_argument("--batch", type=int, default=4, help="cells at a time")
+    sub.add_argument("--smallest", type=float, default=1e4, metavar="N", help="parameters of the smallest model")
+    sub.add_argument("--largest", type=float, default=1e12, metavar="N", help="and of the largest")
+
+
+def _ratios(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not 0 < low < high < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not LOW,HIGH with 0 < LOW < HIGH")
+    return low, high
 
 
 def _local(arguments: argparse.Namespace) -> int:
@@ -106,6 +146,18 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from launch import sweep  # it prices cells by JAX, which takes seconds to import
 
     return sweep.launch(arguments)
+
+
+def _grow(arguments: argparse.Namespace) -> int:
+    from launch import grow
+
+    return grow.launch(arguments)
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    from launch import recommend
+
+    return recommend.launch(arguments)
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -46,7 +46,8 @@ def launch(arguments: argparse.Namespace) -> int:
     if old is not None:
         wanted = joined(old, wanted, directory, extend=arguments.extend)
     chosen = todo(manifest.chosen(wanted, arguments.only), directory)
-    name = directory.name if old is None else old.name
+    sweep = blank(arguments, old.name if old else directory.name)
+    name = sweep.name
     hardware = Hardware(arguments.accelerator, arguments.nodes, arguments.spot)
     engine, jobs = (
         ENGINES[arguments.engine],
@@ -59,7 +60,7 @@ def launch(arguments: argparse.Namespace) -> int:
         return DONE
     ask_for(chosen, arguments)
     with only_launcher(directory):
-        sweep = described(arguments, name, wanted, prepared(cells), old)
+        sweep = filled(sweep, wanted, prepared(cells))
         manifest.write(directory, sweep)
         code = engine.submit(name, str(directory), jobs, hardware, arguments) if jobs else DONE
         return told(sweep, directory, arguments, code)
@@ -128,12 +129,8 @@ def prepared(cells: Sequence[Cell]) -> dict[str, str]:
     }
 
 
-def described(
-    arguments: argparse.Namespace, name: str, cells: Sequence[Entry], data: dict[str, str], old: Manifest | None
-) -> Manifest:
-    """The manifest, every cell with an id that depends on its settings, the code and the data."""
-    code = code_version()
-    fingerprints = [data[path] for path in sorted(data)]
+def blank(arguments: argparse.Namespace, name: str) -> Manifest:
+    """A sweep without cells yet, as the command line describes it."""
     return Manifest(
         name=name,
         config=arguments.config,
@@ -143,15 +140,24 @@ def described(
         nodes=arguments.nodes,
         spot=arguments.spot,
         prices=PRICES_FROM,
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) if old is None else old.created,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         lmjax=metadata.version("lmjax"),
-        code=code,
-        data=data,
-        cells=[
-            entry if entry.run_id else dataclasses.replace(entry, run_id=hash_text(entry.digest, code, *fingerprints))
-            for entry in cells
-        ],
+        code=code_version(),
+        data={},
+        cells=[],
     )
+
+
+def filled(sweep: Manifest, cells: Sequence[Entry], data: dict[str, str]) -> Manifest:
+    """The sweep with these cells, each with an id that depends on its settings, the code and the data."""
+    fingerprints = [data[path] for path in sorted(data)]
+    named = [
+        entry
+        if entry.run_id
+        else dataclasses.replace(entry, run_id=hash_text(entry.digest, code_version(), *fingerprints))
+        for entry in cells
+    ]
+    return dataclasses.replace(sweep, cells=named, data=data)
 
 
 def code_version() -> str:

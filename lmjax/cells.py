@@ -102,7 +102,14 @@ def load_cells(location: str, listed: str | None = None, common: Sequence[str] =
     first cell with a setting that does not fit, and for two cells that are the same run.
     """
     file = ConfigFile(location)
-    given = _listed(listed) if listed is not None else _swept(file)
+    cells = check_cells(file, _listed(listed) if listed is not None else _swept(file), common)
+    if not cells:
+        raise ConfigError(f"{listed or location} has no cells")
+    return cells
+
+
+def check_cells(file: ConfigFile, given: Iterable[Any], common: Sequence[str] = ()) -> list[Cell]:
+    """The cells of these overrides. Raises ConfigError as `load_cells` does."""
     cells: list[Cell] = []
     first: dict[str, int] = {}
     for index, overrides in enumerate(given):
@@ -110,8 +117,6 @@ def load_cells(location: str, listed: str | None = None, common: Sequence[str] =
         other = first.setdefault(cells[-1].digest, index)
         if other != index:
             raise ConfigError(f"cells {other} and {index} are the same run, {shown(overrides)}; leave one out")
-    if not cells:
-        raise ConfigError(f"{listed or location} has no cells")
     return cells
 
 

@@ -129,13 +129,17 @@ class ConfigFile:
         except Exception as error:
             raise self._failure(error) from error
 
-    def config(self, overrides: Iterable[str] = ()) -> Config:
-        """The config with `a.b=value` applied, and everything checked."""
+    def tree(self, overrides: Iterable[str] = ()) -> ConfigDict:
+        """What get_config() returns, with `a.b=value` applied: for other config files to change."""
         tree = copy.deepcopy(self._tree)
         with tree.ignore_type():  # the schema knows types better: a setting may go from None to a number
             for override in overrides:
                 _apply_override(tree, override)
-        cfg = parse(tree.to_dict())
+        return tree
+
+    def config(self, overrides: Iterable[str] = ()) -> Config:
+        """The config with `a.b=value` applied, and everything checked."""
+        cfg = parse(self.tree(overrides).to_dict())
         require_learning(cfg.model)
         return cfg
 

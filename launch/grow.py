@@ -1,0 +1,190 @@
+"""`python -m launch grow DIR --budget=1e19 --target=1e22`: a sweep that says itself what comes next, and when to stop.
+
+Each call reads what has ended, scores the forecasts of it, and asks the planner (`analysis/growth.py`) for the cells of
+least variance of ln N*(target) per FLOP. A forecast of each is written before it starts. Called again at any time, by a
+cron line or by `--until-done`, it goes on; cells that it started and that did not finish are started again first.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from etils import epath
+
+from analysis import forecast, growth
+from analysis.design import Candidates
+from analysis.growth import Goal, Grow, Recommendation, Stop
+from launch import job, manifest, page, price, status
+from launch.engines import ENGINES
+from launch.family import Family, family
+from launch.job import Hardware
+from launch.manifest import Entry, Manifest
+from launch.status import Row
+from launch.sweep import ask_for, blank, entries, filled, only_launcher, prepared
+from lmjax.errors import DONE, PREEMPTED, ConfigError
+from lmjax.record import files
+
+FORECASTS = "forecasts"
+DIVERGED = 5  # NumericalError's exit code: the cell has no loss, and would have none again
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the sweep's cells tell, N by the parameters that a token passes through."""
+
+    ended: list[tuple[Entry, float]]
+    """With their losses, NaN where one diverged."""
+    running: list[Entry]
+    unfinished: list[Entry]
+    """Waiting, preempted, killed or failed: to be started again."""
+
+    @property
+    def columns(self) -> tuple[list[int], list[int], list[float]]:
+        """N, D and loss."""
+        return (
+            [entry.params_active for entry, _ in self.ended],
+            [entry.tokens for entry, _ in self.ended],
+            [loss for _, loss in self.ended],
+        )
+
+
+def known(sweep: Manifest, rows: Sequence[Row]) -> Known:
+    found = Known([], [], [])
+    for entry, row in zip(sweep.cells, rows, strict=True):
+        if row.state == "done" and row.loss is not None:
+            found.ended.append((entry, row.loss))
+        elif row.state == "failed" and row.why.startswith(f"exit code {DIVERGED}"):
+            found.ended.append((entry, math.nan))
+        else:
+            (found.running if row.state == "running" else found.unfinished).append(entry)
+    return found
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Returns 0 once the sweep says stop, 75 while it goes on: the same command, later, takes the next step."""
+    directory = files.locate(arguments.directory)
+    while True:
+        with only_launcher(directory):
+            code = step(directory, arguments)
+        if code != PREEMPTED or not arguments.until_done:
+            return code
+
+
+def step(directory: epath.Path, arguments: argparse.Namespace) -> int:
+    """Start again what did not finish, or else plan the next cells and start them."""
+    old = manifest.read(directory) if (directory / manifest.FILE).exists() else None
+    if old is None and arguments.config is None:
+        raise ConfigError(f"{directory} holds no sweep yet: name the models to train, --config=FILE.py")
+    base = old or blank(arguments, directory.name)
+    rows = [] if old is None else status.rows(directory)
+    found = Known([], [], []) if old is None else known(old, rows)
+    tell_scores(directory, found)
+    if old is not None and found.unfinished:
+        print(f"{len(found.unfinished)} cells did not finish: they are started again")
+        return started(old, directory, found.unfinished, arguments)
+    goal = goal_of(arguments)
+    on = price.accelerator(base.accelerator, share_of_peak=arguments.share_of_peak, dollars=arguments.dollars)
+    members = family(base.config, base.common, on, arguments.smallest, arguments.largest)
+    spent = sum(entry.flops_6nd for entry in (old.cells if old else ()))
+    decision = growth.plan_next(
+        *found.columns,
+        goal=goal,
+        candidates=Candidates.of(
+            [member.params for member in members.members], arguments.ratios, max(0.0, arguments.budget - spent)
+        ),
+        flops_left=arguments.budget - spent,
+        running=([entry.params_active for entry in found.running], [entry.tokens for entry in found.running]),
+    )
+    tell(decision, goal, spent, arguments.budget)
+    if isinstance(decision, Stop):
+        return DONE
+    if not len(decision.cells.params):
+        print("those that run may be enough: come again when they have ended")
+        return PREEMPTED
+    sweep, new = grown(directory, base, members, decision)
+    return started(sweep, directory, new, arguments)
+
+
+def goal_of(arguments: argparse.Namespace) -> Goal:
+    try:
+        return Goal(arguments.target, arguments.tolerance, arguments.level, arguments.batch)
+    except ValueError as error:
+        raise ConfigError(f"--target, --tolerance, --level, --batch: {error}") from None
+
+
+def grown(
+    directory: epath.Path, base: Manifest, members: Family, decision: Grow
+) -> tuple[Manifest, list[Entry]]:
+    """The sweep with the chosen cells, and those cells. Their forecasts and then the manifest are on disk."""
+    cells, prices = members.cells([*zip(decision.cells.params, decision.cells.tokens, strict=True)])
+    before = base.cells
+    rounds = 1 + max((entry.round for entry in before), default=-1)
+    numbered = enumerate(entries(cells, prices, round=rounds), start=len(before))
+    new = [dataclasses.replace(entry, index=index) for index, entry in numbered]
+    twice = {entry.digest for entry in before} & {entry.digest for entry in new}
+    assert not twice, f"cells that were trained are planned again: {twice}"
+    sweep = filled(base, [*before, *new], {**base.data, **prepared(cells)})
+    (directory / FORECASTS).mkdir(parents=True, exist_ok=True)
+    for entry, made in zip(new, decision.forecasts, strict=False):  # without a fit there are none
+        files.write_bytes(_forecast_path(directory, entry), json.dumps(made, indent=1).encode())
+    manifest.write(directory, sweep)
+    return sweep, sweep.cells[len(before) :]
+
+
+def started(sweep: Manifest, directory: epath.Path, cells: Sequence[Entry], arguments: argparse.Namespace) -> int:
+    """PREEMPTED: there is more to do when these have ended."""
+    hardware = Hardware(sweep.accelerator, sweep.nodes, sweep.spot)
+    jobs = [job.of(sweep.name, str(directory), entry.index, entry.flops, sys.executable) for entry in cells]
+    engine = ENGINES[sweep.engine]
+    engine.render(sweep.name, str(directory), jobs, hardware, arguments)
+    ask_for(cells, arguments)
+    code = engine.submit(sweep.name, str(directory), jobs, hardware, arguments)
+    rows = status.rows(directory)
+    print(f"{status.headline(rows)}; {page.write(directory, sweep, rows)}")
+    return PREEMPTED if code == DONE else code
+
+
+# What it says ---------------------------------------------------------------------------------------------------------
+
+
+def tell(decision: Stop | Grow, goal: Goal, spent: float, budget: float) -> None:
+    print(f"{spent:.3g} of {budget:.3g} FLOPs (6ND) are planned so far")
+    if decision.recommendation is not None:
+        print(sentence(decision.recommendation, goal))
+    if isinstance(decision, Stop):
+        print(f"stop: {decision.reason}")
+        return
+    for place, (params, tokens) in enumerate(zip(decision.cells.params, decision.cells.tokens, strict=True)):
+        expected = ""
+        if decision.forecasts:
+            made = decision.forecasts[place]
+            expected = f"  forecast {made['loss']:.4f} ({made['low']:.4f} to {made['high']:.4f})"
+        print(f"next: N {params:9.3g}  D {tokens:9.3g}  D/N {tokens / params:7.3g}  C {6 * params * tokens:9.3g}{expected}")
+
+
+def sentence(found: Recommendation, goal: Goal) -> str:
+    return (
+        f"N*({goal.target:.3g}) = {found.estimate.params.value:.3g}, {goal.level:.0%} interval {found.interval.low:.3g} "
+        f"to {found.interval.high:.3g} from {found.fit.runs} runs"
+    )
+
+
+def tell_scores(directory: epath.Path, found: Known) -> None:
+    """How good the forecasts of cells that have ended were."""
+    made = {
+        str(entry.index): forecast.read_forecast(Path(_forecast_path(directory, entry)))
+        for entry, _ in found.ended
+        if _forecast_path(directory, entry).exists()
+    }
+    scores = forecast.score_forecasts(made, *found.columns) if made else None
+    if scores is not None and scores.scores:
+        print(f"forecasts: {scores.inside:.0%} of {len(scores.scores)} inside their intervals, mean error "
+              f"{scores.mean_error:.2%}")  # fmt: skip
+
+
+def _forecast_path(directory: epath.Path, entry: Entry) -> epath.Path:
+    return directory / FORECASTS / f"{entry.index:04d}.json"
