@@ -29,6 +29,7 @@ try:
     from analysis.study import check_law
     from analysis.surface import Surface
     from analysis.variable_projection import fit_by_projection
+    from lmjax.models.shapes import nearest_shape, shapes
 except ModuleNotFoundError as missing:
     if missing.name not in ("numpy", "scipy", "matplotlib", "pandas", "pyarrow"):
         raise
@@ -203,7 +204,7 @@ def _design(parsed) -> None:
     if parsed.most < 6 or parsed.devices < 1:
         raise ValueError("--most must be at least 6 and --devices at least 1")
     surface = EPOCH if parsed.runs is None else _fitted_surface(parsed)
-    sizes = cells.shapes(parsed.smallest, np.sqrt(parsed.budget / (6.0 * ratios[0])))
+    sizes = shapes(parsed.smallest, np.sqrt(parsed.budget / (6.0 * ratios[0])))
     candidates = design.Candidates.of([shape.params for shape in sizes], ratios, parsed.budget)
     chosen = design.choose_cells(
         surface, candidates, budget=parsed.budget, target=parsed.target, noise_sd=parsed.noise, most=parsed.most
@@ -257,7 +258,7 @@ def _next(parsed) -> None:
     if half <= parsed.tolerance:
         print(f"stop: half the interval of ln N* is {half:.3f}, within {parsed.tolerance:g}")
         return
-    sizes = cells.shapes(parsed.smallest, np.sqrt(parsed.largest / (6.0 * _ratios(parsed)[0])))
+    sizes = shapes(parsed.smallest, np.sqrt(parsed.largest / (6.0 * _ratios(parsed)[0])))
     candidates = design.Candidates.of([shape.params for shape in sizes], parsed.ratios, parsed.largest)
     if not len(candidates.params):
         raise ValueError(f"no cell costs at most {parsed.largest:.3g} FLOPs: raise --largest or lower --smallest")
@@ -266,7 +267,7 @@ def _next(parsed) -> None:
     _, before = design.standard_errors(fit.surface, params, tokens, parsed.target, fit.residual_sd)
     both = np.append(params, chosen[0]), np.append(tokens, chosen[1])
     _, after = design.standard_errors(fit.surface, *both, parsed.target, fit.residual_sd)
-    _write_json(parsed.out, [cells.overrides(cells.nearest_shape(chosen[0]), chosen[1], devices=parsed.devices)])
+    _write_json(parsed.out, [cells.overrides(nearest_shape(chosen[0]), chosen[1], devices=parsed.devices)])
     print(f"go on: half the interval of ln N* is {half:.3f}, above {parsed.tolerance:g}")
     print(f"next: N {chosen[0]:.3g}  D {chosen[1]:.3g}  C {6 * chosen[0] * chosen[1]:.3g}; the standard error should "
           f"fall from {before:.3f} to {after:.3f}; wrote {parsed.out}")  # fmt: skip

@@ -4,6 +4,7 @@ out/report.html        everything, self-contained
 out/numbers.json       inputs, provenance, fits and estimates
 out/estimates.csv      one row a method
 out/next.json          config overrides of the run that the study recommends
+out/law.json           the laws of learning rate and batch, for `hyperparameters` of a config
 out/figures/*.{png,pdf,csv}
 """
 
@@ -20,12 +21,14 @@ import pandas as pd
 import scipy
 
 from analysis import figures, page
-from analysis.cells import nearest_shape, overrides
+from analysis.cells import overrides
 from analysis.estimates import Estimate, Options
 from analysis.figures.style import RC, Drawing, NotApplicableError
 from analysis.hyperparameters import HyperparameterLaw
+from analysis.law import law_of
 from analysis.runs import Runs, load_runs
 from analysis.study import Study, make_study
+from lmjax.models.shapes import nearest_shape
 
 # Two derivations of the same number may differ by this much: the order of a sum, another CPU.
 VERIFY_TOLERANCE = 1e-6
@@ -74,13 +77,14 @@ def write_report(inputs: Inputs, out: Path, tell: Callable[[str], None] = lambda
     estimates_table(study).to_csv(out / "estimates.csv", index=False)
     next_run = recommended_run(study)
     (out / "next.json").write_text(json.dumps([next_run], indent=1) + "\n")
+    (out / "law.json").write_text(json.dumps(law_of(study), indent=1, default=_plain) + "\n")
     (out / "report.html").write_text(page.render(study, numbers, drawings, skipped, folder, next_run))
     return study
 
 
 def check_out(out: Path) -> None:
     """Raises ValueError where a file that a report writes is there and no report has written it."""
-    names = ["numbers.json", "report.html", "estimates.csv", "next.json"]
+    names = ["numbers.json", "report.html", "estimates.csv", "next.json", "law.json"]
     names += [f"figures/{name}{suffix}" for name in figures.FIGURES for suffix in (".png", ".pdf", ".csv")]
     there = [name for name in names if (out / name).exists()]
     if there and not _is_report(out / "numbers.json"):
@@ -226,12 +230,7 @@ def verify(out: Path) -> int:
     path = out / "numbers.json"
     if not path.is_file():
         raise ValueError(f"{out}: no numbers.json: name a directory that `report` wrote")
-    try:
-        stored = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error.msg} at line {error.lineno}): write the report again"
-        ) from None
+    stored = _read(path)
     given = stored["inputs"]
     budgets = given["options"]["budgets"]
     options = Options(**{**given["options"], "budgets": tuple(budgets) if budgets else None})
@@ -247,6 +246,9 @@ def verify(out: Path) -> int:
     skip = ("versions",)  # another version may give the same numbers; that it does is what is verified
     pairs = list(_pairs(stored, fresh, "numbers.json", skip))
     pairs += _table_pairs(pd.read_csv(out / "estimates.csv"), estimates_table(study), "estimates.csv")
+    if (out / "law.json").exists():  # reports of an earlier version have none
+        law = json.loads(json.dumps(law_of(study), default=_plain))
+        pairs += _pairs(_read(out / "law.json"), law, "law.json", ())
     for name, drawing in draw(study)[0].items():
         table = pd.read_csv(out / "figures" / f"{name}.csv")
         pairs += _table_pairs(table, drawing.data, f"figures/{name}.csv")
@@ -254,6 +256,15 @@ def verify(out: Path) -> int:
         if not _same(old, new):
             raise ValueError(f"{out}: {where} is {old!r} in the report and {new!r} derived anew: write it again")
     return len(pairs)
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not valid JSON ({error.msg} at line {error.lineno}): write the report again"
+        ) from None
 
 
 def _pairs(old, new, where: str, skip: tuple[str, ...]):

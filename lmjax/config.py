@@ -1,6 +1,6 @@
 """The schema of an experiment, composed of its parts' configs, and its surface: a locked ConfigDict.
 
-    config file (Python: it is code, run it only if you trust it) -> ConfigDict -> overrides -> Config
+    config file (Python: it is code, run it only if you trust it) -> ConfigDict -> overrides -> rule -> Config
 
 A config file starts from `default_config()`, where a misspelt key is an error at once, and changes what it needs. The
 typed `Config` checks types, ranges, choices and what fields demand of each other, once, before a device is touched, and
@@ -14,28 +14,47 @@ import difflib
 import functools
 import importlib.util
 import json
+import logging
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from etils import epath
 from ml_collections import ConfigDict
+from pydantic import AfterValidator
 
 from lmjax.data.config import DataConfig
 from lmjax.devices.config import MeshConfig
 from lmjax.errors import ConfigError, one_line
 from lmjax.models.config import ModelConfig, require_learning
+from lmjax.models.parameters import parameters
 from lmjax.optim.config import OptimizerConfig
+from lmjax.optim.hyperparameters import RULES, Rule, Scale, find_rule, is_law, rows, updates
 from lmjax.record.config import CheckpointConfig, TrackingConfig
 from lmjax.record.files import hash_bytes
 from lmjax.schema import config_class, names_in, one_of, validated
 from lmjax.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def _rule_or_law(name: str | None) -> str | None:
+    """Only `load` reads a law: a resolved config holds what it said."""
+    if name is not None and not is_law(name):
+        find_rule(name)
+    return name
+
+
+_rule_or_law.choices = list(RULES)  # type: ignore[attr-defined]  # for docs/config_page.py
 
 
 @config_class
 class Config:
     """One training run."""
 
+    hyperparameters: Annotated[str | None, AfterValidator(_rule_or_law)] = None
+    """The rule, or the file `*.json` of laws fitted to one's own sweep, that sets what neither the config file nor the
+    command line sets: learning rate, schedule, decay, and with train.tokens the batch (docs/hyperparameters.md)."""
     task: Annotated[str, one_of(names_in("lmjax.tasks.registry", "TASKS"))] = "pretrain"
     """What is trained."""
     model: ModelConfig = ModelConfig()
@@ -139,7 +158,8 @@ class ConfigFile:
 
     def config(self, overrides: Iterable[str] = ()) -> Config:
         """The config with `a.b=value` applied, and everything checked."""
-        cfg = parse(self.tree(overrides).to_dict())
+        overrides = list(overrides)
+        cfg = _resolved(self.tree(overrides).to_dict(), [override.partition("=")[0] for override in overrides])
         require_learning(cfg.model)
         return cfg
 
@@ -212,6 +232,86 @@ def _literal(text: str) -> Any:
         return text
 
 
+# Rules for hyperparameters ----------------------------------------------------------------------------------------
+
+
+def _resolved(tree: dict[str, Any], given: Sequence[str]) -> Config:
+    """The config of a tree, with what train.tokens and hyperparameters say about keys that nobody set.
+
+    A key is set where it is `given` on the command line or differs from its default.
+    """
+    if tree.get("hyperparameters") is None and tree.get("train", {}).get("tokens") is None:
+        return parse(tree)
+    # Whether warmup and microbatches fit is known when the steps and the batch are.
+    draft = parse(_replaced(tree, {"optimizer.schedule.warmup": 0, "train.microbatches": 1}))
+    defaults = settings(Config())
+    by_hand = {*given, *(key for key, value in _flat(tree).items() if key in defaults and value != defaults[key])}
+    rule = None if draft.hyperparameters is None else find_rule(draft.hyperparameters)
+    if "train.tokens" in given and "train.steps" not in given:
+        by_hand.discard("train.steps")  # the command line's tokens replace the file's steps
+    said = _steps(draft, rule, by_hand)
+    if rule is not None:
+        said |= _advice(draft, rule, by_hand, said)
+    try:
+        return parse(_replaced(tree, said))
+    except ConfigError as error:
+        why = "train.tokens" if rule is None else f"hyperparameters={draft.hyperparameters}"
+        raise ConfigError(f"{error} (with what {why} sets)") from None
+
+
+def _scale(cfg: Config) -> Scale:
+    """How large the run is, by the tokens and the vocabulary that the config says."""
+    learned = [source.learning.tokenizer.vocab for source in cfg.data.sources.values() if source.learning]
+    model = dataclasses.replace(cfg.model, vocab=cfg.model.vocab or next(iter(learned), None))
+    tokens = cfg.train.tokens or cfg.train.steps * cfg.train.batch * cfg.data.seq_len
+    return Scale(tokens, model.embed, model.layers, cfg.data.seq_len, parameters(model))
+
+
+def _steps(cfg: Config, rule: Rule | None, by_hand: Collection[str]) -> dict[str, Any]:
+    """The batch that a rule chooses for train.tokens, and the steps that they take."""
+    if cfg.train.tokens is None:
+        return {}
+    if "train.steps" in by_hand:
+        raise ConfigError("train.tokens and train.steps are both set; leave out the one")
+    chosen = {}
+    if rule is not None and rule.batch is not None and "train.batch" not in by_hand:
+        chosen["train.batch"] = rows(rule.batch(_scale(cfg)), cfg.data.seq_len)
+    batch = chosen.get("train.batch") or cfg.train.batch
+    return {**chosen, "train.steps": updates(cfg.train.tokens, batch * cfg.data.seq_len)}
+
+
+def _advice(cfg: Config, rule: Rule, by_hand: Collection[str], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rule says about the optimizer's settings that nobody set. Logs what lies outside its range."""
+    name = cfg.hyperparameters
+    if rule.optimizer not in (None, cfg.optimizer.name) and "optimizer.name" in by_hand:
+        raise ConfigError(f"hyperparameters={name} is a rule for {rule.optimizer}, not {cfg.optimizer.name}")
+    if cfg.model.moe.experts is not None:
+        logger.warning(
+            "hyperparameters=%s: the rule was fitted to dense models; N is what a token passes through", name
+        )
+    scale, batch = _scale(cfg), (said.get("train.batch") or cfg.train.batch) * cfg.data.seq_len
+    for warning in rule.warnings(scale, batch):
+        logger.warning("hyperparameters=%s: %s", name, warning)
+    advised = rule.advise(scale, batch).settings()
+    if rule.optimizer is not None:
+        advised["optimizer.name"] = rule.optimizer
+    free = {key: value for key, value in advised.items() if key not in by_hand}
+    if not free and "train.batch" not in said:
+        raise ConfigError(
+            f"hyperparameters={name} has nothing to set: what it says is set by hand, and a batch takes train.tokens"
+        )
+    return free
+
+
+def _replaced(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict with some of its settings replaced, by keys such as `train.steps`."""
+    changed = dict(tree)
+    for key, value in values.items():
+        first, _, rest = key.partition(".")
+        changed[first] = _replaced(changed.get(first, {}), {rest: value}) if rest else value
+    return changed
+
+
 # On disk ----------------------------------------------------------------------------------------------------------
 
 
@@ -246,22 +346,22 @@ def hash_text(*texts: str) -> str:
 
 def settings(cfg: Config) -> dict[str, Any]:
     """All settings by their dotted keys."""
+    return _flat(dataclasses.asdict(cfg))
 
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, Mapping):
-            return {prefix: tree}
-        return {
-            key: value
-            for name, child in tree.items()
-            for key, value in flat(child, f"{prefix}.{name}" if prefix else name).items()
-        }
 
-    return flat(dataclasses.asdict(cfg))
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"train.steps": 100}` of a nested dict."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, `{"train.steps": (100, 200)}`."""
-
     before, after = settings(old), settings(new)
     keys = dict.fromkeys([*before, *after])
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from lmjax.config import _kinds, from_json, load, parse, to_json
+from lmjax.config import Config, _kinds, from_json, load, parse, to_json
 from lmjax.data.config import PrepareConfig
 from lmjax.errors import ConfigError
+from lmjax.models.parameters import parameters
+from lmjax.optim.hyperparameters import RULES, Scale
 from lmjax.schema import names_in
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +76,145 @@ def test_a_hostile_value_is_a_setting_or_a_mistake_of_the_user(path: str) -> Non
     assert refused or str in _kinds(path.split("."))  # any text is a text
 
 
+# Rules for hyperparameters ----------------------------------------------------------------------------------------
+
+SMALL = ["model.layers=4", "model.embed=256", "model.heads=2", "model.mlp=1024", "model.vocab=4096"]
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> str:
+    """A config file that sets nothing that a rule sets."""
+    path = tmp_path / "bare.py"
+    path.write_text("from lmjax.config import default_config\n\n\ndef get_config():\n    return default_config()\n")
+    return str(path)
+
+
+def test_without_a_rule_nothing_changes(bare: str) -> None:
+    assert load(bare) == Config()
+    assert load(bare, ["train.tokens=4096000"]) == dataclasses.replace(
+        Config(), train=dataclasses.replace(Config().train, tokens=4_096_000)
+    )  # 1000 steps of 16 x 256, as they are by default
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_sets_what_nobody_set(bare: str, name: str) -> None:
+    cfg = load(bare, [*SMALL, f"hyperparameters={name}", "train.tokens=4000000000"])
+    scale = Scale(4e9, 256, 4, 256, parameters(cfg.model))
+    batch = cfg.train.batch * cfg.data.seq_len
+    for key, value in RULES[name].advise(scale, batch).settings().items():
+        assert setting(cfg, key) == value, key
+    assert cfg.optimizer.name == RULES[name].optimizer and cfg.hyperparameters == name
+    assert cfg.train.steps * batch == pytest.approx(4e9, rel=1e-3)
+    said = RULES[name].batch
+    assert cfg.train.batch == 16 if said is None else 2**-0.5 <= batch / said(scale) <= 2**0.5
+
+
+def setting(cfg: Config, key: str) -> Any:
+    node: Any = cfg
+    for name in key.split("."):
+        node = getattr(node, name)
+    return node
+
+
+def test_what_is_set_by_hand_stays(bare: str, tmp_path: Path) -> None:
+    by_hand = ["optimizer.learning_rate=0.5", "train.batch=48", "optimizer.schedule.warmup=7"]
+    cfg = load(bare, [*SMALL, "hyperparameters=marin", "train.tokens=4000000000", *by_hand])
+    assert (cfg.optimizer.learning_rate, cfg.train.batch, cfg.optimizer.schedule.warmup) == (0.5, 48, 7)
+    assert (cfg.optimizer.b1, cfg.optimizer.schedule.name) == (0.95, "wsd")
+    filed = tmp_path / "filed.py"
+    filed.write_text(Path(bare).read_text().replace("    return default_config()", """\
+    config = default_config()
+    config.optimizer.learning_rate = 0.25
+    config.train.batch = 32
+    config.train.steps = 3000
+    return config"""))  # fmt: skip
+    cfg = load(str(filed), [*SMALL, "hyperparameters=porian"])
+    assert (cfg.optimizer.learning_rate, cfg.train.batch, cfg.train.steps) == (0.25, 32, 3000)
+    assert cfg.optimizer.schedule.name == "constant"
+    # Tokens on the command line replace the file's steps.
+    cfg = load(str(filed), [*SMALL, "train.tokens=100000000"])
+    assert (cfg.train.batch, cfg.train.steps) == (32, 12207)
+
+
+def test_a_default_on_the_command_line_is_set_by_hand(bare: str) -> None:
+    cfg = load(bare, [*SMALL, "hyperparameters=step_law", "optimizer.learning_rate=1e-3", "train.steps=5000"])
+    assert cfg.optimizer.learning_rate == Config().optimizer.learning_rate
+    assert cfg.optimizer.schedule.warmup == 2000
+
+
+def test_the_head_counts_with_the_vocabulary_that_a_recipe_learns(bare: str) -> None:
+    source = "data.sources.stdlib.prepare.tokenizer"
+    unset = ["optimizer.name=adamw", "optimizer.schedule.warmup=100", "hyperparameters=porian"]
+    small, large = (load(QUICKSTART, [*unset, f"{source}.vocab={vocab}"]) for vocab in (2048, 4096))
+    assert small.optimizer.schedule.name == large.optimizer.schedule.name == "constant"
+    with pytest.raises(ConfigError, match=r"set model\.vocab"):
+        load(QUICKSTART, [*unset, f"{source}.kind=bytes"])
+    assert load(bare, ["model.vocab=2048", "hyperparameters=porian"]).optimizer.learning_rate > (
+        load(bare, ["model.vocab=4096", "hyperparameters=porian"]).optimizer.learning_rate
+    )
+
+
+def test_a_resolved_config_is_not_resolved_again(bare: str, tmp_path: Path) -> None:
+    """Not even if the law that it names is gone."""
+    law = {"log_coefficient": -5.0, "params_exponent": 0.0, "tokens_exponent": 0.0}
+    reach = {"params_range": [1.0, 1e12], "tokens_range": [1.0, 1e12]}
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps({"format": 1, "params": "total", **reach, "laws": {"learning_rate": law}}))
+    for name in (str(path), "step_law"):
+        cfg = load(bare, [*SMALL, f"hyperparameters={name}", "train.tokens=4000000000"])
+        (tmp_path / "config.json").write_text(to_json(cfg))
+        if name == str(path):
+            assert cfg.optimizer.learning_rate == pytest.approx(math.exp(-5.0))
+            path.unlink()
+        assert from_json(tmp_path / "config.json") == cfg
+
+
+def test_outside_its_range_a_rule_warns(bare: str, caplog: pytest.LogCaptureFixture) -> None:
+    load(bare, [*SMALL, "hyperparameters=step_law", "train.tokens=4000000000"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "hyperparameters=step_law: N (layers) = 3.15e+06 is outside 5.9e+07 to 1.08e+09, where the rule was fitted"
+    ]
+    caplog.clear()
+    experts = ["model.moe.experts=4", "hyperparameters=deepseek", "train.tokens=400000000000"]
+    load(bare, [*SMALL, *experts])
+    assert [record.getMessage() for record in caplog.records] == [
+        "hyperparameters=deepseek: the rule was fitted to dense models; N is what a token passes through"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["hyperparameters=step_lw"], "config.hyperparameters: there is no rule 'step_lw' (did you mean 'step_law'?)"),
+        (["hyperparameters=none.json"], "none.json: cannot be read (No such file or directory)"),
+        (["hyperparameters=porian"], "N counted as 'matmul' needs the vocabulary: set model.vocab"),
+        (["train.tokens=1000000", "train.steps=5"], "train.tokens and train.steps are both set; leave out the one"),
+        (["hyperparameters=nanochat", "optimizer.name=lion"], "hyperparameters=nanochat is a rule for muon, not lion"),
+        (
+            ["hyperparameters=nanochat", "optimizer.name=adamw"],
+            "hyperparameters=nanochat is a rule for muon, not adamw",
+        ),
+        (
+            ["hyperparameters=deepseek"],
+            "optimizer.schedule.warmup=2000 is longer than train.steps=1000; lower the one or raise the other (with "
+            "what hyperparameters=deepseek sets)",
+        ),
+        (["train.tokens=1000", "optimizer.schedule.warmup=9"], "is longer than train.steps=1;"),
+    ],
+)
+def test_a_rule_that_cannot_be_followed_is_refused(bare: str, overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(bare, overrides)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_rule_with_nothing_to_set_is_refused(bare: str) -> None:
+    by_hand = ["optimizer.learning_rate=1e-3", "optimizer.schedule.name=constant", "optimizer.schedule.warmup=1"]
+    with pytest.raises(ConfigError, match=r"^hyperparameters=porian has nothing to set: what it says is set by hand"):
+        load(bare, [*SMALL, "hyperparameters=porian", "optimizer.name=adamw", *by_hand])
+    assert load(bare, [*SMALL, "hyperparameters=porian", "optimizer.name=adamw", *by_hand, "train.tokens=100000000"])
+
+
 # What is wrong is said before JAX is there ------------------------------------------------------------------------
 
 MISTAKES = {
@@ -87,6 +229,8 @@ MISTAKES = {
     "settings that contradict": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.model.heads=3"],
     "too many layers": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.model.layers=1000000000000"],
     "too large a batch": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.train.batch=1099511627776"],
+    "no such rule": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.hyperparameters=best"],
+    "no such law": ["train", f"--config={QUICKSTART}", "--workdir=w", "--config.hyperparameters=law.json"],
     "no such arm": ["train", f"--config={ROOT / 'configs' / 'gpt2.py'}:1b", "--workdir=w"],
 }
 

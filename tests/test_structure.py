@@ -3,6 +3,7 @@
 import ast
 import fnmatch
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.moe.moe import DISPATCHES
 from lmjax.models.remat import REMAT
 from lmjax.optim.config import OptimizerConfig, ScheduleConfig
+from lmjax.optim.hyperparameters import RULES
 from lmjax.optim.rules import OPTIMIZERS
 from lmjax.optim.schedules import SCHEDULES
 from lmjax.tasks.registry import TASKS
@@ -62,12 +64,14 @@ ORDER: list[tuple[str, str]] = [
     ("launch", "analysis"),
 ]
 
-# What a program runs without, and the modules to which that does not apply: benchmarks; and the price of a sweep.
+# What a program runs without, and the modules to which that does not apply: benchmarks; the price of a sweep; and the two
+# of lmjax that sweeps and configs share, plain Python.
+SHARED = {"lmjax.models.shapes", "lmjax.optim.hyperparameters"}
 FRAMEWORKS = {"torch", "keras", "transformers"}
 WITHOUT: list[tuple[str, set[str], set[str]]] = [
     ("lmjax", FRAMEWORKS, set()),
     ("launch", FRAMEWORKS | {"jax", "flax", "optax"}, {"launch.price"}),
-    ("analysis", FRAMEWORKS | {"jax", "flax", "optax", "lmjax", "analysis.bench"}, {"analysis.bench"}),
+    ("analysis", FRAMEWORKS | {"jax", "flax", "optax", "lmjax", "analysis.bench"}, {"analysis.bench"} | SHARED),
 ]
 
 TOP_LEVEL = {"lmjax", "configs", "launch", "tests", "analysis", "docs"}
@@ -197,6 +201,12 @@ def test_programs_run_without(program: str, packages: set[str], apart_from: set[
     assert not wrong, "; ".join(wrong)
 
 
+@pytest.mark.parametrize("module", sorted(SHARED))
+def test_what_sweeps_and_configs_share_is_plain_python(module: str) -> None:
+    packages = {name.split(".")[0] for name in IMPORTED[module] if name != "lmjax.errors"}
+    assert packages <= sys.stdlib_module_names
+
+
 # How large things are -------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +277,7 @@ def test_modules_say_what_they_are_for(path: Path) -> None:
         (ModelConfig, "architecture", ARCHITECTURES, set()),
         (DataConfig, "mixture", MIXTURES, set()),
         (Config, "task", TASKS, set()),
+        (Config, "hyperparameters", RULES, set()),
     ],
 )
 def test_every_registered_thing_can_be_chosen(config: type, field: str, registry: dict, others: set[str]) -> None:

@@ -35,6 +35,8 @@ class SampleConfig:
 @config_class
 class TrainConfig:
     steps: PositiveInt = 1000
+    tokens: PositiveInt | None = None
+    """What to train on, in place of `steps`: these are then as many updates as come nearest."""
     batch: Size = 16
     """Sequences per update, over all devices."""
     microbatches: PositiveInt = 1

@@ -228,10 +228,14 @@ def test_files_of_others_are_not_written_over(source, tmp_path, capsys, command,
     assert theirs.read_text() == "N,D,loss\nsomebody's table\n"
 
 
-def test_neither_jax_nor_lmjax_is_imported():
-    code = "import sys, analysis.__main__; print([m for m in ('jax', 'lmjax', 'wandb') if m in sys.modules])"
+def test_neither_jax_is_imported_nor_more_of_lmjax_than_is_shared():
+    """In a new process: this one has imported everything."""
+    code = "import sys, analysis.__main__; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    imported = set(done.stdout.split())
+    assert "analysis.cells" in imported and not imported & {"jax", "flax", "optax", "wandb", "pydantic"}
+    shared = {"errors", "models", "models.shapes", "optim", "optim.hyperparameters"}
+    assert {name for name in imported if name.startswith("lmjax.")} == {f"lmjax.{name}" for name in shared}
 
 
 def test_without_the_extra_one_line_says_what_to_install():

@@ -2,18 +2,21 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from analysis.__main__ import main
-from analysis.cells import nearest_shape, overrides, shapes
+from analysis.cells import overrides
 from analysis.design import Candidates, choose_cells, loss_gradient, next_cell, standard_errors
 from analysis.parametric import fit_replicates
 from analysis.simulate import EPOCH, Faults, isoflop_grid, simulate
 from analysis.variable_projection import fit_by_projection
+from lmjax.models.shapes import nearest_shape, shapes
 
+ROOT = Path(__file__).resolve().parents[2]
 TARGET, NOISE = 1e24, 0.005
 GRID = isoflop_grid(EPOCH)[1:]
 COST = float(np.sum(6 * GRID[0] * GRID[1]))
@@ -150,14 +153,13 @@ def test_the_next_command_stops_or_names_a_cell(tmp_path, capsys):
     assert "go on: " in capsys.readouterr().out
 
 
-def test_shapes_fill_tpu_tiles_and_batches_divide():
-    for shape in shapes(1e7, 1e11):
-        assert shape.embed % 128 == 0 and shape.layers >= 2
+def test_batches_divide_and_keep_the_tokens():
     for params, tokens in ((2e7, 4e8), (1e9, 2e10), (7e10, 1.4e12)):
         config = overrides(nearest_shape(params), tokens, devices=16)
-        assert config["train.batch"] % 16 == 0 and config["model.heads"] * 128 == config["model.embed"]
+        assert config["train.batch"] % 16 == 0
         trained = config["train.batch"] * config["train.steps"] * config["data.seq_len"]
         assert trained == pytest.approx(tokens, rel=0.01)
+        assert config["train.steps"] >= 140  # 200, with a batch that is up to a root of two larger
         assert config["optimizer.schedule.warmup"] < config["train.steps"]
 
 
@@ -172,12 +174,23 @@ def test_the_command_writes_one_object_of_overrides_a_cell(tmp_path, capsys):
     assert f"{len(cells)} cells" in capsys.readouterr().out
 
 
-def test_the_overrides_are_keys_of_the_training_config():
-    pytest.importorskip("jax")
-    config = pytest.importorskip("lmjax.config").default_config()
-    for key, value in overrides(nearest_shape(1e8), 2e9).items():
-        node = config
-        *path, last = key.split(".")
-        for part in path:
-            node = node[part]
-        assert type(node[last]) is type(value), key
+@pytest.mark.parametrize("command", ["design", "next"])
+def test_every_cell_is_a_config(command, tmp_path):
+    """Every key is a setting, and all of them together are a run that can start."""
+    load = pytest.importorskip("lmjax.config").load
+    sweep, out = simulate(EPOCH, Faults(noise_sd=0.003), seed=2), tmp_path / "cells.json"
+    columns = {"params": sweep.params, "tokens": sweep.tokens, "loss": sweep.loss[0]}
+    pd.DataFrame(columns).to_csv(tmp_path / "runs.csv", index=False)
+    flags = {
+        "design": ["--budget=1e20"],
+        "next": [f"--runs={tmp_path / 'runs.csv'}", "--largest=1e20", "--tolerance=0.001"],
+    }[command]
+    assert main([command, "--target=1e24", *flags, f"--out={out}"]) == 0
+    for cell in json.loads(out.read_text()):
+        cfg = load(str(ROOT / "configs" / "quickstart.py"), [f"{key}={value}" for key, value in cell.items()])
+        for key, value in cell.items():
+            group, *middle, last = key.split(".")
+            node = getattr(cfg, group)
+            for part in middle:
+                node = getattr(node, part)
+            assert getattr(node, last) == value
