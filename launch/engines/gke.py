@@ -41,9 +41,9 @@ _PORT = 8476
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", metavar="NAME", help="gke: has this checkout and its packages")
-    parser.add_argument("--queue", default="multislice-queue", metavar="NAME", help="gke: of Kueue; default: xpk's")
-    parser.add_argument("--cluster", default="CLUSTER", metavar="NAME", help="gke: in the line for xpk")
+    parser.add_argument("--image", metavar="NAME", help="has this checkout and its packages")
+    parser.add_argument("--queue", default="multislice-queue", metavar="NAME", help="of Kueue; default: xpk's")
+    parser.add_argument("--cluster", default="CLUSTER", metavar="NAME", help="in the line for xpk")
 
 
 def render(

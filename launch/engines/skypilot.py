@@ -27,7 +27,7 @@ _EXTRAS = {"gs": "gcp", "s3": "aws"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--infra", metavar="NAME", help="skypilot: gcp/us-central1, lambda, ...; default: the cheapest")
+    parser.add_argument("--infra", metavar="NAME", help="gcp/us-central1, lambda, ...; default: the cheapest")
 
 
 def render(

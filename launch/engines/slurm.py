@@ -34,12 +34,10 @@ exit $code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--partition", metavar="NAME", help="slurm: default: the cluster's")
-    parser.add_argument("--time", metavar="D-HH:MM:SS", help="slurm: after which a cell saves and queues again")
-    parser.add_argument("--max-running", type=int, metavar="N", help="slurm: cells at a time; default: all that fit")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="FLAG", help="slurm: another, --sbatch=--mem=64G"
-    )
+    parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    parser.add_argument("--time", metavar="D-HH:MM:SS", help="after which a cell saves and queues again")
+    parser.add_argument("--max-running", type=int, metavar="N", help="cells at a time; default: all that fit")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="another, --sbatch=--mem=64G")
 
 
 def render(

@@ -1,4 +1,4 @@
-"""What each engine gives its tool for the same three cells; `python -m tests.launch.rendered` writes the golden files."""
+"""What each engine gives its tool for three cells; `python -m tests.launch.rendered` writes the golden files."""
 
 import argparse
 from pathlib import Path
