@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,8 +24,9 @@ from lmjax.record.ledger import check_ledger
 from lmjax.record.tracking import read_jsonl
 
 ROOT = Path(__file__).parents[2]
-SHORT, LONG = 300, 3000
-"""Steps. Slurm looks every half a minute whether a job's time is up: the long run is still at work then."""
+STEPS = 200
+LONG_SECONDS = 90.0
+"""Slurm looks every half a minute whether a job's time is up: a run of this length is still at work then."""
 SETTINGS = (
     "--config.train.microbatches=1",
     "--config.train.evaluate_every=1000",
@@ -91,8 +92,11 @@ class Sweep(NamedTuple):
         return status.rows(self.directory)[cell].state
 
     def step(self, cell: int = 0) -> int:
+        return max((line.get("step", 0) for line in self.metrics(cell)), default=0)
+
+    def metrics(self, cell: int = 0) -> list[dict[str, Any]]:
         path = self.workdir(cell) / "metrics.jsonl"
-        return max((line.get("step", 0) for line in read_jsonl(path)), default=0) if path.exists() else 0
+        return list(read_jsonl(path)) if path.exists() else []
 
     def workdir(self, cell: int = 0) -> Path:
         return self.directory / "cells" / f"{cell:04d}"
@@ -138,7 +142,7 @@ def sweep_of(folder: Path, corpus: Path, *steps: int) -> Sweep:
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    sweep = sweep_of(tmp_path_factory.mktemp("undisturbed"), corpus, SHORT, LONG)
+    sweep = sweep_of(tmp_path_factory.mktemp("undisturbed"), corpus, STEPS, STEPS + 1)
     assert "an array of 2 cells" in sweep.launch("--max-running=1")
     sweep.finish(cells=2)
     return sweep
@@ -147,17 +151,17 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep
 @pytest.fixture
 def sweep(corpus: Path, tmp_path: Path) -> Iterator[Sweep]:
     """Of one cell; nothing of it is left in the queue."""
-    sweep = sweep_of(tmp_path, corpus, SHORT)
+    sweep = sweep_of(tmp_path, corpus, STEPS)
     yield sweep
     tool("scancel", "--quiet", str(sweep.job))
 
 
 def test_an_array_trains_its_cells_on_two_nodes_each_the_dearest_first(undisturbed: Sweep) -> None:
-    for cell, steps in enumerate((SHORT, LONG)):
+    for cell in (0, 1):
         assert "of 2: coordinator n0:" in undisturbed.log(cell) and "(from Slurm)" in undisturbed.log(cell)
-        assert undisturbed.step(cell) == steps and undisturbed.hashes(cell)
-    starts = [undisturbed.workdir(cell).joinpath("metrics.jsonl").stat().st_ctime for cell in (1, 0)]
-    assert starts == sorted(starts)  # one at a time
+        assert undisturbed.step(cell) == STEPS + cell and undisturbed.hashes(cell)
+    first, last = ([line["time"] for line in undisturbed.metrics(cell) if "time" in line] for cell in (1, 0))
+    assert max(first) < min(last)  # one at a time
     assert "2 of 2 done" in undisturbed.command("status", str(undisturbed.directory))
     assert "Slurm job" not in undisturbed.launch()  # nothing is left to do
 
@@ -202,7 +206,10 @@ def test_a_cell_that_loses_a_process_goes_on(sweep: Sweep, undisturbed: Sweep) -
 
 
 def test_a_cell_whose_time_is_up_saves_and_goes_on(corpus: Path, tmp_path: Path, undisturbed: Sweep) -> None:
-    sweep = sweep_of(tmp_path, corpus, LONG)
+    times = [line["time"] for line in undisturbed.metrics() if "perf/step_time" in line]
+    steps = max(STEPS, int(LONG_SECONDS * len(times) / (times[-1] - times[0])))
+    (tmp_path / "whole").mkdir()
+    whole, sweep = sweep_of(tmp_path / "whole", corpus, steps), sweep_of(tmp_path, corpus, steps)
 
     def shorten() -> None:
         shown = tool("scontrol", "show", "job", f"{sweep.job}_0")
@@ -213,7 +220,9 @@ def test_a_cell_whose_time_is_up_saves_and_goes_on(corpus: Path, tmp_path: Path,
 
     disturbed(sweep, shorten)
     assert "SIGTERM: saving" in sweep.log()
-    assert sweep.hashes() == undisturbed.hashes(cell=1)
+    whole.launch()
+    whole.finish()
+    assert sweep.hashes() == whole.hashes()
 
 
 def test_a_stopped_sweep_saves_and_the_same_command_goes_on(sweep: Sweep, undisturbed: Sweep) -> None:
@@ -228,7 +237,7 @@ def test_a_stopped_sweep_saves_and_the_same_command_goes_on(sweep: Sweep, undist
 
 
 def test_a_failed_cell_is_reported_and_started_again_alone(corpus: Path, tmp_path: Path, undisturbed: Sweep) -> None:
-    sweep = sweep_of(tmp_path, corpus, SHORT, SHORT + 1)
+    sweep = sweep_of(tmp_path, corpus, STEPS, STEPS + 1)
     obstacle = sweep.workdir(0) / "checkpoints"
     obstacle.parent.mkdir(parents=True)
     obstacle.write_text("")  # a file where a directory should be
