@@ -40,7 +40,7 @@ GRACE_SECONDS = 300
 _PORT = 8476
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--image", metavar="NAME", help="has this checkout and its packages")
     parser.add_argument("--queue", default="multislice-queue", metavar="NAME", help="of Kueue; default: xpk's")
     parser.add_argument("--cluster", default="CLUSTER", metavar="NAME", help="in the line for xpk")

@@ -26,7 +26,7 @@ _ENVIRONMENT = "$HOME/lmjax"
 _EXTRAS = {"gs": "gcp", "s3": "aws"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--infra", metavar="NAME", help="gcp/us-central1, lambda, ...; default: the cheapest")
 
 

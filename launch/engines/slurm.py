@@ -33,7 +33,7 @@ exit $code
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
     parser.add_argument("--time", metavar="D-HH:MM:SS", help="after which a cell saves and queues again")
     parser.add_argument("--max-running", type=int, metavar="N", help="cells at a time; default: all that fit")
