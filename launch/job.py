@@ -19,6 +19,9 @@ from lmjax.errors import PREEMPTED, StallError
 RETRIED = (PREEMPTED, StallError.exit_code)
 """The exit codes after which the same command goes on where it stopped."""
 
+MAX_RESTARTS = 100
+"""Of one job by its engine: a machine that ends it at once each time must not do so for ever."""
+
 
 class Hardware(NamedTuple):
     """What one job runs on."""
