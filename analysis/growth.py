@@ -23,14 +23,15 @@ from analysis.uncertainty import Interval
 from analysis.variable_projection import ProjectionFit, fit_by_projection
 
 # The runs that spread before a fit is asked where to go, and the share of the FLOPs left that a spread batch may take.
-START_RUNS, START_SHARE = 8, 0.1
+START_RUNS, START_SHARE = 8, 0.03
 FEWEST_TO_STOP = 16
 # No other cell may take more than this share of the FLOPs left: the next fit may know better.
 LARGEST_SHARE = 0.25
-# A run has diverged when its loss is this many floors of the noise above that of a run of no more N and no more D, ...
-FAR = 20.0
+# A run has diverged when its loss is this many nats above that of a run of no more N and no more D, ...
+FAR = 0.25
 # ... or above the interval of this level that a fit to all others predicts; as many that lie farthest off are tried.
-FAR_LEVEL, SUSPECTS = 0.9999, 3
+# Such are one run in so many at most: where there are more, the surface bends, and no run is to blame.
+FAR_LEVEL, SUSPECTS, ONE_IN = 0.9999, 3, 8
 # A cell is taken for one that was trained when its ln N and ln D are within this: N and D get rounded.
 SAME_CELL = 0.05
 # Exponents outside are those of runs that cannot tell a power law from a constant or from a step.
@@ -151,36 +152,33 @@ def recommend(params, tokens, loss, *, goal: Goal) -> Recommendation:
 def diverged(params, tokens, loss, noise_sd: float) -> np.ndarray:
     """Which runs (runs,) have no loss, or one far above what the others say; `noise_sd` is the least noise, nats.
 
-    Law or none, a run is no worse than a smaller one that saw no more. What that leaves is fitted without one run at a
-    time, while at least `START_RUNS` are left.
+    Law or none, a run is hardly worse than a smaller one that saw no more. What that leaves is fitted without one run
+    at a time, while at least `START_RUNS` are left.
     """
     out = ~(np.isfinite(loss) & (loss > 0))
     smaller = (params[:, None] >= params) & (tokens[:, None] >= tokens) & ~out
     with np.errstate(invalid="ignore"):
-        out |= (smaller & (loss[:, None] > loss + FAR * noise_sd)).any(axis=1)
-    while (~out).sum() >= START_RUNS:
-        far = _farthest(params, tokens, loss, np.flatnonzero(~out), noise_sd)
-        if far is None:
-            break
-        out[far] = True
+        out |= (smaller & (loss[:, None] > loss + FAR)).any(axis=1)
+    for _ in range(len(loss) // ONE_IN):
+        kept = np.flatnonzero(~out)
+        out[_farthest(params, tokens, loss, kept, noise_sd) if len(kept) >= START_RUNS else []] = True
     return out
 
 
-def _farthest(params, tokens, loss, kept: np.ndarray, noise_sd: float) -> int | None:
-    """The run of `kept` farthest above what the others predict, or None when all are within their intervals."""
+def _farthest(params, tokens, loss, kept: np.ndarray, noise_sd: float) -> list[int]:
+    """The run of `kept` farthest above what the others predict; none when all are within their intervals."""
     fit = fit_by_projection(params[kept], tokens[kept], loss[kept], least_noise=noise_sd)
     gradients = loss_gradient(fit.surface, params[kept], tokens[kept])
     leverage = np.einsum("rp,pq,rq->r", gradients, fit.covariance, gradients) / fit.residual_sd**2
     # What a linear model's residual would be in a fit to the others (Cook & Weisberg 1982, eq. 2.2.8).
     deleted = (loss[kept] - fit.surface.loss(params[kept], tokens[kept])) / np.clip(1.0 - leverage, 1e-3, 1.0)
     excess = {}
-    for run in kept[np.argsort(-deleted)[:SUSPECTS]]:
+    for run in kept[np.argsort(-deleted)[:SUSPECTS]].tolist():
         others = kept[kept != run]
         rest = fit_by_projection(params[others], tokens[others], loss[others], least_noise=noise_sd)
         if determined(rest.surface):
             excess[run] = loss[run] - rest.prediction(params[run], tokens[run], FAR_LEVEL).high
-    worst = max(excess, key=lambda run: excess[run], default=None)
-    return None if worst is None or excess[worst] <= 0 else int(worst)
+    return sorted((run for run in excess if excess[run] > 0), key=lambda run: -excess[run])[:1]
 
 
 def determined(surface: Surface) -> bool:
