@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from etils import epath
 
-from launch import cell, local, manifest, page, status
+from launch import cell, job, local, manifest, page, status
 from launch.engines import ENGINES
 from lmjax.errors import BUG, DONE, ConfigError
 from lmjax.process import ending
@@ -187,7 +187,8 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     sweep = manifest.read(arguments.directory)
-    return ENGINES[sweep.engine].stop(sweep.name, arguments.directory)
+    jobs = [job.of(sweep.name, arguments.directory, entry.index, entry.flops) for entry in sweep.cells]
+    return ENGINES[sweep.engine].stop(sweep.name, arguments.directory, jobs)
 
 
 def _cell(arguments: argparse.Namespace) -> int:

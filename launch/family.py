@@ -19,8 +19,8 @@ from lmjax.config import ConfigFile
 from lmjax.errors import ConfigError
 from lmjax.models.shapes import Shape, shapes
 
-NOMINAL_RATIO = 20.0
-"""Tokens for each parameter at which the sizes of a family are counted; they do not depend on it."""
+NOMINAL_TOKENS = 1e9
+"""On which the sizes of a family are counted; they do not depend on it."""
 
 
 class Member(NamedTuple):
@@ -70,8 +70,7 @@ def family(location: str, common: Sequence[str], on: Accelerator, smallest: floa
     file, devices = ConfigFile(location), on.devices
     own = hasattr(file.module, "shapes") and hasattr(file.module, "cell")
     found: Sequence[Overrides | Shape] = list(file.call("shapes")) if own else shapes(smallest, largest)
-    # Their tokens do not matter here, but must make a run.
-    given = [_cell(file, shape, 1e6 if own else NOMINAL_RATIO * shape.params, devices) for shape in found]
+    given = [_cell(file, shape, NOMINAL_TOKENS, devices) for shape in found]
     cells = check_cells(file, given, common)
     members = [
         Member(priced.counts.active, shape)

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,9 +115,7 @@ def goal_of(arguments: argparse.Namespace) -> Goal:
         raise ConfigError(f"--target, --tolerance, --level, --batch: {error}") from None
 
 
-def grown(
-    directory: epath.Path, base: Manifest, members: Family, decision: Grow
-) -> tuple[Manifest, list[Entry]]:
+def grown(directory: epath.Path, base: Manifest, members: Family, decision: Grow) -> tuple[Manifest, list[Entry]]:
     """The sweep with the chosen cells, and those cells. Their forecasts and then the manifest are on disk."""
     cells, prices = members.cells([*zip(decision.cells.params, decision.cells.tokens, strict=True)])
     before = base.cells
@@ -138,7 +135,7 @@ def grown(
 def started(sweep: Manifest, directory: epath.Path, cells: Sequence[Entry], arguments: argparse.Namespace) -> int:
     """PREEMPTED: there is more to do when these have ended."""
     hardware = Hardware(sweep.accelerator, sweep.nodes, sweep.spot)
-    jobs = [job.of(sweep.name, str(directory), entry.index, entry.flops, sys.executable) for entry in cells]
+    jobs = [job.of(sweep.name, str(directory), entry.index, entry.flops) for entry in cells]
     engine = ENGINES[sweep.engine]
     engine.render(sweep.name, str(directory), jobs, hardware, arguments)
     ask_for(cells, arguments)
@@ -163,13 +160,14 @@ def tell(decision: Stop | Grow, goal: Goal, spent: float, budget: float) -> None
         if decision.forecasts:
             made = decision.forecasts[place]
             expected = f"  forecast {made['loss']:.4f} ({made['low']:.4f} to {made['high']:.4f})"
-        print(f"next: N {params:9.3g}  D {tokens:9.3g}  D/N {tokens / params:7.3g}  C {6 * params * tokens:9.3g}{expected}")
+        sizes = f"N {params:9.3g}  D {tokens:9.3g}  D/N {tokens / params:7.3g}  C {6 * params * tokens:9.3g}"
+        print(f"next: {sizes}{expected}")
 
 
 def sentence(found: Recommendation, goal: Goal) -> str:
     return (
-        f"N*({goal.target:.3g}) = {found.estimate.params.value:.3g}, {goal.level:.0%} interval {found.interval.low:.3g} "
-        f"to {found.interval.high:.3g} from {found.fit.runs} runs"
+        f"N*({goal.target:.3g}) = {found.estimate.params.value:.3g}, {goal.level:.0%} interval "
+        f"{found.interval.low:.3g} to {found.interval.high:.3g} from {found.fit.runs} runs"
     )
 
 

@@ -11,6 +11,7 @@ it again after 75, 6 and the loss of a machine, and to give it time to save. It 
 import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -68,13 +69,13 @@ class Engine(Protocol):
         Raises ConfigError where the engine's tool is missing or refuses.
         """
 
-    def stop(self, name: str, directory: str) -> int:
-        """Ask all that it started of the sweep to save and end."""
+    def stop(self, name: str, directory: str, jobs: Sequence[Job]) -> int:
+        """Ask those that wait or run to save and end."""
 
 
-def of(name: str, directory: str, index: int, flops: float, python: str) -> Job:
-    """The job of cell `index` of the sweep called `name`; `python` is the interpreter that runs it."""
-    command = (python, "-m", "launch", "cell", directory, str(index))
+def of(name: str, directory: str, index: int, flops: float) -> Job:
+    """The job of cell `index` of the sweep called `name`, run by this interpreter."""
+    command = (sys.executable, "-m", "launch", "cell", directory, str(index))
     return Job(index, dns_name(name[:34], str(index)), command, {}, flops)
 
 

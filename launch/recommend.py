@@ -1,4 +1,4 @@
-"""`python -m launch recommend DIR --target=1e22`: the config of the run that a sweep speaks for, ready for `lmjax train`."""
+"""`python -m launch recommend DIR --target=1e22`: the config of the run that a sweep speaks for, ready to train."""
 
 import argparse
 

@@ -51,7 +51,7 @@ def launch(arguments: argparse.Namespace) -> int:
     hardware = Hardware(arguments.accelerator, arguments.nodes, arguments.spot)
     engine, jobs = (
         ENGINES[arguments.engine],
-        [job.of(name, str(directory), entry.index, entry.flops, sys.executable) for entry in chosen],
+        [job.of(name, str(directory), entry.index, entry.flops) for entry in chosen],
     )
     rendered = engine.render(name, str(directory), jobs, hardware, arguments)
     if arguments.dry_run:

@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 import pytest
 
+from lmjax.cells import load_cells
 from lmjax.config import load
 from lmjax.errors import DONE, ConfigError
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
 from lmjax.process import start_up
 from lmjax.record.tracking import read_events
+from lmjax.run.dry_run import with_known_vocab
 from lmjax.run.run import Options, run
 from lmjax.weights import count
 
@@ -129,3 +131,36 @@ def test_the_mixture_and_the_dense_model_cost_the_same() -> None:
     assert (mixture.data, mixture.optimizer, mixture.train) == (dense.data, dense.optimizer, dense.train)
     with pytest.raises(ConfigError, match=r"moe\.py:switch: the arms are moe, dense"):
         load(f"{CONFIGS / 'moe.py'}:switch")
+
+
+# Sweeps ---------------------------------------------------------------------------------------------------------------
+
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweeps_open_with_what_they_reproduce_and_their_cells_are_runs(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    positions = [text.find(f"\n{heading}") for heading in ("Reproduces", "Costs", "Command")]
+    assert -1 not in positions and positions == sorted(positions)
+    assert f"python -m launch sweep configs/sweeps/{path.name}" in text
+    for arm in arms(path):
+        cells = load_cells(f"{path}{arm}")
+        names = [cell.cfg.tracking.name for cell in cells]
+        assert len(cells) >= 12 and len({*names}) == len(names) and None not in names
+
+
+@pytest.mark.parametrize("arm", ["cpu_isoflop.py", "isoflop.py:small", "isoflop.py:hoffmann"])
+def test_cells_of_one_budget_cost_the_same(arm: str) -> None:
+    """By the declaration, whatever closed form the config file has."""
+    costs: dict[str, list[float]] = {}
+    for cell in load_cells(str(CONFIGS / "sweeps" / arm)):
+        assert cell.cfg.tracking.name is not None
+        cfg = with_known_vocab(cell.cfg)
+        flops = sequence_flops(decoder.build(cfg.model), cfg.data.seq_len).causal
+        costs.setdefault(cell.cfg.tracking.name.partition("-d")[0], []).append(
+            flops * cfg.train.steps * cfg.train.batch
+        )
+    assert len(costs) >= 3
+    for budget, flops in costs.items():
+        assert len(flops) >= 5 and flops == pytest.approx([float(budget)] * len(flops), rel=0.1), budget

@@ -61,11 +61,11 @@ ORDER: list[tuple[str, str]] = [
     ("lmjax.record.seal", "lmjax.record.checkpoint"),
     ("lmjax", "analysis"),
     ("lmjax", "launch"),
-    ("launch", "analysis"),
+    ("analysis", "launch"),
 ]
 
-# What a program runs without, and the modules to which that does not apply: benchmarks; the price of a sweep; and the two
-# of lmjax that sweeps and configs share, plain Python.
+# What a program runs without, and the modules to which that does not apply: benchmarks; the price of a sweep; and the
+# two of lmjax that sweeps and configs share, plain Python.
 SHARED = {"lmjax.models.shapes", "lmjax.optim.hyperparameters"}
 FRAMEWORKS = {"torch", "keras", "transformers"}
 WITHOUT: list[tuple[str, set[str], set[str]]] = [

@@ -44,19 +44,31 @@ def get_config() -> ConfigDict:
 
 
 def sweep() -> Iterable[Overrides]:
-    for flops, shapes in BUDGETS.items():
-        for width, layers in shapes:
-            steps = round(flops / (BATCH * SEQ_LEN * flops_per_token(width, layers)))
-            yield {
-                "tracking.name": f"{flops:.1e}-d{width}",
-                "model.embed": width,
-                "model.layers": layers,
-                "model.heads": max(1, width // 64),
-                "model.mlp": 4 * width,
-                "optimizer.learning_rate": float(f"{6e-3 * math.sqrt(32 / width):.3g}"),
-                "optimizer.schedule.warmup": max(1, steps // 50),
-                "train.steps": steps,
-            }
+    for flops, models in BUDGETS.items():
+        for width, layers in models:
+            tokens = flops / flops_per_token(width, layers)
+            yield {"tracking.name": f"{flops:.1e}-d{width}", **cell(shape(width, layers), tokens)}
+
+
+def shapes() -> list[Overrides]:
+    """For sweeps that grow."""
+    return [shape(width, max(2, round(width / 32))) for width in (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)]
+
+
+def shape(width: int, layers: int) -> Overrides:
+    heads = max(1, width // 64)
+    return {"model.embed": width, "model.layers": layers, "model.heads": heads, "model.mlp": 4 * width}
+
+
+def cell(shape: Overrides, tokens: float) -> Overrides:
+    """One of the models, trained on so many tokens; wider ones learn at lower rates."""
+    steps = max(20, round(tokens / (BATCH * SEQ_LEN)))
+    return {
+        **shape,
+        "optimizer.learning_rate": float(f"{6e-3 * math.sqrt(32 / shape['model.embed']):.3g}"),
+        "optimizer.schedule.warmup": max(1, steps // 50),
+        "train.steps": steps,
+    }
 
 
 def flops_per_token(width: int, layers: int) -> int:

@@ -49,11 +49,11 @@ def submit(name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, a
         return _Pool(directory, waiting, shares, arguments.retries, guard, stop).run()
 
 
-def stop(name: str, directory: str) -> int:
+def stop(name: str, directory: str, jobs: Sequence[Job]) -> int:
     """Signal the launcher's cells by the process ids that they noted."""
-    rows = status.rows(directory)
-    for row in rows:
-        if row.state == "running" and row.pid is not None:
+    wanted = {job.index for job in jobs}
+    for row in status.rows(directory):
+        if row.index in wanted and row.state == "running" and row.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(row.pid, signal.SIGTERM)
     return DONE
