@@ -19,7 +19,7 @@ from pathlib import Path
 try:
     import numpy as np
 
-    from analysis import cells, compare, design, forecast, page, report
+    from analysis import cells, compare, design, forecast, growth, page, report
     from analysis.estimates import Options
     from analysis.hyperparameters import NEAR_OPTIMAL
     from analysis.parametric import fit_parametric
@@ -28,7 +28,6 @@ try:
     from analysis.sources import read_records
     from analysis.study import check_law
     from analysis.surface import Surface
-    from analysis.variable_projection import fit_by_projection
     from lmjax.models.shapes import nearest_shape, shapes
 except ModuleNotFoundError as missing:
     if missing.name not in ("numpy", "scipy", "matplotlib", "pandas", "pyarrow"):
@@ -248,29 +247,26 @@ def _add_next(commands) -> None:
 def _next(parsed) -> None:
     """By variable projection, whose intervals are right for few runs, too."""
     runs = load_runs(parsed.runs, **_selection(parsed)).tuned()
-    with naming(runs.source):
-        fit = fit_by_projection(*runs.points)
-        check_law(fit.surface)
-    interval = fit.interval(lambda surface: np.log(surface.optimum(parsed.target)[0]), parsed.level)
-    half = 0.5 * (interval.high - interval.low)
-    print(f"N*({parsed.target:.3g}) = {fit.surface.optimum(parsed.target)[0]:.3g}, {parsed.level:.0%} interval "
-          f"{np.exp(interval.low):.3g} to {np.exp(interval.high):.3g} from {len(runs.table)} runs")  # fmt: skip
-    if half <= parsed.tolerance:
-        print(f"stop: half the interval of ln N* is {half:.3f}, within {parsed.tolerance:g}")
-        return
     sizes = shapes(parsed.smallest, np.sqrt(parsed.largest / (6.0 * _ratios(parsed)[0])))
     candidates = design.Candidates.of([shape.params for shape in sizes], parsed.ratios, parsed.largest)
     if not len(candidates.params):
         raise ValueError(f"no cell costs at most {parsed.largest:.3g} FLOPs: raise --largest or lower --smallest")
-    params, tokens, _ = runs.points
-    chosen = design.next_cell(fit.surface, params, tokens, candidates, target=parsed.target, noise_sd=fit.residual_sd)
-    _, before = design.standard_errors(fit.surface, params, tokens, parsed.target, fit.residual_sd)
-    both = np.append(params, chosen[0]), np.append(tokens, chosen[1])
-    _, after = design.standard_errors(fit.surface, *both, parsed.target, fit.residual_sd)
-    _write_json(parsed.out, [cells.overrides(nearest_shape(chosen[0]), chosen[1], devices=parsed.devices)])
-    print(f"go on: half the interval of ln N* is {half:.3f}, above {parsed.tolerance:g}")
-    print(f"next: N {chosen[0]:.3g}  D {chosen[1]:.3g}  C {6 * chosen[0] * chosen[1]:.3g}; the standard error should "
-          f"fall from {before:.3f} to {after:.3f}; wrote {parsed.out}")  # fmt: skip
+    goal = growth.Goal(parsed.target, parsed.tolerance, parsed.level, batch=1)
+    with naming(runs.source):
+        found = growth.recommend(*runs.points, goal=goal)
+        planned = growth.plan_next(*runs.points, goal=goal, candidates=candidates, flops_left=np.inf)
+    print(f"N*({parsed.target:.3g}) = {found.estimate.params.value:.3g}, {parsed.level:.0%} interval "
+          f"{found.interval.low:.3g} to {found.interval.high:.3g} from {found.fit.runs} runs")  # fmt: skip
+    if found.left_out:
+        print(f"left out, far above the others: {', '.join(runs.column('run')[list(found.left_out)])}")
+    if isinstance(planned, growth.Stop):
+        print(f"stop: {planned.reason}")
+        return
+    ((n, d),) = zip(planned.cells.params, planned.cells.tokens, strict=True)
+    _write_json(parsed.out, [cells.overrides(nearest_shape(n), d, devices=parsed.devices)])
+    print(f"go on: half the interval of ln N* is {found.half:.3f}, not within {parsed.tolerance:g} from "
+          f"{growth.FEWEST_TO_STOP} runs or more")  # fmt: skip
+    print(f"next: N {n:.3g}  D {d:.3g}  C {6 * n * d:.3g}; wrote {parsed.out}")
 
 
 def _ratios(parsed) -> tuple[float, float]:

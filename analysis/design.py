@@ -40,8 +40,13 @@ class Candidates:
         sizes = np.asarray(sizes, dtype=np.float64)
         params = np.repeat(sizes, steps)
         tokens = params * np.tile(np.geomspace(*ratios, steps), len(sizes))
-        affordable = FLOPS_PER_PARAM_TOKEN * params * tokens <= budget
-        return cls(params[affordable], tokens[affordable])
+        return cls(params, tokens).take(FLOPS_PER_PARAM_TOKEN * params * tokens <= budget)
+
+    def take(self, which) -> "Candidates":
+        """Those of a mask (cells,) or of places."""
+        which = np.asarray(which)
+        which = which if which.dtype == bool else which.astype(int)
+        return Candidates(self.params[which], self.tokens[which])
 
 
 @dataclass(frozen=True)
@@ -141,21 +146,61 @@ def choose_cells(
     return Design(params, tokens, hold_out, budget, spent, exponent_se, log_params_se)
 
 
-def next_cell(
-    surface: Surface, params, tokens, candidates: Candidates, *, target: float, noise_sd: float
-) -> tuple[float, float]:
-    """(N, D) of the candidate that lowers the variance of ln N*(`target`) most per FLOP, after runs at (N, D) (cells,).
+def next_cells(
+    surface: Surface,
+    params,
+    tokens,
+    candidates: Candidates,
+    *,
+    target: float,
+    noise_sd: float,
+    count: int = 1,
+    fewest: int = 1,
+    enough: float = 0.0,
+    within: int = 40,
+    budget: float = np.inf,
+) -> Candidates:
+    """Up to `count` candidates that lower the variance of ln N*(`target`) most per FLOP, after cells (N, D) (cells,).
 
-    Only candidates that lower it by a twentieth count, for a pittance at no cost is no progress; without any, the one
-    that lowers it most. `surface` and `noise_sd` (in the loss) are those of a fit to the runs so far.
+    Each is chosen as if those before it were trained, from what `budget` FLOPs still buy; after the first `fewest`,
+    only until the standard error is down to `enough`. Only candidates count that lower the variance by a twentieth, and
+    by what leaves `enough` after `within` cells, for a pittance at no cost is no progress; without any, the one that
+    lowers it most. `surface` and `noise_sd` (in the loss) are those of a fit to the runs so far.
     """
     gradients = loss_gradient(surface, candidates.params, candidates.tokens) / noise_sd
-    known = _information(loss_gradient(surface, params, tokens), noise_sd)
-    wanted = log_params_gradient(surface, target)
-    gains = _gains(gradients, np.linalg.inv(known), wanted)
-    worth = gains >= LEAST_GAIN * (wanted @ np.linalg.solve(known, wanted))
-    best = int(np.argmax(np.where(worth, gains / candidates.flops, 0.0) if worth.any() else gains))
-    return float(candidates.params[best]), float(candidates.tokens[best])
+    known = np.linalg.inv(_information(loss_gradient(surface, params, tokens), noise_sd))
+    wanted, costs = log_params_gradient(surface, target), candidates.flops
+
+    def worth(inverse: np.ndarray, allowed: np.ndarray, chosen: int) -> np.ndarray | None:
+        variance = wanted @ inverse @ wanted
+        if chosen >= fewest and variance <= enough**2:
+            return None
+        gains = np.where(allowed, _gains(gradients, inverse, wanted), 0.0)
+        least = max(LEAST_GAIN, _pace(variance, enough**2, within - chosen)) * variance
+        return np.where(gains >= least, gains / costs, 0.0) if (gains >= least).any() else gains
+
+    return candidates.take(_add_cells(gradients, costs, budget, known, count, worth))
+
+
+def spread_cells(
+    surface: Surface, params, tokens, candidates: Candidates, *, noise_sd: float, count: int, budget: float = np.inf
+) -> Candidates:
+    """Up to `count` candidates for `budget` FLOPs that, beside cells (N, D) (cells,), tell most of all five parameters.
+
+    Greedy D-optimality (Wald 1943): each raises the determinant of the information most, near a supposed `surface`.
+    """
+    gradients = loss_gradient(surface, candidates.params, candidates.tokens) / noise_sd
+    known = np.linalg.inv(_information(loss_gradient(surface, params, tokens), noise_sd))
+
+    def worth(inverse: np.ndarray, allowed: np.ndarray, chosen: int) -> np.ndarray:
+        return np.einsum("cp,pq,cq->c", gradients, inverse, gradients)
+
+    return candidates.take(_add_cells(gradients, candidates.flops, budget, known, count, worth))
+
+
+def _pace(variance: float, enough: float, cells: int) -> float:
+    """The share of `variance` that each of `cells` must take away to leave `enough`; 0 where nothing is ever enough."""
+    return 1.0 - min(1.0, enough / variance) ** (1.0 / max(1, cells)) if enough > 0 else 0.0
 
 
 def _information(gradients, noise_sd: float = 1.0) -> np.ndarray:
@@ -176,16 +221,24 @@ def _hold_out(candidates: Candidates, money: float) -> int:
 
 def _greedy(gradients, costs, money, wanted, most, share) -> list[int]:
     """Add the cell that lowers the variance most, among those a remaining budget and `share` allow."""
-    inverse, left = np.linalg.inv(_information(gradients[:0])), money
+    costs = np.where(costs <= share * money, costs, np.inf)
+    start = np.linalg.inv(_information(gradients[:0]))
+    return _add_cells(gradients, costs, money, start, most, lambda inverse, *_: _gains(gradients, inverse, wanted))
+
+
+def _add_cells(gradients, costs, budget, inverse, most, worth) -> list[int]:
+    """Up to `most` distinct cells, each the one of most worth that the rest of `budget` buys.
+
+    `worth(inverse of the information so far, allowed, how many are chosen)` is (cells,), or None to end it.
+    """
     cells: list[int] = []
-    taken = np.zeros(len(costs), bool)
-    while len(cells) < most:
-        allowed = ~taken & (costs <= min(left, share * money))
-        if not allowed.any():
+    left = np.ones(len(costs), bool)
+    while len(cells) < most and (allowed := left & (costs <= budget)).any():
+        value = worth(inverse, allowed, len(cells))
+        if value is None:
             break
-        best = int(np.argmax(np.where(allowed, _gains(gradients, inverse, wanted), -1.0)))
-        inverse = _add(inverse, gradients[best])
-        taken[best], left = True, left - costs[best]
+        best = int(np.argmax(np.where(allowed, value, -1.0)))
+        inverse, budget, left[best] = _add(inverse, gradients[best]), budget - costs[best], False
         cells.append(best)
     return cells
 

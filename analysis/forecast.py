@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,7 +52,6 @@ def make_forecast(
     interval = prediction_interval(surfaces, fit, params, tokens, level=level, seed=seed)
     surface = fit.surface
     content = {
-        "made": (now or datetime.now(UTC)).isoformat(timespec="seconds"),
         "params": params,
         "tokens": tokens,
         "loss": float(surface.loss(params, tokens)),
@@ -67,7 +67,13 @@ def make_forecast(
         "replicates": replicates,
         "seed": seed,
     }
-    return {**content, "sha256": _digest(content)}
+    return seal(content, now)
+
+
+def seal(content: dict, now: datetime | None = None) -> dict:
+    """The forecast with its date (`now`, UTC, by default the present) and the hash of all of it."""
+    dated = {"made": (now or datetime.now(UTC)).isoformat(timespec="seconds"), **content}
+    return {**dated, "sha256": _digest(dated)}
 
 
 def _digest(content: dict) -> str:
@@ -89,18 +95,53 @@ def read_forecast(path: Path) -> dict:
 
 def score(path: Path, actual: float) -> Score:
     """Compare a forecast with the loss that came out, nats."""
-    forecast = read_forecast(path)
-    return Score(str(path), forecast["loss"], forecast["low"], forecast["high"], actual)
+    return _score(str(path), read_forecast(path), actual)
+
+
+def _score(name: str, forecast: dict, actual: float) -> Score:
+    return Score(name, forecast["loss"], forecast["low"], forecast["high"], actual)
 
 
 def actual_loss(forecast: dict, runs: Runs) -> float:
     """The mean loss of the runs at the forecast's (N, D). Raises ValueError when there is none."""
-    off_params = np.abs(runs.column("params") / forecast["params"] - 1.0)
-    off_tokens = np.abs(runs.column("tokens") / forecast["tokens"] - 1.0)
-    same = (off_params < SAME_CELL) & (off_tokens < SAME_CELL)
-    if not same.any():
+    losses = _losses_at(forecast, *runs.points)
+    if not len(losses):
         raise ValueError(
             f"{runs.source}: no run within {SAME_CELL:.0%} of N = {forecast['params']:.4g}, "
             f"D = {forecast['tokens']:.4g}: give its loss with --loss-value"
         )
-    return float(runs.column("loss")[same].mean())
+    return float(losses.mean())
+
+
+def _losses_at(forecast: dict, params, tokens, loss) -> np.ndarray:
+    off_params, off_tokens = np.abs(params / forecast["params"] - 1.0), np.abs(tokens / forecast["tokens"] - 1.0)
+    return loss[(off_params < SAME_CELL) & (off_tokens < SAME_CELL)]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What forecasts are worth: those whose runs have ended, by name; the others wait."""
+
+    scores: tuple[Score, ...]
+    waiting: tuple[str, ...]
+
+    @property
+    def inside(self) -> float:
+        """The share inside their intervals; a run that diverged is outside. NaN before any has ended."""
+        return float(np.mean([score.inside for score in self.scores])) if self.scores else np.nan
+
+    @property
+    def mean_error(self) -> float:
+        """Mean |predicted / actual - 1| of the runs that ended with a loss; NaN before any has."""
+        errors = [abs(score.relative_error) for score in self.scores if np.isfinite(score.actual)]
+        return float(np.mean(errors)) if errors else np.nan
+
+
+def score_forecasts(forecasts: Mapping[str, dict], params, tokens, loss) -> Calibration:
+    """Compare forecasts, by name, with the runs that ended at their (N, D), each (runs,); losses in nats or NaN."""
+    params, tokens, loss = (np.asarray(x, dtype=np.float64) for x in (params, tokens, loss))
+    found = {name: _losses_at(forecast, params, tokens, loss) for name, forecast in forecasts.items()}
+    return Calibration(
+        tuple(_score(name, forecasts[name], float(losses.mean())) for name, losses in found.items() if len(losses)),
+        tuple(name for name, losses in found.items() if not len(losses)),
+    )

@@ -14,6 +14,8 @@ HOFFMANN = Surface(
 )
 # A strongly asymmetric surface, on which the isoFLOP parabola is biased.
 ASYMMETRIC = Surface(E=1.7, A=2.0e4, B=40.0, alpha=0.465, beta=0.155)
+# Between those: a = 0.40, D/N of 40 at 1e22 FLOPs.
+MILDLY_ASYMMETRIC = Surface(E=1.7, A=2300.0, B=400.0, alpha=0.41, beta=0.27)
 # Hoffmann et al. 2022's nine budgets run from 6e18 to 3e21 FLOPs.
 STANDARD_BUDGETS = tuple(float(x) for x in np.geomspace(6e18, 3e21, 9))
 

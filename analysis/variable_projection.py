@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import minimize, nnls
 from scipy.stats import t as student
 
+from analysis.design import loss_gradient
 from analysis.parametric import checked_runs
 from analysis.surface import Surface
 from analysis.uncertainty import Interval
@@ -21,7 +22,7 @@ EXPONENT_GRID = np.arange(0.05, 1.25, 0.1)
 @dataclass(frozen=True)
 class ProjectionFit:
     surface: Surface
-    residual_sd: float  # nats, with 5 degrees of freedom removed
+    residual_sd: float  # nats, with 5 degrees of freedom removed; a run's noise
     runs: int
     covariance: np.ndarray  # (5, 5) of (E, ln A, ln B, alpha, beta)
 
@@ -34,9 +35,19 @@ class ProjectionFit:
         reach = float(student.ppf((1 + level) / 2, self.runs - 5)) * se
         return Interval(centre - reach, centre + reach, level, "delta")
 
+    def prediction(self, params: float, tokens: float, level: float = 0.95) -> Interval:
+        """Where the loss of one new run at (N, D) will fall, nats: what the surface leaves open and a run's noise."""
+        surface = self.interval(lambda surface: surface.loss(params, tokens), level)
+        centre, known = 0.5 * (surface.low + surface.high), 0.5 * (surface.high - surface.low)
+        reach = float(np.hypot(known, student.ppf((1 + level) / 2, self.runs - 5) * self.residual_sd))
+        return Interval(centre - reach, centre + reach, level, "prediction")
 
-def fit_by_projection(params, tokens, loss) -> ProjectionFit:
-    """Least squares in nats over alpha, beta in (0, 2). Raises ValueError for fewer than 6 runs or bad values."""
+
+def fit_by_projection(params, tokens, loss, *, least_noise: float = 0.0) -> ProjectionFit:
+    """Least squares in nats over alpha, beta in (0, 2); a run's noise is taken to be `least_noise` nats or more.
+
+    Raises ValueError for fewer than 6 runs or bad values.
+    """
     params, tokens, loss = checked_runs(params, tokens, loss)
     if len(loss) < 6:
         raise ValueError(f"the parametric fit has 5 parameters and needs at least 6 runs, got {len(loss)}: add runs")
@@ -57,17 +68,13 @@ def fit_by_projection(params, tokens, loss) -> ProjectionFit:
     alpha, beta = minimize(misfit, start, method="Nelder-Mead", options=options).x
     (E, A, B), norm = project((alpha, beta))
     surface = Surface(float(E), float(A * scales[0] ** alpha), float(B * scales[1] ** beta), float(alpha), float(beta))
-    residual_sd = norm / np.sqrt(len(loss) - 5)
+    residual_sd = max(norm / np.sqrt(len(loss) - 5), least_noise)
     return ProjectionFit(surface, residual_sd, len(loss), residual_sd**2 * _inverse_curvature(surface, params, tokens))
 
 
 def _inverse_curvature(surface: Surface, params, tokens) -> np.ndarray:
     """(J^T J)^-1 of the losses with respect to (E, ln A, ln B, alpha, beta)."""
-    from_size, from_data = surface.A * params**-surface.alpha, surface.B * tokens**-surface.beta
-    columns = [
-        np.ones_like(params), from_size, from_data, -from_size * np.log(params), -from_data * np.log(tokens),
-    ]  # fmt: skip
-    jacobian = np.stack(columns, axis=1)
+    jacobian = loss_gradient(surface, params, tokens)
     scale = np.linalg.norm(jacobian, axis=0)
     scale = np.where(scale > 0, scale, 1.0)
     return np.linalg.pinv((jacobian / scale).T @ (jacobian / scale), rcond=1e-14) / np.outer(scale, scale)
