@@ -253,27 +253,20 @@ def _next(parsed) -> None:
         raise ValueError(f"no cell costs at most {parsed.largest:.3g} FLOPs: raise --largest or lower --smallest")
     goal = growth.Goal(parsed.target, parsed.tolerance, parsed.level, batch=1)
     with naming(runs.source):
+        found = growth.recommend(*runs.points, goal=goal)
         planned = growth.plan_next(*runs.points, goal=goal, candidates=candidates, flops_left=np.inf)
-    found = planned.recommendation
-    if found is None:
-        print(f"{len(runs.table)} runs do not tell the exponents apart yet")
-    else:
-        print(f"N*({parsed.target:.3g}) = {found.estimate.params.value:.3g}, {parsed.level:.0%} interval "
-              f"{found.interval.low:.3g} to {found.interval.high:.3g} from {found.fit.runs} runs")  # fmt: skip
-        if found.left_out:
-            print(f"left out, far above the others: {', '.join(runs.column('run')[list(found.left_out)])}")
+    print(f"N*({parsed.target:.3g}) = {found.estimate.params.value:.3g}, {parsed.level:.0%} interval "
+          f"{found.interval.low:.3g} to {found.interval.high:.3g} from {found.fit.runs} runs")  # fmt: skip
+    if found.left_out:
+        print(f"left out, far above the others: {', '.join(runs.column('run')[list(found.left_out)])}")
     if isinstance(planned, growth.Stop):
         print(f"stop: {planned.reason}")
         return
-    pairs = [*zip(planned.cells.params, planned.cells.tokens, strict=True)]
-    _write_json(parsed.out, [cells.overrides(nearest_shape(n), d, devices=parsed.devices) for n, d in pairs])
-    print(
-        "go on: "
-        + (f"half the interval of ln N* is {found.half:.3f} from {found.fit.runs} runs" if found else "spread")
-    )
-    for n, d in pairs:
-        print(f"next: N {n:.3g}  D {d:.3g}  C {6 * n * d:.3g}")
-    print(f"wrote {parsed.out}")
+    ((n, d),) = zip(planned.cells.params, planned.cells.tokens, strict=True)
+    _write_json(parsed.out, [cells.overrides(nearest_shape(n), d, devices=parsed.devices)])
+    print(f"go on: half the interval of ln N* is {found.half:.3f}, not within {parsed.tolerance:g} from "
+          f"{growth.FEWEST_TO_STOP} runs or more")  # fmt: skip
+    print(f"next: N {n:.3g}  D {d:.3g}  C {6 * n * d:.3g}; wrote {parsed.out}")
 
 
 def _ratios(parsed) -> tuple[float, float]:

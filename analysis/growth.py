@@ -29,9 +29,11 @@ FEWEST_TO_STOP = 16
 LARGEST_SHARE = 0.25
 # A run has diverged when its loss is this many nats above that of a run of no more N and no more D, ...
 FAR = 0.25
-# ... or above the interval of this level that a fit to all others predicts; as many that lie farthest off are tried.
-# Such are one run in so many at most: where there are more, the surface bends, and no run is to blame.
-FAR_LEVEL, SUSPECTS, ONE_IN = 0.9999, 3, 8
+# ... or above the interval of this level that a fit to all others predicts. Such are one run in so many at most: where
+# there are more, the surface bends, and no run is to blame.
+FAR_LEVEL, ONE_IN = 0.9999, 8
+# Only as many that lie farthest off are tried, and only with so large a share of the residuals: each is a fit more.
+SUSPECTS, SUSPECT = 3, 0.5
 # A cell is taken for one that was trained when its ln N and ln D are within this: N and D get rounded.
 SAME_CELL = 0.05
 # Exponents outside are those of runs that cannot tell a power law from a constant or from a step.
@@ -170,10 +172,11 @@ def _farthest(params, tokens, loss, kept: np.ndarray, noise_sd: float) -> list[i
     fit = fit_by_projection(params[kept], tokens[kept], loss[kept], least_noise=noise_sd)
     gradients = loss_gradient(fit.surface, params[kept], tokens[kept])
     leverage = np.einsum("rp,pq,rq->r", gradients, fit.covariance, gradients) / fit.residual_sd**2
-    # What a linear model's residual would be in a fit to the others (Cook & Weisberg 1982, eq. 2.2.8).
-    deleted = (loss[kept] - fit.surface.loss(params[kept], tokens[kept])) / np.clip(1.0 - leverage, 1e-3, 1.0)
+    # As shares of the largest studentized residual that runs - 5 degrees of freedom allow (Cook & Weisberg 1982, 2.2).
+    residuals = loss[kept] - fit.surface.loss(params[kept], tokens[kept])
+    shares = residuals / (fit.residual_sd * np.sqrt((fit.runs - 5) * np.clip(1.0 - leverage, 1e-3, 1.0)))
     excess = {}
-    for run in kept[np.argsort(-deleted)[:SUSPECTS]].tolist():
+    for run in [int(kept[place]) for place in np.argsort(-shares)[:SUSPECTS] if shares[place] > SUSPECT]:
         others = kept[kept != run]
         rest = fit_by_projection(params[others], tokens[others], loss[others], least_noise=noise_sd)
         if determined(rest.surface):
@@ -227,10 +230,9 @@ def _next_batch(
 ) -> Candidates:
     """The cells to add to those `known`, of which the last `running` have not ended."""
     total = len(known.params)
-    if total < START_RUNS:
-        return _spread(known, fresh, goal, flops_left, START_RUNS - total)
     if found is None:
-        return _spread(known, fresh, goal, flops_left, 0 if running else goal.batch)
+        more = 0 if running else goal.batch
+        return _spread(known, fresh, goal, flops_left, START_RUNS - total if total < START_RUNS else more)
     enough = goal.tolerance / student.ppf((1 + goal.level) / 2, found.fit.runs - 5)
     return next_cells(
         found.fit.surface, known.params, known.tokens, fresh.take(fresh.flops <= LARGEST_SHARE * flops_left),

@@ -127,6 +127,20 @@ def test_the_next_command_stops_or_names_a_cell(tmp_path, capsys):
     assert "go on: " in capsys.readouterr().out
 
 
+def test_the_next_command_names_what_it_left_out_and_refuses_too_few_runs(tmp_path, capsys):
+    sweep = simulate(EPOCH, Faults(noise_sd=0.003), seed=2)
+    table = pd.DataFrame({"params": sweep.params, "tokens": sweep.tokens, "loss": sweep.loss[0]})
+    table["run"] = [f"run{i}" for i in range(63)]
+    table.loc[40, "loss"] += 0.5
+    flags = [f"--runs={tmp_path / 'runs.csv'}", "--target=1e24", "--largest=1e20", f"--out={tmp_path / 'next.json'}"]
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    assert main(["next", *flags, "--tolerance=0.5"]) == 0
+    assert "left out, far above the others: run40\n" in capsys.readouterr().out
+    table[:4].to_csv(tmp_path / "runs.csv", index=False)
+    assert main(["next", *flags, "--tolerance=0.5"]) == 2
+    assert "runs.csv: 4 runs do not tell the exponents apart: add runs" in capsys.readouterr().err
+
+
 def test_batches_divide_and_keep_the_tokens():
     for params, tokens in ((2e7, 4e8), (1e9, 2e10), (7e10, 1.4e12)):
         config = overrides(nearest_shape(params), tokens, devices=16)

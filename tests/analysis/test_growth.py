@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from analysis.cells import shapes
 from analysis.design import Candidates, standard_errors
 from analysis.forecast import read_forecast, score_forecasts, seal
 from analysis.growth import FEWEST_TO_STOP, START_RUNS, START_SHARE, Goal, Grow, Stop, diverged, plan_next, recommend
 from analysis.simulate import EPOCH, HOFFMANN
+from lmjax.models.shapes import shapes
 
 BUDGET, NOISE = 1e19, 0.005
 GOAL = Goal(target=1e22)
@@ -140,7 +140,7 @@ def test_every_cell_has_a_dated_and_hashed_forecast(tmp_path):
 
 def test_forecasts_hold_what_comes_out():
     inside = []
-    for seed in range(30):
+    for seed in range(20):
         runs = swept(seed=seed)
         grown = planned(runs, goal=Goal(target=1e22, tolerance=1e-3))
         _, _, loss = trained(grown.cells.params, grown.cells.tokens, seed=1000 + seed)
@@ -209,7 +209,7 @@ def test_several_that_diverged_are_left_out_together():
 
 @pytest.mark.parametrize("noise", [0.003, 0.01])
 def test_noise_alone_leaves_nothing_out(noise):
-    assert sum(diverged(*swept(seed=seed, noise=noise), 0.003).sum() for seed in range(30)) <= 1
+    assert sum(diverged(*swept(seed=seed, noise=noise), 0.003).sum() for seed in range(15)) <= 1
 
 
 def test_a_surface_that_bends_does_not_lose_most_of_its_runs():

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from analysis.cells import shapes
 from analysis.design import Candidates
 from analysis.growth import Goal
 from analysis.growth_study import cheapest_grid, simulate_growth
 from analysis.simulate import EPOCH, HOFFMANN, MILDLY_ASYMMETRIC
 from analysis.variable_projection import fit_by_projection
+from lmjax.models.shapes import shapes
 
 TARGET, TOLERANCE, BUDGET, SMALLEST = 1e22, 0.2, 1e19, 1e7
 GOAL = Goal(TARGET, TOLERANCE)
@@ -40,12 +40,10 @@ class Outcome:
         return float(np.sqrt(np.mean(self.error**2)))
 
 
-def grow(surface, sweeps, first_seed=0) -> Outcome:
+def grow(surface, sweeps) -> Outcome:
     truth = float(surface.optimum(TARGET)[0])
     grown = [
-        simulate_growth(
-            surface, NOISES[seed % len(NOISES)], goal=GOAL, candidates=CANDIDATES, budget=BUDGET, seed=first_seed + seed
-        )
+        simulate_growth(surface, NOISES[seed % len(NOISES)], goal=GOAL, candidates=CANDIDATES, budget=BUDGET, seed=seed)
         for seed in range(sweeps)
     ]
     assert all(sweep.recommendation is not None for sweep in grown)
@@ -78,22 +76,22 @@ def grid_rmse(surface, grid, sweeps):
 
 @pytest.fixture(scope="module")
 def few():
-    return {name: grow(surface, 8) for name, surface in SURFACES.items()}
+    return {name: grow(surface, 6) for name, surface in SURFACES.items()}
 
 
 def test_intervals_hold_the_truth_though_the_sweep_looked_before_it_stopped(few):
     covered = np.concatenate([outcome.covered for outcome in few.values()])
-    # Of 24 sweeps at 88%, fewer than 18 hold it once in thirty times.
-    assert covered.sum() >= 18
+    # Of 18 sweeps at 88%, fewer than 13 hold it once in sixty times.
+    assert covered.sum() >= 13
 
 
 def test_sweeps_stop_when_they_are_as_accurate_as_asked(few):
     error, half = (np.concatenate([getattr(outcome, name) for outcome in few.values()]) for name in ("error", "half"))
-    assert (half <= TOLERANCE).all() and np.sum(np.abs(error) <= TOLERANCE) >= 18
+    assert (half <= TOLERANCE).all() and np.sum(np.abs(error) <= TOLERANCE) >= 13
 
 
 def test_growing_costs_less_than_half_of_the_cheapest_grids_that_are_as_accurate(few):
-    # Of eight sweeps the root mean square is uncertain by a quarter: grids of a quarter more error are dearer, too.
+    # Of six sweeps the root mean square is uncertain by a quarter: grids of a quarter more error are dearer, too.
     grids = [equal_grid(SURFACES[name], 1.25 * outcome.rmse).budget.sum() for name, outcome in few.items()]
     assert sum(outcome.flops.mean() for outcome in few.values()) <= 0.5 * sum(grids)
 
@@ -106,9 +104,9 @@ def test_a_grid_of_a_smaller_standard_error_costs_more_and_starts_at_the_smalles
         equal_grid(EPOCH, 1e-9)
 
 
-def test_the_same_seed_grows_the_same_sweep():
-    first, second = grow(EPOCH, 1, first_seed=3), grow(EPOCH, 1, first_seed=3)
-    assert first.error == second.error and first.flops == second.flops
+def test_the_same_seed_grows_the_same_sweep(few):
+    first, second = few[next(iter(SURFACES))], grow(EPOCH, 1)
+    assert first.error[0] == second.error[0] and first.flops[0] == second.flops[0]
 
 
 @pytest.mark.slow
