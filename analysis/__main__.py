@@ -6,7 +6,7 @@
     python -m analysis next    --runs=SOURCE --target=1e23 --tolerance=0.2 --largest=1e20 --out=FILE
     python -m analysis predict --runs=SOURCE --size=1e9 --tokens=2e10 --out=FILE
     python -m analysis score   FORECAST... (--runs=SOURCE | --loss-value=2.31)
-    python -m analysis compare DIR...|wandb:entity/project [--out=DIR]
+    python -m analysis compare DIR...|wandb:entity/project [--group=SWEEP] [--out=DIR]
 
 SOURCE is a CSV or parquet file, a directory of work directories or offline wandb runs, or wandb:entity/project.
 """
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     comparing = commands.add_parser("compare", help="a table of runs by rising loss")
     comparing.add_argument("sources", nargs="+", metavar="DIR|wandb:entity/project")
     comparing.add_argument("--loss", help="metric, such as val/c4/loss")
+    comparing.add_argument("--group", help="only the runs of this group, such as the cells of a sweep")
     comparing.add_argument("--out", type=Path, help="write table, curves and figure here")
     comparing.set_defaults(command=_compare)
     return parser
@@ -333,7 +334,7 @@ def _score(parsed) -> None:
 
 
 def _compare(parsed) -> None:
-    result = compare.compare(read_records(parsed.sources), parsed.loss)
+    result = compare.compare(read_records(parsed.sources, group=parsed.group), parsed.loss)
     print(compare.as_text(result.table))
     for note in result.notes:
         print(f"note: {note}")

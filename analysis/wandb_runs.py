@@ -25,16 +25,17 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lmjax-analysis"
 
 
-def read_project(project: str, *, api=None, cache: Path | None = None) -> list[RunRecord]:
-    """Every run of `entity/project`, all rows unsampled. `api` stands in for `wandb.Api()`.
+def read_project(project: str, *, group: str | None = None, api=None, cache: Path | None = None) -> list[RunRecord]:
+    """Every run of `entity/project`, or of one group of it, all rows unsampled. `api` stands in for `wandb.Api()`.
 
     Raises ValueError when wandb is not installed, the project has no runs, or a history comes back incomplete.
     """
     if api is None:
         api = _connect()
-    runs = list(api.runs(project))
+    runs = list(api.runs(project, **({"filters": {"group": group}} if group else {})))
     if not runs:
-        raise ValueError(f"wandb:{project} has no runs: check the entity and project names")
+        what = f"no runs of the group {group}" if group else "no runs"
+        raise ValueError(f"wandb:{project} has {what}: check the names")
     folder = (cache or default_cache()) / project.replace("/", "--")
     return [
         RunRecord(run.name, dict(run.config), _flat_summary(dict(run.summary)), _history(run, folder)) for run in runs

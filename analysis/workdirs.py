@@ -1,6 +1,7 @@
-"""Read the work directories of training runs: `config.json`, `metrics.jsonl`, `summary.json`."""
+"""Read the work directories of training runs: `config.json`, `metrics.jsonl`, `summary.json`; and sweeps of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from analysis.records import RunRecord
@@ -15,6 +16,21 @@ def find_workdirs(root: Path) -> list[Path]:
     if is_workdir(root):
         return [root]
     return sorted(path.parent for path in root.rglob("metrics.jsonl"))
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether `python -m launch sweep` wrote it."""
+    return (path / "sweep.json").is_file()
+
+
+def read_sweep(path: Path) -> list[RunRecord]:
+    """The cells of a sweep by the names that it gave them; those that have not started are runs without a row."""
+    records = []
+    for entry in _read_object(path / "sweep.json").get("cells", []):
+        name = f"{entry['index']} {entry['name']}".strip()
+        workdir = path / "cells" / f"{entry['index']:04d}"
+        records.append(replace(read_workdir(workdir), name=name) if is_workdir(workdir) else RunRecord(name))
+    return records
 
 
 def read_workdir(path: Path) -> RunRecord:

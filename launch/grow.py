@@ -150,8 +150,10 @@ def started(sweep: Manifest, directory: epath.Path, cells: Sequence[Entry], argu
 
 def tell(decision: Stop | Grow, goal: Goal, spent: float, budget: float) -> None:
     print(f"{spent:.3g} of {budget:.3g} FLOPs (6ND) are planned so far")
-    if decision.recommendation is not None:
-        print(sentence(decision.recommendation, goal))
+    if (found := decision.recommendation) is not None:
+        print(sentence(found, goal))
+        if found.left_out:
+            print(f"left out, far above what the others say: {len(found.left_out)} of the cells that ended")
     if isinstance(decision, Stop):
         print(f"stop: {decision.reason}")
         return

@@ -18,6 +18,7 @@ from lmjax.record.wandb_tracker import WandbTracker
 from lmjax.run.progress import Progress
 from lmjax.run.workdir import wandb_id
 from lmjax.tasks.task import Task
+from lmjax.train.accounting import Cost
 from lmjax.weights import count
 
 
@@ -44,7 +45,8 @@ class Records:
 
     def start(self, progress: Progress, attempt: int, command: str) -> None:
         """Say what an attempt is, when it starts."""
-        cfg = self.task.cfg
+        cfg, counts = self.task.cfg, count(self.task.spec)
+        whole = Cost(0, 0, 0, 0, 0).plus(cfg.train.steps * cfg.train.batch, self.task.cost)
         self.trackers.start(
             {
                 "step": progress.start,
@@ -53,7 +55,10 @@ class Records:
                 "command": command,
                 "workdir": str(self.workdir),
                 "config": redact(dataclasses.asdict(cfg)),
-                "params": dataclasses.asdict(count(self.task.spec)),
+                "params": dataclasses.asdict(counts),
+                "N": counts.active,
+                "D": whole.tokens,
+                "C": whole.flops_causal,
                 **self.task.about,
                 "environment": start_up.environment(),
             }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from analysis.records import choose_loss, table_of
+from analysis.sources import read_records
 from launch import manifest, page, price, status
 from launch.__main__ import main
 from launch.engines import ENGINES, local
@@ -339,3 +342,19 @@ def test_the_page_holds_curves_and_budgets(corpus: Path, tmp_path: Path) -> None
     curve = data["cells"][0]["curve"]
     assert len(curve) == 100 and curve[-1][0] == 10_000
     assert curve[0][2] == pytest.approx((2.0 + sum(1 / step for step in range(2, 11))) / 10)
+
+
+def test_cells_are_compared_by_their_names_and_by_their_sweep(trained: Path) -> None:
+    records = read_records([str(trained)], group=trained.name)
+    assert [record.name for record in records] == ["0 seed=0", "1 seed=1"]
+    assert read_records([str(trained.parent)], group=trained.name)
+    with pytest.raises(ValueError, match="no run is of the group other"):
+        read_records([str(trained)], group="other")
+
+
+def test_cells_that_did_not_start_are_left_out_with_the_reason(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep" / "cells" / "0001")
+    records = read_records([str(tmp_path / "sweep")])
+    table = table_of(records, choose_loss(records, "val/a/loss"))
+    assert list(table["status"]) == ["finished", "unfinished"]
