@@ -54,7 +54,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def sweep(corpus: Path, out: Path, cells: list[dict[str, Any]], *flags: str) -> list[str]:
-    listed = out.parent / f"{out.name}.json"
+    listed = out.parent / f"{out.name}-cells.json"
     listed.write_text(json.dumps(cells))
     return ["sweep", f"{TINY}:{corpus}", f"--cells={listed}", f"--out={out}", *SHORT, *flags]
 
@@ -232,7 +232,7 @@ def test_prices_are_those_of_the_declaration(corpus: Path, tmp_path: Path) -> No
     cells += [{"train.steps": 200, "optimizer.name": "adamw", "train.batch": 16, "train.microbatches": 1}]
     (tmp_path / "cells.json").write_text(json.dumps(cells))
     found = load_cells(f"{TINY}:{corpus}", str(tmp_path / "cells.json"))
-    on = price.accelerator("v5e-8", share_of_peak=0.5, dollars=None)
+    on = price.accelerator("v5e-4", share_of_peak=0.5, dollars=None)
     prices = price.price_all(found, on)
     alone = price.price_all(found, price.accelerator(None, share_of_peak=0.5, dollars=None))
     for cell, one in zip(found, alone, strict=True):
@@ -240,8 +240,8 @@ def test_prices_are_those_of_the_declaration(corpus: Path, tmp_path: Path) -> No
         exact = assemble.device_bytes((state, state.params))
         assert one.state_bytes == pytest.approx(exact, rel=0.02)
     assert prices[5].flops == 4 * prices[0].flops and prices[0].tokens == 100 * 8 * 32
-    assert prices[0].hours and prices[0].dollars == pytest.approx(prices[0].hours * 8 * 1.20)
-    twice = price.accelerator("v5e-8", share_of_peak=0.25, dollars=2.40)
+    assert prices[0].hours and prices[0].dollars == pytest.approx(prices[0].hours * 4 * 1.20)
+    twice = price.accelerator("v5e-4", share_of_peak=0.25, dollars=2.40)
     assert price.price_all(found, twice)[0].dollars == pytest.approx(4 * prices[0].dollars)
 
 
