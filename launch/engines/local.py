@@ -95,12 +95,14 @@ class _Pool:
         self.told = 0.0
 
     def run(self) -> int:
+        asked = False
         while self.running or (self.waiting and not self.stop.requested):
             while self.waiting and len(self.running) < len(self.shares) and not self.stop.requested:
                 self.start(self.waiting.pop(0))
             self.look()
-            if self.stop.requested:
+            if self.stop.requested and not asked:  # a second signal would have them leave without saving
                 self.end()
+                asked = True
             self.tell()
             time.sleep(_POLL_SECONDS)
         self.tell(last=True)

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, and the watchdog that ends a run that hangs."""
 
 import faulthandler
+import math
 import signal
 import socket
 import threading
@@ -11,9 +12,12 @@ from lmjax.errors import StallError
 from lmjax.process import group
 from lmjax.process.ending import exit_now
 
+_TOGETHER_SECONDS = 1.0
+"""Signals closer than this are one: Slurm's reach a process and also its parent, which passes them on."""
+
 
 class Preemption:
-    """SIGTERM or SIGINT asks for a checkpoint at the next step boundary; a second signal exits at once.
+    """SIGTERM or SIGINT asks for a checkpoint at the next step boundary; a second one, a second later, exits at once.
 
         with Preemption() as preemption:
             for step in ...:
@@ -52,17 +56,18 @@ class Preemption:
         self._requested.set()
 
     def _listen(self) -> None:
-        seen = False
+        first = math.inf
         with self._read:
             while data := self._read.recv(1):
                 if (number := data[0]) not in self._SIGNALS:
                     continue
-                name = signal.Signals(number).name
-                if seen:
+                name, now = signal.Signals(number).name, time.monotonic()
+                if now - first >= _TOGETHER_SECONDS:
                     exit_now(f"second {name}: exit without saving", 128 + number)
-                seen = True
-                self._requested.set()
-                group.say(f"{name}: saving at the next step boundary (again to exit at once)")
+                if first == math.inf:
+                    first = now
+                    self._requested.set()
+                    group.say(f"{name}: saving at the next step boundary (again to exit at once)")
 
 
 class Watchdog:

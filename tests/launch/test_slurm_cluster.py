@@ -245,7 +245,9 @@ def test_a_failed_cell_is_reported_and_started_again_alone(corpus: Path, tmp_pat
     sweep.launch()
     wait_until(lambda: sweep.state(1) == "done" and sweep.state(0) == "failed")
     shown = sweep.command("status", str(sweep.directory))
-    assert "1 of 2 done, 1 failed" in shown and re.search(r"failed .* exit code 4: .*0000/checkpoints", shown)
+    assert "1 of 2 done, 1 failed" in shown and re.search(
+        r"failed .* exit code 2: .*0000 is not the work directory of a run", shown
+    )
     obstacle.unlink()
     assert "an array of 1 cells" in sweep.launch()
     sweep.finish()

@@ -259,6 +259,22 @@ def test_what_may_go_on_is_tried_again(corpus: Path, tmp_path: Path, code: int, 
     assert (tmp_path / "tries").read_text() == "x" * tries
 
 
+def test_a_stop_asks_each_cell_once(corpus: Path, tmp_path: Path) -> None:
+    """However long it takes to save: a second signal has a training leave at once."""
+    manifest.write(tmp_path, manifest_of(planned(corpus, SEEDS, tmp_path)))
+    save = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[1], "a").write("x"))
+os.kill(os.getppid(), signal.SIGTERM)
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    time.sleep(0.1)
+sys.exit(75)
+"""
+    assert pool(tmp_path, [[sys.executable, "-c", save, str(tmp_path / "signals")]]) == 75
+    assert (tmp_path / "signals").read_text() == "x"
+
+
 def test_cells_share_out_the_cores(corpus: Path, tmp_path: Path) -> None:
     manifest.write(tmp_path, manifest_of(planned(corpus, SEEDS, tmp_path)))
     tell = "import os, sys, time; time.sleep(0.5); open(sys.argv[1], 'w').write(str(os.sched_getaffinity(0)))"

@@ -192,10 +192,22 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> No
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.stdout.readline() == "saving\n"
+    time.sleep(1.1)
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert err.splitlines()[-1] == f"lmjax: error: second {number.name}: exit without saving"
+
+
+def test_signals_that_come_together_are_one() -> None:
+    """As when a scheduler signals a process and its parent, which passes it on."""
+    process = start(LOOP, "0.5")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75 and err.count("SIGTERM") == 1
 
 
 def test_a_second_signal_ends_even_while_the_main_thread_is_in_native_code() -> None:
@@ -209,7 +221,7 @@ def test_a_second_signal_ends_even_while_the_main_thread_is_in_native_code() -> 
     process = start(code)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for _ in range(2):
-        time.sleep(0.2)
+        time.sleep(1.1)
         process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
