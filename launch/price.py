@@ -100,8 +100,11 @@ def price_all(cells: Sequence[Cell], on: Accelerator) -> list[Price]:
 def price(cfg: Config, manifests: dry_run.Manifests, on: Accelerator) -> Price:
     """Raises ConfigError for a mesh that does not fit or divide, and DataError for data that cannot be had."""
     for name, source in cfg.data.sources.items():
-        if manifests[name] is None and source.prepare is None:
+        found = manifests[name]
+        if found is None and source.prepare is None:
             raise DataError(f"data.sources.{name}: {source.path} is not prepared; run lmjax prepare, or give a recipe")
+        if found is not None and source.tokens is not None and source.tokens > found.splits["train"].tokens:
+            raise DataError(f"data.sources.{name}.tokens={source.tokens:,} is more than {source.path} has")
     cfg = dry_run.with_vocab(cfg, manifests)
     task, sizes = without_data(cfg), axis_sizes(cfg.mesh, on.devices)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))

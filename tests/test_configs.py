@@ -46,7 +46,12 @@ def arms(path: Path) -> list[str]:
     return [f":{arm}" for arm in names.split(", ")] if are else [":TEXT"]
 
 
-ARMS = [f"{path}{arm}" for path in FILES for arm in arms(path)]
+# The first arm of a file stands for the others; all of them run under the slow mark.
+ARMS = [
+    pytest.param(f"{path}{arm}", id=f"{path.name}{arm}", marks=[pytest.mark.slow] if place else [])
+    for path in FILES
+    for place, arm in enumerate(arms(path))
+]
 
 # What is left of a model: its kinds of layers. What is left as shipped: data, optimizer, evaluation, samples.
 TINY = [
@@ -85,7 +90,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory, quick_compilation: N
     jax.config.update("jax_compilation_cache_dir", None)
 
 
-@pytest.mark.parametrize("location", ARMS, ids=lambda location: Path(location).name)
+@pytest.mark.parametrize("location", ARMS)
 def test_every_config_runs_to_its_end(location: str, text: Path, tmp_path: Path, compiled_once: None) -> None:
     location = location.replace(":TEXT", f":{text}")
     shipped = load(location, ["model.vocab=32000"])

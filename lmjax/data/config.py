@@ -89,6 +89,9 @@ class SourceConfig:
     """The prepared directory; in a bucket (gs://, s3://) it is staged to local disk first."""
     weight: PositiveFloat = 1.0
     """Its share of the samples, relative to the other sources."""
+    tokens: PositiveInt | None = None
+    """Train on so many of its tokens alone, over and over: on random documents, the same ones in every run, and among
+    those of any larger number. None is all. Validation is not touched."""
     prepare: PrepareConfig | None = None
     """The recipe to prepare the directory by, if nothing is there yet."""
 

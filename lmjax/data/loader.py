@@ -264,6 +264,13 @@ def _open(cfg: DataConfig, source: SourceConfig) -> Dataset:
 
 def _source(cfg: DataConfig, name: str, dataset: Dataset) -> _Source:
     split: TokenSplit = dataset.split("train")
-    order = files.hash_bytes(json.dumps([_ORDER, split.hash, cfg.seq_len, cfg.seed]).encode())
-    windows = Windows(split, cfg.seq_len, cfg.seed, cfg.documents)
-    return _Source(name, windows, order, split.n_tokens, dataset.manifest.vocab_size)
+    limit = cfg.sources[name].tokens
+    if limit is not None and limit > split.n_tokens:
+        raise DataError(
+            f"data.sources.{name}.tokens={limit:,} is more than the {split.n_tokens:,} of {cfg.sources[name].path}; "
+            "ask for fewer, or for all: None"
+        )
+    named = [_ORDER, split.hash, cfg.seq_len, cfg.seed, *([] if limit is None else [limit])]
+    order = files.hash_bytes(json.dumps(named).encode())
+    windows = Windows(split, cfg.seq_len, cfg.seed, cfg.documents, limit)
+    return _Source(name, windows, order, windows.n_tokens, dataset.manifest.vocab_size)

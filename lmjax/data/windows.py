@@ -20,6 +20,7 @@ from lmjax.data.store.shards import TokenSplit
 from lmjax.errors import DataError
 
 _BLOCK = 4096  # window numbers drawn at a time
+_SUBSET_SEED = 0x5B5E7  # far from the seeds that people choose for the order of epochs
 Documents = Literal["joined", "separate"]
 
 
@@ -40,11 +41,15 @@ class Windows:
     document, 12 more while a batch lies across two epochs.
     """
 
-    def __init__(self, split: TokenSplit, seq_len: int, seed: int, documents: Documents):
-        self.n_windows = (split.n_tokens - 1) // seq_len
+    def __init__(self, split: TokenSplit, seq_len: int, seed: int, documents: Documents, limit: int | None = None):
+        """Of the documents that `subset` chooses for a `limit`, or of all."""
+        self._chosen = None if limit is None else subset(split, limit)
+        lengths = np.diff(split.document_starts)
+        self.n_tokens = split.n_tokens if self._chosen is None else int(lengths[self._chosen].sum())
+        self.n_windows = (self.n_tokens - 1) // seq_len
         if self.n_windows == 0:
             raise DataError(
-                f"{split.n_tokens} tokens in {split.shards[0].path.parent} do not make one window of "
+                f"{self.n_tokens} tokens in {split.shards[0].path.parent} do not make one window of "
                 f"data.seq_len={seq_len}; shorten it or add text"
             )
         self._split = split
@@ -77,7 +82,7 @@ class Windows:
         return _gather(self._split, self._stream(epoch), starts, self._seq_len + 1, self._documents)
 
     def _offset(self, epoch: int) -> int:
-        left_out = (self._split.n_tokens - 1) % self._seq_len
+        left_out = (self.n_tokens - 1) % self._seq_len
         return int(permuted(np.array([0]), left_out + 1, self._seed, 2 * epoch)[0])
 
     def _window_numbers(self, cursors: np.ndarray) -> np.ndarray:
@@ -95,9 +100,19 @@ class Windows:
         return permuted(numbers, self.n_windows, self._seed, 2 * epochs + 1)
 
     def _make_stream(self, epoch: int) -> _Stream:
-        n_documents = self._split.n_documents
+        n_documents = self._split.n_documents if self._chosen is None else len(self._chosen)
         order = permuted(np.arange(n_documents), n_documents, self._seed, 2 * epoch)
-        return _stream(self._split, order)
+        return _stream(self._split, order if self._chosen is None else self._chosen[order])
+
+
+def subset(split: TokenSplit, limit: int) -> np.ndarray:
+    """Random documents that come to `limit` tokens, int64 [some]: the first ones of an order that no setting changes.
+
+    What a smaller limit chooses is a part of it. The last one brings it to the limit or beyond.
+    """
+    order = permuted(np.arange(split.n_documents), split.n_documents, _SUBSET_SEED, 0)
+    lengths = np.diff(split.document_starts)[order]
+    return order[: int(np.searchsorted(np.cumsum(lengths), limit)) + 1]
 
 
 def _stream(split: TokenSplit, order: np.ndarray) -> _Stream:

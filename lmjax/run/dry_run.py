@@ -1,6 +1,7 @@
 """What a config would cost, before anything is trained: `lmjax train --dry-run`."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from lmjax.config import Config
@@ -49,7 +50,10 @@ def describe(cfg: Config) -> Iterator[str]:
 def epochs(cfg: Config, manifests: Manifests) -> dict[str, float | None]:
     """How often a run reads each of its data sets; None where what is not prepared yet leaves it open."""
     tokens = cfg.train.steps * cfg.train.batch * cfg.data.seq_len
-    sizes = [0 if found is None else found.splits["train"].tokens for found in manifests.values()]
+    sizes = [
+        0 if found is None else min(found.splits["train"].tokens, cfg.data.sources[name].tokens or math.inf)
+        for name, found in manifests.items()
+    ]
     weights = MIXTURES[cfg.data.mixture]([source.weight for source in cfg.data.sources.values()], sizes)
     known = all(sizes) or cfg.data.mixture == "by_weight"
     return {

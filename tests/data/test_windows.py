@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from lmjax.data.store.dataset import open_dataset
-from lmjax.data.windows import Windows, as_batch, document_batches, evaluation_batches
+from lmjax.data.windows import Windows, as_batch, document_batches, evaluation_batches, subset
 from lmjax.errors import DataError
 
 END = 256
@@ -89,6 +89,28 @@ def test_separate_documents_are_told_apart(lengths, seq_len):
         assert segments[0] == 0
         for segment in np.unique(segments):
             assert np.array_equal(positions[segments == segment], np.arange((segments == segment).sum()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=lengths_lists, seq_len=st.integers(1, 8), seed=st.integers(0, 99), data=st.data())
+def test_a_limit_reads_whole_documents_of_about_so_many_tokens_over_and_over(lengths, seq_len, seed, data):
+    split = SplitInMemory(numbered(lengths))
+    limit = data.draw(st.integers(1, split.n_tokens))
+    chosen = subset(split, limit)
+    assert len(set(chosen)) == len(chosen)
+    assert limit <= sum(lengths[i] for i in chosen) < limit + lengths[chosen[-1]]
+    fewer = subset(split, data.draw(st.integers(1, limit)))
+    assert fewer.tolist() == chosen[: len(fewer)].tolist()
+    owned = {token for i in chosen for token in range(*split.document_starts[i : i + 2])}
+    if len(owned) <= seq_len:
+        return
+    windows = Windows(split, seq_len, seed, "joined", limit)
+    assert windows.n_tokens == len(owned)
+    for epoch in range(2):
+        tokens, _ = windows.gather(np.arange(epoch * windows.n_windows, (epoch + 1) * windows.n_windows))
+        targets = tokens[:, 1:].ravel().tolist()
+        assert len({*targets}) == len(targets) and {*tokens.ravel().tolist()} <= owned
+        assert len(owned) - 1 - len(targets) < seq_len
 
 
 def test_epochs_are_ordered_anew_and_by_the_seed():
