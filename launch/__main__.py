@@ -91,6 +91,7 @@ def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("config", metavar="CONFIG", help="FILE.py[:ARG] with get_config() and sweep()")
     sub.add_argument("--out", required=True, metavar="DIR", help="the sweep's directory, local or in a bucket")
     sub.add_argument("--cells", metavar="FILE.json", help="a list of cells instead of the config's sweep()")
+    sub.add_argument("--bracket", type=int, metavar="3", help="so many learning rates for each cell, a factor 2 apart")
     sub.add_argument("--dry-run", action="store_true", help="show the cells, and start nothing")
     sub.add_argument("--only", metavar="3,7,10-12", help="start these cells alone")
     sub.add_argument("--extend", action="store_true", help="add the cells that the sweep in DIR lacks")
@@ -167,6 +168,8 @@ def _status(arguments: argparse.Namespace) -> int:
             print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
         else:
             print(status.table(rows))
+            for note in status.bracket_notes(sweep, rows):
+                print(f"note: {note}")
             print(f"{status.headline(rows)}; {page.write(arguments.directory, sweep, rows)}")
         if status.all_done(rows):
             return DONE

@@ -43,6 +43,10 @@ class Entry:
     dollars: float | None
     round: int = 0
     """Which growth of the sweep added it."""
+    bracket: str = ""
+    """The same for cells that differ in the learning rate alone."""
+    factor: float = 1.0
+    """Its learning rate over that in the bracket's middle."""
 
     @property
     def workdir(self) -> str:

@@ -7,13 +7,13 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from etils import epath
 
 from launch import manifest
-from launch.manifest import Entry
+from launch.manifest import Entry, Manifest
 from lmjax.errors import DONE, PREEMPTED
 from lmjax.record import files
 from lmjax.record.jsonl import parsed
@@ -187,6 +187,23 @@ def _json(path: epath.Path) -> Line:
 
 def all_done(found: Sequence[Row]) -> bool:
     return all(one.state == "done" for one in found)
+
+
+def bracket_notes(sweep: Manifest, found: Sequence[Row]) -> Iterator[str]:
+    """A line for each bracket whose lowest loss lies at its edge, once all of its cells have ended."""
+    brackets: dict[str, list[tuple[float, Row]]] = {}
+    for entry, one in zip(sweep.cells, found, strict=True):
+        if entry.bracket:
+            brackets.setdefault(entry.bracket, []).append((entry.factor, one))
+    for members in brackets.values():
+        losses = [(one.loss, factor) for factor, one in members if one.state == "done" and one.loss is not None]
+        if not losses or any(one.state not in ("done", "failed") for _, one in members):
+            continue
+        best, factors = min(losses)[1], [factor for factor, _ in members]
+        if best in (min(factors), max(factors)):
+            where = f"cells {members[0][1].index} to {members[-1][1].index}"
+            more = "lower" if best == min(factors) else "higher"
+            yield f"{where}: the lowest loss is at the edge of the bracket, {best:g} times the rate; try {more} ones"
 
 
 def headline(found: Sequence[Row]) -> str:

@@ -36,7 +36,7 @@ TARGET_RATIO = 10
 def launch(arguments: argparse.Namespace) -> int:
     if arguments.nodes < 1:
         raise ConfigError(f"--nodes={arguments.nodes} must be at least 1")
-    cells = load_cells(arguments.config, arguments.cells, arguments.overrides)
+    cells = load_cells(arguments.config, arguments.cells, arguments.overrides, bracket=arguments.bracket)
     on = price.accelerator(arguments.accelerator, share_of_peak=arguments.share_of_peak, dollars=arguments.dollars)
     wanted = entries(cells, price.price_all(cells, on))
     print(table.of_entries(wanted))
@@ -92,6 +92,8 @@ def entries(cells: Sequence[Cell], prices: Sequence[Price], round: int = 0) -> l
             hours=priced.hours,
             dollars=priced.dollars,
             round=round,
+            bracket=cell.bracket,
+            factor=cell.factor,
         )
         for index, (cell, priced) in enumerate(zip(cells, prices, strict=True))
     ]
@@ -187,6 +189,8 @@ def told(sweep: Manifest, directory: epath.Path, arguments: argparse.Namespace, 
     """Say how all cells stand, and where to look; the report, where it is asked for. Returns the exit code."""
     rows = status.rows(directory)
     print(status.table(rows))
+    for note in status.bracket_notes(sweep, rows):
+        print(f"note: {note}")
     print(f"{status.headline(rows)}; {page.write(directory, sweep, rows)}")
     if arguments.report is None or not status.all_done(rows):
         return code

@@ -70,6 +70,10 @@ class Cell(NamedTuple):
 
     overrides: dict[str, Any]
     cfg: Config
+    bracket: str = ""
+    """Of cells that differ in the learning rate alone: the digest of the one in their middle."""
+    factor: float = 1.0
+    """Its learning rate over that of the middle."""
 
     @property
     def arguments(self) -> list[str]:
@@ -95,17 +99,39 @@ def _defaults() -> Mapping[str, Any]:
     return settings(Config())
 
 
-def load_cells(location: str, listed: str | None = None, common: Sequence[str] = ()) -> list[Cell]:
+def load_cells(
+    location: str, listed: str | None = None, common: Sequence[str] = (), *, bracket: int | None = None
+) -> list[Cell]:
     """The cells of the config file `path.py[:argument]`, or those of a JSON list, as `analysis design` writes one.
 
-    `common` has overrides of all cells, `a.b=value`; a cell's own come after them. Raises ConfigError that names the
-    first cell with a setting that does not fit, and for two cells that are the same run.
+    `common` has overrides of all cells, `a.b=value`; a cell's own come after them. With a `bracket` of 3 there are
+    three of each, at a half, once and twice its learning rate. Raises ConfigError that names the first cell with a
+    setting that does not fit, and for two cells that are the same run.
     """
+    if bracket is not None and (bracket < 3 or bracket % 2 == 0):
+        raise ConfigError(f"--bracket={bracket} must be odd and at least 3: as many learning rates above as below")
     file = ConfigFile(location)
     cells = check_cells(file, _listed(listed) if listed is not None else _swept(file), common)
     if not cells:
         raise ConfigError(f"{listed or location} has no cells")
-    return cells
+    return cells if bracket is None else _bracketed(file, cells, bracket, common)
+
+
+def _bracketed(file: ConfigFile, cells: Sequence[Cell], count: int, common: Sequence[str]) -> list[Cell]:
+    """`count` of each cell, a factor 2 in the learning rate apart: the rate that its config, or a rule, has come to."""
+    factors = [2.0 ** (place - count // 2) for place in range(count)]
+    given, middles = [], []
+    for cell in cells:
+        for factor in factors:
+            rate = cell.cfg.optimizer.learning_rate * factor
+            name = cell.cfg.tracking.name
+            named = {} if name is None else {"tracking.name": f"{name}-lr{factor:g}x"}
+            given.append({**cell.overrides, "optimizer.learning_rate": rate, **named})
+            middles.append(cell.digest)
+    return [
+        cell._replace(bracket=middle, factor=factor)
+        for cell, middle, factor in zip(check_cells(file, given, common), middles, factors * len(cells), strict=True)
+    ]
 
 
 def check_cells(file: ConfigFile, given: Iterable[Any], common: Sequence[str] = ()) -> list[Cell]:

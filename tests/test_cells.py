@@ -99,3 +99,22 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert short_names(["model.embed", "train.seed"]) == ["embed", "seed"]
     assert short_names(["optimizer.name", "tracking.name", "x"]) == ["optimizer.name", "tracking.name", "x"]
     assert shown({"model.embed": 8, "train.seed": 0}) == "embed=8 seed=0"
+
+
+def test_a_bracket_is_around_the_rate_that_a_cell_has_come_to(file: str, tmp_path: Path) -> None:
+    named = listed(
+        tmp_path, [{"tracking.name": "one"}, {"hyperparameters": "deepseek", "model.vocab": 100, "train.steps": 5000}]
+    )
+    middles = load_cells(file, named)
+    cells = load_cells(file, named, bracket=3)
+    for place, middle in enumerate(middles):
+        three = cells[3 * place : 3 * place + 3]
+        rate = middle.cfg.optimizer.learning_rate
+        assert [cell.cfg.optimizer.learning_rate for cell in three] == [rate / 2, rate, 2 * rate]
+        assert {cell.bracket for cell in three} == {middle.digest}
+        assert [cell.factor for cell in three] == [0.5, 1.0, 2.0]
+        assert {cell.cfg.optimizer.schedule for cell in three} == {middle.cfg.optimizer.schedule}
+    assert cells[0].cfg.tracking.name == "one-lr0.5x"
+    for count in (1, 2, 4):
+        with pytest.raises(LmjaxError, match=f"--bracket={count} must be odd"):
+            load_cells(file, named, bracket=count)

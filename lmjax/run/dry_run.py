@@ -1,7 +1,6 @@
 """What a config would cost, before anything is trained: `lmjax train --dry-run`."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 from lmjax.config import Config
@@ -51,7 +50,7 @@ def epochs(cfg: Config, manifests: Manifests) -> dict[str, float | None]:
     """How often a run reads each of its data sets; None where what is not prepared yet leaves it open."""
     tokens = cfg.train.steps * cfg.train.batch * cfg.data.seq_len
     sizes = [
-        0 if found is None else min(found.splits["train"].tokens, cfg.data.sources[name].tokens or math.inf)
+        0 if found is None else cfg.data.sources[name].tokens or found.splits["train"].tokens
         for name, found in manifests.items()
     ]
     weights = MIXTURES[cfg.data.mixture]([source.weight for source in cfg.data.sources.values()], sizes)

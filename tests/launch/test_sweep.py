@@ -121,6 +121,19 @@ def test_kills_of_launcher_and_cells_cost_nothing(corpus: Path, trained: Path, t
     assert finals(out) == finals(trained)
 
 
+@pytest.mark.slow
+def test_a_full_disk_is_told_and_costs_nothing(
+    corpus: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "sweep"
+    monkeypatch.setenv("LMJAX_FAULTS", "disk_full@checkpoint.write:2")
+    assert launch(*sweep(corpus, out, SEEDS)).returncode == 1
+    assert all("exit code 4" in row.why and "No space left" in row.why for row in status.rows(out))
+    monkeypatch.delenv("LMJAX_FAULTS")
+    assert launch(*sweep(corpus, out, SEEDS)).returncode == 0
+    assert finals(out) == finals(trained)
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -374,3 +387,21 @@ def test_cells_that_did_not_start_are_left_out_with_the_reason(corpus: Path, tra
     records = read_records([str(tmp_path / "sweep")])
     table = table_of(records, choose_loss(records, "val/a/loss"))
     assert list(table["status"]) == ["finished", "unfinished"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "note"),
+    [([1.0, 2.0, 3.0], "try lower"), ([3.0, 2.0, 1.0], "try higher"), ([2.0, 1.0, 3.0], ""), ([1.0, 2.0, None], "")],
+)
+def test_a_best_rate_at_the_edge_of_a_bracket_is_noted(
+    corpus: Path, tmp_path: Path, losses: list[float | None], note: str
+) -> None:
+    (tmp_path / "cells.json").write_text("[{}]")
+    found = load_cells(f"{TINY}:{corpus}", str(tmp_path / "cells.json"), bracket=3)
+    sweep = manifest_of(entries(found, price.price_all(found, price.accelerator(None, share_of_peak=1, dollars=None))))
+    manifest.write(tmp_path, sweep)
+    for entry, loss in zip(sweep.cells, losses, strict=True):
+        if loss is not None:
+            lines(tmp_path / entry.workdir / "summary.json", {"step": entry.steps, "val_full/a/loss": loss})
+    notes = list(status.bracket_notes(sweep, status.rows(tmp_path)))
+    assert [note] == [each.rpartition("; ")[2].removesuffix(" ones") for each in notes] or (note == "" and not notes)
