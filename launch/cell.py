@@ -23,7 +23,7 @@ from launch import manifest
 from launch.local import Guard
 from launch.manifest import Entry, Manifest
 from lmjax.cells import texts
-from lmjax.errors import one_line
+from lmjax.errors import LmjaxError, one_line
 from lmjax.process import cluster
 from lmjax.record import files
 from lmjax.record.jsonl import JsonLines
@@ -40,10 +40,15 @@ def run(directory: str, index: int) -> int:
     process = 0 if place is None else place.process
     root = epath.Path(directory)
     if process == 0:
-        join_wandb(root / entry.workdir, entry.run_id)
         note(root / entry.attempts, {"event": "started", "host": socket.gethostname(), "pid": os.getpid()})
-    with log(root / entry.log, process) as file:
-        code, last = train([sys.executable, "-m", "lmjax", *arguments(sweep, entry, directory)], file)
+    try:
+        if process == 0:
+            join_wandb(root / entry.workdir, entry.run_id)
+        with log(root / entry.log, process) as file:
+            code, last = train([sys.executable, "-m", "lmjax", *arguments(sweep, entry, directory)], file)
+    except LmjaxError as error:
+        code, last = error.exit_code, one_line(error, _LAST_LINE)
+        print(f"lmjax: error: {last}", file=sys.stderr)
     if process == 0:
         note(root / entry.attempts, {"event": "ended", "code": code, "last": last})
     return code

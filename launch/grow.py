@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from etils import epath
 
@@ -176,7 +175,7 @@ def sentence(found: Recommendation, goal: Goal) -> str:
 def tell_scores(directory: epath.Path, found: Known) -> None:
     """How good the forecasts of cells that have ended were."""
     made = {
-        str(entry.index): forecast.read_forecast(Path(_forecast_path(directory, entry)))
+        str(entry.index): forecast.read_forecast(_forecast_path(directory, entry))
         for entry, _ in found.ended
         if _forecast_path(directory, entry).exists()
     }
