@@ -6,19 +6,25 @@ failed, and the others go on. Ctrl-C and SIGTERM let all that run save; the same
 
 import argparse
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
+from etils import epath
+
 from launch import status
 from launch.job import RETRIED, Hardware, Job
 from launch.local import Guard
 from lmjax.errors import BUG, DONE, PREEMPTED, ConfigError
+from lmjax.record import files
 
+LAUNCHER = "launcher.json"
 _POLL_SECONDS = 0.2
 _TELL_SECONDS = 5.0
 
@@ -45,18 +51,35 @@ def submit(name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, a
     at_a_time = min(arguments.jobs or len(cores), len(jobs))
     shares = [cores[slot::at_a_time] or cores for slot in range(at_a_time)]
     waiting = sorted(jobs, key=lambda job: -job.flops)
-    with Guard() as guard, _stopping() as stop:
+    with Guard() as guard, _stopping() as stop, _registered(directory):
         return _Pool(directory, waiting, shares, arguments.retries, guard, stop).run()
 
 
 def stop(name: str, directory: str, jobs: Sequence[Job]) -> int:
-    """Signal the launcher's cells by the process ids that they noted."""
-    wanted = {job.index for job in jobs}
-    for row in status.rows(directory):
-        if row.index in wanted and row.state == "running" and row.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(row.pid, signal.SIGTERM)
+    """Signal the launcher, which has its cells save and starts no more."""
+    path = epath.Path(directory) / LAUNCHER
+    try:
+        host, pid = json.loads(path.read_text())
+    except (OSError, ValueError):
+        print(f"nothing runs: no launcher has left its name in {path}")
+        return DONE
+    if host != socket.gethostname():
+        raise ConfigError(f"the cells of {directory} run on {host}: stop them there")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    print(f"asked the launcher, process {pid}, to end: its cells save first")
     return DONE
+
+
+@contextlib.contextmanager
+def _registered(directory: str) -> Iterator[None]:
+    """Leaves this process's name in the sweep while it runs cells."""
+    path = epath.Path(directory) / LAUNCHER
+    files.write_bytes(path, json.dumps([socket.gethostname(), os.getpid()]).encode())
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class _Stop:

@@ -25,7 +25,7 @@ from launch.job import Hardware, Job, dns_name
 from launch.manifest import Manifest
 from launch.sweep import entries, joined
 from lmjax.cells import load_cells
-from lmjax.errors import ConfigError, LmjaxError
+from lmjax.errors import PREEMPTED, ConfigError, LmjaxError
 
 ROOT = Path(__file__).parents[2]
 TINY = f"{ROOT}/tests/tiny_config.py"
@@ -151,6 +151,19 @@ def running(out: Path, at_least: int) -> status.Row | None:
 
 def gone(pid: int | None) -> bool:
     return pid is not None and not Path(f"/proc/{pid}").exists()
+
+
+def test_stop_has_cells_save_and_the_same_command_goes_on(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    command = [sys.executable, "-m", "launch", *sweep(corpus, out, SEEDS, "--jobs=1")]
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: running(out, at_least=6))
+    assert main(["stop", str(out)]) == 0
+    assert launcher.wait(timeout=120) == PREEMPTED
+    assert [row.state for row in status.rows(out)] in (["preempted", "waiting"], ["waiting", "preempted"])
+    assert not (out / local.LAUNCHER).exists() and main(["stop", str(out)]) == 0
+    assert launch(*sweep(corpus, out, SEEDS)).returncode == 0
+    assert finals(out) == finals(trained)
 
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(corpus: Path, tmp_path: Path) -> None:
