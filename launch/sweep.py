@@ -47,13 +47,9 @@ def launch(arguments: argparse.Namespace) -> int:
         wanted = joined(old, wanted, directory, extend=arguments.extend)
     chosen = todo(manifest.chosen(wanted, arguments.only), directory)
     sweep = blank(arguments, old.name if old else directory.name)
-    name = sweep.name
-    hardware = Hardware(arguments.accelerator, arguments.nodes, arguments.spot)
-    engine, jobs = (
-        ENGINES[arguments.engine],
-        [job.of(name, str(directory), entry.index, entry.flops) for entry in chosen],
-    )
-    rendered = engine.render(name, str(directory), jobs, hardware, arguments)
+    hardware, engine = Hardware(arguments.accelerator, arguments.nodes, arguments.spot), ENGINES[arguments.engine]
+    jobs = [job.of(sweep.name, str(directory), entry.index, entry.flops) for entry in chosen]
+    rendered = engine.render(sweep.name, str(directory), jobs, hardware, arguments)
     if arguments.dry_run:
         for file, text in rendered.items():
             print(f"--- {file}\n{text}")
@@ -62,7 +58,7 @@ def launch(arguments: argparse.Namespace) -> int:
     with only_launcher(directory):
         sweep = filled(sweep, wanted, prepared(cells))
         manifest.write(directory, sweep)
-        code = engine.submit(name, str(directory), jobs, hardware, arguments) if jobs else DONE
+        code = engine.submit(sweep.name, str(directory), jobs, hardware, arguments) if jobs else DONE
         return told(sweep, directory, arguments, code)
 
 
