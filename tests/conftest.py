@@ -6,10 +6,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
 from lmjax.models.config import ModelConfig, MoeConfig, RopeConfig
+
+# A property holds however busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Widths are distinct, so that a transposed axis cannot go unnoticed, and where layers follow a pattern there are two
 # periods of it and a remainder.

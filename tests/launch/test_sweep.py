@@ -337,7 +337,7 @@ LOGGED = {"step": 7, "time": 1900.0, "tokens": 70, "flops": 700, "train/loss": 5
     [
         ([], [], "waiting", ""),
         ([STARTED], [LOGGED], "silent", "nothing heard"),
-        ([STARTED | {"time": time.time()}], [LOGGED], "running", ""),
+        ([STARTED | {"time": 4e9}], [LOGGED], "running", ""),
         ([STARTED, {"event": "ended", "time": 2000.0, "code": 75, "last": "x"}], [LOGGED], "preempted", "saved"),
         ([STARTED, {"event": "ended", "time": 2000.0, "code": 4, "last": "no space"}], [LOGGED], "failed", "no space"),
         ([STARTED, {"event": "ended", "time": 2000.0, "code": 137, "last": ""}], [LOGGED], "killed", "signal 9"),
