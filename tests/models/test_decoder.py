@@ -21,6 +21,7 @@ from lmjax.models.model import Model
 from lmjax.models.moe import grouped
 from lmjax.models.remat import REMAT
 from lmjax.weights import Params, abstract, by_path, count, initialize
+from tests.conftest import FAMILIES
 from tests.random_params import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -162,6 +163,13 @@ def loss(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
     return chunked_token_sums(model.unembed, head, x_BTD, targets_BT, weights_BT, chunk=T // 2).loss
 
 
+# Dropout, a pattern of layers with a remainder, a mixture of experts; the others have nothing more to compute again.
+QUICK = ("mini_gpt", "gemma2", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "cfg", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES], indirect=True
+)
 @pytest.mark.parametrize("remat", [pytest.param(name, marks=SLOW.get(name, ())) for name in REMAT if name != "none"])
 def test_remat_changes_nothing(cfg: ModelConfig, remat: Any) -> None:
     assert differ(loss_and_gradient(cfg), loss_and_gradient(replace(cfg, remat=remat))) < TOLERANCE
