@@ -3,7 +3,7 @@
 Reproduces  the shape of Hoffmann et al. (2022), approach 2, in miniature: at each of three budgets five sizes of one
             family of models, on the source code of Python's own standard library. Each budget has its lowest loss
             inside its sizes, and the optimum moves to larger models as the budget grows.
-Costs       2.6e13 FLOPs: five to eight minutes on 2 CPU cores of 2024.
+Costs       2.6e13 FLOPs: eleven minutes on 2 CPU cores of 2024.
 Command     python -m launch sweep configs/sweeps/cpu_isoflop.py --out=sweeps/first --report
 """
 
