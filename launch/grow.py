@@ -121,8 +121,12 @@ def grown(directory: epath.Path, base: Manifest, members: Family, decision: Grow
     rounds = 1 + max((entry.round for entry in before), default=-1)
     numbered = enumerate(entries(cells, prices, round=rounds), start=len(before))
     new = [dataclasses.replace(entry, index=index) for index, entry in numbered]
-    twice = {entry.digest for entry in before} & {entry.digest for entry in new}
-    assert not twice, f"cells that were trained are planned again: {twice}"
+    known_digests = {entry.digest for entry in before}
+    if twice := [entry for entry in new if entry.digest in known_digests]:
+        raise ConfigError(
+            f"{base.config}: cell() makes a run that the sweep has already ({twice[0].tokens:,} tokens); let steps "
+            "follow the tokens, or raise the lower of --ratios"
+        )
     sweep = filled(base, [*before, *new], {**base.data, **prepared(cells)})
     (directory / FORECASTS).mkdir(parents=True, exist_ok=True)
     for entry, made in zip(new, decision.forecasts, strict=False):  # without a fit there are none

@@ -84,14 +84,14 @@ def accelerator(name: str | None, *, share_of_peak: float, dollars: float | None
 def price_all(cells: Sequence[Cell], on: Accelerator) -> list[Price]:
     """Of every cell. Raises ConfigError that names the first cell which cannot run there, or whose data cannot be
     had."""
-    known: dict[tuple[str, ...], dry_run.Manifests] = {}
+    known: dict[tuple[tuple[str, str], ...], dry_run.Manifests] = {}
     prices = []
     for index, cell in enumerate(cells):
-        paths = tuple(source.path for source in cell.cfg.data.sources.values())
+        sources = tuple((name, source.path) for name, source in cell.cfg.data.sources.items())
         try:
-            if paths not in known:
-                known[paths] = dry_run.read_manifests(cell.cfg)
-            prices.append(price(cell.cfg, known[paths], on))
+            if sources not in known:
+                known[sources] = dry_run.read_manifests(cell.cfg)
+            prices.append(price(cell.cfg, known[sources], on))
         except (ConfigError, DataError) as error:
             raise type(error)(f"cell {index}: {error}") from None
     return prices

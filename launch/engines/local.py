@@ -65,6 +65,10 @@ def stop(name: str, directory: str, jobs: Sequence[Job]) -> int:
         return DONE
     if host != socket.gethostname():
         raise ConfigError(f"the cells of {directory} run on {host}: stop them there")
+    with files.lock(path.parent / ".lock", patience=0) as free:
+        if free and not files.is_remote(path):  # it was killed: its number may be another process's by now
+            print(f"nothing runs: the launcher that left its name in {path} is gone")
+            return DONE
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     print(f"asked the launcher, process {pid}, to end: its cells save first")
