@@ -68,9 +68,9 @@ def accelerator(name: str | None, *, share_of_peak: float, dollars: float | None
         raise ConfigError(f"--share-of-peak={share_of_peak} must lie above 0 and be at most 1")
     if name is None:
         return Accelerator("this machine", 1, None, dollars, share_of_peak)
-    kind, _, number = name.rpartition("-")
-    if kind in chips.CHIPS and number.isdigit() and int(number) > 0:
-        return Accelerator(name, int(number), chips.CHIPS[kind], dollars or chips.CHIPS[kind].dollars, share_of_peak)
+    if (gpus := chips.gpus(name)) is not None:
+        kind, number = gpus
+        return Accelerator(name, number, chips.CHIPS[kind], dollars or chips.CHIPS[kind].dollars, share_of_peak)
     try:
         target = topology.parse(name)
     except ConfigError:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lmjax import config
+from tests.launch.fake_tools import SLURM, install
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,19 +21,6 @@ def test_the_page_of_settings_is_up_to_date() -> None:
         [sys.executable, "docs/config_page.py"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert written == (ROOT / "docs" / "config.md").read_text(), "python docs/config_page.py > docs/config.md"
-
-
-# What the script calls, as far as it matters here: `srun` returns the highest code of all processes, of which each
-# ends with its own of $CODES.
-PROGRAMS = {
-    "srun": """
-        while [[ $1 == --* ]]; do shift; done
-        highest=0
-        for CODE in $CODES; do export CODE; "$@"; code=$?; highest=$((code > highest ? code : highest)); done
-        exit $highest""",
-    "lmjax": "exit $CODE",
-    "scontrol": 'echo "$@"',
-}
 
 
 @pytest.mark.parametrize(
@@ -55,9 +43,7 @@ def test_slurm_starts_again_what_another_start_may_mend(
 ) -> None:
     script = re.search(r"```sh\n(#!/bin/bash.*?)```", (ROOT / "docs" / "multi-host.md").read_text(), re.DOTALL)
     assert script
-    for name, body in PROGRAMS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    install(tmp_path, SLURM | {"lmjax": "exit $CODE"})
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODES": codes, "SLURM_JOB_ID": "7"}
     counted = {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}  # not set at the first start
     done = subprocess.run(

@@ -5,7 +5,7 @@ import subprocess
 from typing import NamedTuple
 
 from launch.job import Hardware, Job
-from lmjax.devices.chips import CHIPS
+from lmjax.devices import chips
 from lmjax.errors import ConfigError
 from lmjax.plan import topology
 
@@ -33,17 +33,17 @@ def machines(hardware: Hardware) -> Machines:
     name, nodes = hardware.accelerator, hardware.nodes
     if name is None:
         return Machines(None, 1, (), nodes, 0)
-    kind, _, number = name.rpartition("-")
-    if kind in CHIPS and number.isdigit() and int(number) > 0:
-        if int(number) % nodes:
+    if (gpus := chips.gpus(name)) is not None:
+        kind, number = gpus
+        if number % nodes:
             raise ConfigError(f"--accelerator={name}: {nodes} nodes cannot have equally many of {number}; set --nodes")
-        return Machines(kind, 1, (), nodes, int(number) // nodes)
+        return Machines(kind, 1, (), nodes, number // nodes)
     target = topology.parse(name)
     if target.family == "cpu":
         return Machines(None, 1, (), nodes, 0)
-    chips = target.chips // target.slices
-    on_host = min(CHIPS_OF_HOST, chips)
-    return Machines(target.family, target.slices, target.shape, chips // on_host, on_host)
+    of_slice = target.chips // target.slices
+    on_host = min(CHIPS_OF_HOST, of_slice)
+    return Machines(target.family, target.slices, target.shape, of_slice // on_host, on_host)
 
 
 def shell_line(job: Job, python: str) -> str:

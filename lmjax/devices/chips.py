@@ -73,6 +73,12 @@ def chip(device_kind: str) -> Chip | None:
     return next((chip for name, chip in CHIPS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
+def gpus(name: str) -> tuple[str, int] | None:
+    """`("H100", 8)` of `H100-8`; None for what is not a number of GPUs that stand in the table."""
+    kind, _, number = name.rpartition("-")
+    return (kind, int(number)) if kind in CHIPS and number.isdigit() and int(number) > 0 else None
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Peak dense bf16 FLOP/s of one device, or None where we know no figure: then there is no MFU."""
     known = chip(device_kind)

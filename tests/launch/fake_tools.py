@@ -1,9 +1,28 @@
 """Stand-ins for the command-line tools of engines: each notes how it was called, and says what a test wants."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
+SLURM = {
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        highest=0
+        for CODE in $CODES; do export CODE; "$@"; code=$?; highest=$((code > highest ? code : highest)); done
+        exit $highest""",
+    "scontrol": 'echo "$@"',
+}
+"""Of what Slurm's script calls as far as it matters here: `srun` returns the highest code of all processes, of which
+each ends with its own of $CODES."""
+
+
+def install(folder: Path, programs: Mapping[str, str]) -> None:
+    """Shell programs by name, to be put on a PATH."""
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
 
 
 class Tools:
@@ -16,9 +35,8 @@ class Tools:
     def say(self, name: str, text: str = "", code: int = 0) -> None:
         """From now on `name` prints this."""
         (self.folder / f"{name}.out").write_text(text)
-        script = f'#!/bin/bash\necho "{name} $*" >> {self.calls_file}\ncat {self.folder}/{name}.out\nexit {code}\n'
-        (self.folder / name).write_text(script)
-        (self.folder / name).chmod(0o755)
+        noted = f'echo "{name} $*" >> {self.calls_file}\ncat {self.folder}/{name}.out\nexit {code}'
+        install(self.folder, {name: noted})
 
     def calls(self) -> list[str]:
         """Since the last look."""

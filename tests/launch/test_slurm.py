@@ -9,7 +9,7 @@ import pytest
 from launch.engines import slurm
 from launch.job import Hardware
 from lmjax.errors import ConfigError
-from tests.launch.fake_tools import Tools
+from tests.launch.fake_tools import SLURM, Tools, install
 from tests.launch.rendered import CASES, arguments, golden, jobs, render
 
 
@@ -23,24 +23,10 @@ def script(directory: str, hardware: Hardware = Hardware(), flags: tuple[str, ..
     return rendered["slurm.sh"]
 
 
-# What the script calls: `srun` returns the highest code of all hosts, of which each ends with its own of $CODES.
-PROGRAMS = {
-    "srun": """
-        while [[ $1 == --* ]]; do shift; done
-        highest=0
-        for CODE in $CODES; do export CODE; "$@"; code=$?; highest=$((code > highest ? code : highest)); done
-        exit $highest""",
-    "python": 'echo "$XLA_FLAGS[$*]"; exit $CODE',
-    "scontrol": 'echo "$@"',
-}
-
-
 def run(tmp_path: Path, directory: str, **variables: str) -> tuple[int, list[str]]:
     """(exit code, lines) of the script of a task of array 7."""
     text = script(directory).replace("/opt/python/bin/python", str(tmp_path / "python"))
-    for name, body in PROGRAMS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    install(tmp_path, SLURM | {"python": 'echo "$XLA_FLAGS[$*]"; exit $CODE'})
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7", **variables}
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, timeout=30)
     assert done.stderr == ""
