@@ -168,10 +168,14 @@ def _check_variation(runs: Runs) -> None:
         raise ValueError(f"one budget only ({flops.mean():.3g} FLOPs): no law in C can be fitted; add runs at another")
 
 
+FLATTEST = 1e-6
+"""Exponents: below, a term changes by less than rounding lets one see, and is part of the constant."""
+
+
 def check_law(surface: Surface) -> None:
     """Raises ValueError when one of the surface's two terms has vanished or rises."""
     terms = np.array([surface.A, surface.B, surface.alpha, surface.beta], dtype=np.float64)
-    if not (np.isfinite(terms).all() and terms.min() > 0):
+    if not (np.isfinite(terms).all() and terms[:2].min() > 0 and terms[2:].min() > FLATTEST):
         raise ValueError(
             f"loss does not fall with both N and D as a power law (alpha {surface.alpha:.3g}, beta "
             f"{surface.beta:.3g}): check the columns and drop diverged runs"
