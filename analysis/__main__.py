@@ -7,6 +7,7 @@
     python -m analysis predict --runs=SOURCE --size=1e9 --tokens=2e10 --out=FILE
     python -m analysis score   FORECAST... (--runs=SOURCE | --loss-value=2.31)
     python -m analysis compare DIR...|wandb:entity/project [--group=SWEEP] [--out=DIR]
+    python -m analysis noise   DIR...                                    gradient noise scale: which batch is enough
 
 SOURCE is a CSV or parquet file, a directory of work directories or offline wandb runs, or wandb:entity/project.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 try:
     import numpy as np
 
-    from analysis import cells, compare, design, forecast, growth, page, report
+    from analysis import cells, compare, design, forecast, growth, noise_scale, page, report
     from analysis.estimates import Options
     from analysis.hyperparameters import NEAR_OPTIMAL
     from analysis.parametric import fit_parametric
@@ -72,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--group", help="only the runs of this group, such as the cells of a sweep")
     comparing.add_argument("--out", type=Path, help="write table, curves and figure here")
     comparing.set_defaults(command=_compare)
+    noise = commands.add_parser("noise", help="the gradient noise scale of runs: which batch is enough")
+    noise.add_argument("sources", nargs="+", metavar="DIR|wandb:entity/project")
+    noise.add_argument("--parts", type=int, default=4, help="of each run: the scale grows as the loss falls")
+    noise.set_defaults(command=_noise)
     return parser
 
 
@@ -349,6 +354,18 @@ def _compare(parsed) -> None:
         result.drawing.figure.savefig(parsed.out / "curves.png")
         result.drawing.figure.savefig(parsed.out / "curves.pdf")
         print(f"wrote {parsed.out}")
+
+
+def _noise(parsed) -> None:
+    if parsed.parts < 1:
+        raise ValueError(f"--parts={parsed.parts} must be at least 1")
+    for record in read_records(parsed.sources):
+        for part in noise_scale.noise_scales(record, parsed.parts):
+            steps = f"{record.name} steps {part.first_step:,.0f} to {part.last_step:,.0f}"
+            if np.isnan(part.scale):
+                print(f"{steps}: the gradient drowns in noise; log more steps, or train on larger batches")
+            else:
+                print(f"{steps}: noise scale {part.scale:,.0f} tokens, standard error {part.stderr:,.0f}")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ class Config:
             raise ConfigError(
                 f"train.batch={self.train.batch} is not divisible by train.microbatches={self.train.microbatches}"
             )
+        if self.train.noise_scale and self.train.microbatches == 1:
+            raise ConfigError("train.noise_scale compares microbatches with the whole batch; set train.microbatches")
         if self.optimizer.schedule.warmup > self.train.steps:
             raise ConfigError(
                 f"optimizer.schedule.warmup={self.optimizer.schedule.warmup} is longer than train.steps="

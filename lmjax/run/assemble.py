@@ -85,13 +85,20 @@ def check_stages(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, cfg: Confi
     what = "model.layers" if repeats == layers else f"the periods of {len(period)} layers in model.layers={layers}"
     check_divides("layers", repeats, mesh, setting=what)
     check_divides("layers", cfg.train.microbatches, mesh, setting="train.microbatches")
+    if cfg.train.noise_scale and mesh.shape["pipeline"] > 1:
+        raise ConfigError("train.noise_scale: the stages of a pipeline do not tell microbatches apart; leave it off")
 
 
 def jitted_step(experiment: Experiment) -> Any:
     """The train step, its state donated, its outputs pinned to the shardings of its inputs; call it in the mesh."""
     task = experiment.task
     return jax.jit(
-        make_step(task.objective, experiment.optimizer, microbatches=task.cfg.train.microbatches),
+        make_step(
+            task.objective,
+            experiment.optimizer,
+            microbatches=task.cfg.train.microbatches,
+            noise_scale=task.cfg.train.noise_scale,
+        ),
         donate_argnums=0,
         out_shardings=(shardings(experiment), None),
     )

@@ -46,8 +46,13 @@ class TrainConfig:
     """Of initial weights and dropout."""
     init_from: str | None = None
     """A run whose weights this one starts from, `WORKDIR` or `WORKDIR@STEP`; all else of it starts anew."""
+    branch_from: str | None = None
+    """A run whose first steps are this one's, too, `WORKDIR@STEP`: same settings but for steps and schedule, which give
+    the same learning rates up to there (docs/branches.md)."""
     loss: LossConfig = LossConfig()
     log_every: PositiveInt = 10
+    noise_scale: bool = False
+    """Log the gradient noise scale's two parts, which takes at least 2 microbatches (docs/hyperparameters.md)."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations; one is always made at the end."""
     evaluate_batches: PositiveInt | None = None

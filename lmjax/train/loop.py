@@ -71,7 +71,7 @@ class Reader:
 
 
 def _named(values: dict[str, Any]) -> dict[str, Any]:
-    optim = {"grad_norm", "lr", "skipped"}
+    optim = {"grad_norm", "lr", "skipped", "noise_signal", "noise_trace"}
     return {f"{'optim' if name in optim else 'train'}/{name}": value for name, value in values.items()}
 
 

@@ -20,18 +20,21 @@ class Step(Protocol):
         """(the next state, metrics as (sum, weight)). A batch is a dataclass as in devices/rows.py, with `ids_B`."""
 
 
-def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int = 1) -> Step:
+def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int = 1, noise_scale: bool = False) -> Step:
     """The train step. Jit it with the state donated.
 
     The gradient is that of the loss sum over the whole batch divided by the weight of the whole batch, so cutting the
     batch into microbatches changes nothing but memory, however unevenly the weights are spread. An update whose loss
     or gradient is not finite is left out and counted; parameters and optimizer state then stay as they were.
+    `noise_scale` adds the metrics of `noise`, which takes several microbatches.
     """
 
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         keys_B = sample_keys(state.hyper["seed"], batch.ids_B)
-        gradients, metrics = accumulate(objective, state, frozen, batch, keys_B, microbatches)
+        gradients, metrics = accumulate(objective, state, frozen, batch, keys_B, microbatches, squares=noise_scale)
         norm = optax.tree.norm(gradients)
+        if noise_scale:
+            metrics |= noise(norm**2, metrics.pop(SQUARES), rows=len(batch.ids_B))
         loss_sum, _ = metrics["loss"]
         finite = jnp.isfinite(norm) & jnp.isfinite(loss_sum)
 
@@ -58,10 +61,35 @@ def sample_keys(seed: jax.Array, ids_B: jax.Array) -> jax.Array:
     return jax.vmap(lambda sample: jax.random.fold_in(jax.random.key(seed), sample))(ids_B)
 
 
+SQUARES = "squares"
+"""The metric with the squared norms of what each microbatch adds to the gradient: (their sum, their number)."""
+
+
+def noise(whole: jax.Array, squares: tuple[jax.Array, jax.Array], *, rows: int) -> Metrics:
+    """Unbiased estimates of |G|^2 and tr(S), G the true gradient and S the covariance of that of one row.
+
+    From the squared norm of the gradient of a batch of `rows` rows, `whole`, and those of its microbatches, all taken
+    to weigh the same. The mean of tr(S) over the mean of |G|^2 is the simple noise scale, a batch in rows (McCandlish
+    et al. 2018, arXiv:1812.06162, appendix A.1); a single step's quotient says nothing.
+    """
+    total, number = squares
+    pieces = total * number  # the mean of their own gradients' squares; each was divided by the whole batch's weight
+    signal = (number * whole - pieces) / (number - 1)
+    trace = rows * (pieces - whole) / (number - 1)
+    return {"noise_signal": (signal, jnp.ones(())), "noise_trace": (trace, jnp.ones(()))}
+
+
 def accumulate(
-    objective: Objective, state: TrainState, frozen: Params, batch: Any, keys_B: Keys, microbatches: int
+    objective: Objective,
+    state: TrainState,
+    frozen: Params,
+    batch: Any,
+    keys_B: Keys,
+    microbatches: int,
+    *,
+    squares: bool = False,
 ) -> tuple[Params, Metrics]:
-    """The gradient of (loss sum / batch weight), and the metrics."""
+    """The gradient of (loss sum / batch weight), and the metrics, SQUARES among them where asked for."""
     scale = jax.tree.map(lambda weight: 1 / jnp.where(weight > 0, weight, 1), objective.weight(batch))
 
     def gradient(batch: Any, keys_B: Keys) -> tuple[Params, Metrics]:
@@ -69,7 +97,8 @@ def accumulate(
             loss_sum, metrics = objective.loss(params, frozen, batch, keys_B, state.hyper)
             return optax.tree.sum(jax.tree.map(jnp.multiply, loss_sum, scale)), metrics
 
-        return jax.grad(loss, has_aux=True)(state.params)
+        gradients, metrics = jax.grad(loss, has_aux=True)(state.params)
+        return gradients, ({**metrics, SQUARES: squared_norm(gradients)} if squares else metrics)
 
     if microbatches == 1 or shards("layers") > 1:  # a pipeline has its own loop over microbatches
         return gradient(batch, keys_B)
@@ -82,6 +111,11 @@ def accumulate(
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, *one_piece))
     sums, _ = jax.lax.scan(body, zeros, pieces)
     return sums
+
+
+def squared_norm(gradients: Params) -> tuple[jax.Array, jax.Array]:
+    """As a metric, (sum, weight)."""
+    return optax.tree.norm(gradients, squared=True), jnp.ones(())
 
 
 def count_step(counters: Counters, finite: jax.Array) -> Counters:

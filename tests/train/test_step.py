@@ -184,3 +184,28 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(trouble: str, micr
         counters = new.counters
         assert (int(counters.step), int(counters.skipped), int(counters.skipped_in_a_row)) == expected
         state = new
+
+
+# The gradient noise scale -----------------------------------------------------------------------------------------
+
+
+def test_noise_and_signal_are_those_of_the_rows_gradients() -> None:
+    """On average: the gradient of a row is a random vector of known mean and covariance."""
+    mean_O, spread_O = np.array([0.3, -0.2, 0.1]), np.array([1.0, 0.5, 2.0])
+    rows, steps = 8, 2000
+
+    def loss(params: Any, frozen: Any, batch: Batch, keys_B: Any, hyper: Any) -> Any:
+        total = jnp.sum(batch.weights_BT * params["w"])  # each row holds its own gradient
+        return total, {"loss": (total, jnp.ones(()))}
+
+    objective = Objective(weight=lambda batch: jnp.float32(len(batch.ids_B)), loss=loss)
+    step = make_step(objective, optimizers.build(OPTIMIZER, SPEC), microbatches=4, noise_scale=True)
+    state = start(SPEC)
+    draws_SBO = np.random.default_rng(0).normal(mean_O, spread_O, (steps, rows, 3)).astype(np.float32)
+    zeros_BT = np.zeros((rows, 3), np.int32)
+    _, metrics = jax.jit(
+        lambda draws: jax.lax.map(lambda x: step(state, {}, Batch(zeros_BT, zeros_BT, x, np.arange(rows))), draws)
+    )(draws_SBO)
+    values = finish(metrics)
+    assert values["noise_signal"].mean() == pytest.approx(np.sum(mean_O**2), abs=0.05)
+    assert values["noise_trace"].mean() == pytest.approx(np.sum(spread_O**2), rel=0.03)
