@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from analysis.records import UNDECAYED
 from analysis.surface import FLOPS_PER_PARAM_TOKEN
 
 LABEL_TOLERANCE = 0.05
@@ -24,7 +25,7 @@ def exclude_unfinished(table: pd.DataFrame) -> list[tuple[str, list]]:
     if "status" not in table:
         return []
     return [
-        (f"not finished (status {status})", list(rows.index))
+        (status if status == UNDECAYED else f"not finished (status {status})", list(rows.index))
         for status, rows in table.groupby("status")
         if status.lower() not in ENDED
     ]

@@ -7,9 +7,12 @@ end, of the whole set), `optim/lr`, `params/total`, ...
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+UNDECAYED = "the trunk of branches, not decayed"
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,19 @@ class RunRecord:
     config: dict = field(default_factory=dict)  # nested, as resolved
     summary: dict = field(default_factory=dict)
     history: tuple[dict, ...] = ()  # one dict a logged step, rising in `step`
+    workdir: str = ""  # where it lies, if it does
+
+    @property
+    def trunk(self) -> str:
+        """The run whose first steps are its own, too; itself for a run that branches from none."""
+        origin = flatten(self.config).get("train.branch_from")
+        return str(Path(origin.rpartition("@")[0]).resolve()) if origin else self.workdir or self.name
+
+    @property
+    def decays(self) -> bool:
+        """Whether its learning rate is lower at the end than at its peak."""
+        rates = [row["optim/lr"] for row in self.history if "optim/lr" in row]
+        return bool(rates) and rates[-1] < 0.99 * max(rates)
 
     def series(self, metric: str) -> pd.DataFrame:
         """Columns step, tokens, flops, loss of the rows that log `metric`."""
@@ -87,8 +103,15 @@ def choose_loss(records: list[RunRecord], loss: str | None) -> str:
 
 
 def table_of(records: list[RunRecord], loss: str) -> pd.DataFrame:
-    """One row a run in the canonical columns of `analysis.runs`, plus every scalar of its config as `config.*`."""
-    return pd.DataFrame([_row(record, loss) for record in records])
+    """One row a run in the canonical columns of `analysis.runs`, plus every scalar of its config as `config.*`.
+
+    A trunk at a constant learning rate is no run of its own: its loss is above that of a run that ends where it does.
+    """
+    trunks = {record.trunk for record in records if record.trunk not in (record.workdir, record.name)}
+    undecayed = [record for record in records if record.workdir in trunks and not record.decays]
+    return pd.DataFrame(
+        [{**_row(record, loss), **({"status": UNDECAYED} if record in undecayed else {})} for record in records]
+    )
 
 
 def _row(record: RunRecord, loss: str) -> dict:
@@ -114,7 +137,7 @@ def _row(record: RunRecord, loss: str) -> dict:
         "loss_kind": loss,
         "loss_digest": record.digest(loss),
         "loss_stderr": record.final(f"{loss}_stderr"),
-        "trunk": str(flat.get("init_from") or record.name),
+        "trunk": record.trunk,
         "status": record.summary.get("status", "unfinished"),
         **{f"config.{key}": value for key, value in flat.items() if isinstance(value, str | int | float | bool)},
     }

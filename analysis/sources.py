@@ -1,5 +1,6 @@
 """Where runs come from: work directories, offline wandb directories, a wandb project."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from analysis import wandb_runs, workdirs
@@ -43,5 +44,5 @@ def _with_unique_names(records: list[RunRecord]) -> list[RunRecord]:
     for record in records:
         seen[record.name] = seen.get(record.name, 0) + 1
         suffix = f" ({seen[record.name]})" if seen[record.name] > 1 else ""
-        renamed.append(RunRecord(record.name + suffix, record.config, record.summary, record.history))
+        renamed.append(replace(record, name=record.name + suffix))
     return renamed

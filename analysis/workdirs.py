@@ -51,6 +51,7 @@ def read_workdir(path: Path) -> RunRecord:
         config=_read_object(path / "config.json"),
         summary={**ended, **_read_object(path / "summary.json")},
         history=tuple(rows[step] for step in sorted(rows)),
+        workdir=str(path.resolve()),
     )
 
 

@@ -57,7 +57,10 @@ def run(directory: str, index: int) -> int:
 def arguments(sweep: Manifest, entry: Entry, directory: str) -> list[str]:
     """Of `lmjax` for a cell; what varies, its size and its budget are keys of its config in wandb already."""
     group = [] if any(text.startswith("tracking.group=") for text in sweep.common) else [f"tracking.group={sweep.name}"]
-    settings = [*group, *sweep.common, *texts(entry.overrides)]
+    own = dict(entry.overrides)
+    if entry.trunk is not None:
+        own["train.branch_from"] = f"{directory.rstrip('/')}/{sweep.cells[entry.trunk].workdir}@{entry.first_step}"
+    settings = [*group, *sweep.common, *texts(own)]
     workdir = f"{directory.rstrip('/')}/{entry.workdir}"
     return ["train", f"--config={sweep.config}", *(f"--config.{text}" for text in settings), f"--workdir={workdir}"]
 

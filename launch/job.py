@@ -45,10 +45,15 @@ class Job:
     environment: Mapping[str, str]
     flops: float
     """What is left of its price; the dearest go first."""
+    after: int | None = None
+    """The cell that has to end before it starts."""
 
 
 class Engine(Protocol):
     """A file of `launch/engines`; `python -m launch sweep --engine=NAME` chooses it."""
+
+    WAITS: bool
+    """Whether `submit` returns when the jobs have ended; then it starts those that come after others, too."""
 
     def add_arguments(self, parser: argparse._ActionsContainer) -> None:
         """Flags of its own, such as a partition or an image."""
@@ -64,7 +69,7 @@ class Engine(Protocol):
     def submit(
         self, name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
     ) -> int:
-        """Start the jobs of the sweep called `name` in `directory`; returns an exit code. Only `local` waits for them.
+        """Start the jobs of the sweep called `name` in `directory`; returns an exit code.
 
         Raises ConfigError where the engine's tool is missing or refuses.
         """
@@ -73,10 +78,10 @@ class Engine(Protocol):
         """Ask those that wait or run to save and end."""
 
 
-def of(name: str, directory: str, index: int, flops: float) -> Job:
+def of(name: str, directory: str, index: int, flops: float, after: int | None = None) -> Job:
     """The job of cell `index` of the sweep called `name`, run by this interpreter."""
     command = (sys.executable, "-m", "launch", "cell", directory, str(index))
-    return Job(index, dns_name(name[:34], str(index)), command, {}, flops)
+    return Job(index, dns_name(name[:34], str(index)), command, {}, flops, after)
 
 
 def dns_name(*words: str) -> str:

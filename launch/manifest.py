@@ -48,6 +48,20 @@ class Entry:
     factor: float = 1.0
     """Its learning rate over that in the bracket's middle."""
 
+    trunk: int | None = None
+    """The cell whose first steps are its own, too."""
+    first_step: int = 0
+    """Where its own steps begin."""
+
+    @property
+    def share(self) -> float:
+        """Of its FLOPs, those of its own steps."""
+        return 1 - self.first_step / self.steps
+
+    @property
+    def own_flops(self) -> float:
+        return self.flops * self.share
+
     @property
     def workdir(self) -> str:
         """Below the sweep's directory."""

@@ -47,8 +47,9 @@ class Row:
     """Why it is not done, where that is known: exit code and last line."""
     pid: int | None
     """Of the process that started it last."""
-    flops: int
-    """Of the whole run."""
+    flops: float
+    """Of its own steps: those of a branch begin where it leaves its trunk."""
+    first_step: int
 
 
 def rows(directory: epath.PathLike) -> list[Row]:
@@ -82,7 +83,8 @@ def row(root: epath.Path, entry: Entry) -> Row:
         spent_dollars=spent_hours * entry.dollars / entry.hours if entry.dollars and entry.hours else None,
         attempts=len(_started(notes)),
         pid=_started(notes)[-1]["pid"] if notes else None,
-        flops=entry.flops,
+        flops=entry.own_flops,
+        first_step=entry.first_step,
     )
 
 
@@ -91,7 +93,7 @@ def _state(entry: Entry, notes: Sequence[Line], logged: Sequence[Line], finished
     if finished is not None and finished >= entry.steps:
         return "done", ""
     if not notes:
-        return "waiting", ""
+        return "waiting", "" if entry.trunk is None else f"comes after cell {entry.trunk}"
     last = notes[-1]
     if last["event"] == "started":
         silence = time.time() - max(last["time"], logged[-1]["time"] if logged else 0.0)
@@ -212,10 +214,15 @@ def headline(found: Sequence[Row]) -> str:
     parts = [f"{states['done']} of {len(found)} done"]
     parts += [f"{states[state]} {state}" for state in get_args(State) if state != "done" and states[state]]
     total = sum(one.flops for one in found)
-    trained = sum(one.flops * min(1.0, one.step / one.steps) for one in found)
+    trained = sum(one.flops * _part(one) for one in found)
     text = f"{', '.join(parts)}; {trained / total:.0%} of the FLOPs"
     spent = sum(one.spent_hours for one in found)
     return f"{text}; {duration(3600 * spent)} spent" if spent else text
+
+
+def _part(one: Row) -> float:
+    """Of its own steps, those that are done."""
+    return min(1.0, max(0, one.step - one.first_step) / (one.steps - one.first_step))
 
 
 def table(found: Sequence[Row]) -> str:

@@ -10,14 +10,14 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 
 from etils import epath
 
-from launch import job, manifest, page, price, status, table
+from launch import job, manifest, page, price, status, table, trunks
 from launch.engines import ENGINES
-from launch.job import Hardware
+from launch.job import Hardware, Job
 from launch.manifest import Entry, Manifest
 from launch.price import Price
 from lmjax.cells import Cell, load_cells, shown
@@ -38,7 +38,7 @@ def launch(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--nodes={arguments.nodes} must be at least 1")
     cells = load_cells(arguments.config, arguments.cells, arguments.overrides, bracket=arguments.bracket)
     on = price.accelerator(arguments.accelerator, share_of_peak=arguments.share_of_peak, dollars=arguments.dollars)
-    wanted = entries(cells, price.price_all(cells, on))
+    wanted = trunks.resolved(entries(cells, price.price_all(cells, on)), cells)
     print(table.of_entries(wanted))
     print(table.totals(wanted, on))
     directory = files.locate(arguments.out)
@@ -48,13 +48,14 @@ def launch(arguments: argparse.Namespace) -> int:
     chosen = todo(manifest.chosen(wanted, arguments.only), directory)
     sweep = blank(arguments, old.name if old else directory.name)
     hardware, engine = Hardware(arguments.accelerator, arguments.nodes, arguments.spot), ENGINES[arguments.engine]
-    jobs = [job.of(sweep.name, str(directory), entry.index, entry.flops) for entry in chosen]
+    jobs = jobs_of(sweep.name, directory, chosen, wanted, waits=engine.WAITS)
     rendered = engine.render(sweep.name, str(directory), jobs, hardware, arguments)
     if arguments.dry_run:
         for file, text in rendered.items():
             print(f"--- {file}\n{text}")
         return DONE
-    ask_for(chosen, arguments)
+    starting = {job.index for job in jobs}
+    ask_for([entry for entry in chosen if entry.index in starting], arguments)
     with only_launcher(directory):
         sweep = filled(sweep, wanted, prepared(cells))
         manifest.write(directory, sweep)
@@ -108,14 +109,20 @@ def joined(old: Manifest, wanted: Sequence[Entry], directory: epath.Path, *, ext
     new = [entry for entry in wanted if entry.digest not in known]
     lost = known - {entry.digest for entry in wanted}
     if extend:
-        numbered = enumerate(new, start=len(old.cells))
-        return [*old.cells, *(dataclasses.replace(entry, index=index) for index, entry in numbered)]
+        index = {entry.digest: number for number, entry in enumerate([*old.cells, *new])}
+        return [*old.cells, *(_moved(entry, wanted, index) for entry in new)]
     if new or lost:
         what = f"cell {new[0].index} ({new[0].name}) is none of its" if new else f"{len(lost)} are missing of its"
         raise ConfigError(
             f"{directory} holds another sweep: {what} {len(old.cells)} cells; use another --out, or --extend adds cells"
         )
     return old.cells
+
+
+def _moved(entry: Entry, wanted: Sequence[Entry], index: Mapping[str, int]) -> Entry:
+    """The cell, and its trunk, with the numbers that their digests have in another list."""
+    trunk = None if entry.trunk is None else index[wanted[entry.trunk].digest]
+    return dataclasses.replace(entry, index=index[entry.digest], trunk=trunk)
 
 
 def prepared(cells: Sequence[Cell]) -> dict[str, str]:
@@ -202,6 +209,29 @@ def report(directory: epath.Path, target: float) -> int:
 def todo(chosen: Sequence[Entry], directory: epath.Path) -> list[Entry]:
     """Those of the chosen cells that are neither done nor running."""
     return [entry for entry in chosen if status.row(directory, entry).state not in ("done", "running")]
+
+
+def jobs_of(
+    name: str, directory: epath.Path, chosen: Sequence[Entry], cells: Sequence[Entry], *, waits: bool
+) -> list[Job]:
+    """What starts the chosen cells. A branch comes after its trunk; where nobody `waits` for that, it is left out.
+
+    Raises ConfigError for a branch whose trunk is not done, and not chosen.
+    """
+    jobs, left, starting = [], [], {entry.index for entry in chosen}
+    for entry in chosen:
+        after = entry.trunk
+        if after is not None and status.row(directory, cells[after]).state == "done":
+            after = None
+        if after is not None and waits and after not in starting:
+            raise ConfigError(f"cell {entry.index} branches from cell {after}, which is not done; start that, too")
+        if after is None or waits:
+            jobs.append(job.of(name, str(directory), entry.index, entry.own_flops, after))
+        else:
+            left.append(entry)
+    if left:
+        print(f"{len(left)} cells branch from others: the same command starts them when those have ended")
+    return jobs
 
 
 def ask_for(todo: Sequence[Entry], arguments: argparse.Namespace) -> None:

@@ -33,8 +33,9 @@ def of_entries(cells: Sequence[Entry]) -> str:
 
 def totals(cells: Sequence[Entry], on: Accelerator) -> str:
     """What all cells cost together, and what these figures assume."""
-    flops, tokens = sum(one.flops for one in cells), sum(one.tokens for one in cells)
+    flops, tokens = sum(one.own_flops for one in cells), sum(one.tokens * one.share for one in cells)
     lines = [f"{len(cells)} cells, {number(tokens)} tokens, {flops:.3g} FLOPs (exact, causal), each on {on.name}"]
+    lines += [line for line in (saved(cells),) if line]
     if all(one.hours is not None for one in cells):
         hours = sum(one.hours or 0.0 for one in cells)
         dollars = sum(one.dollars or 0.0 for one in cells)
@@ -45,6 +46,20 @@ def totals(cells: Sequence[Entry], on: Accelerator) -> str:
         lines += [PRICES_FROM] * (on.dollars is not None)
     lines.append("state: weights, gradients, optimizer on one device; activations come on top (lmjax plan)")
     return "\n".join(lines)
+
+
+def saved(cells: Sequence[Entry]) -> str:
+    """How many FLOPs the same cells, each trained from its start, would take; empty without branches."""
+    branches = [entry for entry in cells if entry.first_step]
+    if not branches:
+        return ""
+    trunks = {entry.trunk for entry in branches}
+    apart = sum(entry.flops for entry in cells if entry.index not in trunks)
+    together = sum(entry.own_flops for entry in cells)
+    return (
+        f"{len(branches)} cells branch from {len(trunks)}: {together:.3g} FLOPs in the place of {apart:.3g}, "
+        f"{1 - together / apart:.0%} saved"
+    )
 
 
 def epochs(one: Entry) -> str:

@@ -2,7 +2,8 @@
 
 Reproduces  the shape of Hoffmann et al. (2022), approach 2, in miniature: at each of three budgets five sizes of one
             family of models, on the source code of Python's own standard library. Each budget has its lowest loss
-            inside its sizes, and the optimum moves to larger models as the budget grows.
+            inside its sizes, and the optimum moves to larger models as the budget grows. With `:branches` the runs of
+            a size share their first steps: they branch from one trunk, and each decays at its own end.
 Costs       2.6e13 FLOPs: eleven minutes on 2 CPU cores of 2024.
 Command     python -m launch sweep configs/sweeps/cpu_isoflop.py --out=sweeps/first --report
 """
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from lmjax.cells import Overrides
 from lmjax.config import as_config_dict, default_config
 from lmjax.data.config import PrepareConfig, SourceConfig, TokenizerConfig
+from lmjax.errors import ConfigError
 
 VOCAB, SEQ_LEN, BATCH = 1024, 128, 8
 
@@ -26,7 +28,15 @@ BUDGETS = {
 }
 
 
-def get_config() -> ConfigDict:
+WARMUP, DECAY = 20, 0.2
+"""Of branches and trunks: steps of the one, share of all steps of the other."""
+KEPT = 100
+"""Branches leave a trunk at multiples of so many steps."""
+
+
+def get_config(how: str = "apart") -> ConfigDict:
+    if how not in ("apart", "branches"):
+        raise ConfigError(f"cpu_isoflop.py:{how}: write cpu_isoflop.py, or cpu_isoflop.py:branches")
     config = default_config()
     recipe = PrepareConfig(inputs=("stdlib:",), tokenizer=TokenizerConfig(kind="bpe", vocab=VOCAB), seed=2)
     config.data.sources = {"stdlib": as_config_dict(SourceConfig(path="data/stdlib-1024", prepare=recipe))}
@@ -40,14 +50,35 @@ def get_config() -> ConfigDict:
     config.train.batch = BATCH
     config.train.sample.prompts = ()
     config.checkpoint.every = None
+    if how == "branches":
+        config.optimizer.schedule.name, config.optimizer.schedule.decay_fraction = "wsd", DECAY
+        config.checkpoint.every = config.checkpoint.keep_every = KEPT
     return config
 
 
-def sweep() -> Iterable[Overrides]:
-    for flops, models in BUDGETS.items():
-        for width, layers in models:
-            tokens = flops / flops_per_token(width, layers)
-            yield {"tracking.name": f"{flops:.1e}-d{width}", **cell(shape(width, layers), tokens)}
+def sweep(how: str = "apart") -> Iterable[Overrides]:
+    cells: list[Overrides] = [
+        {"tracking.name": f"{flops:.1e}-d{width}", **cell(shape(width, layers), flops / flops_per_token(width, layers))}
+        for flops, models in BUDGETS.items()
+        for width, layers in models
+    ]
+    return cells if how == "apart" else branches(cells)
+
+
+def branches(cells: Iterable[Overrides]) -> Iterable[Overrides]:
+    """The same cells at a constant rate and its decay; those of a size, if there are several, from one trunk."""
+    by_width: dict[int, list[Overrides]] = {}
+    for one in cells:
+        by_width.setdefault(one["model.embed"], []).append({**one, "optimizer.schedule.warmup": WARMUP})
+    for width, members in by_width.items():
+        if len(members) == 1:
+            yield members[0]
+            continue
+        left_at = [int(one["train.steps"] * (1 - DECAY)) // KEPT * KEPT for one in members]
+        trunk = {"tracking.name": f"trunk-d{width}", "optimizer.schedule.name": "constant", "train.steps": max(left_at)}
+        yield {**members[0], **trunk}
+        for one, step in zip(members, left_at, strict=True):
+            yield {**one, "train.branch_from": f"{trunk['tracking.name']}@{step}"}
 
 
 def shapes() -> list[Overrides]:

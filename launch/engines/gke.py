@@ -38,6 +38,7 @@ FINAL = [BUG, *(error.exit_code for error in (ConfigError, DataError, Checkpoint
 """What another start would not mend."""
 GRACE_SECONDS = 300
 _PORT = 8476
+WAITS = False
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:

@@ -24,6 +24,7 @@ from launch.local import Guard
 from lmjax.errors import BUG, DONE, PREEMPTED, ConfigError
 from lmjax.record import files
 
+WAITS = True
 LAUNCHER = "launcher.json"
 _POLL_SECONDS = 0.2
 _TELL_SECONDS = 5.0
@@ -118,14 +119,16 @@ class _Pool:
         self.left = {job.index: retries for job in jobs}
         self.running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
         """By the number of the share of the cores."""
+        self.done: set[int] = set()
         self.failed = 0
         self.told = 0.0
 
     def run(self) -> int:
         asked = False
-        while self.running or (self.waiting and not self.stop.requested):
-            while self.waiting and len(self.running) < len(self.shares) and not self.stop.requested:
-                self.start(self.waiting.pop(0))
+        while self.running or (self.ready() and not self.stop.requested):
+            while len(self.running) < len(self.shares) and not self.stop.requested and (job := self.ready()):
+                self.waiting.remove(job)
+                self.start(job)
             self.look()
             if self.stop.requested and not asked:  # a second signal would have them leave without saving
                 self.end()
@@ -133,7 +136,13 @@ class _Pool:
             self.tell()
             time.sleep(_POLL_SECONDS)
         self.tell(last=True)
+        if self.waiting and not self.stop.requested:
+            print(f"{len(self.waiting)} cells branch from one that failed, and wait")
         return PREEMPTED if self.stop.requested and (self.waiting or self.failed == 0) else BUG if self.failed else DONE
+
+    def ready(self) -> Job | None:
+        """The next to start: nothing that it comes after has still to end."""
+        return next((job for job in self.waiting if job.after is None or job.after in self.done), None)
 
     def start(self, job: Job) -> None:
         slot = next(slot for slot in range(len(self.shares)) if slot not in self.running)
@@ -159,6 +168,8 @@ class _Pool:
             if code is None:
                 continue
             del self.running[slot]
+            if code == DONE:
+                self.done.add(job.index)
             again = code in RETRIED or code < 0 or code == 128 + signal.SIGKILL
             if self.stop.requested and code == PREEMPTED:
                 self.waiting.append(job)

@@ -24,6 +24,7 @@ FAMILIES = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 RESTARTS_ON_ERRORS = 10
 _ENVIRONMENT = "$HOME/lmjax"
 _EXTRAS = {"gs": "gcp", "s3": "aws"}
+WAITS = False
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:

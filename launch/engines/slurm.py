@@ -31,6 +31,7 @@ case $code in
 esac
 exit $code
 """
+WAITS = False
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:

@@ -26,14 +26,17 @@ class Update(Protocol):
         """
 
 
+LearningRate = Callable[[jax.Array, Hyper], jax.Array]
+"""`learning_rate(step, hyper)`: the one that update `step` uses."""
+
+
 class Optimizer(NamedTuple):
     """Pure functions, as in optax, except that the hyperparameters are an argument."""
 
     init: Callable[[Params], Any]
     """`init(params) -> opt_state`, a pytree of arrays whose structure never changes."""
     update: Update
-    learning_rate: Callable[[jax.Array, Hyper], jax.Array]
-    """`learning_rate(step, hyper)`: the one that update `step` uses."""
+    learning_rate: LearningRate
 
 
 def build(cfg: OptimizerConfig, spec: Spec, rate: Rate | None = None) -> Optimizer:
@@ -41,12 +44,8 @@ def build(cfg: OptimizerConfig, spec: Spec, rate: Rate | None = None) -> Optimiz
 
     `rate` multiplies the learning rate of single weights, beside what the rule itself does.
     """
-    rule = OPTIMIZERS[cfg.name]
+    rule, learning_rate = OPTIMIZERS[cfg.name], scheduled_rate(cfg)
     rates = [one for one in (RATES.get(cfg.name), rate) if one is not None]
-    schedule = SCHEDULES[cfg.schedule.name]
-
-    def learning_rate(step: jax.Array, hyper: Hyper) -> jax.Array:
-        return hyper["learning_rate"] * schedule(step, hyper)
 
     def init(params: Params) -> Any:
         unread: Hyper = defaultdict(lambda: jnp.zeros(()))  # a state starts the same whatever the hyperparameters
@@ -62,6 +61,12 @@ def build(cfg: OptimizerConfig, spec: Spec, rate: Rate | None = None) -> Optimiz
         return jax.tree.map(lambda direction: -now * direction, directions), state
 
     return Optimizer(init, update, learning_rate)
+
+
+def scheduled_rate(cfg: OptimizerConfig) -> LearningRate:
+    """The learning rate over time."""
+    schedule = SCHEDULES[cfg.schedule.name]
+    return lambda step, hyper: hyper["learning_rate"] * schedule(step, hyper)
 
 
 def scale_by_weight(rate: Rate, spec: Spec, directions: Params, hyper: Hyper) -> Params:

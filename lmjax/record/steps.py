@@ -1,15 +1,16 @@
 """The directories of checkpoints: which steps are there, which are sealed, which verify."""
 
 import itertools
+import re
 import time
 import zlib
 from typing import Any
 
 from etils import epath
 
-from lmjax.errors import CheckpointError
+from lmjax.errors import CheckpointError, ConfigError, DataError
 from lmjax.process import group
-from lmjax.record import seal
+from lmjax.record import files, seal
 from lmjax.record.seal import Manifest
 
 SEALED = "SEALED"
@@ -31,6 +32,31 @@ def find_step(path: epath.PathLike, step: int | None = None) -> epath.Path:
         have = ", ".join(child.name for child in sealed) or "none"
         raise CheckpointError(f"{directory} holds no sealed {which} (sealed steps: {have}); check the path and step")
     return found[0]
+
+
+def parse_origin(setting: str, value: str) -> tuple[epath.Path, int | None]:
+    """The work directory and the step of a setting that names another run, `WORKDIR` or `WORKDIR@STEP`.
+
+    Raises ConfigError for anything else.
+    """
+    found = re.fullmatch(r"(.+?)(?:@([0-9]+))?", value)
+    if found is None or value.endswith("@"):
+        raise ConfigError(f"{setting}='{value}' is no WORKDIR or WORKDIR@STEP; is a variable of the shell unset?")
+    try:
+        return files.locate(found[1]), int(found[2]) if found[2] else None
+    except DataError as error:
+        raise ConfigError(f"{setting}={value}: {error}") from None
+
+
+def origin_checkpoint(setting: str, value: str) -> epath.Path:
+    """The directory of the sealed checkpoint that such a setting names; of several the newest. Raises ConfigError."""
+    workdir, step = parse_origin(setting, value)
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError(f"{setting}={value}: {workdir} is not the work directory of a run")
+    try:
+        return find_step(workdir, step)
+    except CheckpointError as error:
+        raise ConfigError(f"{setting}={value}: {error}") from None
 
 
 def verify(path: epath.PathLike) -> list[str]:

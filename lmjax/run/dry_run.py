@@ -10,7 +10,7 @@ from lmjax.data.store.manifest import Manifest
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.errors import ConfigError
 from lmjax.record import files
-from lmjax.run import assemble
+from lmjax.run import assemble, branch
 from lmjax.tasks.pretrain import without_data
 from lmjax.tasks.start import check_origin
 from lmjax.tasks.task import Task
@@ -28,6 +28,8 @@ def describe(cfg: Config) -> Iterator[str]:
     task = without_data(cfg)
     if cfg.train.init_from is not None:
         check_origin(cfg.train.init_from, task.spec)
+    if cfg.train.branch_from is not None:
+        branch.check(cfg)
     experiment = assemble.assemble(task)
     yield from size(task)
     state = assemble.abstract_state(experiment)

@@ -21,7 +21,7 @@ from lmjax.process.signals import Preemption, Watchdog
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.report import write_report
 from lmjax.record.tracking import Status
-from lmjax.run import assemble, feed
+from lmjax.run import assemble, branch, feed
 from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress
 from lmjax.run.records import Records
@@ -72,6 +72,7 @@ def run(
             return say_finished(workdir)
         make_workdir(workdir)
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
+        branch.begin(workdir, cfg)
         task = (make_task or TASKS[cfg.task])(cfg)
         experiment = assemble.assemble(task)
         with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:

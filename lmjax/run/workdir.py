@@ -5,7 +5,9 @@ import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -17,6 +19,7 @@ from lmjax.record import files, seal, steps
 from lmjax.record.ledger import check_ledger, read_ledger
 from lmjax.record.tracking import read_events
 
+_ORIGINS = ("train.init_from", "train.branch_from")
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
 _FIXED = (
     "task",
@@ -26,8 +29,8 @@ _FIXED = (
     "train.steps",
     "train.batch",
     "train.seed",
-    "train.init_from",
     "train.loss.",
+    *_ORIGINS,
 )
 _FREE = (
     "data.prefetch",
@@ -106,19 +109,20 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     changed = configs.differences(configs.from_json(path), cfg)
     if allow:
         started = steps.newest_sealed(workdir / "checkpoints") is not None
-        changed = {key: values for key, values in changed.items() if key == "train.init_from" and started}
+        changed = {key: values for key, values in changed.items() if key in _ORIGINS and started}
     if cfg.model.vocab is None:  # the saved config has it filled in from the data, which has its own check
         changed.pop("model.vocab", None)
-    fixed = {key: values for key, values in changed.items() if key.startswith(_FIXED) and not _is_free(key)}
-    if fixed:
-        shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in list(fixed.items())[:5])
+    if changed := fixed(changed):
+        shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in list(changed.items())[:5])
         raise ConfigError(
             f"{workdir} holds a run of another config: {shown}; use another --workdir, or --allow-config-change"
         )
 
 
-def _is_free(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in _FREE)
+def fixed(differences: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Those of `config.differences` that make it another run."""
+    free = re.compile("|".join(map(fnmatch.translate, _FREE)))
+    return {key: values for key, values in differences.items() if key.startswith(_FIXED) and not free.match(key)}
 
 
 # Who may write ----------------------------------------------------------------------------------------------------

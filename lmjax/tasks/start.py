@@ -1,7 +1,6 @@
 """Where weights come from at the start of a run: drawn anew, or read from another run."""
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -9,13 +8,14 @@ import jax
 from etils import epath
 
 from lmjax.data.tokenizers.load import saved_hash
-from lmjax.errors import CheckpointError, ConfigError, DataError
-from lmjax.record import checkpoint, files, seal
-from lmjax.record.steps import find_step
+from lmjax.errors import ConfigError
+from lmjax.record import checkpoint, seal
+from lmjax.record.steps import origin_checkpoint, parse_origin
 from lmjax.record.trees import leaves_by_path, shape_dtype
 from lmjax.weights import Params, Spec, abstract
 
 logger = logging.getLogger(__name__)
+_SETTING = "train.init_from"
 
 
 class Start(Protocol):
@@ -59,7 +59,7 @@ def check_origin(init_from: str, spec: Spec, tokenizer_hash: str | None = None) 
     Raises ConfigError for a run that is not there, whose weights differ in a path or a shape, or that was trained with
     another tokenizer than the one of this hash.
     """
-    saved, (workdir, _) = _checkpoint(init_from), _parse(init_from)
+    saved, (workdir, _) = origin_checkpoint(_SETTING, init_from), parse_origin(_SETTING, init_from)
     leaves = {path: leaf for path, leaf in seal.read(saved)[0].get("leaves", {}).items() if path.startswith("params/")}
     wanted = {path: shape_dtype(leaf) for path, leaf in leaves_by_path({"params": abstract(spec)}).items()}
     if leaves and leaves != wanted:
@@ -81,29 +81,5 @@ def check_origin(init_from: str, spec: Spec, tokenizer_hash: str | None = None) 
 
 def pinned(init_from: str) -> str:
     """`WORKDIR@STEP`, with the newest step where none is given: a restart must start from the same weights."""
-    workdir, step = _parse(init_from)
-    return f"{workdir}@{_checkpoint(init_from).name if step is None else step}"
-
-
-def _parse(init_from: str) -> tuple[epath.Path, int | None]:
-    """The work directory and the step."""
-    found = re.fullmatch(r"(.+?)(?:@([0-9]+))?", init_from)
-    if found is None or init_from.endswith("@"):
-        raise ConfigError(
-            f"train.init_from='{init_from}' is no WORKDIR or WORKDIR@STEP; is a variable of the shell unset?"
-        )
-    try:
-        return files.locate(found[1]), int(found[2]) if found[2] else None
-    except DataError as error:
-        raise ConfigError(f"train.init_from={init_from}: {error}") from None
-
-
-def _checkpoint(init_from: str) -> epath.Path:
-    """The directory of the checkpoint that the weights come from."""
-    workdir, step = _parse(init_from)
-    try:
-        if not (workdir / "checkpoints").is_dir():
-            raise CheckpointError(f"{workdir} is not the work directory of a run")
-        return find_step(workdir, step)
-    except CheckpointError as error:
-        raise ConfigError(f"train.init_from={init_from}: {error}") from None
+    workdir, step = parse_origin(_SETTING, init_from)
+    return f"{workdir}@{origin_checkpoint(_SETTING, init_from).name if step is None else step}"

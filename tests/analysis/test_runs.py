@@ -1,6 +1,7 @@
 """Tables of runs: every source gives the same tidy table, and every bad table one clear line."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -384,6 +385,20 @@ def test_torn_lines_restarts_and_unfinished_runs(tmp_path):
     runs = load_runs(tmp_path)
     assert dict(zip(runs.table["run"], runs.table["loss"], strict=True)) == {"good": 2.9, "restarted": 2.7}
     assert [(e.reason, e.runs) for e in runs.exclusions] == [("not finished (status unfinished)", ("stopped",))]
+
+
+def test_branches_are_resampled_with_their_trunk_which_is_no_run_of_its_own(tmp_path, monkeypatch):
+    """Unless it decays, as a run does that others branch from before its decay."""
+    monkeypatch.chdir(tmp_path)
+    constant, decayed = workdir(tmp_path, "constant"), workdir(tmp_path, "decayed")
+    log = constant / "metrics.jsonl"
+    log.write_text(re.sub(r'"optim/lr": [0-9.e-]+', '"optim/lr": 0.001', log.read_text()))
+    for name, origin in (("a", "constant@100"), ("b", f"{constant}@200"), ("c", "decayed@100")):
+        workdir(tmp_path, name, train={"seed": 0, "steps": 300, "branch_from": origin})
+    runs = load_runs(tmp_path)
+    assert [(e.reason, e.runs) for e in runs.exclusions] == [("the trunk of branches, not decayed", ("constant",))]
+    trunks = dict(zip(runs.table["run"], runs.table["trunk"], strict=True))
+    assert trunks == {"a": str(constant), "b": str(constant), "c": str(decayed), "decayed": str(decayed)}
 
 
 def test_damage_before_the_last_line_is_refused(tmp_path):

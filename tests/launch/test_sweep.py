@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,17 +36,6 @@ SHORT = [
     "--config.train.evaluate_every=None",
     "--config.train.sample.prompts=()",
 ]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    for name in ("a", "b"):
-        (directory / name).mkdir()
-        for number in range(8):
-            text = " ".join(f"{name}{number * word % 97}" for word in range(300))
-            (directory / name / f"{number}.txt").write_text(text)
-    return directory
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -164,6 +154,16 @@ def test_stop_has_cells_save_and_the_same_command_goes_on(corpus: Path, trained:
     assert not (out / local.LAUNCHER).exists() and main(["stop", str(out)]) == 0
     assert launch(*sweep(corpus, out, SEEDS)).returncode == 0
     assert finals(out) == finals(trained)
+
+
+def test_a_launcher_that_is_gone_is_not_signalled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed, it leaves its number behind, which may be another process's by now."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / local.LAUNCHER).write_text(json.dumps([socket.gethostname(), other.pid]))
+        assert local.stop("first", str(tmp_path), []) == 0
+        assert "is gone" in capsys.readouterr().out
+        other.kill()
+        assert other.wait() == -signal.SIGKILL  # a SIGTERM would have come first
 
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(corpus: Path, tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 """How an attempt ends, what it leaves behind, and what is counted over several of them."""
 
-import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ import pytest
 
 from lmjax import config
 from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError, NumericalError
-from lmjax.evaluate import splits
 from lmjax.process import faults as fault_hooks
 from lmjax.process import signals
 from lmjax.record import checkpoint, inspect, seal
 from lmjax.record.ledger import read_ledger
 from lmjax.record.tracking import read_events, read_jsonl
-from lmjax.run import assemble, run, workdir
-from lmjax.run.assemble import Experiment
+from lmjax.run import run, workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
 
@@ -37,25 +34,6 @@ AS_IT_IS = run.Options()
 ALLOWED = run.Options(allow_config_change=True, allow_data_change=True)
 
 Train = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def compiled_once() -> Iterator[None]:
-    """Runs of the same model and optimizer share their programs: compiling is most of what so short a run costs."""
-    compiled_step = assemble.compiled_step
-    steps: dict[str, Any] = {}
-
-    def cached_step(parts: Experiment) -> Any:
-        cfg = parts.cfg
-        key = repr((cfg.model, cfg.optimizer, cfg.train.loss, cfg.train.microbatches))
-        if key not in steps:
-            steps[key] = compiled_step(parts)
-        return steps[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assemble, "compiled_step", cached_step)
-        patch.setattr(splits, "float32", functools.cache(splits.float32))
-        yield
 
 
 @pytest.fixture(scope="module")
