@@ -93,6 +93,7 @@ def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cells", metavar="FILE.json", help="a list of cells instead of the config's sweep()")
     sub.add_argument("--bracket", type=int, metavar="3", help="so many learning rates for each cell, a factor 2 apart")
     sub.add_argument("--dry-run", action="store_true", help="show the cells, and start nothing")
+    sub.add_argument("--compile", action="store_true", help="ask XLA what each step needs; seconds for each program")
     sub.add_argument("--only", metavar="3,7,10-12", help="start these cells alone")
     sub.add_argument("--extend", action="store_true", help="add the cells that the sweep in DIR lacks")
     sub.add_argument(

@@ -48,6 +48,8 @@ class Entry:
     factor: float = 1.0
     """Its learning rate over that in the bracket's middle."""
 
+    step_bytes: float | None = None
+    """That its step needs on one device, where XLA was asked."""
     trunk: int | None = None
     """The cell whose first steps are its own, too."""
     first_step: int = 0

@@ -15,7 +15,7 @@ from importlib import metadata
 
 from etils import epath
 
-from launch import job, manifest, page, price, status, table, trunks
+from launch import ahead, job, manifest, page, price, status, table, trunks
 from launch.engines import ENGINES
 from launch.job import Hardware, Job
 from launch.manifest import Entry, Manifest
@@ -38,7 +38,11 @@ def launch(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--nodes={arguments.nodes} must be at least 1")
     cells = load_cells(arguments.config, arguments.cells, arguments.overrides, bracket=arguments.bracket)
     on = price.accelerator(arguments.accelerator, share_of_peak=arguments.share_of_peak, dollars=arguments.dollars)
+    target = ahead.target(on) if arguments.compile else None
     wanted = trunks.resolved(entries(cells, price.price_all(cells, on)), cells)
+    if target is not None:
+        needed = ahead.step_bytes(cells, target)
+        wanted = [dataclasses.replace(one, step_bytes=size) for one, size in zip(wanted, needed, strict=True)]
     print(table.of_entries(wanted))
     print(table.totals(wanted, on))
     directory = files.locate(arguments.out)

@@ -10,7 +10,7 @@ from lmjax.devices.chips import PRICES_FROM
 
 def of_entries(cells: Sequence[Entry]) -> str:
     """A row a cell. N is the total, D/N by the parameters that a token passes through."""
-    head = ("", "cell", "N", "N non-emb.", "D", "D/N", "C exact", "C = 6ND", "epochs", "state", "time", "price")
+    head = ("", "cell", "N", "N non-emb.", "D", "D/N", "C exact", "C = 6ND", "epochs", "memory", "time", "price")
     body = [
         (
             str(one.index),
@@ -22,7 +22,7 @@ def of_entries(cells: Sequence[Entry]) -> str:
             f"{one.flops:.2e}",
             f"{one.flops_6nd:.2e}",
             epochs(one),
-            size(one.state_bytes),
+            size(one.state_bytes if one.step_bytes is None else one.step_bytes),
             "" if one.hours is None else duration(3600 * one.hours),
             "" if one.dollars is None else f"${one.dollars:,.2f}",
         )
@@ -44,7 +44,11 @@ def totals(cells: Sequence[Entry], on: Accelerator) -> str:
             f"{duration(3600 * hours)} one after another at {on.share_of_peak:.0%} of peak FLOP/s and network; {price}"
         )
         lines += [PRICES_FROM] * (on.dollars is not None)
-    lines.append("state: weights, gradients, optimizer on one device; activations come on top (lmjax plan)")
+    lines.append(
+        "memory: weights, gradients, optimizer on one device; activations come on top (--compile)"
+        if any(one.step_bytes is None for one in cells)
+        else "memory: of a step on one device, as XLA compiles it"
+    )
     return "\n".join(lines)
 
 

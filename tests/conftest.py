@@ -136,7 +136,10 @@ def on_eight_devices() -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """For modules that compile many tiny programs once: XLA's optimizations would cost more than they save."""
+    """For modules that compile many tiny programs once, here or in processes that they start: XLA's optimizations would
+    cost more than they save."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
     jax.config.update("jax_disable_most_optimizations", False)

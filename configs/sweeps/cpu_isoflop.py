@@ -1,6 +1,6 @@
 """An IsoFLOP sweep that two CPU cores train in minutes: the first scaling plot on a new machine.
 
-Reproduces  the shape of Hoffmann et al. (2022), approach 2, in miniature: at each of three budgets five sizes of one
+Reproduces  the shape of Hoffmann et al. (2022), approach 2, in miniature: at each of three budgets four sizes of one
             family of models, on the source code of Python's own standard library. Each budget has its lowest loss
             inside its sizes, and the optimum moves to larger models as the budget grows. With `:branches` the runs of
             a size share their first steps: they branch from one trunk, and each decays at its own end.
@@ -22,9 +22,9 @@ VOCAB, SEQ_LEN, BATCH = 1024, 128, 8
 
 # FLOPs -> (width, layers) of its models.
 BUDGETS = {
-    3e11: [(16, 2), (24, 2), (32, 2), (48, 2), (64, 3)],
-    9e11: [(24, 2), (32, 2), (48, 2), (64, 3), (96, 3)],
-    2.7e12: [(32, 2), (48, 2), (64, 3), (96, 3), (128, 4)],
+    1.7e11: [(16, 2), (24, 2), (32, 2), (48, 2)],
+    5e11: [(24, 2), (32, 2), (48, 2), (64, 2)],
+    1.5e12: [(32, 2), (48, 2), (64, 2), (96, 3)],
 }
 
 
@@ -46,6 +46,7 @@ def get_config(how: str = "apart") -> ConfigDict:
     config.model.qk_norm = True
     config.model.unroll = 1.0
 
+    config.optimizer.name = "muon"  # so few updates teach AdamW's larger models little
     config.optimizer.schedule.final_fraction = 0.0
     config.train.batch = BATCH
     config.train.sample.prompts = ()
@@ -83,7 +84,7 @@ def branches(cells: Iterable[Overrides]) -> Iterable[Overrides]:
 
 def shapes() -> list[Overrides]:
     """For sweeps that grow."""
-    return [shape(width, max(2, round(width / 32))) for width in (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)]
+    return [shape(width, max(2, width // 32)) for width in (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)]
 
 
 def shape(width: int, layers: int) -> Overrides:
@@ -96,7 +97,7 @@ def cell(shape: Overrides, tokens: float) -> Overrides:
     steps = max(20, round(tokens / (BATCH * SEQ_LEN)))
     return {
         **shape,
-        "optimizer.learning_rate": float(f"{6e-3 * math.sqrt(32 / shape['model.embed']):.3g}"),
+        "optimizer.learning_rate": float(f"{0.024 * math.sqrt(32 / shape['model.embed']):.3g}"),
         "optimizer.schedule.warmup": max(1, steps // 50),
         "train.steps": steps,
     }

@@ -20,6 +20,8 @@ from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, initialize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 V, T, ROWS = 61, 20, 13
 MODEL = decoder.build(ModelConfig(vocab=V, layers=2, embed=24, heads=4, mlp=40, embed_init_std=0.5))
 

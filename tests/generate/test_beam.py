@@ -17,6 +17,8 @@ from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Weight, map_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 V, END, NEW = 4, 3, 4
 PROMPTS_BT = np.array([[0, 1, 2], [2, 0, 0]], np.int32)
 LENGTHS_B = np.array([3, 1], np.int32)

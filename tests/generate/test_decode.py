@@ -18,6 +18,8 @@ from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
 from lmjax.weights import Params, Weight, map_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.endoftext_id
 STOPS = np.array([END])

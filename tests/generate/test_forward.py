@@ -17,6 +17,8 @@ from lmjax.models.model import Model
 from lmjax.weights import Params
 from tests.random_params import random_params
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOLERANCE = 1e-5  # largest absolute difference between two float32 ways to the same number of order one
 V, T, STEPS = 61, 12, 9
 LENGTHS_B = np.array([1, 11, 6], np.int32)  # short and long beside sliding windows of 3 and 5

@@ -27,6 +27,8 @@ from lmjax.models.config import ModelConfig
 from lmjax.run.trained import load_trained
 from lmjax.weights import by_path, initialize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 pytest.importorskip("safetensors")
 tokenizers = pytest.importorskip("tokenizers")
 

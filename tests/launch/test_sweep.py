@@ -28,6 +28,8 @@ from launch.sweep import entries, joined
 from lmjax.cells import load_cells
 from lmjax.errors import PREEMPTED, ConfigError, LmjaxError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parents[2]
 TINY = f"{ROOT}/tests/tiny_config.py"
 SHORT = [

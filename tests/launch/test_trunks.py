@@ -18,6 +18,8 @@ from lmjax.cells import load_cells
 from lmjax.errors import ConfigError
 from tests.launch.test_sweep import SHORT, TINY, manifest_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEPT = [
     "--config.checkpoint.every=4",
     "--config.checkpoint.keep_every=4",

@@ -15,6 +15,8 @@ from lmjax.optim.optimizers import build, clip, state_shardings
 from lmjax.optim.rules import OPTIMIZERS
 from lmjax.weights import Weight, bind, map_weights, stacked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LAYERS = 2
 STEPS = 4
 DIMS = {"vocab": 150, "embed": 128, "heads": 4, "head_dim": 40, "mlp": 256, "rank": 24, "experts": 2}

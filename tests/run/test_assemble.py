@@ -16,6 +16,8 @@ from lmjax.tasks.pretrain import without_data
 from lmjax.train.config import LossConfig, TrainConfig
 from lmjax.train.step import Step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MOE = MoeConfig(experts=4, score="sigmoid", bias_rate=1e-3, router_z_weight=1e-3)
 SIZES = {"vocab": 31, "layers": 2, "embed": 16, "mlp": 32, "moe": MOE}
 RATES = {"dropout": 0.1, "attention_dropout": 0.2, "embed_dropout": 0.3, "init_std": 0.02}

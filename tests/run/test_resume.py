@@ -21,6 +21,8 @@ from lmjax.record.ledger import check_ledger, effective_history, read_ledger
 from lmjax.run.trained import load_trained
 from lmjax.run.workdir import lock
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = Path(__file__).parents[1] / "tiny_config.py"
 PIPES: dict[str, Any] = {
     "stdin": subprocess.PIPE,
