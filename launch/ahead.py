@@ -17,7 +17,9 @@ from lmjax.run.dry_run import with_known_vocab
 def target(on: Accelerator) -> Topology:
     """What to compile for; call it before JAX looks for devices. Raises ConfigError for GPUs."""
     if on.chip is not None and chips.gpus(on.name) is not None:
-        raise ConfigError(f"--compile: XLA compiles for TPUs and CPUs that are not here, not for {on.name}; leave it out")
+        raise ConfigError(
+            f"--compile: XLA compiles for TPUs and CPUs that are not here, not for {on.name}; leave it out"
+        )
     found = topology.parse("cpu-1" if on.chip is None and on.devices == 1 else on.name)
     topology.prepare_process(found)
     return found

@@ -8,6 +8,7 @@ A config file may have a function `sweep` beside `get_config`, which takes the s
 A cell is a dict in the dotted keys of the command line, `{"model.embed": 64, "train.seed": 0}`.
 """
 
+import fnmatch
 import functools
 import itertools
 import json
@@ -190,3 +191,62 @@ def short_names(keys: Iterable[str]) -> list[str]:
         count = next(n for n in range(1, len(path) + 1) if n == len(path) or all(o[-n:] != path[-n:] for o in others))
         names.append(".".join(path[-count:]))
     return names
+
+
+# Which of them share a compiled step ------------------------------------------------------------------------------
+
+# What the compiled train step does not know, or reads as a number of `TrainState.hyper`.
+_OWN = (
+    "hyperparameters",
+    "model.init_std",
+    "model.embed_init_std",
+    "model.residual_init_scale",
+    "data.sources.*.weight",
+    "data.sources.*.tokens",
+    "data.mixture",
+    "data.seed",
+    "data.prefetch",
+    "data.verify",
+    "data.cache",
+    "optimizer.*",
+    "train.*",
+    "checkpoint.*",
+    "tracking.*",
+)
+_SHARED = (
+    "optimizer.name",
+    "optimizer.schedule.name",
+    "train.batch",
+    "train.microbatches",
+    "train.noise_scale",
+    "train.loss.*",
+)
+"""All the same the step's, though they match a pattern above."""
+_SWITCHES = (
+    "model.dropout",
+    "model.attention_dropout",
+    "model.embed_dropout",
+    "model.moe.balance_weight",
+    "model.moe.router_z_weight",
+    "train.loss.z_weight",
+)
+"""Numbers that the step reads, where they are not 0; at 0 it is another."""
+
+
+def fixed(cfg: Config) -> dict[str, Any]:
+    """What runs have in common that one compiled step can train: all settings but seeds, scalars, and what is done
+    between steps."""
+
+    def matches(key: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+    return {
+        key: value != 0 if key in _SWITCHES else value
+        for key, value in settings(cfg).items()
+        if matches(key, _SHARED) or not matches(key, _OWN)
+    }
+
+
+def program(cfg: Config) -> str:
+    """A hash of what is `fixed`: cells of one program may train together."""
+    return hash_text(json.dumps(fixed(cfg), sort_keys=True))
