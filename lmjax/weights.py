@@ -11,7 +11,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,11 @@ Initializer = Callable[[jax.Array, "Weight"], jax.Array]
 
 
 def fan_in(key: jax.Array, weight: "Weight") -> jax.Array:
-    """Normal with variance 1 / fan-in: the output of a matmul has the variance of its input."""
-    return jax.random.normal(key, weight.shape) * max(1, weight.fan_in) ** -0.5
+    """Normal with variance 1 / fan-in: the output of a matmul has the variance of its input.
+
+    Of a parametrized weight it is the fan-in at the base shape, and the rest is the parametrization's.
+    """
+    return jax.random.normal(key, weight.shape) * max(1, weight.fan_in / weight.scaling.grown_in) ** -0.5
 
 
 def normal(std: Any) -> Initializer:
@@ -40,6 +43,31 @@ def zeros(key: jax.Array, weight: "Weight") -> jax.Array:
 
 def ones(key: jax.Array, weight: "Weight") -> jax.Array:
     return jnp.ones(weight.shape)
+
+
+class Scaling(NamedTuple):
+    """What a parametrization says of one weight: factors over what holds at the base shape, where all are 1.
+
+    parametrization.py has the table that they come from.
+    """
+
+    kind: str | None = None
+    """The row of that table; None for a weight that is not parametrized."""
+    grown_in: float = 1.0
+    """What goes in, over that of the base shape."""
+    grown_out: float = 1.0
+    """What comes out, over that of the base shape."""
+    std: float = 1.0
+    """Of the initial values."""
+    gradient: float = 1.0
+    """Of the gradient that the optimizer sees: its entries then have the size that they have at the base shape."""
+    rate: float = 1.0
+    """Of the learning rate, without what weight decay takes away."""
+    logits: float = 1.0
+    """Of the logits that the weight makes."""
+
+
+UNSCALED = Scaling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +88,7 @@ class Weight:
     float32: bool = False
     """Multiplied in float32 whatever the model computes in."""
     sizes: tuple[int, ...] = ()
+    scaling: Scaling = UNSCALED
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -115,6 +144,9 @@ class Weight:
         axes = self.axes.removeprefix(self.batch_axes[0]).lstrip(" |")
         return dataclasses.replace(self, axes=axes, sizes=self.sizes[1:])
 
+    def scaled(self, scaling: Scaling) -> "Weight":
+        return dataclasses.replace(self, scaling=scaling)
+
 
 def map_weights(function: Callable[..., Any], spec: Spec, *trees: Any) -> Any:
     """`jax.tree.map` over the weights of a spec (and trees of the same structure)."""
@@ -167,14 +199,20 @@ def initialize(spec: Spec, key: jax.Array) -> Params:
     A weight's key depends on its path alone, and a layer's on its place in the stack, so that adding a weight or
     another layer never changes the others.
     """
-    return _map_with_path(lambda path, weight: _initialize_one(jax.random.fold_in(key, path_hash(path)), weight), spec)
+    return map_with_path(lambda path, weight: _initialize_one(jax.random.fold_in(key, path_hash(path)), weight), spec)
 
 
 def _initialize_one(key: jax.Array, weight: Weight) -> jax.Array:
     single = weight.unstacked()
     copies = math.prod(weight.shape[: len(weight.batch_axes)])
     keys = jax.vmap(lambda copy: jax.random.fold_in(key, copy))(jnp.arange(copies))
-    return jax.vmap(lambda copy_key: single.init(copy_key, single))(keys).reshape(weight.shape)
+    values = jax.vmap(lambda copy_key: single.init(copy_key, single))(keys).reshape(weight.shape)
+    return times(values, weight.scaling.std)
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x * factor, and x itself for 1: a factor that a model does not have is in no program."""
+    return x if factor == 1 else x * factor
 
 
 def path_hash(path: str) -> int:
@@ -182,11 +220,12 @@ def path_hash(path: str) -> int:
     return zlib.crc32(path.encode()) & 0x7FFFFFFF
 
 
-def _map_with_path(function: Callable[[str, Weight], Any], spec: Spec, prefix: str = "") -> Params:
+def map_with_path(function: Callable[[str, Weight], Any], spec: Spec, prefix: str = "") -> Any:
+    """The same nested dict of `function(path, weight)`."""
     return {
         name: function(prefix + name, child)
         if isinstance(child, Weight)
-        else _map_with_path(function, child, f"{prefix}{name}/")
+        else map_with_path(function, child, f"{prefix}{name}/")
         for name, child in spec.items()
     }
 

@@ -34,7 +34,7 @@ PROGRAMS = [
 FLOORS: list[set[str]] = [
     {"errors"},
     {"schema", "weights", "metrics", "process"},
-    {"record", "devices"},
+    {"record", "devices", "parametrization"},
     {"models", "optim", "data"},
     {"losses", "generate", "hf"},
     {"evaluate", "train"},

@@ -1,5 +1,7 @@
 """What a decoder looks like. One config spans GPT-2, mini-GPT, Llama, Qwen, Gemma, OLMo, Mixtral."""
 
+import dataclasses
+import fractions
 import math
 from typing import Annotated, Literal, NamedTuple
 
@@ -16,6 +18,7 @@ from lmjax.schema import (
     config_class,
     names_in,
     one_of,
+    validated,
 )
 
 MixerKind = Annotated[str, one_of(names_in("lmjax.models.mixers", "MIXERS"))]
@@ -105,6 +108,23 @@ class MoeConfig:
 
 
 @config_class
+class BaseConfig:
+    """The shape at which hyperparameters are known to be good: a parametrization carries them to the model's own.
+
+    Widths that are not set are the model's in proportion to `embed`.
+    """
+
+    embed: Size | None = None
+    layers: PositiveInt | None = None
+    heads: Size | None = None
+    kv_heads: Size | None = None
+    head_dim: Size | None = None
+    """With neither this nor `heads`, heads keep their size, and there are fewer of them."""
+    mlp: Size | None = None
+    """Of every mlp, those of experts too, in proportion to model.mlp."""
+
+
+@config_class
 class ModelConfig:
     """A decoder-only transformer."""
 
@@ -171,11 +191,15 @@ class ModelConfig:
     """On the weights that softmax gives the keys. The reference alone can do it, and holds them all."""
     embed_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    parametrization: Annotated[str, one_of(names_in("lmjax.parametrization", "PARAMETRIZATIONS"))] = "standard"
+    """How initialization, rates and multipliers follow width and depth: docs/mup.md."""
+    base: BaseConfig = BaseConfig()
     init_std: PositiveFloat | None = None
     """Standard deviation of every matrix at the start; None means fan_in ** -0.5."""
     embed_init_std: PositiveFloat = 0.02
     residual_init_scale: NonNegativeFloat | None = None
-    """Multiplies the start of matrices that write to the residual stream; None means (2 * layers) ** -0.5."""
+    """Multiplies the start of matrices that write to the residual stream; None means (2 * layers) ** -0.5, with
+    the layers of `base` where a parametrization says the rest."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmuls; weights are stored in float32."""
@@ -213,6 +237,12 @@ class ModelConfig:
                 f"model.moe leaves all of model.layers={self.layers} dense; lower model.moe.dense_first="
                 f"{self.moe.dense_first} or change model.moe.pattern"
             )
+        if self.parametrization == "standard" and self.base != BaseConfig():
+            raise ConfigError(
+                "model.base is read by a parametrization: set model.parametrization=mup or completep, or leave it out"
+            )
+        if self.parametrization != "standard":
+            self.base_shape  # noqa: B018  # which raises for one that cannot be
 
     @property
     def dims(self) -> dict[str, int]:
@@ -236,7 +266,30 @@ class ModelConfig:
     def residual_scale(self) -> float:
         """What the start of matrices that write to the residual stream is multiplied by: 2 L of them add up to its
         size (GPT-2)."""
-        return (2 * self.layers) ** -0.5 if self.residual_init_scale is None else self.residual_init_scale
+        return (2 * self.base_shape.layers) ** -0.5 if self.residual_init_scale is None else self.residual_init_scale
+
+    @property
+    def score_scale(self) -> float:
+        """What query . key is multiplied by: 1 / sqrt(head_dim) at the base shape, and from there on as 1 / head_dim,
+        since queries and keys that have learned are not independent (Yang et al. 2022, arXiv:2203.03466, 4.1)."""
+        base = self.attention_scale or self.base_shape.dims["head_dim"] ** -0.5
+        return base / self.growth["head_dim"]
+
+    @property
+    def base_shape(self) -> "ModelConfig":
+        """The model at the base shape; itself under the standard parametrization."""
+        return self if self.parametrization == "standard" else base_shape(self)
+
+    @property
+    def growth(self) -> dict[str, float]:
+        """The size of every named axis over that of the base shape."""
+        base = self.base_shape.dims
+        return {axis: size / base[axis] for axis, size in self.dims.items()}
+
+    @property
+    def depth(self) -> float:
+        """The number of layers over that of the base shape."""
+        return self.layers / self.base_shape.layers
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -258,6 +311,53 @@ class ModelConfig:
 
     def window_of(self, kind: LayerKind) -> int | None:
         return self.window if kind.mixer == "local" else None
+
+
+def base_shape(cfg: ModelConfig) -> ModelConfig:
+    """A parametrized model at its base shape. Raises ConfigError for a base that is not given, or no model's."""
+    if cfg.base.embed is None or cfg.base.layers is None:
+        raise ConfigError(
+            f"model.parametrization={cfg.parametrization} needs the shape where the learning rate is known to be good: "
+            "set model.base.embed and model.base.layers"
+        )
+    return reshaped(cfg, cfg.base, "model.base")
+
+
+def reshaped(cfg: ModelConfig, shape: BaseConfig, where: str) -> ModelConfig:
+    """The standard model like `cfg` of another shape, what that does not say in proportion to its embed.
+
+    Raises ConfigError for a size that would not be whole, and for no model's shape; its message begins with `where`.
+    """
+
+    def whole(name: str, size: fractions.Fraction) -> int:
+        if size.denominator != 1:
+            raise ConfigError(f"{where}: {name} would be {float(size):g} in proportion to the other sizes; set it")
+        return int(size)
+
+    dims, embed = cfg.dims, shape.embed or cfg.embed
+    mlps = fractions.Fraction(embed, cfg.embed) if shape.mlp is None else fractions.Fraction(shape.mlp, cfg.mlp)
+    attention = fractions.Fraction(embed, cfg.embed) * dims["heads"] * dims["head_dim"]
+    kept = dims["head_dim"] if shape.heads is None else whole("head_dim", attention / shape.heads)
+    head_dim = shape.head_dim or kept
+    heads = shape.heads or whole("heads", attention / head_dim)
+    kv_heads = shape.kv_heads or whole("kv_heads", fractions.Fraction(dims["kv_heads"] * heads, cfg.heads))
+    values = dataclasses.asdict(cfg) | {
+        "embed": embed,
+        "layers": shape.layers or cfg.layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "mlp": whole("mlp", mlps * cfg.mlp),
+        "parametrization": "standard",
+        "base": {},
+    }
+    for name in ("mlp", "shared_mlp"):
+        if values["moe"][name] is not None:
+            values["moe"][name] = whole(f"moe.{name}", mlps * values["moe"][name])
+    try:
+        return validated(ModelConfig, values)
+    except ConfigError as error:
+        raise ConfigError(f"{where} is the shape of no model: {error}") from None
 
 
 def require_learning(cfg: ModelConfig) -> None:

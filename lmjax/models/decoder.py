@@ -29,6 +29,7 @@ from lmjax.models.pipeline import pipelined
 from lmjax.models.position import rotations, sinusoidal
 from lmjax.models.read import cast, dense, head, read
 from lmjax.models.remat import REMAT
+from lmjax.parametrization import parametrize, stream_factor
 from lmjax.weights import (
     Initializer,
     Params,
@@ -40,6 +41,7 @@ from lmjax.weights import (
     map_weights,
     normal,
     stacked,
+    times,
 )
 
 
@@ -111,7 +113,7 @@ def weights(cfg: ModelConfig, stds: Scalars | None = None) -> Spec:
             str(slot): stacked(bind(block_weights(cfg, kind, into, out), cfg.dims), repeats, axis)
             for slot, kind in enumerate(period)
         }
-    return spec
+    return parametrize(cfg.parametrization, spec, cfg.growth, cfg.depth)
 
 
 def scaled(scale: Any, start: Initializer) -> Initializer:
@@ -176,7 +178,7 @@ def add_to_stream(
         h_BTD = norm(p[f"{part}_output_norm"], h_BTD, cfg)
     if cfg.dropout:
         h_BTD = dropout(h_BTD, context.keys_B, context.rates["dropout"], layer, site)
-    x_BTD = x_BTD + h_BTD
+    x_BTD = x_BTD + times(h_BTD, stream_factor(cfg.parametrization, cfg.depth))
     return norm(p[f"{part}_output_norm"], x_BTD, cfg) if cfg.norm_position == "post" else x_BTD
 
 
@@ -333,7 +335,7 @@ def unembed(params: Params, x: jax.Array, *, spec: Spec, cfg: ModelConfig) -> ja
     weight: Weight = spec["embed" if cfg.tied else "unembed"]
     w = dense(weight, params[name])
     w_DV = cast(weight, w if name == "unembed" else w.T, cfg.dtype)
-    logits = linear(x, w_DV, dtype=jnp.float32)
+    logits = linear(times(x, weight.scaling.logits), w_DV, dtype=jnp.float32)
     return softcap(logits, cfg.logit_softcap)
 
 

@@ -42,11 +42,18 @@ def newton_schulz(x: jax.Array) -> jax.Array:
 def orthogonalize(weight: Weight, update: jax.Array) -> jax.Array:
     """0.2 sqrt(max side) U V' of the update of a matrix [inputs, outputs], and of each in a stack.
 
+    Its entries have the size of AdamW's. But AdamW's step has one large singular value, which grows as the square root
+    of both sides, and U V' has all of them alike. So the step of a parametrized weight is that of its base shape times
+    sqrt(grown in * grown out): then the rate, 1 / grown in, leaves a spectral norm that changes as sqrt(grown out /
+    grown in), which is what keeps activations of one size (Yang et al. 2023, arXiv:2310.17813, condition 1).
+
     All heads of a projection form one matrix. On a mesh a device holds whole matrices while it iterates: some of the
     layers, where their number allows.
     """
     single, copies = weight.unstacked(), weight.shape[: len(weight.batch_axes)]
     sides = single.fan_in, math.prod(single.shape) // single.fan_in
     matrices = gather.gather_copies(update, weight.batch_axes).reshape(*copies, *sides)
-    step = ADAMW_RMS * math.sqrt(max(sides)) * newton_schulz(matrices)
+    grown_in, grown_out = weight.scaling.grown_in, weight.scaling.grown_out
+    largest = max(sides[0] / grown_in, sides[1] / grown_out) * grown_in * grown_out
+    step = ADAMW_RMS * math.sqrt(largest) * newton_schulz(matrices)
     return mesh.constrain(step.reshape(weight.shape), *weight.names)

@@ -12,7 +12,7 @@ from lmjax.devices.mesh import replicated, shardings
 from lmjax.optim.config import OptimizerConfig
 from lmjax.optim.rules import OPTIMIZERS, RATES, Rate
 from lmjax.optim.schedules import SCHEDULES, Hyper
-from lmjax.weights import Params, Spec, Weight, abstract, map_weights
+from lmjax.weights import Params, Spec, Weight, abstract, map_weights, times
 
 
 class Update(Protocol):
@@ -54,7 +54,8 @@ def build(cfg: OptimizerConfig, spec: Spec, rate: Rate | None = None) -> Optimiz
     def update(
         grads: Params, state: Any, params: Params, hyper: Hyper, step: jax.Array, norm: jax.Array
     ) -> tuple[Params, Any]:
-        directions, state = rule(spec, hyper).update(clip(grads, norm, hyper), state, params)
+        grads = map_weights(lambda weight, g: times(g, weight.scaling.gradient), spec, clip(grads, norm, hyper))
+        directions, state = rule(spec, hyper).update(grads, state, params)
         for multiplier in rates:
             directions = scale_by_weight(multiplier, spec, directions, hyper)
         now = learning_rate(step, hyper)

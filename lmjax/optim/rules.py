@@ -16,19 +16,22 @@ from lmjax.optim.adafactor import scale_by_factored_rms
 from lmjax.optim.muon import is_hidden_matrix, orthogonalize
 from lmjax.optim.schedules import Hyper
 from lmjax.optim.stacking import per_weight
-from lmjax.weights import Params, Spec, Weight, decays, map_weights
+from lmjax.weights import Params, Spec, Weight, decays, map_weights, times
 
 
 def decay(spec: Spec, hyper: Hyper) -> optax.GradientTransformation:
     """Decoupled weight decay: add `weight_decay * w` to the direction of every weight that `weights.decays`.
 
     The learning rate multiplies it, as in optax and PyTorch: an update takes away learning_rate * weight_decay * w.
+    Before that the direction is multiplied by the rate of a parametrized weight, which has no part in its decay.
     """
 
     def add(updates: Params, params: Params) -> Params:
-        return map_weights(
-            lambda weight, u, p: u + hyper["weight_decay"] * p if decays(weight) else u, spec, updates, params
-        )
+        def direction(weight: Weight, u: jax.Array, p: jax.Array) -> jax.Array:
+            u = times(u, weight.scaling.rate)
+            return u + hyper["weight_decay"] * p if decays(weight) else u
+
+        return map_weights(direction, spec, updates, params)
 
     return optax.stateless(add)
 

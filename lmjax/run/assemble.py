@@ -17,6 +17,7 @@ from lmjax.optim import optimizers
 from lmjax.optim.config import hyper
 from lmjax.optim.optimizers import Optimizer, state_shardings
 from lmjax.optim.schedules import Hyper
+from lmjax.parametrization import check_scaled
 from lmjax.process import group
 from lmjax.tasks.task import Task
 from lmjax.train.objective import scalar_arrays
@@ -43,6 +44,7 @@ class Experiment(NamedTuple):
 def assemble(task: Task, devices: list[Any] | None = None) -> Experiment:
     """What trains a task, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
     require_learning(task.cfg.model)
+    check_scaled(task.cfg.model.parametrization, task.spec)
     if (parameters := count(task.spec).total) > _MOST_PARAMETERS:
         raise ConfigError(f"the model would have {parameters:,} parameters, more than can be held; make it smaller")
     return Experiment(task, optimizers.build(task.cfg.optimizer, task.spec), make_mesh(task.cfg, devices))

@@ -56,7 +56,7 @@ def self_attention(
         q_BTNH, k_BTKH = rotate(q_BTNH, by), rotate(k_BTKH, by)
 
     score = Score(
-        scale=cfg.attention_scale or cfg.dims["head_dim"] ** -0.5,
+        scale=cfg.score_scale,
         softcap=cfg.attention_softcap,
         slopes_N=alibi_slopes(cfg.heads) if cfg.position == "alibi" else None,
         dropout=pair_dropout(context.keys_B, cfg, context.rates, layer),
