@@ -291,6 +291,12 @@ def _advice(cfg: Config, rule: Rule, by_hand: Collection[str], said: Mapping[str
         logger.warning(
             "hyperparameters=%s: the rule was fitted to dense models; N is what a token passes through", name
         )
+    if cfg.model.parametrization != "standard":
+        logger.warning(
+            "hyperparameters=%s: the rule follows the model's size, and model.parametrization=%s does so again",
+            name,
+            cfg.model.parametrization,
+        )
     scale, batch = _scale(cfg), (said.get("train.batch") or cfg.train.batch) * cfg.data.seq_len
     for warning in rule.warnings(scale, batch):
         logger.warning("hyperparameters=%s: %s", name, warning)

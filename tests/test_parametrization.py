@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.config import Config
+from lmjax.config import Config, load
 from lmjax.data.config import DataConfig
 from lmjax.errors import ConfigError
+from lmjax.hf.families import family_for
 from lmjax.models import decoder
 from lmjax.models.config import BaseConfig, ModelConfig, MoeConfig
 from lmjax.optim import optimizers
@@ -254,6 +256,21 @@ def test_bases_that_cannot_be_are_refused(settings: dict, says: str) -> None:
     cfg = {"vocab": 61, "embed": 64, "heads": 4, "kv_heads": 1, "mlp": 128, "layers": 4}
     with pytest.raises(ValueError, match=says):
         ModelConfig(**{**cfg, **settings})
+
+
+def test_hugging_faces_configs_have_no_field_for_it() -> None:
+    family_for(LARGE)
+    with pytest.raises(ConfigError, match=r"model\.parametrization=mup multiplies logits"):
+        family_for(grown())
+
+
+def test_a_rule_that_follows_size_as_well_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    settings = ["hyperparameters=nanochat", "optimizer.learning_rate=0.001"]
+    quickstart = str(Path(__file__).parent.parent / "configs" / "quickstart.py")
+    load(quickstart, settings)
+    assert "does so again" not in caplog.text
+    load(quickstart, [*settings, "model.parametrization=mup", "model.base.embed=64", "model.base.layers=2"])
+    assert "model.parametrization=mup does so again" in caplog.text
 
 
 def test_the_base_shape_is_in_proportion() -> None:

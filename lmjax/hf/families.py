@@ -335,6 +335,11 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
 
 def family_for(cfg: ModelConfig) -> Family:
     """The first family that a model can be written as. Raises ConfigError with what keeps it from being each one."""
+    if cfg.parametrization != "standard":
+        raise ConfigError(
+            f"model.parametrization={cfg.parametrization} multiplies logits, scores and what layers add: no Hugging "
+            "Face config has a field for that"
+        )
     reasons = []
     for family in FAMILIES.values():
         try:
