@@ -1,4 +1,4 @@
-"""The command line: lmjax prepare, plan, train, evaluate, generate, convert, inspect, verify; see commands.py."""
+"""The command line: lmjax train, prepare, plan, evaluate, generate and others; each is a function in commands.py."""
 
 import argparse
 import difflib
@@ -35,6 +35,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def widths(text: str) -> tuple[int, ...]:
+    """Two or more sizes, by commas; in their order."""
+    found = tuple(sorted(set(map(count, text.split(",")))))
+    if len(found) < 2:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not two widths or more, as in 64,128,256")
+    return found
+
+
 def gigabytes(text: str) -> float:
     try:
         size = float(text)
@@ -65,6 +73,7 @@ def parser() -> Parser:
 
     _train_arguments(command(commands.train))
     _plan_arguments(command(commands.plan))
+    _coordinates_arguments(command(commands.coordinates))
     _prepare_arguments(command(commands.prepare))
     _evaluate_arguments(command(commands.evaluate))
     _generate_arguments(command(commands.generate))
@@ -104,6 +113,16 @@ def _plan_arguments(sub: Parser) -> None:
     sub.add_argument("--minutes", type=float, default=10.0, help="how long --search may compile")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.epilog = "exit code 2: it does not fit. Any setting: --config.mesh.fsdp=64 (see docs/config.md)"
+
+
+def _coordinates_arguments(sub: Parser) -> None:
+    sub.add_argument("config", metavar="FILE.py[:ARG]", help="a config file (Python code)")
+    sub.add_argument("--widths", type=widths, default=(64, 128, 256, 512), metavar="W,W,...", help="of model.embed")
+    sub.add_argument("--larger-heads", action="store_true", help="as the model gets wider, instead of more of them")
+    sub.add_argument("--updates", type=count, default=10)
+    sub.add_argument("--seeds", type=count, default=3)
+    sub.add_argument("--out", type=path, default="coordinates.png", metavar="FILE.png", help="the figure")
+    sub.epilog = "any setting: --config.model.parametrization=mup (see docs/mup.md)"
 
 
 def _prepare_arguments(sub: Parser) -> None:
@@ -204,7 +223,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = main.parse_known_args(rest)
     if unknown:
         raise ConfigError(f"unexpected argument '{unknown[0]}'{_hint(unknown[0], main, arguments.command)}")
-    if overrides and arguments.command not in ("train", "plan"):
+    if overrides and arguments.command not in ("train", "plan", "coordinates"):
         raise ConfigError(f"lmjax {arguments.command} takes no --config.{overrides[0]}")
     arguments.overrides = overrides
     return arguments

@@ -95,6 +95,35 @@ def plan(arguments: Arguments) -> int:
     return 0
 
 
+def coordinates(arguments: Arguments) -> int:
+    """Whether activations and their updates keep their size as a config's model gets wider, with a figure."""
+    from etils import epath
+
+    from lmjax import config
+    from lmjax.process import start_up
+
+    out = epath.Path(arguments.out)
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out={out}: there is no directory {out.parent}; make it, or choose another")
+    cfg = config.load(arguments.config, arguments.overrides)
+    start_up.enable_compile_cache()
+    from lmjax import coordinates
+    from lmjax.record.files import write_atomically
+    from lmjax.run import dry_run
+
+    cfg = dry_run.with_known_vocab(cfg)
+    models = [coordinates.at_width(cfg.model, width, larger_heads=arguments.larger_heads) for width in arguments.widths]
+    measured = [
+        coordinates.measure(dataclasses.replace(cfg, model=model), updates=arguments.updates, seeds=arguments.seeds)
+        for model in models
+    ]
+    print(coordinates.table(coordinates.slopes(arguments.widths, measured)))
+    title = f"{cfg.model.parametrization}, {cfg.optimizer.name}"
+    write_atomically(out, coordinates.figure(arguments.widths, measured, title))
+    print(f"{out}: the figure")
+    return 0
+
+
 def prepare(arguments: Arguments) -> int:
     """Turn text into a directory of token shards."""
     from lmjax.data.config import PrepareConfig

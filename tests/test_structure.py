@@ -41,7 +41,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"tasks", "cells"},
     {"run"},
-    {"plan"},
+    {"plan", "coordinates"},
     {"commands"},
     {"__main__"},
 ]
