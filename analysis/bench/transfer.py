@@ -74,7 +74,7 @@ class Run(NamedTuple):
 def make_config(optimizer: str, shape: Shape, out: Path) -> Config:
     """Its seed and its learning rate are those of each run."""
     recipe = PrepareConfig(inputs=("stdlib:",), tokenizer=TokenizerConfig(kind="bytes"), seed=2)
-    base = {} if shape.parametrization == "standard" else {"base": BaseConfig(embed=WIDTH, layers=LAYERS)}
+    standard = shape.parametrization == "standard"
     model = ModelConfig(
         context=SEQ_LEN,
         embed=WIDTH,
@@ -83,7 +83,7 @@ def make_config(optimizer: str, shape: Shape, out: Path) -> Config:
         mlp=4 * WIDTH,
         parametrization=shape.parametrization,
         unroll=1.0,
-        **base,
+        base=BaseConfig() if standard else BaseConfig(embed=WIDTH, layers=LAYERS),
     )
     return Config(
         model=at_depth(at_width(model, shape.width), shape.layers),
