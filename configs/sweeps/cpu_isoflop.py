@@ -1,6 +1,6 @@
 """An IsoFLOP sweep that two CPU cores train in minutes: the first scaling plot on a new machine.
 
-Reproduces  the shape of Hoffmann et al. (2022), approach 2, in miniature: at each of three budgets four sizes of one
+Reproduces  the shape of Hoffmann et al. (2022), approach 2, in miniature: at each of three budgets five sizes of one
             family of models, on the source code of Python's own standard library. Each budget has its lowest loss
             inside its sizes, and the optimum moves to larger models as the budget grows. With `:branches` the runs of
             a size share their first steps: they branch from one trunk, and each decays at its own end.
@@ -22,9 +22,9 @@ VOCAB, SEQ_LEN, BATCH = 1024, 128, 8
 
 # FLOPs -> (width, layers) of its models.
 BUDGETS = {
-    1.7e11: [(16, 2), (24, 2), (32, 2), (48, 2)],
-    5e11: [(24, 2), (32, 2), (48, 2), (64, 2)],
-    1.5e12: [(32, 2), (48, 2), (64, 2), (96, 3)],
+    1.5e11: [(16, 2), (24, 2), (32, 2), (40, 2), (48, 2)],
+    4.5e11: [(24, 2), (32, 2), (40, 2), (48, 2), (64, 2)],
+    1.35e12: [(32, 2), (48, 2), (64, 2), (80, 2), (96, 3)],
 }
 
 
@@ -59,7 +59,7 @@ def get_config(how: str = "apart") -> ConfigDict:
 
 def sweep(how: str = "apart") -> Iterable[Overrides]:
     cells: list[Overrides] = [
-        {"tracking.name": f"{flops:.1e}-d{width}", **cell(shape(width, layers), flops / flops_per_token(width, layers))}
+        {"tracking.name": f"{flops:.2e}-d{width}", **cell(shape(width, layers), flops / flops_per_token(width, layers))}
         for flops, models in BUDGETS.items()
         for width, layers in models
     ]
@@ -84,7 +84,7 @@ def branches(cells: Iterable[Overrides]) -> Iterable[Overrides]:
 
 def shapes() -> list[Overrides]:
     """For sweeps that grow."""
-    return [shape(width, max(2, width // 32)) for width in (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)]
+    return [shape(width, max(2, width // 32)) for width in (16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)]
 
 
 def shape(width: int, layers: int) -> Overrides:
