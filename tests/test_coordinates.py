@@ -13,6 +13,7 @@ import pytest
 from lmjax import parametrization
 from lmjax.config import Config
 from lmjax.coordinates import Sizes, Slopes, at_width, measure, slopes, table
+from lmjax.data.config import DataConfig
 from lmjax.models.config import BaseConfig, ModelConfig, MoeConfig
 from lmjax.optim import rules
 from lmjax.optim.config import OptimizerConfig
@@ -55,7 +56,8 @@ def parametrized(cfg: ModelConfig, name: str = "mup") -> ModelConfig:
 def run(model: ModelConfig, optimizer: str, **settings: Any) -> Sizes:
     """Without clipping, which would hide a gradient that is too large."""
     settings = {"learning_rate": RATES[optimizer], "clip_norm": None, **settings}
-    return measure(Config(model=model, optimizer=OptimizerConfig(name=optimizer, **settings)), seeds=8)
+    data = DataConfig(seq_len=model.context)
+    return measure(Config(model=model, data=data, optimizer=OptimizerConfig(name=optimizer, **settings)), seeds=8)
 
 
 @functools.cache
