@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -103,7 +104,10 @@ def _train_arguments(sub: Parser) -> None:
     several.add_argument("--processes", metavar="N")
     several.add_argument("--process-id", metavar="I", help="of this process, from 0")
     several.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="for all to meet")
-    sub.epilog = "any setting: --config.train.steps=100 (see docs/config.md)"
+    sub.epilog = (
+        "any setting: --config.train.steps=100 (see docs/config.md). Many runs through one step: what they share, then "
+        "after `--` what is each one's own, -- --workdir=runs/a --config.train.seed=1 -- --workdir=runs/b ..."
+    )
 
 
 def _plan_arguments(sub: Parser) -> None:
@@ -225,8 +229,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"unexpected argument '{unknown[0]}'{_hint(unknown[0], main, arguments.command)}")
     if overrides and arguments.command not in ("train", "plan", "coordinates"):
         raise ConfigError(f"lmjax {arguments.command} takes no --config.{overrides[0]}")
-    arguments.overrides = overrides
+    arguments.overrides, arguments.words = overrides, argv
     return arguments
+
+
+def split_runs(argv: Sequence[str]) -> list[list[str]]:
+    """The arguments of each of the runs that stand after a `--`, `train SHARED -- RUN -- RUN`, with what they share
+    before its own; of the one command where there is none."""
+    shared, *own = [list(words) for separator, words in itertools.groupby(argv, "--".__eq__) if not separator] or [[]]
+    if own and shared[:1] != ["train"]:
+        raise ConfigError(f"`--` stands between runs of lmjax train; lmjax {' '.join(shared[:1])} takes none")
+    return [[*shared, *words] for words in own] or [shared]
 
 
 def _hint(word: str, main: Parser, command: str) -> str:
@@ -241,12 +254,12 @@ def main() -> NoReturn:
     argv = sys.argv[1:]
 
     def command() -> int:
-        arguments = parse(argv)
+        arguments, *others = map(parse, split_runs(argv))
         if arguments.command in ("train", "evaluate", "generate"):
             start_up.tune_allocator()
         if arguments.command == "convert":
             start_up.return_freed_memory()
-        return arguments.function(arguments)
+        return commands.train_together([arguments, *others]) if "--" in argv else arguments.function(arguments)
 
     ending.run_main(command, debug="--debug" in argv)
 

@@ -250,3 +250,15 @@ def fixed(cfg: Config) -> dict[str, Any]:
 def program(cfg: Config) -> str:
     """A hash of what is `fixed`: cells of one program may train together."""
     return hash_text(json.dumps(fixed(cfg), sort_keys=True))
+
+
+def check_together(cfg: Config, first: Config) -> None:
+    """Raise ConfigError for a run that cannot train in one step with the `first`."""
+    here, there = fixed(cfg), fixed(first)
+    for key in {**there, **here}:
+        if here.get(key) != there.get(key):
+            was, now = (settings(one).get(key) for one in (first, cfg))
+            raise ConfigError(
+                f"{key} is {now!r} here, but {was!r} in the first run of the stack: what trains together may differ in "
+                "seeds and scalars alone; train this run by itself"
+            )

@@ -4,21 +4,21 @@ Heavy imports wait until a command needs them, so that `--help` and a mistyped a
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import shlex
-import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lmjax.errors import CheckpointError, ConfigError, StallError
+from lmjax.process import ending
 from lmjax.schema import validated
 
 if TYPE_CHECKING:
     from lmjax.data.tokenizers.tokenizer import Tokenizer
+    from lmjax.run.run import Options
 
 Arguments = argparse.Namespace
 
@@ -26,12 +26,9 @@ Arguments = argparse.Namespace
 def train(arguments: Arguments) -> int:
     """Train a config in a work directory, or go on where an earlier attempt stopped. Finished: does nothing."""
     from lmjax import config
-    from lmjax.process import ending, start_up
+    from lmjax.process import start_up
 
-    overrides = arguments.overrides
-    if arguments.init_from is not None:
-        overrides = [*overrides, f"train.init_from={arguments.init_from}"]
-    cfg = config.load(arguments.config, overrides)
+    cfg = config.load(arguments.config, _train_overrides(arguments))
     start_up.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
     if arguments.dry_run:
         from lmjax.run import dry_run
@@ -51,16 +48,48 @@ def train(arguments: Arguments) -> int:
     given = {name: value for name, value in flags.items() if value is not None}
     on_loss = functools.partial(ending.exit_now, code=StallError.exit_code)
     group.start(os.environ | given, timeout=arguments.start_timeout, on_loss=on_loss)
-    options = run.Options(
+    with group.naming_lost_peers("training"), ending.within_memory("train.batch, data.seq_len or the model's size"):
+        code = run.run(cfg, arguments.workdir, _train_options(arguments))
+    group.finish()
+    return code
+
+
+def train_together(runs: Sequence[Arguments]) -> int:
+    """Train many configs at once through one step, each in its own work directory as `train` does."""
+    from lmjax import config
+    from lmjax.process import cluster, start_up
+
+    for flag in ("dry_run", "profile", "coordinator", "processes", "process_id"):
+        if any(getattr(one, flag) for one in runs):
+            raise ConfigError(f"{_flag(flag)} is of one run alone; leave it out, or name no runs after `--`")
+    place = cluster.detect(os.environ)
+    if place is not None and place.processes > 1:
+        raise ConfigError(f"runs that train together need one process, this is one of {place.processes}; start one")
+    cfgs = [config.load(one.config, _train_overrides(one)) for one in runs]
+    start_up.enable_compile_cache()
+    ending.leave_on_sigterm()
+    from lmjax.run import stack
+    from lmjax.run.workdir import locate
+
+    return stack.train(
+        [stack.Member(cfg, locate(one.workdir), _train_options(one)) for cfg, one in zip(cfgs, runs, strict=True)]
+    )
+
+
+def _train_overrides(arguments: Arguments) -> list[str]:
+    start = [] if arguments.init_from is None else [f"train.init_from={arguments.init_from}"]
+    return [*arguments.overrides, *start]
+
+
+def _train_options(arguments: Arguments) -> "Options":
+    from lmjax.run.run import Options
+
+    return Options(
         profile=arguments.profile,
         allow_config_change=arguments.allow_config_change,
         allow_data_change=arguments.allow_data_change,
-        command=shlex.join(["lmjax", *sys.argv[1:]]),
+        command=shlex.join(["lmjax", *arguments.words]),
     )
-    with group.naming_lost_peers("training"), _within_memory("train.batch, data.seq_len or the model's size"):
-        code = run.run(cfg, arguments.workdir, options)
-    group.finish()
-    return code
 
 
 def plan(arguments: Arguments) -> int:
@@ -158,7 +187,7 @@ def evaluate(arguments: Arguments) -> int:
             f"{arguments.workdir} names no data set: give --data=DIR, made by lmjax prepare TEXT --out=DIR "
             f"--tokenizer-file={arguments.workdir}/tokenizer"
         )
-    with _within_memory("--batch or --seq-len"):
+    with ending.within_memory("--batch or --seq-len"):
         results = evaluate_trained(
             trained,
             paths,
@@ -201,7 +230,7 @@ def generate(arguments: Arguments) -> int:
     prompts = arguments.prompt or [""]
     asked = _conversations(arguments, trained.tokenizer) if arguments.chat else prompts
     shown = [""] * len(prompts) if arguments.chat else prompts
-    with _within_memory("--tokens, --beams or the number of prompts"):
+    with ending.within_memory("--tokens, --beams or the number of prompts"):
         if len(prompts) == 1 and cfg.beams == 1:
             pieces = decode.stream(trained.model, trained.params, trained.tokenizer, asked[0], cfg)
             print(shown[0], end="", flush=True)
@@ -213,17 +242,6 @@ def generate(arguments: Arguments) -> int:
     for prompt, opening, generation in zip(prompts, shown, generations, strict=True):
         print(f"--- {prompt!r}\n{opening}{generation.text}")
     return 0
-
-
-@contextlib.contextmanager
-def _within_memory(sizes: str) -> Iterator[None]:
-    """Sizes that the machine cannot hold are the user's to lower, not a bug."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ConfigError(f"this takes more memory than there is; lower {sizes}") from error
 
 
 def _conversations(arguments: Arguments, tokenizer: "Tokenizer") -> list[list[int]]:

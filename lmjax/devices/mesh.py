@@ -103,13 +103,19 @@ def _nearest_divisors(size: int, of: int) -> str:
     return " or ".join(map(str, nearest))
 
 
+def own_devices() -> list[Any]:
+    """Those that this thread computes on: the one that `jax.default_device` names, else all."""
+    one = jax.config.jax_default_device
+    return [one] if isinstance(one, jax.Device) else jax.devices()
+
+
 def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of `cfg` over `devices` (default: all), which may be those of a topology that is not here.
+    """The mesh of `cfg` over `devices` (default: this thread's), which may be those of a topology that is not here.
 
     The devices along the last axes are neighbours in the network; those along `slices` are in different slices.
     Raises ConfigError when the sizes do not fit.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = own_devices() if devices is None else list(devices)
     sizes = axis_sizes(cfg, len(devices))
     shape = tuple(sizes.values())
     devices = devices[: math.prod(shape)]

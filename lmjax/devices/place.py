@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmjax.devices.mesh import replicated
+from lmjax.devices.mesh import own_devices, replicated
 from lmjax.devices.rows import AnyBatch, map_arrays, row_sharding, time_order
 from lmjax.process import group
 
@@ -39,7 +39,7 @@ def shard_array(x: np.ndarray, names: str, mesh: jax.sharding.Mesh | None, size:
     This is the one place where tokens are put in `rows.time_order`; sums over tokens do not see it.
     """
     if mesh is None:
-        return jax.device_put(x, jax.devices()[0])
+        return jax.device_put(x, own_devices()[0])
     rows = local_rows(mesh, size)
     if "time" in names.split():
         axis = names.split().index("time")

@@ -1,6 +1,7 @@
 """Whole splits of prepared data under a model: which rows are scored, and how they share a mesh."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
@@ -20,8 +21,10 @@ from lmjax.models.model import Model
 from lmjax.weights import Params
 
 
+@functools.cache
 def float32(cfg: ModelConfig) -> Model:
-    """The same model computing in float32: what every reported number is measured with."""
+    """The same model computing in float32: what every reported number is measured with. Runs of one process share it,
+    and so its compiled programs."""
     return architectures.build(dataclasses.replace(cfg, dtype="float32"))
 
 

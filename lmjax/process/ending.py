@@ -1,5 +1,6 @@
 """How a process ends: one line on stderr and an exit code that a scheduler can act on."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -7,11 +8,11 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, LmjaxError, one_line
+from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, one_line
 from lmjax.process import group
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
@@ -25,30 +26,37 @@ def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
     """
     try:
         sys.exit(function() or DONE)
-    except LmjaxError as error:
-        _fail(one_line(error), error.exit_code, debug)
-    except KeyboardInterrupt:
-        _fail("interrupted", 128 + signal.SIGINT, debug)
     except BrokenPipeError:  # whoever read our output has left, as `| head` does
         os._exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno in _STORAGE_ERRNOS:
-            _fail(f"storage: {one_line(error)}; free or mend it and run again", CheckpointError.exit_code, debug)
-        _fail_bug(error, debug)
-    except Exception as error:
-        _fail_bug(error, debug)
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = explained(error)
+        if debug:
+            traceback.print_exc()
+        exit_now(message, code)
 
 
-def _fail_bug(error: Exception, debug: bool) -> NoReturn:
+def explained(error: BaseException) -> tuple[int, str]:
+    """The exit code that an error ends a run with, and what is said of it; the traceback of a bug is kept in a file."""
+    if isinstance(error, LmjaxError):
+        return error.exit_code, one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        return CheckpointError.exit_code, f"storage: {one_line(error)}; free or mend it and run again"
     with tempfile.NamedTemporaryFile("w", prefix="lmjax-traceback-", suffix=".txt", delete=False) as file:
-        file.write(traceback.format_exc())
-    _fail(f"{type(error).__name__}: {one_line(error)} (this is a bug; traceback in {file.name})", BUG, debug)
+        traceback.print_exception(error, file=file)
+    return BUG, f"{type(error).__name__}: {one_line(error)} (this is a bug; traceback in {file.name})"
 
 
-def _fail(message: str, code: int, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    exit_now(message, code)
+@contextlib.contextmanager
+def within_memory(sizes: str) -> Iterator[None]:
+    """Sizes that the machine cannot hold are the user's to lower, not a bug."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(f"this takes more memory than there is; lower {sizes}") from error
 
 
 def exit_now(message: str, code: int) -> NoReturn:

@@ -81,6 +81,11 @@ def _cpu_kind() -> str:
     return hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
 
 
+def cpu_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Versions, devices and source revision, for reports and run records."""
     import jax
@@ -93,7 +98,7 @@ def environment() -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": cpu_cores(),
         **git_revision(),
     }
 

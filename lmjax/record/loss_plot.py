@@ -1,11 +1,15 @@
 """The picture of a run: its losses over tokens."""
 
 import io
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 
 from lmjax.record.history import Record
+
+_drawing = threading.Lock()
+"""Matplotlib is for one thread at a time, and runs that train together may end together."""
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -25,6 +29,11 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 def plot_loss(record: Record) -> bytes:
     """PNG of training loss (faint, and smoothed) and validation losses over tokens."""
+    with _drawing:
+        return _plotted(record)
+
+
+def _plotted(record: Record) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 

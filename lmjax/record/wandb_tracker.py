@@ -77,7 +77,7 @@ class WandbTracker:
             self._off = True
             logger.warning("wandb is off from here on (%s); metrics.jsonl has everything", why)
             # Left to itself wandb would wait for its dead or stuck service when the process exits.
-            threading.Thread(target=_tear_down, name="lmjax-wandb-teardown", daemon=True).start()
+            threading.Thread(target=_leave, args=(self,), name="lmjax-wandb-teardown", daemon=True).start()
 
     def _init(self, info: dict[str, Any]) -> None:
         if self._cfg.wandb == "offline" or not self._try_online(info):
@@ -94,7 +94,7 @@ class WandbTracker:
             self._open("online", info)
         except wandb.Error as error:  # no key, no network, no such entity
             logger.warning("wandb cannot be reached: %s", one_line(error, 200))
-            _tear_down()  # else the service holds the run id
+            _leave(self)  # else the service holds the run id
             return False
         return True
 
@@ -103,7 +103,12 @@ class WandbTracker:
 
         # Silent also keeps wandb from prompting for a key; console capture and metadata would record secrets.
         settings = wandb.Settings(
-            silent=True, console="off", save_code=False, x_disable_meta=True, init_timeout=self._INIT_SECONDS
+            silent=True,
+            console="off",
+            save_code=False,
+            x_disable_meta=True,
+            init_timeout=self._INIT_SECONDS,
+            reinit="create_new",  # others may train in this process
         )
         self._run = wandb.init(
             project=self._cfg.project,
@@ -119,17 +124,27 @@ class WandbTracker:
             config=info,
             settings=settings,
         )
+        with _changing:
+            _users.add(self)
 
     def _finish(self, status: Status) -> None:
         self._run.summary["status"] = status
         if status == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if status == "finished" else 1)
-        _tear_down()  # only now is an offline run wholly on the disk
+        _leave(self)  # only now is an offline run wholly on the disk
 
 
-def _tear_down() -> None:
+_users: set[WandbTracker] = set()
+"""Those of this process that use wandb's service: one for each run that trains in it."""
+_changing = threading.Lock()
+
+
+def _leave(tracker: WandbTracker) -> None:
+    """Stop the service, once no other run uses it."""
     import wandb
 
-    with contextlib.suppress(Exception):
-        wandb.teardown()
+    with _changing, contextlib.suppress(Exception):
+        _users.discard(tracker)
+        if not _users:
+            wandb.teardown()

@@ -22,7 +22,7 @@ from lmjax.process import group
 from lmjax.tasks.task import Task
 from lmjax.train.objective import scalar_arrays
 from lmjax.train.state import TrainState, zero_counters
-from lmjax.train.step import Step, make_step
+from lmjax.train.step import StackedStep, Step, make_step, stacked
 from lmjax.weights import Params, abstract, count
 
 _MOST_PARAMETERS = 1 << 44  # 16 bytes of state for each are 256 TiB
@@ -117,6 +117,13 @@ def compiled_step(experiment: Experiment) -> Step:
     return in_mesh
 
 
+def stacked_step(experiment: Experiment) -> StackedStep:
+    """The train step of many runs as one, on one device, compiled anew for each number of them; the experiment is any
+    of theirs."""
+    step = make_step(experiment.task.objective, experiment.optimizer, microbatches=experiment.cfg.train.microbatches)
+    return jax.jit(stacked(step), donate_argnums=0)
+
+
 def abstract_batch(experiment: Experiment) -> Any:
     """Shapes, dtypes and shardings of a batch: what the step is compiled for."""
 
@@ -202,4 +209,4 @@ def spec_shardings(spec: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
 
 def on_one_device() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(meshes.own_devices()[0])

@@ -1,5 +1,6 @@
 """The train command: start or resume, train, evaluate, sample, save, report."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -38,6 +39,7 @@ from lmjax.tasks.registry import TASKS
 from lmjax.tasks.task import Task
 from lmjax.train.loop import Periodic, Reader, train
 from lmjax.train.state import TrainState
+from lmjax.train.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +54,26 @@ class Options(NamedTuple):
     command: str = ""
 
 
+class Means(NamedTuple):
+    """What a run trains by: of its own where it is alone, shared where many train together."""
+
+    preemption: Preemption
+    watchdog: Watchdog
+    step: Step
+
+
+@contextlib.contextmanager
+def alone(experiment: Experiment) -> Iterator[Means]:
+    with Preemption() as preemption, Watchdog(experiment.cfg.train.step_timeout) as watchdog:
+        yield Means(preemption, watchdog, assemble.compiled_step(experiment))
+
+
 def run(
-    cfg: Config, workdir: epath.PathLike, options: Options, make_task: Callable[[Config], Task] | None = None
+    cfg: Config,
+    workdir: epath.PathLike,
+    options: Options,
+    make_task: Callable[[Config], Task] | None = None,
+    means: Callable[[Experiment], contextlib.AbstractContextManager[Means]] = alone,
 ) -> int:
     """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is.
 
@@ -75,8 +95,8 @@ def run(
         branch.begin(workdir, cfg)
         task = (make_task or TASKS[cfg.task])(cfg)
         experiment = assemble.assemble(task)
-        with Preemption() as preemption, Watchdog(cfg.train.step_timeout) as watchdog:
-            return Run(experiment, workdir, options, preemption, watchdog).train()
+        with means(experiment) as given:
+            return Run(experiment, workdir, options, given).train()
 
 
 def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
@@ -117,18 +137,11 @@ class Interrupted(Exception):  # noqa: N818
 class Run:
     """One attempt at a run, from its newest checkpoint (or the start) to its end (or a preemption)."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        workdir: epath.Path,
-        options: Options,
-        preemption: Preemption,
-        watchdog: Watchdog,
-    ) -> None:
+    def __init__(self, experiment: Experiment, workdir: epath.Path, options: Options, means: Means) -> None:
         self.experiment, self.task, self.cfg = experiment, experiment.task, experiment.cfg
         self.mesh = experiment.mesh
         self.workdir, self.options = workdir, options
-        self.preemption, self.watchdog = preemption, watchdog
+        self.preemption, self.watchdog, self.step = means
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.cfg.checkpoint)
         self.evaluations: dict[int, dict[str, Any]] = {}
         """By step, what evaluation found."""
@@ -211,7 +224,7 @@ class Run:
         return train(
             state,
             self.frozen,
-            assemble.compiled_step(self.experiment),
+            self.step,
             self.batches(),
             start=self.progress.start,
             steps=self.cfg.train.steps,

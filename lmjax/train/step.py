@@ -1,5 +1,6 @@
 """The one train step: gradient, finite gate, update. Everything it does not need to know is an argument."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -54,6 +55,29 @@ def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int =
         return TrainState(params, opt_state, state.hyper, count_step(state.counters, finite)), metrics
 
     return step
+
+
+class StackedStep(Protocol):
+    def __call__(
+        self, states: Sequence[TrainState], frozens: Sequence[Params], batches: Sequence[Any]
+    ) -> Sequence[tuple[TrainState, Metrics]]:
+        """One step of each of many runs."""
+
+
+def stacked(step: Step) -> StackedStep:
+    """The step of many runs that differ in the values of their arrays alone, scalar hyperparameters and seeds among
+    them: on a leading axis, by vmap."""
+
+    def stack(trees: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def steps(
+        states: Sequence[TrainState], frozens: Sequence[Params], batches: Sequence[Any]
+    ) -> Sequence[tuple[TrainState, Metrics]]:
+        made = jax.vmap(step)(stack(states), stack(frozens), stack(batches))
+        return [jax.tree.map(lambda x, run=run: x[run], made) for run in range(len(states))]
+
+    return steps
 
 
 def sample_keys(seed: jax.Array, ids_B: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from lmjax import __main__ as program
-from lmjax import commands
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.data.tokenizers.load import train_tokenizer
@@ -24,6 +23,7 @@ from lmjax.hf.imported import CONFIG, Imported, read_checkpoint, write_checkpoin
 from lmjax.hf.tokenizer_json import as_json
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
+from lmjax.process import ending
 from lmjax.run.trained import load_trained
 from lmjax.weights import by_path, initialize
 
@@ -228,9 +228,9 @@ def contents(places: dict[str, Path]) -> dict[Path, bytes]:
 def test_no_memory_is_no_bug() -> None:
     for error in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
         with pytest.raises(ConfigError, match="more memory than there is; lower --tokens"), \
-                commands._within_memory("--tokens"):  # fmt: skip
+                ending.within_memory("--tokens"):  # fmt: skip
             raise error
-    with pytest.raises(RuntimeError, match="other"), commands._within_memory("--tokens"):
+    with pytest.raises(RuntimeError, match="other"), ending.within_memory("--tokens"):
         raise RuntimeError("other")
 
 

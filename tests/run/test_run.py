@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from lmjax import config
@@ -34,17 +33,6 @@ AS_IT_IS = run.Options()
 ALLOWED = run.Options(allow_config_change=True, allow_data_change=True)
 
 Train = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        (directory / name).mkdir()
-        for number in range(20):
-            (directory / name / f"{number}.txt").write_text(" ".join(rng.choice(list("abcdefgh"), 300)))
-    return directory
 
 
 @pytest.fixture
