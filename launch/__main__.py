@@ -6,7 +6,7 @@ sweep    the cells of a config file: python -m launch sweep configs/sweeps/cpu_i
 status   what they are at, from their files; exit code 0 once all are done
 logs     what a cell printed
 stop     have those that run save and end
-cell     one of them: what an engine starts
+cell     one of them, or several together: what an engine starts
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from etils import epath
 
-from launch import cell, job, local, manifest, page, status
+from launch import cell, job, local, manifest, page, stack, status
 from launch.engines import ENGINES
 from lmjax.errors import BUG, DONE, ConfigError
 from lmjax.process import ending
@@ -81,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("directory", metavar="DIR")
     sub.add_argument("index", type=int, metavar="CELL")
     command("stop", "have the cells that run save and end", _stop).add_argument("directory", metavar="DIR")
-    sub = command("cell", "train one cell, or go on with it: what an engine starts", _cell)
+    sub = command("cell", "train one cell, or several together, or go on: what an engine starts", _cell)
     sub.add_argument("directory", metavar="DIR")
-    sub.add_argument("index", type=int, metavar="CELL")
+    sub.add_argument("indices", type=_indices, metavar="CELL[,CELL...]")
     return parser
 
 
@@ -111,6 +111,7 @@ def _engine_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--spot", action="store_true", help="on machines that may be taken away")
     sub.add_argument("--yes", action="store_true", help="do not ask before money is spent")
     _price_arguments(sub)
+    stack.add_arguments(sub)
     for name, engine in ENGINES.items():
         engine.add_arguments(sub.add_argument_group(f"--engine={name}"))
 
@@ -128,6 +129,13 @@ def _goal_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch", type=int, default=4, help="cells at a time")
     sub.add_argument("--smallest", type=float, default=1e4, metavar="N", help="parameters of the smallest model")
     sub.add_argument("--largest", type=float, default=1e12, metavar="N", help="and of the largest")
+
+
+def _indices(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of different cells, such as 3,4,5")
+    return list(map(int, words))
 
 
 def _ratios(text: str) -> tuple[float, float]:
@@ -191,12 +199,12 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 def _stop(arguments: argparse.Namespace) -> int:
     sweep = manifest.read(arguments.directory)
-    jobs = [job.of(sweep.name, arguments.directory, entry.index, entry.flops) for entry in sweep.cells]
+    jobs = [job.of(sweep.name, arguments.directory, [entry]) for entry in sweep.cells]
     return ENGINES[sweep.engine].stop(sweep.name, arguments.directory, jobs)
 
 
 def _cell(arguments: argparse.Namespace) -> int:
-    return cell.run(arguments.directory, arguments.index)
+    return cell.run(arguments.directory, arguments.indices)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,5 @@
-"""One cell of a sweep: `python -m launch cell DIR 3` trains it, or goes on with it, and notes how that ended.
+"""Cells of a sweep: `python -m launch cell DIR 3` trains one, or goes on with it, and notes how that ended; `python -m
+launch cell DIR 3,4,5` trains them together, through one step.
 
 `DIR/attempts/0003.jsonl` has a line when an attempt starts and one when it ends; `DIR/logs/0003.log` has what it
 printed (of a sweep in a bucket the engine's own tool has that). SIGTERM and Ctrl-C reach the training, which saves and
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ from launch.local import Guard
 from launch.manifest import Entry, Manifest
 from lmjax.cells import texts
 from lmjax.errors import LmjaxError, one_line
-from lmjax.process import cluster
+from lmjax.process import cluster, labels
 from lmjax.record import files
 from lmjax.record.jsonl import JsonLines
 
@@ -32,37 +33,87 @@ _LAST_LINE = 300
 """Letters that are kept of what a failed attempt said last."""
 
 
-def run(directory: str, index: int) -> int:
+def run(directory: str, indices: Sequence[int]) -> int:
     """Returns the exit code of the training. Raises ConfigError for a cell that is not there."""
     sweep = manifest.read(directory)
-    entry = manifest.entry(sweep, index)
+    entries = [manifest.entry(sweep, index) for index in indices]
     place = cluster.detect(os.environ)
     process = 0 if place is None else place.process
     root = epath.Path(directory)
-    if process == 0:
-        note(root / entry.attempts, {"event": "started", "host": socket.gethostname(), "pid": os.getpid()})
-    try:
-        if process == 0:
-            join_wandb(root / entry.workdir, entry.run_id)
-        with log(root / entry.log, process) as file:
-            code, last = train([sys.executable, "-m", "lmjax", *arguments(sweep, entry, directory)], file)
-    except LmjaxError as error:
-        code, last = error.exit_code, one_line(error, _LAST_LINE)
-        print(f"lmjax: error: {last}", file=sys.stderr)
-    if process == 0:
-        note(root / entry.attempts, {"event": "ended", "code": code, "last": last})
+    with contextlib.ExitStack() as stack:
+        cells = {
+            epath.Path(entry.workdir).name: Cell(root, entry, process, stack, together=len(entries))
+            for entry in entries
+        }
+        try:
+            if process == 0:
+                for entry in entries:
+                    join_wandb(root / entry.workdir, entry.run_id)
+            code = train([sys.executable, "-m", "lmjax", *arguments(sweep, entries, directory)], cells)
+            said = None
+        except LmjaxError as error:
+            code, said = error.exit_code, one_line(error, _LAST_LINE)
+            print(f"lmjax: error: {said}", file=sys.stderr)
+        for cell in cells.values():
+            cell.end(code, said)
     return code
 
 
-def arguments(sweep: Manifest, entry: Entry, directory: str) -> list[str]:
-    """Of `lmjax` for a cell; what varies, its size and its budget are keys of its config in wandb already."""
+class Cell:
+    """What is noted of a cell as it trains: its log, and how its attempt ended."""
+
+    def __init__(
+        self, root: epath.Path, entry: Entry, process: int, stack: contextlib.ExitStack, *, together: int
+    ) -> None:
+        self._attempts = root / entry.attempts if process == 0 else None
+        self._last, self._ended = "", False
+        shared = {"together": together} if together > 1 else {}
+        self._note({"event": "started", "host": socket.gethostname(), "pid": os.getpid(), **shared})
+        self._log = stack.enter_context(log(root / entry.log, process))
+
+    def hear(self, line: bytes, *, error: bool) -> None:
+        """A line that it printed, on stderr where it is an `error`."""
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # a full disk must not stop it
+                self._log.write(line)
+                self._log.flush()
+        text = line.decode(errors="replace").strip()
+        if error and (ended := labels.ENDED.fullmatch(text)):
+            self.end(int(ended[1]))
+        elif error and text:
+            self._last = text
+
+    def end(self, code: int, said: str | None = None) -> None:
+        """Its attempt ended; where it did before, among others that went on, that stands."""
+        if not self._ended:
+            self._ended = True
+            last = said if said is not None else self._last[:_LAST_LINE] if code else ""
+            self._note({"event": "ended", "code": code, "last": last})
+
+    def _note(self, values: Mapping[str, Any]) -> None:
+        if self._attempts is not None:
+            note(self._attempts, values)
+
+
+def arguments(sweep: Manifest, entries: Sequence[Entry], directory: str) -> list[str]:
+    """Of `lmjax` for cells; what varies, its size and its budget are keys of its config in wandb already."""
+    place = directory.rstrip("/")
     group = [] if any(text.startswith("tracking.group=") for text in sweep.common) else [f"tracking.group={sweep.name}"]
-    own = dict(entry.overrides)
-    if entry.trunk is not None:
-        own["train.branch_from"] = f"{directory.rstrip('/')}/{sweep.cells[entry.trunk].workdir}@{entry.first_step}"
-    settings = [*group, *sweep.common, *texts(own)]
-    workdir = f"{directory.rstrip('/')}/{entry.workdir}"
-    return ["train", f"--config={sweep.config}", *(f"--config.{text}" for text in settings), f"--workdir={workdir}"]
+    shared = [f"--config={sweep.config}", *(f"--config.{text}" for text in [*group, *sweep.common])]
+    own = [
+        [*(f"--config.{text}" for text in texts(overrides(sweep, entry, place))), f"--workdir={place}/{entry.workdir}"]
+        for entry in entries
+    ]
+    if len(own) == 1:
+        return ["train", *shared, *own[0]]
+    return ["train", *shared, *(word for words in own for word in ["--", *words])]
+
+
+def overrides(sweep: Manifest, entry: Entry, place: str) -> dict[str, Any]:
+    """The cell's own settings, those of a branch with its trunk's work directory in the sweep's `place`."""
+    if entry.trunk is None:
+        return entry.overrides
+    return entry.overrides | {"train.branch_from": f"{place}/{sweep.cells[entry.trunk].workdir}@{entry.first_step}"}
 
 
 def join_wandb(workdir: epath.Path, run_id: str) -> None:
@@ -73,19 +124,21 @@ def join_wandb(workdir: epath.Path, run_id: str) -> None:
             files.write_atomically(workdir / "wandb_id", run_id + "\n")
 
 
-def train(command: list[str], log: IO[bytes] | None) -> tuple[int, str]:
-    """(exit code, what it said last on stderr). What it prints comes out here, and in the log."""
-    last = [""]
+def train(command: list[str], cells: Mapping[str, Cell]) -> int:
+    """The exit code. What it prints comes out here, and is heard by the cell whose label it has; by all without one."""
 
-    def pump(source: IO[bytes], target: IO[bytes], remember: bool) -> None:
+    def pump(source: IO[bytes], target: IO[bytes], error: bool) -> None:
         for line in source:
-            if remember and line.strip():
-                last[0] = line.decode(errors="replace").strip()
-            for one in (target, log):
-                if one is not None:
-                    with contextlib.suppress(OSError):  # a full disk, or a reader that has left, must not stop it
-                        one.write(line)
-                        one.flush()
+            labelled = labels.LABELLED.match(line.decode(errors="replace")) if len(cells) > 1 else None
+            cell = cells.get(labelled[1]) if labelled else None
+            if labelled and cell:
+                cell.hear(labelled[2].encode(), error=error)
+            else:
+                for one in cells.values():
+                    one.hear(line, error=error)
+            with contextlib.suppress(OSError):  # a reader that has left must not stop it
+                target.write(line)
+                target.flush()
 
     with Guard() as guard:
         process = subprocess.Popen(
@@ -111,7 +164,7 @@ def train(command: list[str], log: IO[bytes] | None) -> tuple[int, str]:
         code = process.wait()
         for one in pumps:
             one.join(timeout=2)  # a pipe that somebody else still holds open is not waited for
-    return (code if code >= 0 else 128 - code), last[0][:_LAST_LINE] if code else ""
+    return code if code >= 0 else 128 - code
 
 
 def note(path: epath.Path, values: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from etils import epath
 from analysis import forecast, growth
 from analysis.design import Candidates
 from analysis.growth import Goal, Grow, Recommendation, Stop
-from launch import job, manifest, page, price, status
+from launch import manifest, page, price, stack, status
 from launch.engines import ENGINES
 from launch.family import Family, family
 from launch.job import Hardware
@@ -138,7 +138,7 @@ def grown(directory: epath.Path, base: Manifest, members: Family, decision: Grow
 def started(sweep: Manifest, directory: epath.Path, cells: Sequence[Entry], arguments: argparse.Namespace) -> int:
     """PREEMPTED: there is more to do when these have ended."""
     hardware = Hardware(sweep.accelerator, sweep.nodes, sweep.spot)
-    jobs = [job.of(sweep.name, str(directory), entry.index, entry.flops) for entry in cells]
+    jobs = stack.jobs(sweep.name, str(directory), cells, arguments)
     engine = ENGINES[sweep.engine]
     engine.render(sweep.name, str(directory), jobs, hardware, arguments)
     ask_for(cells, arguments)

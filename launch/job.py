@@ -1,4 +1,4 @@
-"""What an engine starts: a job is one cell of a sweep, whichever machine it runs on.
+"""What an engine starts: a job is one cell of a sweep, or a stack of them, whichever machine it runs on.
 
     python -m launch cell DIR 3
 
@@ -6,6 +6,9 @@ trains cell 3 of the sweep in DIR, or goes on with it; finished, it does nothing
 75, and then the same command goes on. Other exit codes are final until somebody starts the sweep again: 0 done, 2
 config, 3 data, 4 storage, 5 diverged, 6 a peer lost. An engine has to run that command on every host of the job, to run
 it again after 75, 6 and the loss of a machine, and to give it time to save. It needs to know nothing else.
+
+`cell DIR 3,4,5` trains those together. Its code is 75 while one of them is to go on, otherwise that of the first that
+failed.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from launch.manifest import Entry
 from lmjax.errors import PREEMPTED, StallError
 
 RETRIED = (PREEMPTED, StallError.exit_code)
@@ -36,9 +40,10 @@ class Hardware(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One cell."""
+    """One cell, or a stack of them."""
 
     index: int
+    """Of the first."""
     name: str
     """Of the sweep and the cell; at most 40 of a-z, 0-9 and -, as Kubernetes wants it."""
     command: tuple[str, ...]
@@ -47,6 +52,12 @@ class Job:
     """What is left of its price; the dearest go first."""
     after: int | None = None
     """The cell that has to end before it starts."""
+    others: tuple[int, ...] = ()
+    """The cells that train with the first."""
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        return (self.index, *self.others)
 
 
 class Engine(Protocol):
@@ -78,10 +89,12 @@ class Engine(Protocol):
         """Ask those that wait or run to save and end."""
 
 
-def of(name: str, directory: str, index: int, flops: float, after: int | None = None) -> Job:
-    """The job of cell `index` of the sweep called `name`, run by this interpreter."""
-    command = (sys.executable, "-m", "launch", "cell", directory, str(index))
-    return Job(index, dns_name(name[:34], str(index)), command, {}, flops, after)
+def of(name: str, directory: str, cells: Sequence[Entry], after: int | None = None) -> Job:
+    """The job of cells of the sweep called `name`, run by this interpreter."""
+    first, *others = (cell.index for cell in cells)
+    command = (sys.executable, "-m", "launch", "cell", directory, ",".join(map(str, (first, *others))))
+    flops = sum(cell.own_flops for cell in cells)
+    return Job(first, dns_name(name[:34], str(first)), command, {}, flops, after, tuple(others))
 
 
 def dns_name(*words: str) -> str:

@@ -47,6 +47,8 @@ class Entry:
     """The same for cells that differ in the learning rate alone."""
     factor: float = 1.0
     """Its learning rate over that in the bracket's middle."""
+    program: str = ""
+    """The same for cells that may train together; older sweeps do not say."""
 
     step_bytes: float | None = None
     """That its step needs on one device, where XLA was asked."""

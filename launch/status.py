@@ -125,12 +125,13 @@ def _started(notes: Sequence[Line]) -> list[Line]:
 
 
 def _hours(notes: Sequence[Line], logged: Sequence[Line]) -> float:
-    """Of all attempts; one without an end counts up to its last line of metrics."""
+    """Of all attempts; one without an end counts up to its last line of metrics. Cells that train together share the
+    time."""
     seconds = 0.0
     for number, line in enumerate(notes):
         if line["event"] == "started":
             after = notes[number + 1] if number + 1 < len(notes) else (logged[-1] if logged else line)
-            seconds += max(0.0, after["time"] - line["time"])
+            seconds += max(0.0, after["time"] - line["time"]) / line.get("together", 1)
     return seconds / 3600
 
 

@@ -15,12 +15,12 @@ from importlib import metadata
 
 from etils import epath
 
-from launch import ahead, job, manifest, page, price, status, table, trunks
+from launch import ahead, manifest, page, price, stack, status, table, trunks
 from launch.engines import ENGINES
 from launch.job import Hardware, Job
 from launch.manifest import Entry, Manifest
 from launch.price import Price
-from lmjax.cells import Cell, load_cells, shown
+from lmjax.cells import Cell, load_cells, program, shown
 from lmjax.config import hash_text
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.manifest import read_manifest
@@ -52,13 +52,13 @@ def launch(arguments: argparse.Namespace) -> int:
     chosen = todo(manifest.chosen(wanted, arguments.only), directory)
     sweep = blank(arguments, old.name if old else directory.name)
     hardware, engine = Hardware(arguments.accelerator, arguments.nodes, arguments.spot), ENGINES[arguments.engine]
-    jobs = jobs_of(sweep.name, directory, chosen, wanted, waits=engine.WAITS)
+    jobs = jobs_of(sweep.name, directory, chosen, wanted, arguments)
     rendered = engine.render(sweep.name, str(directory), jobs, hardware, arguments)
     if arguments.dry_run:
         for file, text in rendered.items():
             print(f"--- {file}\n{text}")
         return DONE
-    starting = {job.index for job in jobs}
+    starting = {index for job in jobs for index in job.cells}
     ask_for([entry for entry in chosen if entry.index in starting], arguments)
     with only_launcher(directory):
         sweep = filled(sweep, wanted, prepared(cells))
@@ -95,6 +95,7 @@ def entries(cells: Sequence[Cell], prices: Sequence[Price], round: int = 0) -> l
             round=round,
             bracket=cell.bracket,
             factor=cell.factor,
+            program=program(cell.cfg),
         )
         for index, (cell, priced) in enumerate(zip(cells, prices, strict=True))
     ]
@@ -216,26 +217,29 @@ def todo(chosen: Sequence[Entry], directory: epath.Path) -> list[Entry]:
 
 
 def jobs_of(
-    name: str, directory: epath.Path, chosen: Sequence[Entry], cells: Sequence[Entry], *, waits: bool
+    name: str,
+    directory: epath.Path,
+    chosen: Sequence[Entry],
+    cells: Sequence[Entry],
+    arguments: argparse.Namespace,
 ) -> list[Job]:
-    """What starts the chosen cells. A branch comes after its trunk; where nobody `waits` for that, it is left out.
+    """What starts the chosen cells. A branch comes after its trunk; where the engine does not wait, it is left out.
 
     Raises ConfigError for a branch whose trunk is not done, and not chosen.
     """
-    jobs, left, starting = [], [], {entry.index for entry in chosen}
-    for entry in chosen:
-        after = entry.trunk
-        if after is not None and status.row(directory, cells[after]).state == "done":
-            after = None
-        if after is not None and waits and after not in starting:
-            raise ConfigError(f"cell {entry.index} branches from cell {after}, which is not done; start that, too")
-        if after is None or waits:
-            jobs.append(job.of(name, str(directory), entry.index, entry.own_flops, after))
-        else:
-            left.append(entry)
-    if left:
-        print(f"{len(left)} cells branch from others: the same command starts them when those have ended")
-    return jobs
+    waits, starting = ENGINES[arguments.engine].WAITS, {entry.index for entry in chosen}
+    after = {
+        entry.index: entry.trunk
+        for entry in chosen
+        if entry.trunk is not None and status.row(directory, cells[entry.trunk]).state != "done"
+    }
+    for index, trunk in after.items():
+        if waits and trunk not in starting:
+            raise ConfigError(f"cell {index} branches from cell {trunk}, which is not done; start that, too")
+    if after and not waits:
+        print(f"{len(after)} cells branch from others: the same command starts them when those have ended")
+        chosen, after = [entry for entry in chosen if entry.index not in after], {}
+    return stack.jobs(name, str(directory), chosen, arguments, after)
 
 
 def ask_for(todo: Sequence[Entry], arguments: argparse.Namespace) -> None:

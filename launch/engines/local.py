@@ -35,6 +35,11 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--retries", type=int, default=2, metavar="N", help="local: of a cell that was killed")
 
 
+def at_a_time(arguments: argparse.Namespace) -> int:
+    """How many jobs run at once, where there are as many."""
+    return max(1, arguments.jobs or len(os.sched_getaffinity(0)))
+
+
 def render(
     name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace
 ) -> dict[str, str]:
@@ -49,8 +54,8 @@ def render(
 def submit(name: str, directory: str, jobs: Sequence[Job], hardware: Hardware, arguments: argparse.Namespace) -> int:
     """Train all of them; returns 0, 75 when it was stopped, or 1 when a cell failed."""
     cores = sorted(os.sched_getaffinity(0))
-    at_a_time = min(arguments.jobs or len(cores), len(jobs))
-    shares = [cores[slot::at_a_time] or cores for slot in range(at_a_time)]
+    slots = min(at_a_time(arguments), len(jobs))
+    shares = [cores[slot::slots] or cores for slot in range(slots)]
     waiting = sorted(jobs, key=lambda job: -job.flops)
     with Guard() as guard, _stopping() as stop, _registered(directory):
         return _Pool(directory, waiting, shares, arguments.retries, guard, stop).run()
@@ -137,7 +142,7 @@ class _Pool:
             time.sleep(_POLL_SECONDS)
         self.tell(last=True)
         if self.waiting and not self.stop.requested:
-            print(f"{len(self.waiting)} cells branch from one that failed, and wait")
+            print(f"{sum(len(job.cells) for job in self.waiting)} cells branch from one that failed, and wait")
         return PREEMPTED if self.stop.requested and (self.waiting or self.failed == 0) else BUG if self.failed else DONE
 
     def ready(self) -> Job | None:
@@ -168,8 +173,7 @@ class _Pool:
             if code is None:
                 continue
             del self.running[slot]
-            if code == DONE:
-                self.done.add(job.index)
+            self.done |= self.finished(job, code)
             again = code in RETRIED or code < 0 or code == 128 + signal.SIGKILL
             if self.stop.requested and code == PREEMPTED:
                 self.waiting.append(job)
@@ -178,7 +182,22 @@ class _Pool:
                 self.waiting.insert(0, job)
             elif code != DONE:
                 self.failed += 1
-                print(f"cell {job.index} failed with exit code {code}: launch logs {self.directory} {job.index}")
+                self.say_failed(job, code)
+
+    def finished(self, job: Job, code: int) -> set[int]:
+        """The cells of a job that ended which are done; of several, some may be where others failed."""
+        if code == DONE:
+            return set(job.cells)
+        if not job.others:
+            return set()
+        return {row.index for row in status.rows(self.directory) if row.index in job.cells and row.state == "done"}
+
+    def say_failed(self, job: Job, code: int) -> None:
+        if job.others:
+            cells = ", ".join(map(str, job.cells))
+            print(f"of the cells {cells} the first to fail ended with exit code {code}: launch status {self.directory}")
+        else:
+            print(f"cell {job.index} failed with exit code {code}: launch logs {self.directory} {job.index}")
 
     def end(self) -> None:
         for _, process in self.running.values():

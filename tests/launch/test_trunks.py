@@ -76,7 +76,7 @@ def test_their_own_steps_are_priced(corpus: Path, tmp_path: Path) -> None:
 
 def test_they_start_from_the_directory_of_their_trunk(corpus: Path, tmp_path: Path) -> None:
     sweep = manifest_of(planned(corpus, tmp_path, [*BRANCHES, TRUNK]))
-    given = [cell.arguments(sweep, entry, "/sweeps/first/") for entry in sweep.cells]
+    given = [cell.arguments(sweep, [entry], "/sweeps/first/") for entry in sweep.cells]
     assert "--config.train.branch_from=/sweeps/first/cells/0002@8" in given[1]
     assert not any("branch_from" in argument for argument in given[2])
 
@@ -90,11 +90,12 @@ def test_added_branches_find_their_trunk(corpus: Path, tmp_path: Path) -> None:
 def test_a_branch_waits_for_its_trunk(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = planned(corpus, tmp_path, [*BRANCHES, TRUNK])
     manifest.write(tmp_path, manifest_of(cells))
-    assert [one.after for one in jobs_of("s", tmp_path, cells, cells, waits=True)] == [2, 2, None]
-    assert [one.index for one in jobs_of("s", tmp_path, cells, cells, waits=False)] == [2]
+    here, elsewhere = Namespace(engine="local", jobs=1, stack=1), Namespace(engine="slurm", stack=1)
+    assert [one.after for one in jobs_of("s", tmp_path, cells, cells, here)] == [2, 2, None]
+    assert [one.index for one in jobs_of("s", tmp_path, cells, cells, elsewhere)] == [2]
     assert "2 cells branch from others" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="cell 0 branches from cell 2, which is not done; start that, too"):
-        jobs_of("s", tmp_path, cells[:1], cells, waits=True)
+        jobs_of("s", tmp_path, cells[:1], cells, here)
     assert [row.why for row in status.rows(tmp_path)] == ["comes after cell 2", "comes after cell 2", ""]
 
 
