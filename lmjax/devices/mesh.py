@@ -105,7 +105,7 @@ def _nearest_divisors(size: int, of: int) -> str:
 
 def own_devices() -> list[Any]:
     """Those that this thread computes on: the one that `jax.default_device` names, else all."""
-    one = jax.config.jax_default_device
+    one = jax.config.jax_default_device  # type: ignore[attr-defined]
     return [one] if isinstance(one, jax.Device) else jax.devices()
 
 

@@ -91,19 +91,20 @@ def check_stages(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, cfg: Confi
         raise ConfigError("train.noise_scale: the stages of a pipeline do not tell microbatches apart; leave it off")
 
 
+def plain_step(experiment: Experiment) -> Step:
+    """The train step, not compiled."""
+    train = experiment.cfg.train
+    return make_step(
+        experiment.task.objective,
+        experiment.optimizer,
+        microbatches=train.microbatches,
+        noise_scale=train.noise_scale,
+    )
+
+
 def jitted_step(experiment: Experiment) -> Any:
     """The train step, its state donated, its outputs pinned to the shardings of its inputs; call it in the mesh."""
-    task = experiment.task
-    return jax.jit(
-        make_step(
-            task.objective,
-            experiment.optimizer,
-            microbatches=task.cfg.train.microbatches,
-            noise_scale=task.cfg.train.noise_scale,
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings(experiment), None),
-    )
+    return jax.jit(plain_step(experiment), donate_argnums=0, out_shardings=(shardings(experiment), None))
 
 
 def compiled_step(experiment: Experiment) -> Step:
@@ -120,8 +121,7 @@ def compiled_step(experiment: Experiment) -> Step:
 def stacked_step(experiment: Experiment) -> StackedStep:
     """The train step of many runs as one, on one device, compiled anew for each number of them; the experiment is any
     of theirs."""
-    step = make_step(experiment.task.objective, experiment.optimizer, microbatches=experiment.cfg.train.microbatches)
-    return jax.jit(stacked(step), donate_argnums=0)
+    return jax.jit(stacked(plain_step(experiment)), donate_argnums=0)
 
 
 def abstract_batch(experiment: Experiment) -> Any:

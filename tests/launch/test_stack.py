@@ -70,7 +70,8 @@ def test_cells_of_equal_shapes_train_together_and_are_told_apart(corpus: Path, t
 
 
 def entries(*programs: str) -> list[Entry]:
-    blank: dict[str, Any] = {field.name: None for field in dataclasses.fields(Entry)} | {"flops": 1}
+    blank: dict[str, Any] = {field.name: None for field in dataclasses.fields(Entry)}
+    blank |= {"flops": 1, "steps": 1, "first_step": 0}
     return [Entry(**blank | {"index": i, "program": one, "digest": str(i)}) for i, one in enumerate(programs)]
 
 

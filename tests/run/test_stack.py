@@ -155,6 +155,7 @@ def test_an_error_of_the_step_is_every_runs(load: Load, tmp_path: Path, monkeypa
         (("train.batch=16",), "train.batch is 16 here, but 8"),
         (("data.documents='separate'",), "data.documents is 'separate' here, but 'joined'"),
         (("optimizer.schedule.name='wsd'",), "optimizer.schedule.name is 'wsd' here, but 'cosine'"),
+        (("train.noise_scale=True", "train.microbatches=2"), "train.microbatches is 2 here, but 1"),
         (("train.loss.z_weight=1e-4",), "train.loss.z_weight is 0.0001 here, but 0.0"),
     ],
 )
