@@ -1,5 +1,6 @@
 """Cells that train together in one process, and are told apart in everything else."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 from etils import epath
 
-from launch import stack, status
+from launch import cell, stack, status
 from launch.__main__ import main
+from launch.engines import local
+from launch.job import Hardware, Job
 from launch.manifest import Entry
 from lmjax.errors import ConfigError
 
@@ -50,6 +53,8 @@ def sweep(corpus: Path, out: Path, *flags: str) -> list[str]:
     return ["sweep", config, f"--cells={listed}", f"--out={out}", "--jobs=1", *SHORT, *flags]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_cells_of_equal_shapes_train_together_and_are_told_apart(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     command = [sys.executable, "-m", "launch", *sweep(corpus, out, "--stack=auto")]
@@ -59,7 +64,7 @@ def test_cells_of_equal_shapes_train_together_and_are_told_apart(corpus: Path, t
     assert "of the cells 0, 1, 2 the first to fail ended with exit code 5" in done.stdout
     rows = status.rows(out)
     assert [row.state for row in rows] == ["done", "failed", "done", "done"]
-    assert rows[1].why.startswith("exit code 5: lmjax: error: step 3: the loss or its gradient was not finite")
+    assert rows[1].why.startswith("exit code 5: lmjax: error: step 4: the loss or its gradient was not finite")
     assert rows[0].pid == rows[1].pid == rows[2].pid != rows[3].pid
     logs = [(out / "logs" / f"{index:04d}.log").read_text() for index in range(4)]
     assert [log.count("step 20/20") for log in logs] == [1, 0, 1, 1]
@@ -67,6 +72,37 @@ def test_cells_of_equal_shapes_train_together_and_are_told_apart(corpus: Path, t
     events = [json.loads(line) for line in (out / "attempts" / "0001.jsonl").read_text().splitlines()]
     assert [(event["event"], event.get("code")) for event in events] == [("started", None), ("ended", 5)]
     assert rows[1].spent_hours < rows[0].spent_hours  # it is over when it ends, not when all do
+
+
+def test_each_hears_what_is_its_own(tmp_path: Path) -> None:
+    """What has no label, or that of no cell, is for all; an end stands, whatever comes after it."""
+    say = """
+import sys
+print("[0000] step 1/2\\nfor all\\n[other] too", flush=True)
+print("[0001] lmjax: error: diverged\\n[0001] lmjax: exit code 5", file=sys.stderr, flush=True)
+print("[0000] saving\\n[0000] lmjax: exit code 0", file=sys.stderr)
+sys.exit(5)
+"""
+    with contextlib.ExitStack() as opened:
+        cells = {
+            f"{entry.index:04d}": cell.Cell(epath.Path(tmp_path), entry, 0, opened, together=2)
+            for entry in entries("a", "a")
+        }
+        code = cell.train([sys.executable, "-c", say], cells)
+        for one in cells.values():
+            one.end(code)
+    assert code == 5
+    logs = [(tmp_path / "logs" / f"000{i}.log").read_text() for i in range(2)]
+    assert [line for line in logs[0].splitlines() if "exit" not in line and "saving" not in line] == [
+        "step 1/2",
+        "for all",
+        "[other] too",
+    ]
+    assert "step 1/2" not in logs[1] and "for all" in logs[1] and "error: diverged" in logs[1]
+    notes = [(tmp_path / "attempts" / f"000{i}.jsonl").read_text().splitlines() for i in range(2)]
+    assert all(json.loads(started)["together"] == 2 for started, _ in notes)
+    ended = [json.loads(end) for _, end in notes]
+    assert [(end["code"], end["last"]) for end in ended] == [(0, ""), (5, "lmjax: error: diverged")]
 
 
 def entries(*programs: str) -> list[Entry]:
@@ -91,6 +127,26 @@ def test_cells_are_dealt_out(programs: str, jobs: int, size: int | None, stacks:
     made = stack.jobs("s", "DIR", entries(*programs), Namespace(engine="local", jobs=jobs, stack=size))
     assert [job.command[-1] for job in made] == stacks
     assert [job.flops for job in made] == [len(cells.split(",")) for cells in stacks]
+
+
+def test_branches_stack_with_those_of_their_trunk() -> None:
+    arguments = Namespace(engine="local", jobs=1, stack=None)
+    made = stack.jobs("s", "DIR", entries(*"aaaaaa"), arguments, after={2: 0, 3: 1, 4: 0})
+    assert [(job.cells, job.after) for job in made] == [((0, 1, 5), None), ((2, 4), 0), ((3,), 1)]
+
+
+@pytest.mark.parametrize(("state", "order"), [("done", "02"), ("failed", "0")])
+def test_a_branch_starts_where_its_trunk_is_done_though_others_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, order: str
+) -> None:
+    rows = [Namespace(index=0, state=state), Namespace(index=1, state="failed")]
+    monkeypatch.setattr(status, "rows", lambda directory: rows)
+    monkeypatch.setattr(status, "headline", lambda rows: "")
+    tell = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(int(sys.argv[3]))"
+    command = (sys.executable, "-c", tell, str(tmp_path / "order"))
+    jobs = [Job(0, "a", (*command, "0", "5"), {}, 1.0, None, (1,)), Job(2, "b", (*command, "2", "0"), {}, 1.0, 0)]
+    assert local.submit("s", str(tmp_path), jobs, Hardware(), Namespace(jobs=1, retries=0)) == 1
+    assert (tmp_path / "order").read_text() == order
 
 
 def test_cells_of_an_older_sweep_train_alone() -> None:
@@ -119,9 +175,8 @@ def test_a_list_of_cells_is_one(cells: str) -> None:
 
 
 def test_time_is_shared_out(tmp_path: Path) -> None:
-    (cell,) = entries("a")
-    cell = dataclasses.replace(cell, steps=1)
-    attempts = tmp_path / cell.attempts
+    (entry,) = entries("a")
+    attempts = tmp_path / entry.attempts
     attempts.parent.mkdir()
     notes = [
         {"event": "started", "time": 0.0, "host": "h", "pid": 1, "together": 4},
@@ -130,4 +185,4 @@ def test_time_is_shared_out(tmp_path: Path) -> None:
         {"event": "ended", "time": 11600.0, "code": 75, "last": ""},
     ]
     attempts.write_text("".join(json.dumps(note) + "\n" for note in notes))
-    assert status.row(epath.Path(tmp_path), cell).spent_hours == 1.5
+    assert status.row(epath.Path(tmp_path), entry).spent_hours == 1.5
