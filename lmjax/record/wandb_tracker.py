@@ -110,6 +110,8 @@ class WandbTracker:
             init_timeout=self._INIT_SECONDS,
             reinit="create_new",  # others may train in this process
         )
+        with _changing:
+            _users.add(self)
         self._run = wandb.init(
             project=self._cfg.project,
             entity=self._cfg.entity,
@@ -124,8 +126,6 @@ class WandbTracker:
             config=info,
             settings=settings,
         )
-        with _changing:
-            _users.add(self)
 
     def _finish(self, status: Status) -> None:
         self._run.summary["status"] = status
