@@ -211,6 +211,8 @@ class Slopes(NamedTuple):
     """Of what it gives before the first update."""
     change: float
     """Of what the updates have changed of that in the end."""
+    tied: bool = False
+    """Whether the head is the table: what a token gives to its own logit is no chance, and does not shrink."""
 
     @property
     def allowed(self) -> tuple[float, float]:
@@ -220,7 +222,7 @@ class Slopes(NamedTuple):
         learn adds up over the width. Scores do where heads get larger.
         """
         low = {"readout": -0.5, "output": -0.5, "product": -0.5}.get(self.site.kind, 0.0)
-        high = 0.0 if self.site.kind == "product" else low
+        high = 0.0 if self.site.kind == "product" or (self.site.kind == "readout" and self.tied) else low
         # A tied table is a readout, which as a lookup gives what an input does.
         return (low, high) if self.site.name != "embed" else (0.0, 0.0)
 
@@ -241,11 +243,13 @@ def slopes(sizes: Sequence[int], measured: Sequence[Sizes]) -> list[Slopes]:
         values = np.array([of(one, [site.name for site in one.sites].index(name)) for one in measured])
         return float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) if np.all(values > 0) else float("nan")
 
+    tied = "embed" in kinds and kinds["embed"].kind == "readout"
     return [
         Slopes(
             kinds[name],
             start=slope(lambda one, site: one.size[0, site], name),
             change=slope(lambda one, site: one.change[-1, site], name),
+            tied=tied,
         )
         for name in common
     ]
