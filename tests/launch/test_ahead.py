@@ -15,6 +15,13 @@ from tests.launch.test_sweep import SHORT, TINY
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX has started in this process, with devices enough."""
+    monkeypatch.setattr(topology, "prepare_process", lambda target: None)
+
+
 CELLS = [{"model.embed": 16}, {"model.embed": 16, "train.seed": 1, "optimizer.learning_rate": 0.01}, {}]
 
 
@@ -60,8 +67,7 @@ def test_what_cannot_be_compiled_for_is_told(
         raise RuntimeError("libtpu is not installed")
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", without_libtpu)
-    monkeypatch.setattr(topology, "prepare_process", lambda target: None)
     (tmp_path / "cells.json").write_text(json.dumps(CELLS))
     flags = [f"--cells={tmp_path / 'cells.json'}", f"--out={tmp_path / 'sweep'}", f"--accelerator={accelerator}"]
     with pytest.raises(ConfigError, match=problem):
-        main(["sweep", f"{TINY}:{corpus}", *flags, "--dry-run", "--compile", *SHORT])
+        main(["sweep", f"{TINY}:{corpus}", *flags, "--dry-run", "--compile", "--config.train.batch=16", *SHORT])
