@@ -20,7 +20,7 @@ from lmjax.devices.mesh import LAYOUTS
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.plan.collectives import collectives
 from lmjax.run import assemble
-from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.registry import without_data
 from lmjax.train.config import TrainConfig
 
 SIZES: dict[str, Any] = {"vocab": 1024, "layers": 4, "embed": 128, "heads": 8, "gated": True, "tied": False}

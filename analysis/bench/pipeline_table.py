@@ -18,7 +18,7 @@ from lmjax.models.flops import matrix_products
 from lmjax.models.pipeline import Schedule
 from lmjax.plan.collectives import collectives
 from lmjax.run import assemble
-from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.registry import without_data
 from lmjax.train.config import TrainConfig
 
 ROWS, LAYERS, EMBED, MLP = 2, 8, 256, 1024

@@ -45,7 +45,7 @@ from lmjax.generate.decode import generate_ids
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
 from lmjax.run.assemble import assemble, compiled_step, initial_state
-from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.registry import without_data
 from lmjax.weights import initialize
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -43,7 +43,7 @@ from lmjax.devices.place import shard_batch
 from lmjax.metrics import finish
 from lmjax.run import assemble
 from lmjax.run.stack import SharedStep, SideBySide, Stacked
-from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.registry import without_data
 
 CONFIG = "configs/sweeps/cpu_isoflop.py"
 SHAPE = ("model.embed=128", "model.layers=4", "model.heads=2", "model.mlp=512")

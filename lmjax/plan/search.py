@@ -28,7 +28,7 @@ from lmjax.plan.step import Plan, make_plan
 from lmjax.plan.topology import Topology
 from lmjax.run import assemble
 from lmjax.schema import validated
-from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.registry import without_data
 from lmjax.weights import count
 
 SEARCHED = (*(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)), "train.microbatches", "model.remat")

@@ -21,7 +21,7 @@ from lmjax.plan.roofline import Estimate, Work
 from lmjax.plan.topology import Topology
 from lmjax.run import assemble
 from lmjax.run.assemble import Experiment
-from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.registry import without_data
 from lmjax.train.accounting import Cost
 from lmjax.train.state import TrainState
 from lmjax.weights import Counts, count

@@ -10,7 +10,7 @@ from lmjax.plan.collectives import by_kind
 from lmjax.plan.search import Search, changes
 from lmjax.plan.step import Plan
 from lmjax.run import dry_run
-from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.registry import without_data
 
 _MEMORY = {
     "params": "params, float32",

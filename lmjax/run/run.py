@@ -93,7 +93,7 @@ def run(
         make_workdir(workdir)
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
         branch.begin(workdir, cfg)
-        task = (make_task or TASKS[cfg.task])(cfg)
+        task = (make_task or TASKS[cfg.task].task)(cfg)
         experiment = assemble.assemble(task)
         with means(experiment) as given:
             return Run(experiment, workdir, options, given).train()

@@ -1,11 +1,27 @@
 """The tasks that `config.task` names."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from lmjax.config import Config
-from lmjax.tasks.pretrain import pretrain
+from lmjax.tasks import pretrain
 from lmjax.tasks.task import Task
 
-TASKS: dict[str, Callable[[Config], Task]] = {
-    "pretrain": pretrain,
+
+class Kind(NamedTuple):
+    """One kind of training."""
+
+    task: Callable[[Config], Task]
+    """What a run trains: data and all."""
+    without_data: Callable[[Config], Task]
+    """The same as far as it is known without data: enough to compile, to plan and to price it."""
+
+
+TASKS: dict[str, Kind] = {
+    "pretrain": Kind(pretrain.pretrain, pretrain.without_data),
 }
+
+
+def without_data(cfg: Config) -> Task:
+    """The task of a config whose vocabulary is known, as `Kind.without_data` has it."""
+    return TASKS[cfg.task].without_data(cfg)
