@@ -48,7 +48,8 @@ def jobs(
             f"--stack={arguments.stack}: --engine={arguments.engine} starts each cell alone; leave it out"
         )
     at_a_time = local.at_a_time(arguments) if arguments.engine == "local" else len(cells)
-    stacks = [stack for same in alike(cells, after) for stack in dealt(same, at_a_time, arguments.stack)]
+    found = [stack for same in alike(cells, after) for stack in dealt(same, at_a_time, arguments.stack)]
+    stacks = sorted(found, key=lambda stack: stack[0].index)
     if len(stacks) < len(cells):
         print(f"{len(cells)} cells in {len(stacks)} processes: those that differ in seeds and scalars alone together")
     return [job.of(name, directory, stack, after.get(stack[0].index)) for stack in stacks]

@@ -28,6 +28,7 @@ BUDGETS = {
 }
 
 
+WAYS = ("apart", "branches")
 WARMUP, DECAY = 20, 0.2
 """Of branches and trunks: steps of the one, share of all steps of the other."""
 KEPT = 100
@@ -35,8 +36,8 @@ KEPT = 100
 
 
 def get_config(how: str = "apart") -> ConfigDict:
-    if how not in ("apart", "branches"):
-        raise ConfigError(f"cpu_isoflop.py:{how}: write cpu_isoflop.py, or cpu_isoflop.py:branches")
+    if how not in WAYS:
+        raise ConfigError(f"cpu_isoflop.py:{how}: the ways are {', '.join(WAYS)}")
     config = default_config()
     recipe = PrepareConfig(inputs=("stdlib:",), tokenizer=TokenizerConfig(kind="bpe", vocab=VOCAB), seed=2)
     config.data.sources = {"stdlib": as_config_dict(SourceConfig(path="data/stdlib-1024", prepare=recipe))}
