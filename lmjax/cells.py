@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -233,28 +234,31 @@ _SWITCHES = (
 """Numbers that the step reads, where they are not 0; at 0 it is another."""
 
 
-def fixed(cfg: Config) -> dict[str, Any]:
+def compiled_settings(cfg: Config) -> dict[str, Any]:
     """What runs have in common that one compiled step can train: all settings but seeds, scalars, and what is done
     between steps."""
 
-    def matches(key: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
-
+    own, shared = (_any_of(patterns) for patterns in (_OWN, _SHARED))
     return {
         key: value != 0 if key in _SWITCHES else value
         for key, value in settings(cfg).items()
-        if matches(key, _SHARED) or not matches(key, _OWN)
+        if shared.match(key) or not own.match(key)
     }
 
 
+@functools.cache
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, patterns)))
+
+
 def program(cfg: Config) -> str:
-    """A hash of what is `fixed`: cells of one program may train together."""
-    return hash_text(json.dumps(fixed(cfg), sort_keys=True))
+    """A hash of its `compiled_settings`: cells of one program may train together."""
+    return hash_text(json.dumps(compiled_settings(cfg), sort_keys=True))
 
 
 def check_together(cfg: Config, first: Config) -> None:
     """Raise ConfigError for a run that cannot train in one step with the `first`."""
-    here, there = fixed(cfg), fixed(first)
+    here, there = compiled_settings(cfg), compiled_settings(first)
     for key in {**there, **here}:
         if here.get(key) != there.get(key):
             was, now = (settings(one).get(key) for one in (first, cfg))

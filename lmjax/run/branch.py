@@ -6,10 +6,6 @@ run that its config says: up to where it begins, both configs mean the same. Its
 past, checkpoint, metrics and ledger, and needs the trunk no more.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -96,27 +92,19 @@ def learning_rates(cfg: Config, step: int) -> np.ndarray:
 def _copy(trunk: epath.Path, step: int, workdir: epath.Path, cfg: Config) -> None:
     """Config, metrics and ledger up to the step, then the checkpoint. Raises CheckpointError for a damaged one."""
     files.write_atomically(workdir / "config.json", configs.to_json(cfg))
-    _copy_lines(trunk / "metrics.jsonl", workdir / "metrics.jsonl", functools.partial(_is_past_metric, step))
-    _copy_lines(trunk / "ledger.jsonl", workdir / "ledger.jsonl", functools.partial(_is_past_entry, step))
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        _copy_past(trunk / name, workdir / name, step)
     saved, target = trunk / "checkpoints" / str(step), workdir / "checkpoints" / str(step)
     if problems := seal.copy(saved, target):
         raise CheckpointError(f"checkpoint {saved} is damaged: {problems[0]}; branch from another step")
     files.write_atomically(workdir / "checkpoints" / steps.SEALED, f"first sealed step: {step}, of {trunk}\n")
 
 
-def _is_past_metric(step: int, line: dict[str, Any]) -> bool:
-    """Of what the trunk said of its end nothing holds here."""
-    return line.get("event", "start") == "start" and line.get("step", 0) <= step
-
-
-def _is_past_entry(step: int, line: dict[str, Any]) -> bool:
-    return line.get("step", 0) <= step
-
-
-def _copy_lines(source: epath.Path, target: epath.Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+def _copy_past(source: epath.Path, target: epath.Path, step: int) -> None:
+    """The lines up to a step; of what the trunk said of its end nothing holds here."""
     target.unlink(missing_ok=True)
     lines = JsonLines(target)
     for line in read_lines(source):
-        if keep(line):
+        if line.get("event", "start") == "start" and line.get("step", 0) <= step:
             lines.write(line)
     lines.close()

@@ -35,17 +35,6 @@ CELLS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    for name in ("a", "b"):
-        (directory / name).mkdir()
-        for number in range(8):
-            text = " ".join(f"{name}{number * word % 97}" for word in range(300))
-            (directory / name / f"{number}.txt").write_text(text)
-    return directory
-
-
 def sweep(corpus: Path, out: Path, *flags: str) -> list[str]:
     listed = out.parent / "cells.json"
     listed.write_text(json.dumps(CELLS))

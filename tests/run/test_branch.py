@@ -31,18 +31,6 @@ DECAYED = ("optimizer.schedule.name=wsd", "optimizer.schedule.decay_fraction=0.3
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    for name in ("a", "b"):
-        (directory / name).mkdir()
-        for number in range(8):
-            (directory / name / f"{number}.txt").write_text(
-                " ".join(f"{name}{number * word % 97}" for word in range(300))
-            )
-    return directory
-
-
-@pytest.fixture(scope="module")
 def place(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Has a trunk, and the branch's config trained from the start."""
     place = tmp_path_factory.mktemp("branches")
