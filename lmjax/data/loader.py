@@ -63,7 +63,7 @@ class _Source:
 
 
 class Loader:
-    """Iterates over batches of training samples, forever, from the global sample index `start` on.
+    """Iterates over batches of training samples, forever, from the global sample index `at` on.
 
     Sample g is a pure function of (`fingerprint`, g): rows, batch size, prefetch and the number of processes only
     choose which samples go into an array together.
@@ -72,7 +72,7 @@ class Loader:
         cfg: what to read.
         batch_size: rows of the global batch.
         rows: the numbers of those rows of it that this process makes; all by default.
-        start: a sample index, or the `state` of a loader to go on from.
+        at: a sample index, or the `state` of a loader to go on from.
         allow_data_change: take a state of other data or another mixture: a source whose own order is unchanged goes on
             where it was, also if it was away in between, any other starts from its beginning, with a warning, and the
             fingerprint is a new one.
@@ -87,7 +87,7 @@ class Loader:
         *,
         batch_size: int,
         rows: np.ndarray | None = None,
-        start: LoaderState | int = 0,
+        at: LoaderState | int = 0,
         allow_data_change: bool = False,
     ):
         if not cfg.sources:
@@ -98,8 +98,8 @@ class Loader:
         self._sources = _open_sources(cfg)
         given = [cfg.sources[source.name].weight for source in self._sources]
         self._weights = tuple(MIXTURES[cfg.mixture](given, [source.tokens for source in self._sources]))
-        self.next_sample, self._origin = self._resume(start, allow_data_change)
-        known = {} if isinstance(start, int) else start["sources"]
+        self.next_sample, self._origin = self._resume(at, allow_data_change)
+        known = {} if isinstance(at, int) else at["sources"]
         self._away = {name: position for name, position in known.items() if name not in cfg.sources}
         self.fingerprint = self._fingerprint(self._origin)
         self._mixture = Mixture(
@@ -110,7 +110,7 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from `start` on; batch i holds samples `start + i * batch_size` and following."""
+        """Batches from `at` on; batch i holds samples `at + i * batch_size` and following."""
         import grain
 
         group = max(1, _ELEMENT_TOKENS // (len(self._rows) * self._cfg.seq_len))
@@ -121,9 +121,9 @@ class Loader:
                 raise element
             yield from element
 
-    def batches(self, start: int, count: int) -> list[Batch]:
-        """This process's rows of the `count` batches from sample `start` on. Raises DataError for damaged data."""
-        firsts = start + np.arange(count) * self.batch_size
+    def batches(self, first: int, count: int) -> list[Batch]:
+        """This process's rows of the `count` batches from sample `first` on. Raises DataError for damaged data."""
+        firsts = first + np.arange(count) * self.batch_size
         samples = (firsts[:, None] + self._rows).ravel()
         whole = as_batch(*self._gather(samples), samples, self._cfg.documents)
         return [_rows_of(whole, low, low + len(self._rows)) for low in range(0, len(samples), len(self._rows))]
@@ -181,22 +181,22 @@ class Loader:
         }
         return files.hash_bytes(json.dumps(content, sort_keys=True).encode())
 
-    def _resume(self, start: LoaderState | int, allow_data_change: bool) -> tuple[int, Origin]:
+    def _resume(self, at: LoaderState | int, allow_data_change: bool) -> tuple[int, Origin]:
         """The sample to go on with, and the mixture's origin."""
-        if isinstance(start, int):
-            return start, self._new_origin(0, {source.name: 0 for source in self._sources})
-        origin, next_sample = start["origin"], start["next_sample"]
+        if isinstance(at, int):
+            return at, self._new_origin(0, {source.name: 0 for source in self._sources})
+        origin, next_sample = at["origin"], at["next_sample"]
         same_sources = origin["cursors"].keys() == {source.name for source in self._sources}
         found = self._fingerprint(origin)
-        if same_sources and found == start["fingerprint"]:
+        if same_sources and found == at["fingerprint"]:
             return next_sample, origin
         if not allow_data_change:
             raise DataError(
                 f"the data is not what this run was trained on: fingerprint {found[:16]} now, "
-                f"{start['fingerprint'][:16]} then (data set, seed, seq_len, documents, mixture or weights); "
+                f"{at['fingerprint'][:16]} then (data set, seed, seq_len, documents, mixture or weights); "
                 "restore it, or go on with other data by --allow-data-change"
             )
-        cursors = {source.name: _carried_cursor(source, start["sources"]) for source in self._sources}
+        cursors = {source.name: _carried_cursor(source, at["sources"]) for source in self._sources}
         return next_sample, self._new_origin(next_sample, cursors)
 
     def _new_origin(self, sample: int, cursors: dict[str, int]) -> Origin:
@@ -219,9 +219,9 @@ class _BatchGroups:
         return _ENDLESS
 
     def __getitem__(self, index: int) -> list[Batch] | DataError:
-        start = self._loader.next_sample + int(index) * self._group * self._loader.batch_size
+        first = self._loader.next_sample + int(index) * self._group * self._loader.batch_size
         try:
-            return self._loader.batches(start, self._group)
+            return self._loader.batches(first, self._group)
         except DataError as error:
             return error
 

@@ -182,7 +182,7 @@ class Run:
         assert self.task.source is not None, "a run needs a task with data"
         source = self.task.source(
             rows=local_rows(self.mesh, self.cfg.train.batch),
-            start=meta["data"] if meta else 0,
+            at=meta["data"] if meta else 0,
             allow_data_change=self.options.allow_data_change,
         )
         if group.share("the data", source.fingerprint) != source.fingerprint:

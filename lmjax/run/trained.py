@@ -11,12 +11,13 @@ from lmjax.config import Config, from_json
 from lmjax.data.store.dataset import check_same_tokenizer, open_dataset
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
+from lmjax.errors import ConfigError
 from lmjax.evaluate.likelihood import Evaluation
-from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split, float32
-from lmjax.models import architectures
+from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split
 from lmjax.models.model import Model
 from lmjax.record import checkpoint
-from lmjax.weights import Params, abstract
+from lmjax.tasks.registry import without_data
+from lmjax.weights import Params, Spec, abstract
 
 
 class Trained(NamedTuple):
@@ -24,20 +25,36 @@ class Trained(NamedTuple):
 
     cfg: Config
     model: Model
+    scorer: Model
+    """The model computing in float32."""
     params: Params
     tokenizer: Tokenizer
     step: int
 
 
 def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
-    """The model of a work directory with the parameters of a checkpoint (default: the newest), on one device."""
+    """The model of a work directory with the weights of a checkpoint (default: the newest), on one device.
+
+    Raises ConfigError where no language model was trained, and what reading the checkpoint and the tokenizer does.
+    """
     workdir = epath.Path(workdir)
     cfg = from_json(workdir / "config.json")
-    model = architectures.build(cfg.model)
+    task = without_data(cfg)
+    if task.language is None:
+        raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(model.spec))
-    parts, _, found = checkpoint.restore_parts(workdir, {"params": shapes}, step=step)
-    return Trained(cfg, model, parts["params"], load_tokenizer(workdir / "tokenizer"), found)
+
+    def on_one_device(spec: Spec) -> Params:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(spec))
+
+    parts, _, found = checkpoint.restore_parts(workdir, {"params": on_one_device(task.spec)}, step=step)
+    frozen: Params = {}
+    if task.frozen is not None:
+        shardings = jax.tree.map(lambda _: single, abstract(task.frozen.spec))
+        frozen = task.frozen.start(jax.random.key(cfg.train.seed), task.objective.scalars, shardings)
+    language, tokenizer = task.language, load_tokenizer(workdir / "tokenizer")
+    weights = language.weights(frozen, parts["params"])
+    return Trained(cfg, language.model, language.scorer, weights, tokenizer, found)
 
 
 def evaluate_trained(
@@ -55,7 +72,7 @@ def evaluate_trained(
     """
     if documents is None:
         documents = trained.cfg.data.documents if trained.tokenizer.begin_id is None else "alone"
-    model, results = float32(trained.cfg.model), {}
+    results = {}
     for path in paths:
         dataset = open_dataset(path, cache=trained.cfg.data.cache)
         check_same_tokenizer(
@@ -68,7 +85,7 @@ def evaluate_trained(
         )
         if documents == "alone" or documents == "cut":
             results[path] = evaluate_documents(
-                model,
+                trained.scorer,
                 trained.params,
                 dataset.split(split),
                 trained.tokenizer,
@@ -78,5 +95,5 @@ def evaluate_trained(
             )
         else:
             data = dataclasses.replace(trained.cfg.data, seq_len=seq_len, documents=documents)
-            results[path] = evaluate_split(model, trained.params, dataset.split(split), data, batch=batch)
+            results[path] = evaluate_split(trained.scorer, trained.params, dataset.split(split), data, batch=batch)
     return results

@@ -23,15 +23,14 @@ from lmjax.generate.decode import generate
 from lmjax.generate.slide import generate_past
 from lmjax.models import architectures
 from lmjax.models.flops import sequence_flops
-from lmjax.models.model import Model
 from lmjax.process import group
 from lmjax.schema import validated
 from lmjax.tasks.start import drawn, from_run, pinned
-from lmjax.tasks.task import Evaluate, Task
+from lmjax.tasks.task import Evaluate, Language, Task
 from lmjax.train.accounting import Cost
 from lmjax.train.config import SampleConfig
 from lmjax.train.objective import language_model
-from lmjax.weights import Params, by_path, merge
+from lmjax.weights import Params, by_path
 
 
 def pretrain(cfg: Config) -> Task:
@@ -46,7 +45,7 @@ def pretrain(cfg: Config) -> Task:
     if cfg.train.init_from is not None:
         init_from = group.share("the weights to start from", pinned(cfg.train.init_from))
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=init_from))
-    return with_data(without_data(cfg, data.tokenizer.hash), data, architectures.build(cfg.model), float32(cfg.model))
+    return with_data(without_data(cfg, data.tokenizer.hash), data)
 
 
 def without_data(cfg: Config, tokenizer_hash: str | None = None) -> Task:
@@ -64,19 +63,21 @@ def without_data(cfg: Config, tokenizer_hash: str | None = None) -> Task:
         objective=language_model(model, cfg.train.loss),
         batch=as_batch(rows_BU, rows_BU, np.arange(cfg.train.batch), cfg.data.documents),
         cost=Cost(1, cfg.data.seq_len, flops.six_nd, flops.causal, flops.full),
+        language=Language(architectures.build(cfg.model), float32(cfg.model)),
     )
 
 
-def with_data(task: Task, data: "Data", model: Model, scorer: Model) -> Task:
-    """The task reading and scoring text. `scorer` is `model` computing in float32."""
-    cfg = task.cfg
+def with_data(task: Task, data: "Data") -> Task:
+    """The task reading and scoring text."""
+    assert task.language is not None
+    cfg, language = task.cfg, task.language
     sets = {
         name: dataset.split("valid") for name, dataset in data.datasets.items() if "valid" in dataset.manifest.splits
     }
     return task._replace(
         source=functools.partial(Loader, cfg.data, batch_size=cfg.train.batch),
-        evaluations={"validation": validation(cfg, scorer, sets)},
-        sample=functools.partial(sample_text, model, data.tokenizer, cfg.train.sample)
+        evaluations={"validation": validation(cfg, language, sets)},
+        sample=functools.partial(sample_text, language, data.tokenizer, cfg.train.sample)
         if cfg.train.sample.prompts
         else None,
         baselines=functools.partial(compression_baselines, data.datasets, data.tokenizer)
@@ -139,7 +140,7 @@ def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
 # Evaluation -------------------------------------------------------------------------------------------------------
 
 
-def validation(cfg: Config, scorer: Model, sets: Mapping[str, Any]) -> Evaluate:
+def validation(cfg: Config, language: Language, sets: Mapping[str, Any]) -> Evaluate:
     """Score the same batches of every set each time, as `val/`; at the end also the whole sets, as `val_full/`."""
     size, limit = cfg.train.evaluate_batch or cfg.train.batch, cfg.train.evaluate_batches
 
@@ -154,8 +155,8 @@ def validation(cfg: Config, scorer: Model, sets: Mapping[str, Any]) -> Evaluate:
         def score(limit: int | None) -> dict[str, Any]:
             return {
                 name: evaluate_split(
-                    scorer,
-                    merge(frozen, params),
+                    language.scorer,
+                    language.weights(frozen, params),
                     split,
                     cfg.data,
                     batch=size,
@@ -189,12 +190,12 @@ def check_sample(cfg: SampleConfig, tokenizer: Tokenizer) -> None:
             raise ConfigError(f"train.sample.prompts: {prompt!r}: {error}; change it, or set no prompts: ()") from None
 
 
-def sample_text(model: Model, tokenizer: Tokenizer, cfg: SampleConfig, params: Params, frozen: Params) -> str:
+def sample_text(language: Language, tokenizer: Tokenizer, cfg: SampleConfig, params: Params, frozen: Params) -> str:
     """A text for every prompt, generated on the one device that the weights are on.
 
     It may be longer than a learned table of positions: see generate/slide.py.
     """
-    weights = merge(frozen, params)
+    model, weights = language.model, language.weights(frozen, params)
     tables = [weight.shape[0] for weight in by_path(model.spec).values() if weight.in_axes == ("context",)]
     settings = _sample_settings(cfg)
     if tables:

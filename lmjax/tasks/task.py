@@ -13,10 +13,11 @@ import numpy as np
 from etils import epath
 
 from lmjax.config import Config
+from lmjax.models.model import Model
 from lmjax.tasks.start import Start
 from lmjax.train.accounting import Cost
 from lmjax.train.objective import Objective
-from lmjax.weights import Params, Spec
+from lmjax.weights import Params, Spec, merge
 
 
 class Source(Protocol):
@@ -40,7 +41,7 @@ class Source(Protocol):
 
 
 class MakeSource(Protocol):
-    def __call__(self, *, rows: np.ndarray, start: Mapping[str, Any] | int, allow_data_change: bool = False) -> Source:
+    def __call__(self, *, rows: np.ndarray, at: Mapping[str, Any] | int, allow_data_change: bool = False) -> Source:
         """The source of batches whose `rows` this process feeds, from a sample index or a saved state on."""
 
 
@@ -66,6 +67,16 @@ class Frozen(NamedTuple):
     start: Start
 
 
+class Language(NamedTuple):
+    """What was trained, as a language model: what generating, evaluating and converting read of a work directory."""
+
+    model: Model
+    scorer: Model
+    """The same computing in float32: what every reported number is measured with."""
+    weights: Callable[[Params, Params], Params] = merge
+    """(frozen, params) -> the weights of both; one may be what `models/read.py: dense` takes for an array."""
+
+
 class Task(NamedTuple):
     """What a run trains."""
 
@@ -80,6 +91,8 @@ class Task(NamedTuple):
     cost: Cost
     """Of one sample."""
     frozen: Frozen | None = None
+    language: Language | None = None
+    """None where no language model is trained."""
     source: MakeSource | None = None
     evaluations: Mapping[str, Evaluate] = MappingProxyType({})
     sample: Callable[[Params, Params], str] | None = None

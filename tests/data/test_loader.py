@@ -60,7 +60,7 @@ def test_resuming_at_any_sample_is_never_having_stopped(cfg):
     assert loader.epoch(3000)["b"] > 2
     for sample, batch_size in ((1, 5), (777, 7), (1999, 13), (2500, 100)):
         state = json.loads(json.dumps(loader.state(sample)))
-        resumed = Loader(cfg, batch_size=batch_size, start=state)
+        resumed = Loader(cfg, batch_size=batch_size, at=state)
         found = take(resumed, 500 // batch_size)
         n = len(found["ids_B"])
         assert_equal(found, {name: value[sample : sample + n] for name, value in expected.items()})
@@ -110,12 +110,12 @@ def test_another_stream_is_refused_by_name(cfg, two_sources):
     for change in changes:
         changed = dataclasses.replace(cfg, **change)
         with pytest.raises(DataError, match=r"fingerprint [0-9a-f]{16} now, [0-9a-f]{16} then.*--allow-data-change"):
-            Loader(changed, batch_size=4, start=state)
-        loader = Loader(changed, batch_size=4, start=state, allow_data_change=True)
+            Loader(changed, batch_size=4, at=state)
+        loader = Loader(changed, batch_size=4, at=state, allow_data_change=True)
         assert loader.fingerprint != state["fingerprint"] and next(iter(loader)).ids_B[0] == 100
-    Loader(dataclasses.replace(cfg, prefetch=0, verify="full"), batch_size=9, start=state)
+    Loader(dataclasses.replace(cfg, prefetch=0, verify="full"), batch_size=9, at=state)
     reordered = dict(reversed(two_sources.items()))
-    Loader(dataclasses.replace(cfg, sources=reordered), batch_size=9, start=state)
+    Loader(dataclasses.replace(cfg, sources=reordered), batch_size=9, at=state)
 
 
 def test_a_changed_mixture_carries_on_where_its_sources_were(cfg, two_sources, prepared, numbered_texts):
@@ -123,7 +123,7 @@ def test_a_changed_mixture_carries_on_where_its_sources_were(cfg, two_sources, p
     state = old.state(400)
     third = SourceConfig(path=str(prepared(numbered_texts[:30], name="c")), weight=4.0)
     changed = dataclasses.replace(cfg, sources=two_sources | {"c": third})
-    loader = Loader(changed, batch_size=8, start=state, allow_data_change=True)
+    loader = Loader(changed, batch_size=8, at=state, allow_data_change=True)
     cursors = {name: position["cursor"] for name, position in loader.state(400)["sources"].items()}
     assert cursors == {"a": 300, "b": 100, "c": 0}
     assert {name: position["cursor"] for name, position in loader.state(480)["sources"].items()} == {
@@ -131,22 +131,22 @@ def test_a_changed_mixture_carries_on_where_its_sources_were(cfg, two_sources, p
     }  # fmt: skip
     # And this run, too, resumes exactly.
     expected = take(loader, 60)
-    resumed = Loader(changed, batch_size=5, start=loader.state(403))
+    resumed = Loader(changed, batch_size=5, at=loader.state(403))
     assert_equal(take(resumed, 40), {name: value[3:203] for name, value in expected.items()})
     with pytest.raises(DataError, match="--allow-data-change"):
-        Loader(cfg, batch_size=8, start=loader.state(480))
+        Loader(cfg, batch_size=8, at=loader.state(480))
 
 
 def test_a_source_that_comes_back_goes_on_where_it_was(cfg, two_sources, caplog):
     state = Loader(cfg, batch_size=8).state(400)
     alone = dataclasses.replace(cfg, sources={"a": two_sources["a"]})
-    without = Loader(alone, batch_size=8, start=state, allow_data_change=True)
+    without = Loader(alone, batch_size=8, at=state, allow_data_change=True)
     state = json.loads(json.dumps(without.state(500)))
-    back = Loader(cfg, batch_size=8, start=state, allow_data_change=True)
+    back = Loader(cfg, batch_size=8, at=state, allow_data_change=True)
     assert {name: p["cursor"] for name, p in back.state(500)["sources"].items()} == {"a": 400, "b": 100}
     assert not caplog.records
     other = dataclasses.replace(cfg, sources=two_sources | {"b": two_sources["a"]})  # not what it was
-    fresh = Loader(other, batch_size=8, start=state, allow_data_change=True)
+    fresh = Loader(other, batch_size=8, at=state, allow_data_change=True)
     assert fresh.state(500)["sources"]["b"]["cursor"] == 0
     assert "data.sources.b is not what it was" in caplog.text
 
@@ -158,10 +158,10 @@ def test_a_mixture_keeps_its_resolution(cfg, two_sources):
     fine = Loader(dataclasses.replace(cfg, sources=sources), batch_size=8)
     state = fine.state(100)
     assert state["origin"]["resolution"] == 1 << 20
-    assert Loader(fine._cfg, batch_size=8, start=state).fingerprint == fine.fingerprint
+    assert Loader(fine._cfg, batch_size=8, at=state).fingerprint == fine.fingerprint
     earlier = {"sample": 0, "cursors": {"a": 0, "b": 0}}
     state = {**state, "origin": earlier, "fingerprint": fine._fingerprint(earlier)}
-    assert Loader(fine._cfg, batch_size=8, start=state)._mixture.period == 1 << 16
+    assert Loader(fine._cfg, batch_size=8, at=state)._mixture.period == 1 << 16
     assert "resolution" not in Loader(cfg, batch_size=8).state(1)["origin"]
 
 

@@ -43,7 +43,7 @@ def main(workdir: Path, out: Path, mesh: str) -> None:
 def say_next_step(parts: Experiment, state: TrainState, position: LoaderState) -> None:
     cfg, size = parts.cfg, parts.cfg.train.batch
     rows = place.local_rows(parts.mesh, size)
-    batch = next(iter(Loader(cfg.data, batch_size=size, rows=rows, start=position)))
+    batch = next(iter(Loader(cfg.data, batch_size=size, rows=rows, at=position)))
     _, metrics = assemble.compiled_step(parts)(state, {}, place.shard_batch(batch, parts.mesh, size))
     values = finish(metrics)
     print(json.dumps({name: values[name] for name in ("loss", "grad_norm")}))

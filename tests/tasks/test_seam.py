@@ -3,6 +3,7 @@ by the same `run`."""
 
 import dataclasses
 import functools
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,19 +20,23 @@ from lmjax import config as configs
 from lmjax.config import Config
 from lmjax.devices.rows import axes
 from lmjax.errors import DONE, PREEMPTED, ConfigError
+from lmjax.hf.imported import read_checkpoint
 from lmjax.losses import token_logprobs
-from lmjax.models import architectures
+from lmjax.models import architectures, read
 from lmjax.models.flax_model import from_nnx
 from lmjax.process import faults as fault_hooks
 from lmjax.record.inspect import inspect
 from lmjax.record.ledger import read_ledger
 from lmjax.record.tracking import read_jsonl
 from lmjax.run import run
+from lmjax.run.convert import to_hf
+from lmjax.run.trained import evaluate_trained, load_trained
+from lmjax.tasks import registry
 from lmjax.tasks.pretrain import open_data, pretrain, with_data, with_vocab, without_data
 from lmjax.tasks.start import drawn
-from lmjax.tasks.task import Frozen, Task
+from lmjax.tasks.task import Frozen, Language, Task
 from lmjax.train.objective import Objective, language_model
-from lmjax.weights import Params, Spec, Weight, initialize, zeros
+from lmjax.weights import Params, Spec, Weight, initialize, map_weights, zeros
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -92,6 +97,7 @@ def lora(task: Task, rank: int = 2) -> Task:
         objective=task.objective._replace(loss=with_adapters(task.objective.loss)),
         evaluations={name: with_adapters(evaluate) for name, evaluate in task.evaluations.items()},
         sample=task.sample and with_adapters(task.sample),
+        language=task.language and task.language._replace(weights=adapted),
     )
 
 
@@ -110,9 +116,9 @@ class MadePairs:
 
     fingerprint = "made pairs"
 
-    def __init__(self, size: int, rows: np.ndarray, start: Mapping[str, Any] | int, allow_data_change: bool = False):
+    def __init__(self, size: int, rows: np.ndarray, at: Mapping[str, Any] | int, allow_data_change: bool = False):
         self.size, self.rows = size, rows
-        self.next_sample = start if isinstance(start, int) else start["next_sample"]
+        self.next_sample = at if isinstance(at, int) else at["next_sample"]
 
     def __iter__(self) -> Iterator[Pairs]:
         first = self.next_sample
@@ -179,9 +185,12 @@ def flax_module(cfg: Config) -> Task:
     cfg = with_vocab(cfg, data.tokenizer)
     model, _ = from_nnx(Bigram(cfg.model.dims["vocab"], nnx.Rngs(0)))
     task = without_data(cfg)._replace(
-        spec=model.spec, start=drawn(model.start), objective=language_model(model, cfg.train.loss)
+        spec=model.spec,
+        start=drawn(model.start),
+        objective=language_model(model, cfg.train.loss),
+        language=Language(model, model),
     )
-    return with_data(task, data, model, model)
+    return with_data(task, data)
 
 
 # All of them under the same run -----------------------------------------------------------------------------------
@@ -237,6 +246,24 @@ def test_what_is_frozen_is_neither_saved_nor_moved(corpus: Path, tmp_path: Path)
     leaves = inspect(tmp_path / "run")["leaves"]
     saved = [path for path in leaves if path.startswith("params/")]
     assert saved and all(path.endswith(("/down", "/up")) for path in saved)
+
+
+def test_adapters_are_read_with_what_they_stand_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A work directory of adapters alone scores as the run itself did, and is exported as one dense model."""
+    cfg = configs.load(f"{CONFIG}:{corpus}", [*SETTINGS, "model.gated=True", "train.sample.prompts=()"])
+    kind = registry.Kind(lambda cfg: lora(pretrain(cfg)), lambda cfg: lora(without_data(cfg)))
+    monkeypatch.setitem(registry.TASKS, cfg.task, kind)
+    assert run.run(cfg, tmp_path / "run", run.Options(), kind.task) == DONE
+    trained, sources = load_trained(tmp_path / "run"), cfg.data.sources
+    found = evaluate_trained(trained, [sources["a"].path], split="valid", batch=4, seq_len=cfg.data.seq_len)
+    said = json.loads((tmp_path / "run" / "summary.json").read_text())["val_full/a/loss"]
+    np.testing.assert_allclose(next(iter(found.values())).loss, said, rtol=1e-6)
+    to_hf(str(tmp_path / "run"), str(tmp_path / "out"), step=None, dtype="float32", shard_bytes=1 << 30)
+    again = read_checkpoint(tmp_path / "out").params
+    dense = map_weights(read.dense, trained.model.spec, trained.params)
+    jax.tree.map(np.testing.assert_array_equal, again, dense)
 
 
 # Starting from another run's weights ------------------------------------------------------------------------------
