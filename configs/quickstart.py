@@ -2,7 +2,7 @@
 
 Reproduces  nothing published: it shows every part at work on a corpus that every machine already has, the source code
             of Python's own standard library, and beats xz -9e on text that it has not seen.
-Costs       three to four minutes on 2 CPU cores of 2024.
+Costs       about three minutes on 2 CPU cores.
 Command     lmjax train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 

@@ -4,8 +4,10 @@ A config is resolved before JAX is imported, and rules for hyperparameters need 
 over every architecture.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+from lmjax.errors import ConfigError
 from lmjax.models.config import ModelConfig
 
 
@@ -23,11 +25,11 @@ class Sizes(NamedTuple):
 
 def parameters(cfg: ModelConfig) -> dict[str, int]:
     """N by every way of counting: `layers` (their matrices, no vocabulary) and, where the vocabulary is known, the
-    total, non_embedding, matmul and active of `weights.Counts`."""
-    dense, mixture, mixer = _mlp(cfg, cfg.mlp), _mixture(cfg), _attention(cfg)
+    total, non_embedding, matmul and active of `weights.Counts`. Raises ConfigError for a mixer that is not counted."""
+    dense, mixture, mixers = _mlp(cfg, cfg.mlp), _mixture(cfg), {name: _mixer(name, cfg) for name in cfg.pattern}
     layers = Sizes(0, 0, 0)
     for kind in cfg.kinds:
-        layers = layers.plus(mixer).plus(mixture if kind.mlp == "moe" else dense)
+        layers = layers.plus(mixers[kind.mixer]).plus(mixture if kind.mlp == "moe" else dense)
     found = {"layers": layers.matmul}
     if cfg.vocab is None:
         return found
@@ -64,6 +66,19 @@ def _attention(cfg: ModelConfig) -> Sizes:
     if cfg.qk_norm:
         vectors += queries + keys if cfg.qk_norm_heads == "together" else 2 * dims["head_dim"]
     return _always(2 * cfg.embed * (queries + keys), vectors)
+
+
+COUNTED: dict[str, Callable[[ModelConfig], Sizes]] = {"global": _attention, "local": _attention}
+"""The mixers of models/mixers.py, as far as rules for hyperparameters can count them."""
+
+
+def _mixer(name: str, cfg: ModelConfig) -> Sizes:
+    if name not in COUNTED:
+        raise ConfigError(
+            f"model.pattern: nothing counts the parameters of '{name}' for a rule; add it to COUNTED in "
+            "lmjax/models/parameters.py, or leave hyperparameters unset"
+        )
+    return COUNTED[name](cfg)
 
 
 def _mlp(cfg: ModelConfig, width: int) -> Sizes:

@@ -47,7 +47,7 @@ from lmjax.record.steps import (
     set_aside,
     step_directories,
 )
-from lmjax.record.trees import count_parts, leaves_by_path, load_tree, orbax, shape_dtype
+from lmjax.record.trees import ORBAX_TURN, count_parts, leaves_by_path, load_tree, orbax, shape_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +81,20 @@ class Checkpoints:
             "leaves": {path: shape_dtype(leaf) for path, leaf in leaves.items()},
         }
         path = self.directory / str(step)
-        try:
-            if group.leads():
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._clear_from(step)
-            with group.naming_lost_peers(f"checkpoint {path} was not saved"):
-                response = orbax().save_async(path, leaves)  # which waits for process 0
-        except StallError:
-            raise
-        except Exception as error:
-            raise _failure(path, manifest, error) from error
-        self.last_step = step
-        self._pending = self._worker.submit(self._finish, path, response, manifest)
+        with contextlib.ExitStack() as turn:
+            turn.enter_context(ORBAX_TURN)
+            try:
+                if group.leads():
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    self._clear_from(step)
+                with group.naming_lost_peers(f"checkpoint {path} was not saved"):
+                    response = orbax().save_async(path, leaves)  # which waits for process 0
+            except StallError:
+                raise
+            except Exception as error:
+                raise _failure(path, manifest, error) from error
+            self.last_step = step
+            self._pending = self._worker.submit(self._finish, path, response, manifest, turn.pop_all())
 
     def poll(self) -> None:
         """Raise the CheckpointError of a background save that has failed; never blocks."""
@@ -155,12 +157,13 @@ class Checkpoints:
         self.last_step = manifest["step"]
         return state, manifest["meta"], manifest["step"]
 
-    def _finish(self, path: epath.Path, response: Any, manifest: Manifest) -> None:
-        """Seal, verify, then delete what is no longer kept. Runs in the background."""
+    def _finish(self, path: epath.Path, response: Any, manifest: Manifest, turn: contextlib.ExitStack) -> None:
+        """Seal, verify, then delete what is no longer kept. Runs in the background; ends the turn at Orbax."""
         try:
             with group.naming_lost_peers(f"checkpoint {path} was not sealed"):
-                fault("checkpoint.write")
-                response.result()
+                with turn:
+                    fault("checkpoint.write")
+                    response.result()
                 fault("checkpoint.before_seal")
                 self._seal(path, manifest)
                 fault("checkpoint.after_seal")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,11 @@ def orbax() -> Any:
 
     return v1
 
+
+ORBAX_TURN = threading.BoundedSemaphore()
+"""Held from the start of a save or a load to its last byte. Orbax numbers what it does in one counter of the process
+and reads it again as it goes on: of two saves that overlap, as of runs in one process, one writes into directories that
+are not there yet."""
 
 _PIECE_BYTES = 16_000_000
 
@@ -72,7 +78,7 @@ def load_tree(
     _compare(path, saved, {name: shape_dtype(leaf) for name, leaf in wanted.items()})
     request = dict.fromkeys(manifest["leaves"], orbax().PLACEHOLDER) | {k: _with_sharding(v) for k, v in wanted.items()}
     try:
-        with group.naming_lost_peers(f"checkpoint {path} was not loaded"):
+        with group.naming_lost_peers(f"checkpoint {path} was not loaded"), ORBAX_TURN:
             loaded = orbax().load(path, request)
     except StallError:
         raise

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmjax.config import load
+from lmjax.errors import ConfigError
 from lmjax.models.architectures import ARCHITECTURES, build
 from lmjax.models.config import ModelConfig
 from lmjax.models.parameters import parameters
@@ -34,6 +35,14 @@ def test_every_family_has_the_parameters_of_its_weights(cfg: ModelConfig, archit
 def test_every_preset_has_the_parameters_of_its_weights(preset: str) -> None:
     model = load(str(CONFIGS / preset)).model
     check(dataclasses.replace(model, vocab=model.vocab or 1000))
+
+
+def test_a_mixer_that_is_not_counted_is_refused(cfg: ModelConfig) -> None:
+    """Rather than taken for attention, which would give rules a wrong N."""
+    cfg = dataclasses.replace(cfg)
+    object.__setattr__(cfg, "pattern", ("global", "of_ones_own"))
+    with pytest.raises(ConfigError, match="nothing counts the parameters of 'of_ones_own'"):
+        parameters(cfg)
 
 
 def test_published_sizes() -> None:

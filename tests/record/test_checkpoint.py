@@ -1,5 +1,6 @@
 """Sealed checkpoints: exact, complete or refused."""
 
+import concurrent.futures
 import json
 import os
 import random
@@ -141,6 +142,24 @@ def test_one_save_in_flight_and_the_loop_does_not_wait_for_it(tmp_path: Path, mo
     assert 0.5 < time.monotonic() - clock < 1.0
     checkpoints.wait()
     assert numbered(tmp_path) == {1, 2}
+
+
+def test_runs_of_one_process_save_at_once(tmp_path: Path) -> None:
+    """What Orbax keeps for the whole process does not mix up their files."""
+
+    def saves(run: int) -> None:
+        checkpoints = Checkpoints(tmp_path / str(run), CheckpointConfig())
+        for step in range(1, 6):
+            checkpoints.save(step, {str(leaf): jnp.full(30, run * step) for leaf in range(20)}, {})
+            if step == 3:
+                checkpoints.restore({str(leaf): jax.ShapeDtypeStruct((30,), jnp.int32) for leaf in range(20)})
+        checkpoints.wait()
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        list(pool.map(saves, range(6)))
+    for run in range(6):
+        parts, _, step = checkpoint.restore_parts(tmp_path / str(run), {"7": jax.ShapeDtypeStruct((30,), jnp.int32)})
+        assert step == 5 and (parts["7"] == 5 * run).all()
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
