@@ -15,20 +15,20 @@ import jax.numpy as jnp
 
 from lmjax.devices.gather import all_gather, per_device, reduce_scatter
 from lmjax.devices.mesh import current_mesh, mesh_axes, partition_spec, shards, specs_of
+from lmjax.models.model import Unembed
 
 _TOKENS = ("batch", "time")
 
 Head = Any
-Unembed = Callable[[Head, jax.Array], jax.Array]
 
 
 class Sums(NamedTuple):
     """Weighted sums over tokens; divide by the sum of weights."""
 
-    loss: jax.Array
-    """What is minimized: the token loss and the z-loss."""
+    minimized: jax.Array
+    """The token loss and the z-loss."""
     nll: jax.Array
-    """-log p(target), nats."""
+    """-log p(target), nats: the `loss` that is logged, whatever is minimized."""
     z_loss: jax.Array
     correct: jax.Array
     """Targets that have the highest probability; a tie counts, so constant logits are all correct."""
@@ -76,7 +76,7 @@ def _logsumexp(logits_BTV: jax.Array) -> jax.Array:
 
 
 def _max(logits_BTV: jax.Array) -> jax.Array:
-    """Without a gradient."""
+    """The largest logit; no gradient flows through it."""
     return jax.lax.pmax(jnp.max(jax.lax.stop_gradient(logits_BTV), axis=-1), mesh_axes("vocab"))
 
 
@@ -110,9 +110,9 @@ def chunked_token_sums(
 ) -> Sums:
     """`token_sums(unembed(head, x), ...)` with logits for at most `chunk` positions of every row at a time.
 
-    Only `loss` is differentiable, and only with respect to `head` and `x_BTD`. All chunks have the same size: the last
-    one is padded with tokens of weight 0. On a mesh every device cuts its own tokens into chunks. It all-gathers the
-    head once, before the first chunk, and the head's gradients are added up over devices once, after the last chunk.
+    Only `minimized` is differentiable, and only with respect to `head` and `x_BTD`. All chunks have the same size: the
+    last one is padded with tokens of weight 0. On a mesh every device cuts its own tokens into chunks. It all-gathers
+    the head once, before the first chunk, and the head's gradients are added up over devices once, after the last one.
     A compiled program does not depend on the value of a `z_weight` that is a traced scalar.
     """
     if current_mesh() is None and chunk >= x_BTD.shape[1]:
@@ -160,7 +160,7 @@ class _ChunkedLoss:
         return sums_and_gradients(head, z_weight, x_BTD, targets_BT, weights_BT)
 
     def backward(self, gradients: Any, cotangent: Sums) -> tuple[Head, None, jax.Array, None, None]:
-        dhead, dx_BTD = jax.tree.map(lambda dx: (dx * cotangent.loss).astype(dx.dtype), gradients)
+        dhead, dx_BTD = jax.tree.map(lambda dx: (dx * cotangent.minimized).astype(dx.dtype), gradients)
         return dhead, None, dx_BTD, None, None
 
     def _sums(self, head: Head, z_weight: jax.Array, *tokens: jax.Array) -> Sums:
@@ -176,16 +176,16 @@ class _ChunkedLoss:
     def _sums_and_gradients(
         self, head: Head, z_weight: jax.Array, *tokens: jax.Array
     ) -> tuple[Sums, tuple[Head, jax.Array]]:
-        """The sums over the tokens of all devices, and the loss's gradients with respect to the head and x_BTD."""
+        """The sums over the tokens of all devices, and the gradients of `minimized` by the head and x_BTD."""
         head = all_gather(head, self.head_specs)
 
-        def loss(head: Head, x_BCD: jax.Array, *targets_and_weights: jax.Array) -> tuple[jax.Array, Sums]:
+        def minimized(head: Head, x_BCD: jax.Array, *targets_and_weights: jax.Array) -> tuple[jax.Array, Sums]:
             sums = self._of_chunk(head, z_weight, x_BCD, *targets_and_weights)
             # Devices along `tensor` compute one loss together, and jax differentiates the sum of all their losses.
-            return sums.loss / shards("vocab"), sums
+            return sums.minimized / shards("vocab"), sums
 
         def add_chunk(total: Any, chunk: Any) -> tuple[Any, jax.Array]:
-            (_, sums), (dhead, dx_BCD) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, *chunk)
+            (_, sums), (dhead, dx_BCD) = jax.value_and_grad(minimized, argnums=(0, 1), has_aux=True)(head, *chunk)
             return jax.tree.map(jnp.add, total, (sums, dhead)), dx_BCD
 
         zero = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))

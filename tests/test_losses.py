@@ -50,11 +50,11 @@ def test_chunked_equals_plain(length: int, chunk: int) -> None:
 
     def plain(head: Any, x_BTD: jax.Array) -> tuple[jax.Array, Sums]:
         sums = token_sums(unembed(head, x_BTD), targets_BT, weights_BT, Z_WEIGHT)
-        return 0.7 * sums.loss, sums
+        return 0.7 * sums.minimized, sums
 
     def chunked(head: Any, x_BTD: jax.Array) -> tuple[jax.Array, Sums]:
         sums = chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=chunk, z_weight=Z_WEIGHT)
-        return 0.7 * sums.loss, sums
+        return 0.7 * sums.minimized, sums
 
     def differentiate(function: Any) -> Any:
         return jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))(head, x_BTD)
@@ -73,7 +73,7 @@ def test_a_traced_z_weight_gives_the_same_numbers_from_one_program(chunk: int) -
 
     def loss(head: Any, x_BTD: jax.Array, z_weight: Any) -> tuple[jax.Array, Sums]:
         sums = chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=chunk, z_weight=z_weight)
-        return sums.loss, sums
+        return sums.minimized, sums
 
     differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     traced = jax.jit(differentiate)
@@ -94,7 +94,7 @@ def test_masked_targets_have_no_influence() -> None:
     other_x = jnp.where(masked_BT[..., None], x_BTD + 1, x_BTD)
 
     def loss(x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=4, z_weight=Z_WEIGHT).loss
+        return chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=4, z_weight=Z_WEIGHT).minimized
 
     value, gradient = jax.value_and_grad(loss)(x_BTD, targets_BT)
     other_value, other_gradient = jax.value_and_grad(loss)(other_x, other_targets)
@@ -109,7 +109,7 @@ def test_stacked_runs_go_through_vmap() -> None:
 
     def gradient(scale: jax.Array, targets_BT: jax.Array) -> Any:
         def loss(head: Any) -> jax.Array:
-            return chunked_token_sums(unembed, head, scale * x_BTD, targets_BT, weights_BT, chunk=4).loss
+            return chunked_token_sums(unembed, head, scale * x_BTD, targets_BT, weights_BT, chunk=4).minimized
 
         return jax.grad(loss)(head)
 
@@ -125,7 +125,7 @@ def test_low_precision_activations_get_their_own_dtype_back() -> None:
     head, x_BTD, targets_BT, weights_BT = random_inputs()
 
     def loss(head: Any, x_BTD: jax.Array) -> jax.Array:
-        return chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=4).loss
+        return chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=4).minimized
 
     value, (head_gradient, x_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(head, x_BTD.astype(jnp.bfloat16))
     assert value.dtype == jnp.float32
@@ -157,7 +157,7 @@ def test_all_logits_at_once_never_exist() -> None:
     head, x_BTD, targets_BT, weights_BT = random_inputs()
 
     def chunked(head: Any, x_BTD: jax.Array, chunk: int) -> jax.Array:
-        return chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=chunk, z_weight=0.1).loss
+        return chunked_token_sums(unembed, head, x_BTD, targets_BT, weights_BT, chunk=chunk, z_weight=0.1).minimized
 
     def scored(head: Any, x_BTD: jax.Array, chunk: int) -> jax.Array:
         return token_logprobs(unembed, head, x_BTD, targets_BT, chunk=chunk)[0].sum()

@@ -55,7 +55,7 @@ def shard_array(x: np.ndarray, names: str, mesh: jax.sharding.Mesh | None, size:
 
 def replicate(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
     """The arrays of a tree whole, on every device."""
-    return tree if mesh is None else group.in_turn(_gather_program(mesh)(tree))
+    return tree if mesh is None else group.wait_on_cpu(_gather_program(mesh)(tree))
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from lmjax.devices.mesh import constrain
 from lmjax.errors import DataError
 from lmjax.losses import token_logprobs
 from lmjax.models.model import Model
-from lmjax.process.group import in_turn
+from lmjax.process.group import wait_on_cpu
 from lmjax.weights import Params
 
 
@@ -59,7 +59,7 @@ def evaluate(
     score = functools.partial(_score, params, hidden=model.hidden, unembed=model.unembed, head=model.head, chunk=chunk)
     rows, pending = [], None
     for batch in batches:
-        dispatched = in_turn(score(batch))
+        dispatched = wait_on_cpu(score(batch))
         if pending is not None:  # read the batch before while the device works on this one
             rows.append(jax.device_get(pending))
         pending = dispatched

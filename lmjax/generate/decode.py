@@ -99,7 +99,7 @@ def generate_ids(
         else:
             keys_B = row_keys(cfg.seed, len(prompts))
             ids_BZ = _decode(parts, params, tokens_BT, lengths_B, keys_B, stop_ids, cfg=program)
-        return np.asarray(group.in_turn(ids_BZ)).tolist()
+        return np.asarray(group.wait_on_cpu(ids_BZ)).tolist()
 
 
 def stream(
@@ -141,7 +141,7 @@ def _stream_ids(
     stop_ids = _stop_array(stops, cfg)
     with use_mesh(mesh):
         keys_1 = row_keys(cfg.seed, 1)
-        state = group.in_turn(_start(parts, params, tokens_BT, lengths_B, keys_1, stop_ids, cfg=program))
+        state = group.wait_on_cpu(_start(parts, params, tokens_BT, lengths_B, keys_1, stop_ids, cfg=program))
     ids, count = np.asarray(state.token_B).tolist(), 1
     while True:
         kept = _until(ids, stops)
@@ -149,7 +149,7 @@ def _stream_ids(
         if len(kept) < len(ids) or count == cfg.tokens:
             return
         with use_mesh(mesh):  # and left before the caller goes on
-            state, ids_BZ = group.in_turn(_advance(parts, params, state, stop_ids, cfg=program, tokens=chunk))
+            state, ids_BZ = group.wait_on_cpu(_advance(parts, params, state, stop_ids, cfg=program, tokens=chunk))
         ids = np.asarray(ids_BZ)[0, : cfg.tokens - count].tolist()
         count += len(ids)
 

@@ -48,7 +48,7 @@ def decoding_weights(model: Model, params: Params, mesh: Mesh | None) -> Params:
         specs = map_weights(functools.partial(_off_stages, mesh), model.spec, specs)
     with use_mesh(mesh):
         params = jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), params, specs)
-        return group.in_turn(model.unstack(group.in_turn(params)))
+        return group.wait_on_cpu(model.unstack(group.wait_on_cpu(params)))
 
 
 def _partition(w: Any) -> PartitionSpec:

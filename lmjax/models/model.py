@@ -67,6 +67,16 @@ class Unembed(Protocol):
         """x[..., D] -> float32 logits[..., V]; `params` need to hold no more than `Model.head` gives."""
 
 
+class AfterUpdate(Protocol):
+    def __call__(self, params: Params, metrics: Metrics, hyper: Mapping[str, Any]) -> tuple[Params, Metrics]:
+        """Params after an update, with metrics of its whole batch -> (params with buffers moved, metrics to show)."""
+
+
+def unchanged(params: Params, metrics: Metrics, hyper: Mapping[str, Any]) -> tuple[Params, Metrics]:
+    """What `after_update` is where there is nothing to do."""
+    return params, metrics
+
+
 class Model(NamedTuple):
     """`hidden` gives the last layer's activations; `unembed` turns some of them into logits.
 
@@ -92,10 +102,7 @@ class Model(NamedTuple):
     auxiliary: Mapping[str, str] = MappingProxyType({})
     """Metrics of `hidden` that are losses, with the name of the scalar that each is multiplied by in what is minimized.
     A metric's own weight is the number of tokens that are not padding."""
-    after_update: Callable[[Params, Metrics, Mapping[str, Any]], tuple[Params, Metrics]] = (
-        lambda params, metrics, hyper: (params, metrics)
-    )
-    """(params after an update, metrics of its whole batch, hyper) -> (params with buffers moved, metrics to show)"""
+    after_update: AfterUpdate = unchanged
 
     def logits(self, params: Params, tokens_BT: jax.Array, **inputs: Any) -> jax.Array:
         """float32 logits_BTV of the whole batch: for tests and small inputs."""

@@ -50,7 +50,7 @@ def start(environment: Mapping[str, str], *, timeout: float, on_loss: Callable[[
 
     seconds = time.monotonic() - begin
     say(f"connected in {seconds:.1f} s; {jax.local_device_count()} of {jax.device_count()} devices are here")
-    if not leads():
+    if not is_leader():
         sys.stdout.flush()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what people read is said once
 
@@ -99,7 +99,7 @@ def processes() -> int:
     return 1 if _started is None else _started.processes
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this is process 0, which writes what the run leaves behind."""
     return process() == 0
 
@@ -114,15 +114,15 @@ def say(text: str) -> None:
 
 
 def gather(what: str, value: Any, seconds: float = ANSWER_SECONDS) -> list[Any]:
-    """At process 0 the JSON values of all processes in their order, elsewhere nothing.
+    """Return the JSON values of all processes in their order at process 0, and an empty list elsewhere.
 
-    Every process calls this, `share` and `barrier` in the same order for the same `what`. Raises StallError when a
+    Every process calls this, `broadcast` and `barrier` in the same order for the same `what`. Raises StallError when a
     process does not answer within `seconds`.
     """
     if _started is None:
         return [value]
     key = _next_key(what)
-    if not leads():
+    if not is_leader():
         _client().key_value_set(f"{key}/{process()}", json.dumps(value))
         return []
     end, values = time.monotonic() + seconds, [value]
@@ -132,12 +132,12 @@ def gather(what: str, value: Any, seconds: float = ANSWER_SECONDS) -> list[Any]:
     return values
 
 
-def share(what: str, value: Any, seconds: float = ANSWER_SECONDS) -> Any:
-    """The JSON value of process 0, at every process; what the others pass does not matter."""
+def broadcast(what: str, value: Any, seconds: float = ANSWER_SECONDS) -> Any:
+    """Return the JSON value of process 0 at every process; what the others pass does not matter."""
     if _started is None:
         return value
     key = _next_key(what)
-    if leads():
+    if is_leader():
         _client().key_value_set(key, json.dumps(value))
         return value
     return json.loads(_wait_for(key, what, 0, seconds))
@@ -154,10 +154,10 @@ def barrier(what: str, seconds: float = ANSWER_SECONDS) -> None:
 @contextlib.contextmanager
 def leader_first(what: str, seconds: float) -> Iterator[None]:
     """Process 0 does the body before the others do, and they find it done."""
-    if not leads():
+    if not is_leader():
         barrier(what, seconds)
     yield
-    if leads():
+    if is_leader():
         barrier(what, seconds)
 
 
@@ -204,12 +204,12 @@ class Vote:
 
         with jax.set_mesh(self._mesh):  # an evaluation votes inside its own
             hands = jax.make_array_from_callback(self._mesh.devices.shape, self._spread, lambda _: np.array([hand]))
-            before, self._before = self._before, in_turn(self._any(hands))
+            before, self._before = self._before, wait_on_cpu(self._any(hands))
         return bool(before)
 
 
-def in_turn(result: Any) -> Any:
-    """Wait for a program on several CPU devices before the next is sent off; elsewhere do nothing."""
+def wait_on_cpu(result: Any) -> Any:
+    """On several CPU devices, block until a program is done before the next is sent off; elsewhere do nothing."""
     import jax
 
     if jax.default_backend() == "cpu" and jax.device_count() > 1:

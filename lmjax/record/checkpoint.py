@@ -84,7 +84,7 @@ class Checkpoints:
         with contextlib.ExitStack() as turn:
             turn.enter_context(ORBAX_TURN)
             try:
-                if group.leads():
+                if group.is_leader():
                     self.directory.mkdir(parents=True, exist_ok=True)
                     self._clear_from(step)
                 with group.naming_lost_peers(f"checkpoint {path} was not saved"):
@@ -127,10 +127,10 @@ class Checkpoints:
             manifest, problems = check(newest, self._cfg.verify)
             if not problems:
                 return self._load(newest, manifest, abstract_state, unread)
-            if group.leads():
+            if group.is_leader():
                 aside = set_aside(newest, "corrupt")
                 logger.warning("checkpoint %s is damaged (%s); moved to %s", newest, problems[0], aside.name)
-        if group.share("whether steps were ever sealed", ever_sealed(self.directory)):
+        if group.broadcast("whether steps were ever sealed", ever_sealed(self.directory)):
             raise CheckpointError(
                 f"{self.directory}: checkpoints were sealed here, but none verifies now; restore one from a backup, "
                 "or remove the directory to start again from step 0"
@@ -140,13 +140,13 @@ class Checkpoints:
     def _warn_of_unsealed(self) -> None:
         newest_first = reversed(step_directories(self.directory))
         for path in itertools.takewhile(lambda path: not seal.is_sealed(path), newest_first):
-            if group.leads():
+            if group.is_leader():
                 logger.warning("checkpoint %s was never sealed; it is skipped", path)
 
     def _newest_sealed(self) -> epath.Path | None:
         """As process 0 finds it."""
         newest = newest_sealed(self.directory)
-        name = group.share("the newest sealed step", None if newest is None else newest.name)
+        name = group.broadcast("the newest sealed step", None if newest is None else newest.name)
         return None if name is None else self.directory / name
 
     def _load(
@@ -180,7 +180,7 @@ class Checkpoints:
                 self._delete_unfinished()
             raise failure from error
         try:
-            if group.leads():
+            if group.is_leader():
                 self._retain()
         except OSError as error:
             raise CheckpointError(
@@ -190,7 +190,7 @@ class Checkpoints:
     def _seal(self, path: epath.Path, manifest: Manifest) -> None:
         """Each process hashes the files that it wrote; process 0 writes the seal."""
         hashes = group.gather("hashes of a checkpoint", seal.hash_files(path, _is_mine))
-        if group.leads():
+        if group.is_leader():
             seal.write(path, manifest, {name: entry for part in hashes for name, entry in part.items()})
             if not (self.directory / SEALED).exists():
                 files.write_atomically(self.directory / SEALED, f"first sealed step: {manifest['step']}\n")

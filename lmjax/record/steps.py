@@ -119,7 +119,7 @@ def check(path: epath.Path, hash_files: bool) -> tuple[Manifest, list[str]]:
 
     manifest, problems = seal.check(path, hash_files=hash_files, mine=share)
     found = group.gather("problems of a checkpoint", problems)
-    return manifest, group.share("problems of a checkpoint", list(dict.fromkeys(itertools.chain(*found))))
+    return manifest, group.broadcast("problems of a checkpoint", list(dict.fromkeys(itertools.chain(*found))))
 
 
 def read_verified(path: epath.Path, hash_files: bool) -> Manifest:

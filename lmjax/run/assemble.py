@@ -113,7 +113,7 @@ def compiled_step(experiment: Experiment) -> Step:
 
     def in_mesh(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         with use_mesh(experiment.mesh):
-            return group.in_turn(step(state, frozen, batch))
+            return group.wait_on_cpu(step(state, frozen, batch))
 
     return in_mesh
 

@@ -31,10 +31,12 @@ def begin(workdir: epath.Path, cfg: Config) -> None:
     The checkpoint comes last, and its seal after all of it: a kill before leaves a directory that begins again. Raises
     what `check` does, and CheckpointError when nothing can be written.
     """
-    if cfg.train.branch_from is None or group.share("whether it has begun", steps.ever_sealed(workdir / "checkpoints")):
+    if cfg.train.branch_from is None:
+        return
+    if group.broadcast("whether it has begun", steps.ever_sealed(workdir / "checkpoints")):
         return
     trunk, step = check(cfg)
-    if group.leads():
+    if group.is_leader():
         try:
             _copy(trunk, step, workdir, cfg)
         except OSError as error:

@@ -20,9 +20,9 @@ def batches(
 ) -> Iterator[Any]:
     """Global batches of `size` rows from where the run stands. `ledger` is None but at process 0."""
     source = progress.source
-    for step, (batch, crcs_B, row_bytes) in enumerate(placed(source, mesh, size), progress.start + 1):
+    for step, (batch, crcs_B, row_bytes) in enumerate(placed(source, mesh, size), progress.start_step + 1):
         if ledger is not None:
-            first = progress.accounting.counts(step - 1).samples
+            first = progress.accounting.spent(step - 1).samples
             crc = joined_crc(np.asarray(crcs_B), row_bytes)
             ledger.record(attempt, step, first, size, crc, source.fingerprint[:8])
         yield batch

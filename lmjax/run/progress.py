@@ -18,18 +18,18 @@ class Progress:
         self.source = source
         peak = peak_flops(jax.devices()[0].device_kind)
         self.accounting = Accounting(
-            start=step,
-            before=counts_before(meta, source, task.cost),
+            start_step=step,
+            before=cost_before(meta, source, task.cost),
             batch=task.cfg.train.batch,
-            per_sequence=task.cost,
+            per_sample=task.cost,
             peak_flops=None if peak is None else peak * devices,
         )
         self._epochs_before = epochs_before(meta, source)
 
     @property
-    def start(self) -> int:
+    def start_step(self) -> int:
         """The step that this attempt starts from."""
-        return self.accounting.start
+        return self.accounting.start_step
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each part of the data was seen, those too that the run no longer reads."""
@@ -39,17 +39,17 @@ class Progress:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` keeps, as JSON."""
-        counts = self.accounting.counts(step)
+        spent = self.accounting.spent(step)
         return {
-            "data": self.source.state(counts.samples),
+            "data": self.source.state(spent.samples),
             **self.accounting.totals(step),
-            "counts": counts._asdict(),
-            "epochs": self.epochs(counts.samples),
+            "counts": spent._asdict(),
+            "epochs": self.epochs(spent.samples),
             "epochs_before": self._epochs_before,
         }
 
 
-def counts_before(meta: Mapping[str, Any], source: Source, cost: Cost) -> Cost:
+def cost_before(meta: Mapping[str, Any], source: Source, cost: Cost) -> Cost:
     if "counts" in meta:
         return Cost(**meta["counts"])
     # A new run, or an older checkpoint, whose samples count as those to come.
@@ -58,7 +58,7 @@ def counts_before(meta: Mapping[str, Any], source: Source, cost: Cost) -> Cost:
 
 
 def epochs_before(meta: Mapping[str, Any], source: Source) -> dict[str, float]:
-    """By name, what the source does not count: epochs from before the data were changed."""
+    """The epochs from before the data were changed, by name: the source does not count them."""
     if "epochs" not in meta or meta["data"]["fingerprint"] == source.fingerprint:
         return meta.get("epochs_before", {})
     counted = source.epoch(source.next_sample)

@@ -30,7 +30,7 @@ class Records:
         self.ledger: Ledger | None = None
         self.trackers = Trackers([])
         self._appended: list[Ledger | JsonlTracker] = []
-        if not group.leads():
+        if not group.is_leader():
             return
         run_id = wandb_id(workdir, task.cfg)
         files.write_atomically(workdir / "config.json", configs.to_json(task.cfg))
@@ -43,13 +43,13 @@ class Records:
             views.append(WandbTracker(tracking, run_id, tracking.name or workdir.name, workdir))
         self.trackers = Trackers([metrics, *views])
 
-    def start(self, progress: Progress, attempt: int, command: str) -> None:
-        """Say what an attempt is, when it starts."""
+    def log_start(self, progress: Progress, attempt: int, command: str) -> None:
+        """Tell the trackers what this attempt is, when it starts."""
         cfg, counts = self.task.cfg, count(self.task.spec)
         whole = Cost(0, 0, 0, 0, 0).plus(cfg.train.steps * cfg.train.batch, self.task.cost)
         self.trackers.start(
             {
-                "step": progress.start,
+                "step": progress.start_step,
                 "steps": cfg.train.steps,
                 "attempt": attempt,
                 "command": command,
@@ -90,7 +90,7 @@ class Records:
 
 def summarize(task: Task, progress: Progress, step: int) -> dict[str, Any]:
     """What training up to `step` cost."""
-    counts, spent = count(task.spec), progress.accounting.counts(step)
+    counts, spent = count(task.spec), progress.accounting.spent(step)
     return {
         "status": "finished",
         "step": step,

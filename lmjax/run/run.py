@@ -37,9 +37,10 @@ from lmjax.run.workdir import (
 )
 from lmjax.tasks.registry import TASKS
 from lmjax.tasks.task import Task
-from lmjax.train.loop import Periodic, Reader, train
+from lmjax.train.loop import Hook, MetricsLogger, train
 from lmjax.train.state import TrainState
 from lmjax.train.step import Step
+from lmjax.weights import Params
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +55,19 @@ class Options(NamedTuple):
     command: str = ""
 
 
-class Means(NamedTuple):
-    """What a run trains by: of its own where it is alone, shared where many train together."""
+class Runtime(NamedTuple):
+    """Signal handler, watchdog and train step. A run alone in its process has its own; runs of a stack share them."""
 
     preemption: Preemption
     watchdog: Watchdog
-    step: Step
+    train_step: Step
 
 
 @contextlib.contextmanager
-def alone(experiment: Experiment) -> Iterator[Means]:
+def own_runtime(experiment: Experiment) -> Iterator[Runtime]:
+    """The runtime of a run that is alone in its process."""
     with Preemption() as preemption, Watchdog(experiment.cfg.train.step_timeout) as watchdog:
-        yield Means(preemption, watchdog, assemble.compiled_step(experiment))
+        yield Runtime(preemption, watchdog, assemble.compiled_step(experiment))
 
 
 def run(
@@ -73,7 +75,7 @@ def run(
     workdir: epath.PathLike,
     options: Options,
     make_task: Callable[[Config], Task] | None = None,
-    means: Callable[[Experiment], contextlib.AbstractContextManager[Means]] = alone,
+    make_runtime: Callable[[Experiment], contextlib.AbstractContextManager[Runtime]] = own_runtime,
 ) -> int:
     """Train, or go on training, in `workdir`; returns the exit code. A finished run is left as it is.
 
@@ -87,7 +89,7 @@ def run(
         return say_finished(workdir)
     with lock(workdir):
         if is_finished(workdir, cfg, options):  # by the run that was waited for, or by one that died over its report
-            if not has_report(workdir) and group.leads():
+            if not has_report(workdir) and group.is_leader():
                 write_report(workdir, defaults=dataclasses.asdict(Config()))
             return say_finished(workdir)
         make_workdir(workdir)
@@ -95,14 +97,14 @@ def run(
         branch.begin(workdir, cfg)
         task = (make_task or TASKS[cfg.task].task)(cfg)
         experiment = assemble.assemble(task)
-        with means(experiment) as given:
-            return Run(experiment, workdir, options, given).train()
+        with make_runtime(experiment) as runtime:
+            return Run(experiment, workdir, options, runtime).train()
 
 
 def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
     """Whether this run has ended. Raises ConfigError when it is another config's run that has."""
-    found = finished_step(workdir, hash_files=cfg.checkpoint.verify) if group.leads() else None
-    step = group.share("the last step", found)
+    found = finished_step(workdir, hash_files=cfg.checkpoint.verify) if group.is_leader() else None
+    step = group.broadcast("the last step", found)
     if step is None:
         return False
     check_unchanged(workdir, cfg, allow=options.allow_config_change)
@@ -110,7 +112,7 @@ def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
 
 
 def has_report(workdir: epath.Path) -> bool:
-    return group.share("whether there is a report", (workdir / "report.md").exists())
+    return group.broadcast("whether there is a report", (workdir / "report.md").exists())
 
 
 def say_finished(workdir: epath.Path) -> int:
@@ -121,7 +123,7 @@ def say_finished(workdir: epath.Path) -> int:
 
 def check_agreed(cfg: Config) -> None:
     """Raise ConfigError unless this process was started with the config of process 0."""
-    theirs = configs.parse(json.loads(group.share("the config", configs.to_json(cfg))))
+    theirs = configs.parse(json.loads(group.broadcast("the config", configs.to_json(cfg))))
     if differing := configs.differences(theirs, cfg):
         key, (there, here) = next(iter(differing.items()))
         raise ConfigError(f"{key} is {here!r} here, but {there!r} at process 0; start all with the same command")
@@ -137,28 +139,37 @@ class Interrupted(Exception):  # noqa: N818
 class Run:
     """One attempt at a run, from its newest checkpoint (or the start) to its end (or a preemption)."""
 
-    def __init__(self, experiment: Experiment, workdir: epath.Path, options: Options, means: Means) -> None:
+    # `train` sets these before its loop begins.
+    progress: Progress
+    frozen: Params
+    """The weights that the loss reads and nothing changes."""
+    attempt: int
+    records: Records
+
+    def __init__(self, experiment: Experiment, workdir: epath.Path, options: Options, runtime: Runtime) -> None:
         self.experiment, self.task, self.cfg = experiment, experiment.task, experiment.cfg
         self.mesh = experiment.mesh
         self.workdir, self.options = workdir, options
-        self.preemption, self.watchdog, self.step = means
+        self.preemption, self.watchdog, self.train_step = runtime
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.cfg.checkpoint)
         self.evaluations: dict[int, dict[str, Any]] = {}
-        """By step, what evaluation found."""
+        """What the evaluation at each step found."""
         self.vote: Callable[[bool], bool] = bool if group.processes() == 1 else group.Vote()
         self.stopped = False
         """Whether all processes know that they shall stop."""
 
     def train(self) -> int:
-        """Returns the exit code; the trackers learn how it ended even when it raises."""
+        """Train, and return the exit code. The trackers learn how the attempt ended even when it raises."""
         self.watchdog.beat("restoring")
-        state = self.start_or_resume()
+        state, self.progress, evaluation_owed = self.start_or_resume()
         self.frozen = assemble.frozen_params(self.experiment)
         self.attempt = next_attempt(self.workdir)
         self.records = Records(self.workdir, self.task)
-        self.records.start(self.progress, self.attempt, self.options.command)
+        self.records.log_start(self.progress, self.attempt, self.options.command)
         status: Status = "failed"
         try:
+            if evaluation_owed:
+                self.evaluate(self.progress.start_step, state)
             state, reached = self.loop(state)
             status = self.end(state, reached)
         except BaseException as error:
@@ -167,7 +178,7 @@ class Run:
             raise
         finally:
             self.records.close(status)
-        if group.leads():
+        if group.is_leader():
             write_report(self.workdir, defaults=dataclasses.asdict(Config()))
         if status == "preempted":
             what = f"step {reached} is saved" if reached else "no step was taken yet"
@@ -176,8 +187,9 @@ class Run:
         print(f"report: {self.workdir / 'report.md'}   loss plot: {self.workdir / 'loss.png'}")
         return DONE
 
-    def start_or_resume(self) -> TrainState:
-        """The state to go on from; sets the progress and the source to match it."""
+    def start_or_resume(self) -> tuple[TrainState, Progress, bool]:
+        """The state that this attempt starts from, the run's progress up to there, and whether the evaluation of that
+        step is owed: a signal stopped it."""
         state, meta, step = self.restore() or (assemble.initial_state(self.experiment), {}, 0)
         assert self.task.source is not None, "a run needs a task with data"
         source = self.task.source(
@@ -185,16 +197,16 @@ class Run:
             at=meta["data"] if meta else 0,
             allow_data_change=self.options.allow_data_change,
         )
-        if group.share("the data", source.fingerprint) != source.fingerprint:
+        if group.broadcast("the data", source.fingerprint) != source.fingerprint:
             raise DataError("the data here are not those of process 0; give all processes the same files")
         devices = 1 if self.mesh is None else self.mesh.size
-        self.progress = Progress(self.task, source, step, meta, devices=devices)
-        self.owed = meta.get("evaluation_owed", False) and step < self.cfg.train.steps
-        return state
+        progress = Progress(self.task, source, step, meta, devices=devices)
+        return state, progress, meta.get("evaluation_owed", False) and step < self.cfg.train.steps
 
     def restore(self) -> tuple[TrainState, dict[str, Any], int] | None:
-        """(state, meta, step) of the newest good checkpoint, or None. Scalar hyperparameters are the config's: it may
-        have been changed explicitly."""
+        """Restore (state, meta, step) from the newest good checkpoint; return None if there is none.
+
+        Scalar hyperparameters are the config's, not the checkpoint's: the user may have changed them."""
         abstract = assemble.abstract_state(self.experiment)
         restored = self.checkpoints.restore(abstract, unread=("hyper",))
         if restored is None:
@@ -212,9 +224,8 @@ class Run:
         return state.replace(hyper=scalars), meta, step
 
     def loop(self, state: TrainState) -> tuple[TrainState, int]:
-        if self.owed:  # a signal stopped the evaluation of the step that this attempt starts from
-            self.evaluate(self.progress.start, state)
-        reader = Reader(
+        """Train on from `state`. Returns the state and the step that were reached."""
+        metrics_logger = MetricsLogger(
             self.records.trackers.log,
             self.cfg.train.log_every,
             self.progress.accounting,
@@ -224,12 +235,12 @@ class Run:
         return train(
             state,
             self.frozen,
-            self.step,
+            self.train_step,
             self.batches(),
-            start=self.progress.start,
+            start_step=self.progress.start_step,
             steps=self.cfg.train.steps,
-            reader=reader,
-            periodic=self.periodic(),
+            metrics_logger=metrics_logger,
+            hooks=self.hooks(),
             stop=self.stop,
             watchdog=self.watchdog,
         )
@@ -248,14 +259,14 @@ class Run:
 
     # What is done now and then
 
-    def periodic(self) -> list[Periodic]:
+    def hooks(self) -> list[Hook]:
         """Evaluate, save, then sample: a checkpoint holds the evaluation of its step, a failed sample loses nothing."""
         train_cfg = self.cfg.train
         return [
             *self.profile(),
-            Periodic("evaluation", train_cfg.evaluate_every, self.evaluate, at_end=True),
-            Periodic("checkpoint", self.cfg.checkpoint.every, self.save, at_end=True),
-            Periodic("sample", train_cfg.sample.every, self.sample, at_end=True),
+            Hook("evaluation", train_cfg.evaluate_every, self.evaluate, at_end=True),
+            Hook("checkpoint", self.cfg.checkpoint.every, self.save, at_end=True),
+            Hook("sample", train_cfg.sample.every, self.sample, at_end=True),
         ]
 
     def evaluate(self, step: int, state: TrainState) -> None:
@@ -285,7 +296,7 @@ class Run:
         if self.task.sample is None:
             return
         params, frozen = on_one_device(self.mesh, (state.params, self.frozen))
-        if not group.leads():
+        if not group.is_leader():
             return
         try:
             text = self.task.sample(params, frozen)
@@ -304,7 +315,7 @@ class Run:
         losses = [value for key, value in scores if key.startswith("val/") and key.endswith("/loss")]
         self.checkpoints.save(step, state, meta, value=float(np.mean(losses)) if losses else None)
 
-    def profile(self) -> list[Periodic]:
+    def profile(self) -> list[Hook]:
         """A profiler trace of the steps that `--profile=FIRST:LAST` names."""
         if self.options.profile is None:
             return []
@@ -314,10 +325,10 @@ class Run:
             jax.block_until_ready(state)
             if step == before:
                 jax.profiler.start_trace(self.workdir / "profile")
-            elif before > self.progress.start:
+            elif before > self.progress.start_step:
                 jax.profiler.stop_trace()
 
-        return [Periodic("profile", None, toggle, at=(before, last))]
+        return [Hook("profile", None, toggle, at=(before, last))]
 
     # The end
 
@@ -335,7 +346,7 @@ class Run:
                 return "preempted"
             self.sample(reached, state)
         self.watchdog.beat("the baselines")
-        if group.leads():
+        if group.is_leader():
             self.records.finish(self.progress, reached, self.evaluations[reached])
         return "finished"
 

@@ -29,7 +29,7 @@ from lmjax.process import ending, labels, start_up
 from lmjax.process.signals import Preemption, Watchdog
 from lmjax.run import assemble, run
 from lmjax.run.assemble import Experiment
-from lmjax.run.run import Means, Options
+from lmjax.run.run import Options, Runtime
 from lmjax.train.state import TrainState
 from lmjax.weights import Params
 
@@ -116,7 +116,7 @@ class Lane:
             try:
                 with ending.within_memory("the number of runs, train.batch, data.seq_len or the model's size"):
                     if not self.common.preemption.requested:
-                        self.code = run.run(*self.member, means=self.means)
+                        self.code = run.run(*self.member, make_runtime=self.runtime)
             except (Exception, KeyboardInterrupt) as error:
                 self.code, said = ending.explained(error)
                 print(f"lmjax: error: {said}", file=sys.stderr)
@@ -126,14 +126,15 @@ class Lane:
             labels.ended(self.code)
 
     @contextlib.contextmanager
-    def means(self, experiment: Experiment) -> Iterator[Means]:
+    def runtime(self, experiment: Experiment) -> Iterator[Runtime]:
+        """The handlers that all runs share, and a step that is this run's part of the shared one."""
         self.step.join(experiment)
 
-        def step(state: TrainState, frozen: Params, batch: Any) -> Outputs:
+        def train_step(state: TrainState, frozen: Params, batch: Any) -> Outputs:
             self.is_set_up()
             return self.step(self.number, (state, frozen, batch))
 
-        yield Means(self.common.preemption, self.common.watchdog, step)
+        yield Runtime(self.common.preemption, self.common.watchdog, train_step)
 
     def is_set_up(self) -> None:
         """The next one's turn."""

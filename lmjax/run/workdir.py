@@ -137,12 +137,12 @@ def lock(workdir: epath.Path, patience: float = 120.0) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         free = True
-        if group.leads():
+        if group.is_leader():
             with _writing(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
                 notice = f"another process trains in {workdir}; waiting up to {patience:.0f} s for it to end"
                 free = stack.enter_context(files.lock(workdir / ".lock", patience, notice))
-        if not group.share("whether the work directory is free", free):
+        if not group.broadcast("whether the work directory is free", free):
             raise StallError(f"another process trains in {workdir}; wait for it, stop it, or use another --workdir")
         yield
 
@@ -152,7 +152,7 @@ def make_workdir(workdir: epath.Path) -> None:
     the first checkpoint."""
     probe = workdir / ".writable"
     with _writing(workdir):
-        if group.leads():
+        if group.is_leader():
             workdir.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
         group.barrier("the work directory")
@@ -161,7 +161,7 @@ def make_workdir(workdir: epath.Path) -> None:
                 f"--workdir={workdir} is not the one of process 0; choose one that all processes share"
             )
         group.barrier("the work directory")
-        if group.leads():
+        if group.is_leader():
             probe.unlink()
 
 

@@ -43,7 +43,7 @@ def pretrain(cfg: Config) -> Task:
     check_sample(cfg.train.sample, data.tokenizer)
     cfg = with_vocab(cfg, data.tokenizer)
     if cfg.train.init_from is not None:
-        init_from = group.share("the weights to start from", pinned(cfg.train.init_from))
+        init_from = group.broadcast("the weights to start from", pinned(cfg.train.init_from))
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=init_from))
     return with_data(without_data(cfg, data.tokenizer.hash), data)
 

@@ -1,6 +1,6 @@
 """The visible loop: dispatch a step, read the one before, do what is due.
 
-Everything that can be left out (evaluation, samples, checkpoints, profiles) is a `Periodic` in a list.
+Everything that can be left out (evaluation, samples, checkpoints, profiles) is a `Hook` in a list.
 """
 
 import time
@@ -23,28 +23,28 @@ from lmjax.weights import Params
 Log = Callable[[int, dict[str, Any]], None]
 
 
-class Periodic(NamedTuple):
+class Hook(NamedTuple):
     """Something to do every so many steps, with the state of that step."""
 
     name: str
     every: int | None
-    action: Callable[[int, TrainState], None]
+    run: Callable[[int, TrainState], None]
     at_end: bool = False
     at: tuple[int, ...] = ()
-    """Further steps, by number."""
+    """Further steps at which it is due, by number."""
 
     def due(self, step: int, last: int) -> bool:
         return bool(self.every and step % self.every == 0) or (self.at_end and step == last) or step in self.at
 
 
-class Reader:
-    """Reads a step's metrics, stops a run that only skips, and logs with the throughput since the last line."""
+class MetricsLogger:
+    """Reads a step's metrics, stops a run that only skips, and logs them with the throughput since the last line."""
 
     def __init__(self, log: Log, every: int, accounting: Accounting, *, max_skipped: int, skipped: int) -> None:
         """`skipped` is how many updates in a row were left out before this attempt."""
         self._log, self._every, self._accounting = log, every, accounting
         self._max_skipped, self._skipped = max_skipped, np.asarray(skipped)
-        self.resume_clock(accounting.start)
+        self.resume_clock(accounting.start_step)
 
     def resume_clock(self, step: int) -> None:
         """Start measuring anew: after compilation, and after anything that is not training."""
@@ -53,9 +53,8 @@ class Reader:
     def read(self, step: int, metrics: Metrics) -> None:
         """Raises NumericalError after too many skipped updates in a row."""
         values = finish(metrics)
-        self._skipped = np.where(
-            np.greater(values["skipped"], 0), self._skipped + 1, 0
-        )  # of each run, where many train
+        # Metrics of several runs are arrays with a value for each, and so is this count.
+        self._skipped = np.where(np.greater(values["skipped"], 0), self._skipped + 1, 0)
         if (most := int(self._skipped.max())) > self._max_skipped:
             raise NumericalError(
                 f"step {step}: the loss or its gradient was not finite {most} steps in a row "
@@ -78,49 +77,50 @@ def _named(values: dict[str, Any]) -> dict[str, Any]:
 def train(
     state: TrainState,
     frozen: Params,
-    step: Step,
+    train_step: Step,
     batches: Iterator[Any],
     *,
-    start: int,
+    start_step: int,
     steps: int,
-    reader: Reader,
-    periodic: Iterable[Periodic],
+    metrics_logger: MetricsLogger,
+    hooks: Iterable[Hook],
     stop: Callable[[], bool],
     watchdog: Watchdog,
 ) -> tuple[TrainState, int]:
-    """Run steps `start` to `steps`; returns the state and the last step done, less than `steps` when stopped.
+    """Run the steps after `start_step` up to `steps`. Returns the state and the last step done, which is less than
+    `steps` when the run was stopped.
 
     `stop` is asked before every step and before everything that is due after it: once it says so, nothing but the
     state of the newest step counts. It may raise what went wrong in the background. Processes that train together must
     get the same answer.
     """
-    periodic = list(periodic)
+    hooks = list(hooks)
     pending: Metrics | None = None
-    reached = start
-    while reached < steps and not stop():
-        reached += 1
-        watchdog.beat(f"step {reached}")
+    step = start_step
+    while step < steps and not stop():
+        step += 1
+        watchdog.beat(f"step {step}")
         batch = next(batches)
-        if fault("step", reached) == "nan_grad":
+        if fault("step", step) == "nan_grad":
             batch = jax.tree.map(lambda x: x * np.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, batch)
-        state, metrics = step(state, frozen, batch)
+        state, metrics = train_step(state, frozen, batch)
         if pending is not None:
-            reader.read(reached - 1, pending)
-        if reached == start + 1:  # the first step compiles: keep it out of the throughput
+            metrics_logger.read(step - 1, pending)
+        if step == start_step + 1:  # the first step compiles: keep it out of the throughput
             jax.block_until_ready(metrics)
-            reader.resume_clock(reached)
+            metrics_logger.resume_clock(step)
         pending = metrics
 
-        due = [action for action in periodic if action.due(reached, steps)]
+        due = [hook for hook in hooks if hook.due(step, steps)]
         if due:
-            reader.read(reached, pending)
+            metrics_logger.read(step, pending)
             pending = None
-            for action in due:
+            for hook in due:
                 if stop():
                     break
-                watchdog.beat(f"{action.name} at step {reached}")
-                action.action(reached, state)
-            reader.resume_clock(reached)
+                watchdog.beat(f"{hook.name} at step {step}")
+                hook.run(step, state)
+            metrics_logger.resume_clock(step)
     if pending is not None:
-        reader.read(reached, pending)
-    return state, reached
+        metrics_logger.read(step, pending)
+    return state, step

@@ -1,4 +1,4 @@
-"""The one train step: gradient, finite gate, update. Everything it does not need to know is an argument."""
+"""The train step: gradient, finite gate, update. Everything it does not need to know is an argument."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -24,9 +24,12 @@ class Step(Protocol):
 def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int = 1, noise_scale: bool = False) -> Step:
     """The train step. Jit it with the state donated.
 
-    The gradient is that of the loss sum over the whole batch divided by the weight of the whole batch, so cutting the
-    batch into microbatches changes nothing but memory, however unevenly the weights are spread. An update whose loss
-    or gradient is not finite is left out and counted; parameters and optimizer state then stay as they were.
+    The gradient is that of what is minimized, summed over the whole batch and divided by its weight, so cutting the
+    batch into microbatches changes nothing but memory, however unevenly the weights are spread.
+
+    The finite gate tests the norm of the whole gradient and the sum of the metric `loss`, which is logged. An update
+    where one of them is not finite is left out and counted; parameters and optimizer state then stay as they were.
+
     `noise_scale` adds the metrics of `noise`, which takes several microbatches.
     """
 
@@ -36,8 +39,8 @@ def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int =
         norm = optax.tree.norm(gradients)
         if noise_scale:
             metrics |= noise(norm**2, metrics.pop(SQUARES), rows=len(batch.ids_B))
-        loss_sum, _ = metrics["loss"]
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss_sum)
+        logged_loss, _ = metrics["loss"]
+        finite = jnp.isfinite(norm) & jnp.isfinite(logged_loss)
 
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, state.hyper, state.counters.step, norm
@@ -113,13 +116,13 @@ def accumulate(
     *,
     squares: bool = False,
 ) -> tuple[Params, Metrics]:
-    """The gradient of (loss sum / batch weight), and the metrics, SQUARES among them where asked for."""
+    """The gradient of (what is minimized / batch weight), and the metrics, SQUARES among them where asked for."""
     scale = jax.tree.map(lambda weight: 1 / jnp.where(weight > 0, weight, 1), objective.weight(batch))
 
     def gradient(batch: Any, keys_B: Keys) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
-            loss_sum, metrics = objective.loss(params, frozen, batch, keys_B, state.hyper)
-            return optax.tree.sum(jax.tree.map(jnp.multiply, loss_sum, scale)), metrics
+            minimized, metrics = objective.loss(params, frozen, batch, keys_B, state.hyper)
+            return optax.tree.sum(jax.tree.map(jnp.multiply, minimized, scale)), metrics
 
         gradients, metrics = jax.grad(loss, has_aux=True)(state.params)
         return gradients, ({**metrics, SQUARES: squared_norm(gradients)} if squares else metrics)
@@ -138,7 +141,7 @@ def accumulate(
 
 
 def squared_norm(gradients: Params) -> tuple[jax.Array, jax.Array]:
-    """As a metric, (sum, weight)."""
+    """The squared norm as a metric, (sum, weight)."""
     return optax.tree.norm(gradients, squared=True), jnp.ones(())
 
 

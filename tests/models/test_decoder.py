@@ -160,7 +160,7 @@ def loss(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
     weights_BT = jnp.full(targets_BT.shape, 1 / targets_BT.size)
     x_BTD = model.hidden(params, inputs_BT, keys_B=sample_keys(len(inputs_BT)))[0]
     head = model.head(params)
-    return chunked_token_sums(model.unembed, head, x_BTD, targets_BT, weights_BT, chunk=T // 2).loss
+    return chunked_token_sums(model.unembed, head, x_BTD, targets_BT, weights_BT, chunk=T // 2).minimized
 
 
 # Dropout, a pattern of layers with a remainder, a mixture of experts; the others have nothing more to compute again.

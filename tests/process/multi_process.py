@@ -31,7 +31,7 @@ def main(directory: Path) -> None:
     group.start(os.environ, timeout=60, on_loss=lambda message: ending.exit_now(message, 6))
     process = group.process()
     report: dict[str, Any] = {"process": process}
-    report["shared"] = group.share("x", {"from": process})
+    report["shared"] = group.broadcast("x", {"from": process})
     report["gathered"] = group.gather("x", [process, ["zero", "one"][process]])
     vote = group.Vote()
     report["votes"] = [vote(process == 1 and call == 2) for call in range(5)]

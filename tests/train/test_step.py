@@ -128,10 +128,10 @@ def test_frozen_weights_are_read_and_not_moved() -> None:
     whole = {**params, **frozen}
     batch = random_batch()
     keys_B = sample_keys(jnp.uint32(0), batch.ids_B)
-    loss_sum, _ = jax.jit(OBJECTIVE.loss)(whole, {}, batch, keys_B, scalars())
+    minimized, _ = jax.jit(OBJECTIVE.loss)(whole, {}, batch, keys_B, scalars())
     total, weight = metrics["loss"]
     z_loss, _ = metrics["z_loss"]
-    assert float(total + z_loss) == pytest.approx(float(loss_sum), rel=1e-5)
+    assert float(total + z_loss) == pytest.approx(float(minimized), rel=1e-5)
     assert float(weight) == pytest.approx(float(batch.weights_BT.sum()))
 
 
