@@ -71,8 +71,8 @@ def test_at_the_base_shape_weights_start_with_the_same_bits(cfg: ModelConfig) ->
     programs = set()
     for one in (cfg, *(at_base(cfg, name) for name in PARAMETRIZED)):
         start = functools.partial(decoder.start, cfg=one)
-        programs.add(str(jax.make_jaxpr(start)(jax.random.key(0), decoder.scalars(one))))
-        assert decoder.scalars(one) == decoder.scalars(cfg)
+        programs.add(str(jax.make_jaxpr(start)(jax.random.key(0), decoder.config_scalars(one))))
+        assert decoder.config_scalars(one) == decoder.config_scalars(cfg)
     assert len(programs) == 1
 
 
@@ -139,7 +139,7 @@ def test_attention_scores_shrink_with_the_head_size_alone() -> None:
 def test_initial_spreads(init_std: float | None) -> None:
     """Whether a matrix starts by its fan-in or by a number, at the base shape it is the same as without."""
     cfg = grown(replace(LARGE, layers=1, init_std=init_std, tied=False, embed_init_std=0.7))
-    params = by_path(jax.jit(lambda: decoder.start(jax.random.key(0), decoder.scalars(cfg), cfg=cfg))())
+    params = by_path(jax.jit(lambda: decoder.start(jax.random.key(0), decoder.config_scalars(cfg), cfg=cfg))())
     hidden, readout = (init_std / 2, init_std) if init_std else (64**-0.5, 16**-0.5)
     stds = {"segments/0/0/mlp/up": hidden, "unembed": readout, "embed": 0.7}
     for path, std in stds.items():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Rule = Callable[[Sequence[float], Sequence[int]], Sequence[float]]
+MixtureRule = Callable[[Sequence[float], Sequence[int]], Sequence[float]]
 """(the sources' weights, their tokens) -> what each one's share of the samples is proportional to"""
 
 
@@ -26,7 +26,7 @@ def by_size(weights: Sequence[float], tokens: Sequence[int]) -> Sequence[float]:
     return [weight * size for weight, size in zip(weights, tokens, strict=True)]
 
 
-MIXTURES: dict[str, Rule] = {
+MIXTURES: dict[str, MixtureRule] = {
     "by_weight": by_weight,
     "by_size": by_size,
 }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from lmjax.devices.mesh import GATHER, GATHERED, RULES, Names, all_axes, axes_of, current_mesh, mesh_axes
+from lmjax.devices.mesh import GATHER, GATHERED, SHARDING_RULES, Names, all_axes, axes_of, current_mesh, mesh_axes
 from lmjax.weights import Spec, Weight, map_weights
 
 
@@ -145,7 +145,7 @@ def per_stage(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any
     """
     mesh = current_mesh()
     assert mesh is not None
-    (stages,) = RULES["layers"]
+    (stages,) = SHARDING_RULES["layers"]
     others = tuple(axis for axis in mesh.axis_names if axis != stages)
 
     def run(*arguments: Any) -> Any:
@@ -168,5 +168,5 @@ def per_stage(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any
 
 def _along_stages(spec: PartitionSpec) -> PartitionSpec:
     """What a PartitionSpec says of the pipeline's stages, which may cut the first dimension."""
-    (stages,) = RULES["layers"]
+    (stages,) = SHARDING_RULES["layers"]
     return PartitionSpec(stages) if stages in axes_of(spec[0] if spec else None) else PartitionSpec()

@@ -35,7 +35,7 @@ AXES = ("slices", "data", "pipeline", "fsdp", "expert", "context", "tensor")  # 
 
 
 # Named axis -> the mesh axes that it is sharded along. A name that is absent is not sharded.
-RULES: dict[str, tuple[str, ...]] = {
+SHARDING_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("pipeline", "slices", "data", "fsdp", "expert"),  # in all layers outside the pipeline
     "microbatch": ("slices", "data", "fsdp", "expert"),  # rows inside a pipeline stage
     "time": ("context",),  # T inside attention and mlp
@@ -51,7 +51,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-GATHERED = RULES["embed"]  # a weight is all-gathered along these where it is used
+GATHERED = SHARDING_RULES["embed"]  # a weight is all-gathered along these where it is used
 GATHER, CONSTRAIN = "gather", "constrain"  # names of results, by which `remat` decides what it keeps
 
 
@@ -155,11 +155,11 @@ def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:
     mesh = mesh or current_mesh()
     if mesh is None:
         return ()
-    axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
-    if not {*axes} & {*mesh.manual_axes} & {*RULES["layers"]}:
+    axes = tuple(axis for axis in SHARDING_RULES.get(name or "", ()) if mesh.shape[axis] > 1)
+    if not {*axes} & {*mesh.manual_axes} & {*SHARDING_RULES["layers"]}:
         return axes
-    assert (*mesh.manual_axes,) == RULES["layers"], f"call mesh_axes('{name}') before per_device, not inside"
-    return tuple(axis for axis in axes if axis not in RULES["layers"])
+    assert (*mesh.manual_axes,) == SHARDING_RULES["layers"], f"call mesh_axes('{name}') before per_device, not inside"
+    return tuple(axis for axis in axes if axis not in SHARDING_RULES["layers"])
 
 
 def shards(name: str) -> int:
@@ -173,10 +173,10 @@ def partition_spec(names: Names, mesh: Any = None) -> PartitionSpec:
 
     Raises ConfigError for names that put one mesh axis on two dimensions.
     """
-    used = [axis for name in names for axis in RULES.get(name or "", ())]
+    used = [axis for name in names for axis in SHARDING_RULES.get(name or "", ())]
     for axis in used:
         if used.count(axis) > 1:
-            both = [repr(name) for name in names if axis in RULES.get(name or "", ())]
+            both = [repr(name) for name in names if axis in SHARDING_RULES.get(name or "", ())]
             raise ConfigError(f"the axes {' and '.join(both)} of {names} are both sharded along mesh.{axis}")
     return PartitionSpec(*(mesh_axes(name, mesh) or None for name in names))
 

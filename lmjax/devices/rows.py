@@ -41,25 +41,25 @@ def map_arrays(function: Callable[[str, Any], Any], batch: AnyBatch) -> AnyBatch
     return dataclasses.replace(batch, **changed)  # type: ignore[type-var]
 
 
-def time_order(T: int, context: int) -> np.ndarray:
-    """Which token of a row is at each place of the time axis, [T], when `context` devices share the row.
+def time_order(T: int, devices: int) -> np.ndarray:
+    """Which token of a row is at each place of the time axis, [T], when this many devices share the row.
 
     Device i of n holds chunks i and 2n - 1 - i of the row's 2n chunks: under a causal mask early tokens have little to
     attend to and late ones much, and so every device has the same (zig-zag order: Zhu, github.com/zhuzilin/
     ring-flash-attention).
     """
-    chunks = np.arange(T).reshape(2 * context, -1)
-    return np.concatenate([chunks[[i, 2 * context - 1 - i]] for i in range(context)], axis=None)
+    chunks = np.arange(T).reshape(2 * devices, -1)
+    return np.concatenate([chunks[[i, 2 * devices - 1 - i]] for i in range(devices)], axis=None)
 
 
 def token_order(T: int) -> jax.Array:
     """`time_order` on the current mesh: 0, 1, ... unless devices share rows."""
-    context = shards("time")
-    return jnp.arange(T) if context == 1 else jnp.asarray(time_order(T, context), jnp.int32)
+    devices = shards("time")
+    return jnp.arange(T) if devices == 1 else jnp.asarray(time_order(T, devices), jnp.int32)
 
 
 def row_sharding(mesh: jax.sharding.Mesh, names: str) -> NamedSharding:
-    """Of an array of a batch with these axes."""
+    """The sharding of an array of a batch with these axes."""
     split = (name if name in ("batch", "time") else None for name in names.split())
     return NamedSharding(mesh, partition_spec(tuple(split), mesh))
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lmjax.devices.mesh import RULES, all_axes, axes_of, current_mesh, mesh_axes
+from lmjax.devices.mesh import SHARDING_RULES, all_axes, axes_of, current_mesh, mesh_axes
 from lmjax.devices.place import use_mesh
 from lmjax.models.model import Model
 from lmjax.process import group
@@ -44,7 +44,7 @@ def decoding_weights(model: Model, params: Params, mesh: Mesh | None) -> Params:
     if mesh is None:
         return model.unstack(params)
     specs = map_weights(lambda _, w: _partition(w), model.spec, params)
-    if {*RULES["layers"]} & {*all_axes(itertools.chain.from_iterable(jax.tree.leaves(specs)))}:
+    if {*SHARDING_RULES["layers"]} & {*all_axes(itertools.chain.from_iterable(jax.tree.leaves(specs)))}:
         specs = map_weights(functools.partial(_off_stages, mesh), model.spec, specs)
     with use_mesh(mesh):
         params = jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), params, specs)
@@ -59,7 +59,7 @@ def _partition(w: Any) -> PartitionSpec:
 
 def _off_stages(mesh: Mesh, weight: Weight, specs: PartitionSpec) -> PartitionSpec:
     """As fsdp specs: with every axis `embed` split alike, XLA sends activations to the weights, not weights to rows."""
-    stages = RULES["layers"]
+    stages = SHARDING_RULES["layers"]
     axes = {name: axes_of(entry) for name, entry in itertools.zip_longest(weight.names, specs)}
     axes = {name: tuple(axis for axis in of_name if axis not in stages) for name, of_name in axes.items()}
     sizes = dict(zip(weight.names, weight.shape, strict=True))

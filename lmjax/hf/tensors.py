@@ -72,9 +72,9 @@ def _layers(line: Tensor, segments: Segments) -> Iterator[tuple[str, dict[int, i
         yield "", {}
         return
     for segment, (period, repeats) in enumerate(segments):
-        for slot in range(len(period)):
-            layers = {repeat: layer_index(segments, segment, repeat, slot) for repeat in range(repeats)}
-            yield f"segments/{segment}/{slot}/", layers
+        for place in range(len(period)):
+            layers = {repeat: layer_index(segments, segment, repeat, place) for repeat in range(repeats)}
+            yield f"segments/{segment}/{place}/", layers
 
 
 def _entries(

@@ -377,10 +377,10 @@ def _periods(kinds: tuple[LayerKind, ...], period: int) -> Segments:
     return full + remainder
 
 
-def layer_index(segments: Segments, segment: int, repeat: int, slot: int) -> int:
+def layer_index(segments: Segments, segment: int, repeat: int, place: int) -> int:
     """A layer's place in the model, counted from the input. `repeat` may be traced."""
     before = sum(len(period) * repeats for period, repeats in segments[:segment])
-    return before + repeat * len(segments[segment][0]) + slot
+    return before + repeat * len(segments[segment][0]) + place
 
 
 def dominant(segments: Segments) -> int:

@@ -17,8 +17,8 @@ from lmjax.devices.rows import token_order
 from lmjax.errors import ConfigError
 from lmjax.models.activations import softcap
 from lmjax.models.config import LayerKind, ModelConfig, Segments, dominant, layer_index
-from lmjax.models.context import Context, Scalars
-from lmjax.models.dropout import EMBED_SITE, MIXER_SITE, MLP_SITE, RATES, dropout
+from lmjax.models.dropout import DROPOUTS, EMBED_SITE, MIXER_SITE, MLP_SITE, dropout
+from lmjax.models.layer_inputs import LayerInputs, Scalars
 from lmjax.models.layers import lookup, lookup_tokens, norm, norm_weights
 from lmjax.models.linear import linear
 from lmjax.models.mixers import MIXERS
@@ -27,7 +27,7 @@ from lmjax.models.model import Cache, Model
 from lmjax.models.moe import moe
 from lmjax.models.pipeline import pipelined
 from lmjax.models.position import rotations, sinusoidal
-from lmjax.models.read import cast, dense, head, read
+from lmjax.models.read import as_array, cast, head, read
 from lmjax.models.remat import REMAT
 from lmjax.parametrization import parametrize, stream_factor
 from lmjax.weights import (
@@ -55,7 +55,7 @@ def build(cfg: ModelConfig, *, microbatches: int | None = None) -> Model:
         hidden=functools.partial(hidden, spec=spec, cfg=cfg, microbatches=microbatches),
         unembed=functools.partial(unembed, spec=spec, cfg=cfg),
         start=functools.partial(start, cfg=cfg),
-        scalars=scalars(cfg),
+        scalars=config_scalars(cfg),
         head=functools.partial(head, spec, names=("embed",) if cfg.tied else ("unembed",)),
         empty_cache=functools.partial(empty_cache, cfg),
         unstack=functools.partial(unstack, spec=spec, segments=cfg.segments),
@@ -65,8 +65,8 @@ def build(cfg: ModelConfig, *, microbatches: int | None = None) -> Model:
     )
 
 
-def scalars(cfg: ModelConfig) -> dict[str, float]:
-    """What a sweep may vary without another program: a train step reads the same names from its hyperparameters."""
+def config_scalars(cfg: ModelConfig) -> dict[str, float]:
+    """The config's values of `Scalars`. A train step has the same names, traced, among its hyperparameters."""
     return {
         "dropout": cfg.dropout,
         "attention_dropout": cfg.attention_dropout,
@@ -81,21 +81,21 @@ def scalars(cfg: ModelConfig) -> dict[str, float]:
 # Weights ----------------------------------------------------------------------------------------------------------
 
 
-def start(key: jax.Array, stds: Scalars, *, cfg: ModelConfig) -> Params:
-    """Initial values of every weight, with the standard deviations in `stds`."""
-    return initialize(weights(cfg, stds), key)
+def start(key: jax.Array, scalars: Scalars, *, cfg: ModelConfig) -> Params:
+    """Initial values of every weight. Their spreads are among the `scalars`, which may be traced."""
+    return initialize(weights(cfg, scalars), key)
 
 
-def weights(cfg: ModelConfig, stds: Scalars | None = None) -> Spec:
+def weights(cfg: ModelConfig, scalars: Scalars | None = None) -> Spec:
     """Every weight of the model, bound to its sizes.
 
-    Its initializers close over `stds`, the config's unless others are given: `start` builds the spec once more to
-    draw weights, so that the standard deviations may be traced.
+    The initializers close over the spreads in `scalars` (default: the config's). So `start`, whose scalars may be
+    traced, builds a spec of its own to draw weights by.
     """
-    stds = scalars(cfg) if stds is None else stds
-    table = normal(stds["embed_init_std"])
-    into = fan_in if cfg.init_std is None else normal(stds["init_std"])
-    out = scaled(stds["residual_init_scale"], into)
+    scalars = config_scalars(cfg) if scalars is None else scalars
+    table = normal(scalars["embed_init_std"])
+    into = fan_in if cfg.init_std is None else normal(scalars["init_std"])
+    out = scaled(scalars["residual_init_scale"], into)
     spec: Spec = {"embed": Weight("vocab -> embed", kind="lookup", init=table, tied=cfg.tied)}
     if cfg.position == "learned":
         spec["position"] = Weight("context -> embed", kind="lookup", init=table)
@@ -110,18 +110,18 @@ def weights(cfg: ModelConfig, stds: Scalars | None = None) -> Spec:
     for segment, (period, repeats) in enumerate(cfg.segments):
         axis = "layers" if segment == dominant(cfg.segments) else "few_layers"  # too few to spread over a pipeline
         spec["segments"][str(segment)] = {
-            str(slot): stacked(bind(block_weights(cfg, kind, into, out), cfg.dims), repeats, axis)
-            for slot, kind in enumerate(period)
+            str(place): stacked(bind(block_weights(cfg, kind, into, out), cfg.dims), repeats, axis)
+            for place, kind in enumerate(period)
         }
     return parametrize(cfg.parametrization, spec, cfg.growth, cfg.depth)
 
 
-def scaled(scale: Any, start: Initializer) -> Initializer:
-    return lambda key, weight: scale * start(key, weight)
+def scaled(scale: Any, init: Initializer) -> Initializer:
+    return lambda key, weight: scale * init(key, weight)
 
 
 def block_weights(cfg: ModelConfig, kind: LayerKind, into: Initializer, out: Initializer) -> Spec:
-    """Of one layer. `into` starts matrices that read the residual stream, `out` those that write to it."""
+    """The weights of one layer. `into` initializes the matrices that read the residual stream, `out` the others."""
     mixer = MIXERS[kind.mixer]
     block: Spec = {mixer.name: mixer.weights(cfg, into, out)}
     if kind.mlp == "moe":
@@ -140,20 +140,26 @@ def block_weights(cfg: ModelConfig, kind: LayerKind, into: Initializer, out: Ini
 
 
 def block(
-    p: Params, x_BTD: jax.Array, context: Context, cache: Any, cfg: ModelConfig, kind: LayerKind, layer: int | jax.Array
+    p: Params,
+    x_BTD: jax.Array,
+    inputs: LayerInputs,
+    cache: Any,
+    cfg: ModelConfig,
+    kind: LayerKind,
+    layer: int | jax.Array,
 ) -> tuple[jax.Array, Any, moe.Tally | None]:
     """One layer: a mixer, then mlp or mixture of experts, each added to the residual stream."""
     mixer = MIXERS[kind.mixer]
     h_BTD = read_stream(p, mixer.name, x_BTD, cfg)
-    h_BTD, cache = mixer.mix(p[mixer.name], h_BTD, context, cache, cfg, kind, layer)
-    x_BTD = add_to_stream(p, mixer.name, x_BTD, h_BTD, context, cfg, layer, MIXER_SITE)
+    h_BTD, cache = mixer.mix(p[mixer.name], h_BTD, inputs, cache, cfg, kind, layer)
+    x_BTD = add_to_stream(p, mixer.name, x_BTD, h_BTD, inputs, cfg, layer, MIXER_SITE)
 
     h_BTD, tally = read_stream(p, "mlp", x_BTD, cfg), None
     if kind.mlp == "dense":
         h_BTD = mlp(p["mlp"], h_BTD, cfg)
     else:
-        h_BTD, tally = moe.mixture(p["moe"], h_BTD, context.real_BT, cfg, training=context.keys_B is not None)
-    return add_to_stream(p, "mlp", x_BTD, h_BTD, context, cfg, layer, MLP_SITE), cache, tally
+        h_BTD, tally = moe.mixture(p["moe"], h_BTD, inputs.real_BT, cfg, training=inputs.keys_B is not None)
+    return add_to_stream(p, "mlp", x_BTD, h_BTD, inputs, cfg, layer, MLP_SITE), cache, tally
 
 
 def read_stream(p: Params, part: str, x_BTD: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -167,7 +173,7 @@ def add_to_stream(
     part: str,
     x_BTD: jax.Array,
     h_BTD: jax.Array,
-    context: Context,
+    inputs: LayerInputs,
     cfg: ModelConfig,
     layer: int | jax.Array,
     site: int,
@@ -177,7 +183,7 @@ def add_to_stream(
     if cfg.norm_position in ("output", "pre_and_output"):
         h_BTD = norm(p[f"{part}_output_norm"], h_BTD, cfg)
     if cfg.dropout:
-        h_BTD = dropout(h_BTD, context.keys_B, context.rates["dropout"], layer, site)
+        h_BTD = dropout(h_BTD, inputs.keys_B, inputs.dropout_rates["dropout"], layer, site)
     x_BTD = x_BTD + times(h_BTD, stream_factor(cfg.parametrization, cfg.depth))
     return norm(p[f"{part}_output_norm"], x_BTD, cfg) if cfg.norm_position == "post" else x_BTD
 
@@ -194,7 +200,7 @@ def hidden(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     keys_B: jax.Array | None = None,
-    hyper: Scalars | None = None,
+    scalars: Scalars | None = None,
     cache: Cache = None,
     microbatches: int | None = None,
 ) -> tuple[jax.Array, Cache, dict[str, Any]]:
@@ -202,21 +208,22 @@ def hidden(
 
     `positions_BT` (default 0, 1, ...) place tokens for rotary, learned and sinusoidal positions; with a cache they are
     needed, and negative ones mark padding. `segments_BT` keep documents from seeing each other. `keys_B`, one per
-    sample, mean training: they turn dropout, at the rates in `hyper` (default: the config's), and the capacity of
+    sample, mean training: they turn dropout, at the rates in `scalars` (default: the config's), and the capacity of
     experts on. `microbatches` are those of a pipeline (default: one per stage).
     """
     T = tokens_BT.shape[1]
     if cache is None and cfg.position == "learned" and cfg.context < T:
         raise ConfigError(f"a sequence of {T} tokens is longer than the position table: model.context={cfg.context}")
-    where_BT = token_order(T)[None] if positions_BT is None else positions_BT
-    real_BT = constrain(jnp.broadcast_to(where_BT >= 0, tokens_BT.shape), "batch", "time")
-    rates = {name: (scalars(cfg) if hyper is None else hyper)[name] for name in RATES}
-    context = Context(rotations(cfg, where_BT), positions_BT, real_BT, segments_BT, keys_B, rates)
-    x_BTD = embed_tokens(params, tokens_BT, where_BT, context, spec, cfg)
+    tokens_at_BT = token_order(T)[None] if positions_BT is None else positions_BT
+    real_BT = constrain(jnp.broadcast_to(tokens_at_BT >= 0, tokens_BT.shape), "batch", "time")
+    scalars = config_scalars(cfg) if scalars is None else scalars
+    rates = {name: scalars[name] for name in DROPOUTS}
+    inputs = LayerInputs(rotations(cfg, tokens_at_BT), positions_BT, real_BT, segments_BT, keys_B, rates)
+    x_BTD = embed_tokens(params, tokens_BT, tokens_at_BT, inputs, spec, cfg)
     new_cache, tallies = [], {}
     for segment in range(len(cfg.segments)):
         old = None if cache is None else cache[segment]
-        x_BTD, new, tallies[str(segment)] = run_segment(params, x_BTD, context, old, spec, cfg, segment, microbatches)
+        x_BTD, new, tallies[str(segment)] = run_segment(params, x_BTD, inputs, old, spec, cfg, segment, microbatches)
         new_cache.append(new)
     if cfg.norm_position != "post":
         x_BTD = norm(read(spec["final_norm"], params["final_norm"], cfg.dtype), x_BTD, cfg)
@@ -225,85 +232,92 @@ def hidden(
 
 
 def embed_tokens(
-    params: Params, tokens_BT: jax.Array, where_BT: jax.Array, context: Context, spec: Spec, cfg: ModelConfig
+    params: Params,
+    tokens_BT: jax.Array,
+    tokens_at_BT: jax.Array,
+    inputs: LayerInputs,
+    spec: Spec,
+    cfg: ModelConfig,
 ) -> jax.Array:
-    table_VD = dense(spec["embed"], params["embed"])
+    table_VD = as_array(spec["embed"], params["embed"])
     x_BTD = lookup_tokens(table_VD, tokens_BT, cfg.dtype) * jnp.asarray(cfg.embed_scale, cfg.dtype)
-    where_BT = constrain(where_BT, "batch" if len(where_BT) > 1 else None, "residual_time")
+    tokens_at_BT = constrain(tokens_at_BT, "batch" if len(tokens_at_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":
         # In float32, since the gradient of a position is a sum over the batch.
-        position_SD = read(spec["position"], params["position"], cfg.dtype)
-        x_BTD = (x_BTD + lookup(position_SD, where_BT, jnp.float32)).astype(cfg.dtype)
+        table_RD = read(spec["position"], params["position"], cfg.dtype)
+        x_BTD = (x_BTD + lookup(table_RD, tokens_at_BT, jnp.float32)).astype(cfg.dtype)
     if cfg.position == "sinusoidal":
-        x_BTD = x_BTD + sinusoidal(where_BT, cfg.embed).astype(cfg.dtype)
+        x_BTD = x_BTD + sinusoidal(tokens_at_BT, cfg.embed).astype(cfg.dtype)
     if cfg.embed_norm:
         x_BTD = norm(read(spec["embed_norm"], params["embed_norm"], cfg.dtype), x_BTD, cfg)
     if cfg.embed_dropout:
-        x_BTD = dropout(x_BTD, context.keys_B, context.rates["embed_dropout"], 0, EMBED_SITE)
+        x_BTD = dropout(x_BTD, inputs.keys_B, inputs.dropout_rates["embed_dropout"], 0, EMBED_SITE)
     return x_BTD
 
 
 # Segments ---------------------------------------------------------------------------------------------------------
 
-Period = Callable[[Context, jax.Array, Any], tuple[jax.Array, Any]]
-"""(context, x_BTD, (params of one period, its number, its caches)) -> (x_BTD, (new caches, tallies by slot))"""
+Period = Callable[[LayerInputs, jax.Array, Any], tuple[jax.Array, Any]]
+"""(inputs, x_BTD, (params of one period, its number, its caches)) -> (x_BTD, (new caches, tallies by place))
+
+A place is where a layer stands in its period, from 0."""
 
 
 def run_segment(
     params: Params,
     x_BTD: jax.Array,
-    context: Context,
+    inputs: LayerInputs,
     cache: Any,
     spec: Spec,
     cfg: ModelConfig,
     segment: int,
     microbatches: int | None,
 ) -> tuple[jax.Array, Any, dict[str, moe.Tally]]:
-    """All repeats of one period -> (x_BTD, its new caches, what experts did by slot, with the repeats in front).
+    """All repeats of one period -> (x_BTD, its new caches, tallies by place, with the repeats in front).
 
     Unstacked weights run in a loop, stacked ones in a scan; where the mesh has pipeline stages, those of the dominant
     segment run from stage to stage.
     """
     layers = params["segments"][str(segment)]
-    period = layers_of(spec["segments"][str(segment)], cfg, segment)
+    period = make_period(spec["segments"][str(segment)], cfg, segment)
     if isinstance(layers, list):
-        return looped(period, context, x_BTD, layers, cache)
+        return looped(period, inputs, x_BTD, layers, cache)
     assert cache is None, "decoding runs over unstacked weights: model.unstack(params)"
     scan = functools.partial(scanned, REMAT[cfg.remat], cfg.unroll, period)
     if shards("layers") > 1 and segment == dominant(cfg.segments):
-        x_BTD, tallies = pipelined(scan, context, x_BTD, layers, microbatches)
+        x_BTD, tallies = pipelined(scan, inputs, x_BTD, layers, microbatches)
     else:
-        x_BTD, tallies = scan(context, x_BTD, layers, 0)
+        x_BTD, tallies = scan(inputs, x_BTD, layers, 0)
     return x_BTD, None, tallies
 
 
-def layers_of(spec: Spec, cfg: ModelConfig, segment: int) -> Period:
-    """One period of a segment, whose stacked weights are declared by `spec`."""
+def make_period(spec: Spec, cfg: ModelConfig, segment: int) -> Period:
+    """The function that runs one period of a segment, whose stacked weights are declared by `spec`."""
     kinds, layer_spec = cfg.segments[segment][0], map_weights(Weight.of_layer, spec)
 
-    def period(context: Context, x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-        stored, repeat, old_caches = inputs
+    def period(inputs: LayerInputs, x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+        stored, repeat, old_caches = xs
         p = read(layer_spec, stored, cfg.dtype)
         new_caches, tallies = [], {}
-        for slot, kind in enumerate(kinds):
-            layer = layer_index(cfg.segments, segment, repeat, slot)
-            old = None if old_caches is None else old_caches[slot]
-            x_BTD, new, tally = block(p[str(slot)], x_BTD, context, old, cfg, kind, layer)
+        for place, kind in enumerate(kinds):
+            layer = layer_index(cfg.segments, segment, repeat, place)
+            old = None if old_caches is None else old_caches[place]
+            x_BTD, new, tally = block(p[str(place)], x_BTD, inputs, old, cfg, kind, layer)
             new_caches.append(new)
             if tally is not None:
-                tallies[str(slot)] = tally
+                tallies[str(place)] = tally
         return x_BTD, (None if old_caches is None else new_caches, tallies)
 
     return period
 
 
 def looped(
-    period: Period, context: Context, x_BTD: jax.Array, layers: list[Params], caches: list[Any] | None
+    period: Period, inputs: LayerInputs, x_BTD: jax.Array, layers: list[Params], caches: list[Any] | None
 ) -> tuple[jax.Array, list[Any], dict[str, moe.Tally]]:
     new_caches, tallies = [], []
     for repeat, p in enumerate(layers):
         old = None if caches is None else caches[repeat]
-        x_BTD, (new, tally) = period(context, x_BTD, (p, repeat, old))
+        x_BTD, (new, tally) = period(inputs, x_BTD, (p, repeat, old))
         new_caches.append(new)
         tallies.append(tally)
     return x_BTD, new_caches, jax.tree.map(lambda *repeats: jnp.stack(repeats), *tallies)
@@ -313,7 +327,7 @@ def scanned(
     remat: Callable[..., Any],
     unroll: float,
     period: Period,
-    context: Context,
+    inputs: LayerInputs,
     x_BTD: jax.Array,
     layers: Params,
     first: int | jax.Array,
@@ -321,7 +335,7 @@ def scanned(
     """`first` is the number of the first of these repeats in the segment."""
     repeats = len(jax.tree.leaves(layers)[0])
     xs = (layers, first + jnp.arange(repeats), None)
-    body = remat(functools.partial(period, context))
+    body = remat(functools.partial(period, inputs))
     x_BTD, (_, tallies) = jax.lax.scan(body, x_BTD, xs, unroll=max(1, round(unroll * repeats)))
     return x_BTD, tallies
 
@@ -331,9 +345,10 @@ def scanned(
 
 def unembed(params: Params, x: jax.Array, *, spec: Spec, cfg: ModelConfig) -> jax.Array:
     """x[..., D] -> float32 logits[..., V]. On a mesh `params` are gathered."""
-    name = "unembed" if "unembed" in params else "embed"
+    # A tied head is declared as "embed". Its params may have an "unembed" all the same: `unstack` makes one on CPU.
     weight: Weight = spec["embed" if cfg.tied else "unembed"]
-    w = dense(weight, params[name])
+    name = "unembed" if "unembed" in params else "embed"
+    w = as_array(weight, params[name])
     w_DV = cast(weight, w if name == "unembed" else w.T, cfg.dtype)
     logits = linear(times(x, weight.scaling.logits), w_DV, dtype=jnp.float32)
     return softcap(logits, cfg.logit_softcap)
@@ -364,5 +379,5 @@ def unstack(params: Params, *, spec: Spec, segments: Segments) -> Params:
 
     unstacked = {str(s): [layer(s, i) for i in range(repeats)] for s, (_, repeats) in enumerate(segments)}
     own_head = "unembed" not in params and jax.default_backend() == "cpu"
-    head = {"unembed": dense(spec["embed"], params["embed"]).T} if own_head else {}
+    head = {"unembed": as_array(spec["embed"], params["embed"]).T} if own_head else {}
     return {**params, **head, "segments": unstacked}

@@ -11,7 +11,7 @@ from lmjax.devices.mesh import constrain, current_mesh
 from lmjax.devices.rows import token_order
 
 EMBED_SITE, MIXER_SITE, MLP_SITE, WEIGHTS_SITE = 0, 1, 2, 3  # where dropout acts: part of a mask's name
-RATES = ("dropout", "attention_dropout", "embed_dropout")
+DROPOUTS = ("dropout", "attention_dropout", "embed_dropout")  # the settings of a model that are rates of dropout
 Rate = float | jax.Array
 
 
@@ -69,7 +69,10 @@ class PairDropout(NamedTuple):
     """Named by sample, layer and site."""
 
     def apply(self, p_BKGTS: jax.Array) -> jax.Array:
-        """Of a whole row's keys. Entry (t, s) of head n is the n-th stream's at t S + s, wherever it is computed."""
+        """Drop some of the weights of a row over all its keys.
+
+        The bits of entry (t, s) of head n are those of the n-th stream at t S + s, wherever they are drawn.
+        """
         K, G, T, S = p_BKGTS.shape[1:]
         assert T * S < 1 << 32, "a head has a stream of 2^32 entries"
         head_KG = constrain(jnp.arange(K * G, dtype=jnp.uint32).reshape(K, G), "kv_heads", None)

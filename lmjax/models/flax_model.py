@@ -62,7 +62,9 @@ def from_nnx(module: nnx.Module, declared: Declared | None = None) -> tuple[Mode
 
 def _model(params: Params, apply: Apply, tokens_BT: jax.Array, declared: Declared | None) -> Model:
     def hidden(params: Params, tokens_BT: jax.Array, **inputs: Any) -> tuple[jax.Array, None, dict[str, Any]]:
-        given = sorted(name for name, value in inputs.items() if value is not None and name not in ("keys_B", "hyper"))
+        given = sorted(
+            name for name, value in inputs.items() if value is not None and name not in ("keys_B", "scalars")
+        )
         if given:
             raise ValueError(f"a Flax module takes tokens alone, not {', '.join(given)}; use data.documents=joined")
         return apply(params, tokens_BT), None, {}
@@ -71,7 +73,7 @@ def _model(params: Params, apply: Apply, tokens_BT: jax.Array, declared: Declare
         return x.astype(jnp.float32)
 
     vocab = jax.eval_shape(apply, params, tokens_BT).shape[-1]
-    return Model(declare(params, vocab, declared), hidden, unembed, start=lambda key, hyper: params)
+    return Model(declare(params, vocab, declared), hidden, unembed, start=lambda key, scalars: params)
 
 
 def _string_keys(tree: Any) -> Any:

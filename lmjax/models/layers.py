@@ -45,12 +45,12 @@ def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: 
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
-def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+def lookup(table_RD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a replicated float32 table -> [B, T, D], sharded as the ids are."""
     if current_mesh() is None:
-        return table_VD[ids_BT].astype(dtype)
+        return table_RD[ids_BT].astype(dtype)
     spec = PartitionSpec(*jax.typeof(ids_BT).sharding.spec, None)
-    return table_VD.at[ids_BT].get(out_sharding=spec).astype(dtype)
+    return table_RD.at[ids_BT].get(out_sharding=spec).astype(dtype)
 
 
 def _rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The mixers that `model.pattern` names. A new one is a file with its five parts (context.py) and a line here."""
+"""The mixers that `model.pattern` names. A new one is a file with its five parts (layer_inputs.py) and a line here."""
 
 from lmjax.models.attention.mixer import ATTENTION
-from lmjax.models.context import Mixer
+from lmjax.models.layer_inputs import Mixer
 
 MIXERS: dict[str, Mixer] = {
     "global": ATTENTION,

@@ -20,7 +20,7 @@ same meaning in all of lmjax:
     O  outputs of a matrix
     P  devices along one mesh axis
     Q  slots of all experts for one sequence
-    R  rows of a matrix product, any leading axes flattened
+    R  rows of a matrix product, any leading axes flattened, or of a table of positions
     S  keys: positions that queries attend to
     T  positions of a row: tokens, and queries in attention
     U  T + 1: a row of data, whose inputs are all but the last token and whose targets are all but the first
@@ -53,12 +53,13 @@ class Hidden(Protocol):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         keys_B: jax.Array | None = None,
-        hyper: Mapping[str, Any] | None = None,
+        scalars: Mapping[str, Any] | None = None,
         cache: Cache = None,
     ) -> tuple[jax.Array, Cache, Metrics]:
         """Tokens -> (the last layer's activations x_BTD, the cache with these tokens added, metrics of the layers).
 
-        `keys_B`, one per sample, mean training; `hyper` then has the traced values of `Model.scalars`.
+        `keys_B`, one per sample, mean training; `scalars` then has the traced values of `Model.scalars`, and may have
+        others.
         """
 
 
@@ -92,7 +93,7 @@ class Model(NamedTuple):
     scalars: Mapping[str, float] = MappingProxyType({})
     """What a sweep may vary without another program: dropout rates, weights of auxiliary losses, initial spreads."""
     head: Callable[[Params], Params] = lambda params: {}
-    """The weights that `unembed` reads, dense but not gathered."""
+    """The weights that `unembed` reads, as arrays that are not gathered yet."""
     empty_cache: Callable[[int, int], Cache] | None = None
     """(batch, length) -> a cache for decoding, or None for a model that cannot decode step by step."""
     unstack: Callable[[Params], Params] = lambda params: params

@@ -1,10 +1,10 @@
 """Pipeline parallelism: stages hold consecutive layers, and microbatches flow through them.
 
-With P stages and M microbatches (Huang et al. 2019, arXiv:1811.06965), each cell naming the microbatch that a stage
+With P stages and m microbatches (Huang et al. 2019, arXiv:1811.06965), each cell naming the microbatch that a stage
 works on:
 
-    tick       0   1   2   3   4   5      M + P - 1 ticks, P - 1 of which a stage has nothing useful to do:
-    stage 0    0   1   2   3   .   .      (P - 1) / (M + P - 1) of its time, the bubble
+    tick       0   1   2   3   4   5      m + P - 1 ticks, P - 1 of which a stage has nothing useful to do:
+    stage 0    0   1   2   3   .   .      (P - 1) / (m + P - 1) of its time, the bubble
     stage 1    .   0   1   2   3   .
     stage 2    .   .   0   1   2   3
 
@@ -13,7 +13,7 @@ tick, computes its layers again from it, and adds up the gradients of its weight
 gradient accumulation.
 
 Before and after these layers stages share the rows of a batch as other devices do, so no stage has the embedding or the
-head to itself. The store of a stage begins with M / P microbatches and ends with what became of them. All stores form
+head to itself. The store of a stage begins with m / P microbatches and ends with what became of them. All stores form
 one queue, which moves up one place a tick: what leaves it enters the first stage, what leaves the last stage joins it.
 docs/pipeline.md says when to choose it.
 """
@@ -27,14 +27,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmjax.devices.gather import per_stage
-from lmjax.devices.mesh import RULES, mesh_axes, reshape, shards
+from lmjax.devices.mesh import SHARDING_RULES, mesh_axes, reshape, shards
 from lmjax.devices.rows import join_rows, split_rows
 from lmjax.weights import Params
 
-(AXIS,) = RULES["layers"]
+(AXIS,) = SHARDING_RULES["layers"]
 
 Stage = Callable[[Any, jax.Array, Params, Any], tuple[jax.Array, Any]]
-"""(context, x_BTD, layers, number of the first one) -> (x_BTD, metrics of every layer)"""
+"""(layer_inputs, x_BTD, layers, number of the first one) -> (x_BTD, metrics of every layer)"""
 
 
 class Schedule(NamedTuple):
@@ -57,28 +57,28 @@ class Schedule(NamedTuple):
 
 
 def pipelined(
-    stage: Stage, context: Any, x_BTD: jax.Array, layers: Params, microbatches: int | None = None
+    stage: Stage, layer_inputs: Any, x_BTD: jax.Array, layers: Params, microbatches: int | None = None
 ) -> tuple[jax.Array, Any]:
-    """`stage(context, x_BTD, layers, 0)`, where the layers' first axis is sharded along the pipeline's stages.
+    """`stage(layer_inputs, x_BTD, layers, 0)`, where the layers' first axis is sharded along the pipeline's stages.
 
-    `microbatches` is a multiple of the stages (default: one each). Arrays of the context have a row for each of x, or a
-    single one for all, or are scalars. Metrics are sums: those of microbatches are added up.
+    `microbatches` is a multiple of the stages (default: one each). Arrays of `layer_inputs` have a row for each of x,
+    or a single one for all, or are scalars. Metrics are sums: those of microbatches are added up.
     """
     stages, B = shards("layers"), x_BTD.shape[0]
     schedule = Schedule(stages, microbatches or stages)
     assert schedule.microbatches % stages == 0 and B % schedule.microbatches == 0, (B, schedule)
-    context = jax.tree.map(lambda c: c if _for_all_rows(c) else _for_all_stages(schedule, c), context)
+    layer_inputs = jax.tree.map(lambda c: c if _for_all_rows(c) else _for_all_stages(schedule, c), layer_inputs)
 
     @jax.custom_vjp
-    def run(layers: Params, x_BTD: jax.Array, contexts: Any) -> tuple[jax.Array, Any]:
-        return _forward(stage, schedule, layers, x_BTD, contexts)[0]
+    def run(layers: Params, x_BTD: jax.Array, layer_inputs: Any) -> tuple[jax.Array, Any]:
+        return _forward(stage, schedule, layers, x_BTD, layer_inputs)[0]
 
     run.defvjp(functools.partial(_forward, stage, schedule), functools.partial(_backward, stage, schedule))
-    return run(layers, x_BTD, context)
+    return run(layers, x_BTD, layer_inputs)
 
 
 def _for_all_stages(schedule: Schedule, x: jax.Array) -> jax.Array:
-    """[B, ...] -> [M, B / M, ...], the microbatches of all stages on each."""
+    """[B, ...] -> [m, B / m, ...], the microbatches of all stages on each."""
     rows = mesh_axes("microbatch")
     rest = jax.typeof(x).sharding.spec[1:]
     split = (schedule.stages, x.shape[0] // schedule.microbatches, schedule.share)
@@ -91,49 +91,49 @@ def _for_all_rows(c: jax.Array) -> bool:
     return jnp.ndim(c) == 0 or len(c) == 1
 
 
-def _at(contexts: Any, microbatch: jax.Array) -> Any:
-    return jax.tree.map(lambda c: c if _for_all_rows(c) else c[microbatch], contexts)
+def _at(layer_inputs: Any, microbatch: jax.Array) -> Any:
+    return jax.tree.map(lambda c: c if _for_all_rows(c) else c[microbatch], layer_inputs)
 
 
 # Forward and backward ---------------------------------------------------------------------------------------------
 
 
-def _forward(stage: Stage, schedule: Schedule, layers: Params, x_BTD: jax.Array, contexts: Any) -> tuple[Any, Any]:
-    def local(layers: Params, x_BTD: jax.Array, contexts: Any) -> tuple[jax.Array, Any, jax.Array]:
+def _forward(stage: Stage, schedule: Schedule, layers: Params, x_BTD: jax.Array, layer_inputs: Any) -> tuple[Any, Any]:
+    def local(layers: Params, x_BTD: jax.Array, layer_inputs: Any) -> tuple[jax.Array, Any, jax.Array]:
         first = jax.lax.axis_index(AXIS) * len(jax.tree.leaves(layers)[0])
 
         def work(x_BTD: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
-            y_BTD, metrics = stage(_at(contexts, microbatch), x_BTD, layers, first)
+            y_BTD, metrics = stage(_at(layer_inputs, microbatch), x_BTD, layers, first)
             return y_BTD, metrics, x_BTD
 
         return _flow(schedule, work, x_BTD)
 
     spec = jax.typeof(x_BTD).sharding.spec
-    kept = PartitionSpec(AXIS, mesh_axes("microbatch") or None, *spec[1:])
-    y_BTD, metrics, inputs = per_stage(local, (spec, PartitionSpec(AXIS), kept))(layers, x_BTD, contexts)
-    return (y_BTD, metrics), (layers, inputs, contexts)
+    kept_spec = PartitionSpec(AXIS, mesh_axes("microbatch") or None, *spec[1:])
+    y_BTD, metrics, kept = per_stage(local, (spec, PartitionSpec(AXIS), kept_spec))(layers, x_BTD, layer_inputs)
+    return (y_BTD, metrics), (layers, kept, layer_inputs)
 
 
 def _backward(stage: Stage, schedule: Schedule, saved: Any, gradients: Any) -> tuple[Params, jax.Array, None]:
-    def local(layers: Params, inputs: jax.Array, contexts: Any, dy_BTD: jax.Array, dmetrics: Any) -> Any:
+    def local(layers: Params, kept: jax.Array, layer_inputs: Any, dy_BTD: jax.Array, dmetrics: Any) -> Any:
         number = jax.lax.axis_index(AXIS)
         first = number * len(jax.tree.leaves(layers)[0])
 
         def work(dy_BTD: jax.Array, microbatch: jax.Array) -> tuple[jax.Array, Params, None]:
             def run(layers: Params, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-                return stage(_at(contexts, microbatch), x_BTD, layers, first)
+                return stage(_at(layer_inputs, microbatch), x_BTD, layers, first)
 
-            _, vjp = jax.vjp(run, layers, inputs[microbatch + number])
+            _, vjp = jax.vjp(run, layers, kept[microbatch + number])
             dlayers, dx_BTD = vjp((dy_BTD, dmetrics))
             return dx_BTD, dlayers, None
 
         dx_BTD, dlayers, _ = _flow(schedule, work, dy_BTD, upstream=True)
         return dlayers, dx_BTD
 
-    layers, inputs, contexts = saved
+    layers, kept, layer_inputs = saved
     dy_BTD, dmetrics = gradients
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (layers, dy_BTD))
-    return *per_stage(local, specs)(layers, inputs, contexts, dy_BTD, dmetrics), None
+    return *per_stage(local, specs)(layers, kept, layer_inputs, dy_BTD, dmetrics), None
 
 
 # The flow ---------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def _backward(stage: Stage, schedule: Schedule, saved: Any, gradients: Any) -> t
 def _flow(
     schedule: Schedule, work: Callable[..., Any], x_BTD: jax.Array, *, upstream: bool = False
 ) -> tuple[jax.Array, Any, Any]:
-    """On each stage: every microbatch of every store passes through `work` of one stage after another.
+    """Run on each stage: every microbatch of every store passes through `work` of one stage after another.
 
     `work(x, microbatch) -> (x, more, kept)`. Returns the store afterwards, the sum of `more` over microbatches, and
     `kept` of every tick. Upstream, from the last stage to the first, the last store's microbatches come first.

@@ -1,4 +1,7 @@
-"""The one way from a weight as it is stored to the weight that a layer multiplies by."""
+"""How a layer gets the weight that it multiplies by from the weight as it is stored.
+
+The embedding table and the output head are gathered elsewhere (layers.lookup_tokens, losses.py), by way of `as_array`.
+"""
 
 from typing import Any
 
@@ -9,17 +12,17 @@ from lmjax.weights import Params, Spec, Weight, map_weights
 
 
 def read(spec: Any, stored: Any, dtype: str) -> Any:
-    """Stored weights (one, or a tree of them, as `spec` is) as a layer uses them: dense, cast to `dtype`, gathered.
+    """Stored weights (one, or a tree of them, as `spec` is) as a layer uses them: arrays, cast to `dtype`, gathered.
 
     Experts come back split over their devices: a mixture gathers them where it uses them.
     """
-    return gather(map_weights(lambda weight, w: cast(weight, dense(weight, w), dtype), spec, stored), spec)
+    return gather(map_weights(lambda weight, w: cast(weight, as_array(weight, w), dtype), spec, stored), spec)
 
 
-def dense(weight: Weight, stored: Any) -> jax.Array:
+def as_array(weight: Weight, stored: Any) -> jax.Array:
     """The array of a weight. What is stored otherwise (quantised, or with an adapter beside it) is a pytree with a
-    method `dense(weight)`, which is called where the weight is read, layer by layer."""
-    return stored.dense(weight) if hasattr(stored, "dense") else stored
+    method `as_array(weight)`, which is called where the weight is read, layer by layer."""
+    return stored.as_array(weight) if hasattr(stored, "as_array") else stored
 
 
 def cast(weight: Weight, w: jax.Array, dtype: str) -> jax.Array:
@@ -28,5 +31,5 @@ def cast(weight: Weight, w: jax.Array, dtype: str) -> jax.Array:
 
 
 def head(spec: Spec, params: Params, names: tuple[str, ...]) -> Params:
-    """The dense top-level weights of these names, not yet gathered: a loss gathers them once for all its chunks."""
-    return {name: dense(spec[name], params[name]) for name in names}
+    """The top-level weights of these names as arrays, not yet gathered: a loss gathers them once for all its chunks."""
+    return {name: as_array(spec[name], params[name]) for name in names}

@@ -15,7 +15,7 @@ MAX_EMBED = 16384
 
 @dataclass(frozen=True)
 class Shape:
-    """A plain decoder: attention 4 E^2 and an ungated MLP 8 E^2 a layer, so N = 12 L E^2 without embeddings."""
+    """A plain decoder: attention 4 D^2 and an ungated MLP 8 D^2 a layer, so N = 12 L D^2 without embeddings."""
 
     layers: int
     embed: int

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from lmjax.devices.mesh import replicated, shardings
 from lmjax.optim.config import OptimizerConfig
-from lmjax.optim.rules import OPTIMIZERS, RATES, Rate
+from lmjax.optim.rules import LR_MULTIPLIERS, OPTIMIZERS, LRMultiplier
 from lmjax.optim.schedules import SCHEDULES, Hyper
 from lmjax.weights import Params, Spec, Weight, abstract, map_weights, times
 
@@ -39,13 +39,10 @@ class Optimizer(NamedTuple):
     learning_rate: LearningRate
 
 
-def build(cfg: OptimizerConfig, spec: Spec, rate: Rate | None = None) -> Optimizer:
-    """The optimizer that `cfg` names, for the weights of `spec`. Every scalar comes from `hyper`, at each update.
-
-    `rate` multiplies the learning rate of single weights, beside what the rule itself does.
-    """
+def build(cfg: OptimizerConfig, spec: Spec) -> Optimizer:
+    """The optimizer that `cfg` names, for the weights of `spec`. Every scalar comes from `hyper`, at each update."""
     rule, learning_rate = OPTIMIZERS[cfg.name], scheduled_rate(cfg)
-    rates = [one for one in (RATES.get(cfg.name), rate) if one is not None]
+    multiplier = LR_MULTIPLIERS.get(cfg.name)
 
     def init(params: Params) -> Any:
         unread: Hyper = defaultdict(lambda: jnp.zeros(()))  # a state starts the same whatever the hyperparameters
@@ -56,7 +53,7 @@ def build(cfg: OptimizerConfig, spec: Spec, rate: Rate | None = None) -> Optimiz
     ) -> tuple[Params, Any]:
         grads = map_weights(lambda weight, g: times(g, weight.scaling.gradient), spec, clip(grads, norm, hyper))
         directions, state = rule(spec, hyper).update(grads, state, params)
-        for multiplier in rates:
+        if multiplier is not None:
             directions = scale_by_weight(multiplier, spec, directions, hyper)
         now = learning_rate(step, hyper)
         return jax.tree.map(lambda direction: -now * direction, directions), state
@@ -70,10 +67,10 @@ def scheduled_rate(cfg: OptimizerConfig) -> LearningRate:
     return lambda step, hyper: hyper["learning_rate"] * schedule(step, hyper)
 
 
-def scale_by_weight(rate: Rate, spec: Spec, directions: Params, hyper: Hyper) -> Params:
+def scale_by_weight(multiplier: LRMultiplier, spec: Spec, directions: Params, hyper: Hyper) -> Params:
     def scale(weight: Weight, direction: jax.Array) -> jax.Array:
-        multiplier = rate(weight, hyper)
-        return direction if multiplier is None else multiplier * direction
+        factor = multiplier(weight, hyper)
+        return direction if factor is None else factor * direction
 
     return map_weights(scale, spec, directions)
 

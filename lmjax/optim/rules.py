@@ -80,6 +80,7 @@ def muon(spec: Spec, hyper: Hyper) -> optax.GradientTransformation:
     def rule(weight: Weight) -> optax.GradientTransformation:
         if not is_hidden_matrix(weight):
             return adam(hyper)
+        # A chain of one, because a chain's state is a tuple: that tuple is in the paths of checkpoints.
         return optax.chain(optax.trace(hyper["momentum"], nesterov=True))
 
     def orthogonal(updates: Params, params: Params) -> Params:
@@ -94,13 +95,13 @@ def adam_rate(weight: Weight, hyper: Hyper) -> jax.Array | None:
     return None if is_hidden_matrix(weight) else hyper["adam_rate"]
 
 
-Rate = Callable[[Weight, Hyper], Any]
+LRMultiplier = Callable[[Weight, Hyper], Any]
 """What multiplies the learning rate of one weight, decay included; None leaves it as it is."""
 
-RATES: dict[str, Rate] = {
+LR_MULTIPLIERS: dict[str, LRMultiplier] = {
     "muon": adam_rate,
 }
-"""By the names of OPTIMIZERS, of those that do not train every weight at the same rate."""
+"""The multiplier of each optimizer that does not train every weight at the same rate, by its name in OPTIMIZERS."""
 
 OPTIMIZERS: dict[str, Callable[[Spec, Hyper], optax.GradientTransformation]] = {
     "adafactor": adafactor,

@@ -13,7 +13,7 @@ from lmjax.errors import CheckpointError
 from lmjax.hf import llama2c, tokenizer_files
 from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
 from lmjax.models import decoder
-from lmjax.models.read import dense
+from lmjax.models.read import as_array
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.files import write_atomically
 from lmjax.record.trees import one_array_at_a_time
@@ -83,6 +83,6 @@ def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: 
         trained = load_trained(workdir, step)
     beside = {name: epath.Path(workdir) / "tokenizer" / name for name in tokenizer_files.KEPT}
     files = {name: path.read_bytes() for name, path in beside.items() if path.exists()}
-    weights = map_weights(dense, trained.model.spec, trained.params)
+    weights = map_weights(as_array, trained.model.spec, trained.params)
     imported = Imported(trained.cfg.model, weights, trained.tokenizer, files)
     return write_checkpoint(Path(out), imported, dtype=dtype, shard_bytes=shard_bytes)

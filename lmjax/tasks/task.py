@@ -74,7 +74,7 @@ class Language(NamedTuple):
     scorer: Model
     """The same computing in float32: what every reported number is measured with."""
     weights: Callable[[Params, Params], Params] = merge
-    """(frozen, params) -> the weights of both; one may be what `models/read.py: dense` takes for an array."""
+    """(frozen, params) -> the weights of both; one may be what `models/read.py: as_array` takes for an array."""
 
 
 class Task(NamedTuple):

@@ -52,7 +52,7 @@ def language_model(model: Model, cfg: LossConfig) -> Objective:
             positions_BT=batch.positions_BT,
             segments_BT=batch.segments_BT,
             keys_B=keys_B,
-            hyper=hyper,
+            scalars=hyper,
         )
         sums = chunked_token_sums(
             model.unembed,

@@ -25,7 +25,7 @@ from lmjax.data.config import DataConfig
 from lmjax.devices import place
 from lmjax.devices.config import MeshConfig
 from lmjax.devices.gather import gather_copies
-from lmjax.devices.mesh import GATHERED, LAYOUTS, RULES, make_mesh, mesh_axes, shardings
+from lmjax.devices.mesh import GATHERED, LAYOUTS, SHARDING_RULES, make_mesh, mesh_axes, shardings
 from lmjax.devices.rows import axes, check_batch, map_arrays, row_sharding, time_order
 from lmjax.errors import ConfigError
 from lmjax.hf.families import FAMILIES
@@ -181,7 +181,7 @@ def check_budget(experiment: Experiment, found: list[Collective]) -> None:
     largest = max(4 * w.size / pieces(*w.names) for w in layer_of)
     everything = 1.02 * sum((1 + w.tied) * 4 * w.size / pieces(*w.names) for w in weights) * microbatches
     gathered, copies = (
-        math.prod(mesh.shape[axis] for axis in axes) for axes in (GATHERED, {*RULES["batch"]} - {*GATHERED})
+        math.prod(mesh.shape[axis] for axis in axes) for axes in (GATHERED, {*SHARDING_RULES["batch"]} - {*GATHERED})
     )
     rows = B / microbatches / math.prod(mesh.shape[axis] for axis in mesh_axes("batch", mesh))
     tokens = 4 * rows * T / mesh.shape["context"]

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 
 from lmjax.devices.config import MeshConfig
 from lmjax.devices.gather import gather
-from lmjax.devices.mesh import AXES, LAYOUTS, RULES, constrain, current_mesh, make_mesh, partition_spec
+from lmjax.devices.mesh import AXES, LAYOUTS, SHARDING_RULES, constrain, current_mesh, make_mesh, partition_spec
 from lmjax.devices.rows import time_order
 from lmjax.errors import ConfigError
 from lmjax.plan import topology
@@ -37,11 +37,16 @@ def mesh(**sizes: int) -> AbstractMesh:
 
 def test_named_axes_become_mesh_axes() -> None:
     every = mesh(**dict.fromkeys(AXES, 2))
-    assert tuple(partition_spec(("batch", None, "heads", None), every)) == (RULES["batch"], None, "tensor", None)
+    assert tuple(partition_spec(("batch", None, "heads", None), every)) == (
+        SHARDING_RULES["batch"],
+        None,
+        "tensor",
+        None,
+    )
     assert tuple(partition_spec(("vocab", "embed"), every)) == ("tensor", ("fsdp", "context"))
     assert tuple(partition_spec(("vocab", "embed"), mesh(fsdp=2, data=2))) == (None, "fsdp")
     assert tuple(partition_spec(("batch", "time"), mesh(tensor=8))) == (None, None)
-    assert {axis for rule in RULES.values() for axis in rule} == set(AXES)
+    assert {axis for rule in SHARDING_RULES.values() for axis in rule} == set(AXES)
     assert {axis for axes in LAYOUTS.values() for axis in axes} <= set(AXES)
 
 

@@ -217,9 +217,9 @@ def test_bfloat16_stays_near_float32(cfg: ModelConfig) -> None:
 def test_every_layer_and_site_has_its_own_dropout_mask() -> None:
     cfg = ModelConfig(vocab=61, layers=3, embed=24, pattern=("local", "global"), window=4, dropout=0.5)
     indices = [
-        layer_index(cfg.segments, segment, repeat, slot)
+        layer_index(cfg.segments, segment, repeat, place)
         for segment, (period, repeats) in enumerate(cfg.segments)
-        for repeat, slot in itertools.product(range(repeats), range(len(period)))
+        for repeat, place in itertools.product(range(repeats), range(len(period)))
     ]
     assert indices == list(range(cfg.layers))
     sites = itertools.product(range(3), (MIXER_SITE, MLP_SITE))

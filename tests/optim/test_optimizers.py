@@ -369,21 +369,3 @@ def test_state_shardings_follow_the_weights(name):
     for sharding, array in zip(jax.tree.leaves(with_weights_shape), jax.tree.leaves(state), strict=True):
         assert sharding.mesh == mesh
         assert array.shape != shape or sharding.spec == query.spec
-
-
-@every_optimizer
-def test_a_rate_of_its_own_scales_the_whole_update_of_a_weight(name):
-    """Decay included; a weight for which there is none is updated with the same bits."""
-    chosen = PART["layers"]["query"]
-    scalars = {**hyper(config(name), steps=STEPS), "half": jnp.float32(0.5)}
-    params = initial(PART)
-    grads = gradients(params, 0)
-    moved = []
-    for rate in (None, lambda weight, hyper: hyper["half"] if weight is chosen else None):
-        optimizer = build(config(name), PART, rate)
-        after, _ = jax.jit(update_with(optimizer))(params, optimizer.init(params), grads, scalars, jnp.int32(1))
-        moved.append(jax.tree.map(lambda new, old: new - old, after, params))
-    whole, half = moved
-    np.testing.assert_allclose(half["layers"]["query"], 0.5 * whole["layers"]["query"], rtol=1e-2, atol=1e-8)
-    np.testing.assert_array_equal(half["embedding"], whole["embedding"])
-    np.testing.assert_array_equal(half["layers"]["norm"], whole["layers"]["norm"])

@@ -55,7 +55,7 @@ class Adapted:
     down: Any
     up: Any
 
-    def dense(self, weight: Weight) -> jax.Array:
+    def as_array(self, weight: Weight) -> jax.Array:
         product: Callable[..., jax.Array] = functools.partial(jnp.tensordot, axes=1)
         for _ in weight.batch_axes:
             product = jax.vmap(product)
@@ -262,7 +262,7 @@ def test_adapters_are_read_with_what_they_stand_on(
     np.testing.assert_allclose(next(iter(found.values())).loss, said, rtol=1e-6)
     to_hf(str(tmp_path / "run"), str(tmp_path / "out"), step=None, dtype="float32", shard_bytes=1 << 30)
     again = read_checkpoint(tmp_path / "out").params
-    dense = map_weights(read.dense, trained.model.spec, trained.params)
+    dense = map_weights(read.as_array, trained.model.spec, trained.params)
     jax.tree.map(np.testing.assert_array_equal, again, dense)
 
 

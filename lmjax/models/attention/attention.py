@@ -56,11 +56,11 @@ def _xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, sc
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     bias = None
     if score.slopes_N is not None:
-        away_BTS = distance(mask, T, S)[:, None].astype(q_BTNH.dtype)
-        bias = -score.slopes_N[:, None, None].astype(q_BTNH.dtype) * away_BTS
-    mask_BNTS = visible(mask, T, S)[:, None]
+        away_B1TS = distance(mask, T, S)[:, None].astype(q_BTNH.dtype)
+        bias = -score.slopes_N[:, None, None].astype(q_BTNH.dtype) * away_B1TS
+    mask_B1TS = visible(mask, T, S)[:, None]
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, bias, mask_BNTS, scale=score.scale, implementation="xla"
+        q_BTNH, k_BSKH, v_BSKH, bias, mask_B1TS, scale=score.scale, implementation="xla"
     )
 
 
@@ -81,7 +81,7 @@ def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
 
 
 def _compute_capability() -> tuple[int, ...]:
-    """Of our own GPU: (9, 0) is Hopper. (0,) where there is none."""
+    """The compute capability of our own GPU: (9, 0) is Hopper. (0,) where there is no GPU."""
     return tuple(map(int, getattr(jax.local_devices()[0], "compute_capability", "0").split(".")))
 
 

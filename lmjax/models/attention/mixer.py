@@ -6,9 +6,9 @@ from lmjax.models.attention import cache as caches
 from lmjax.models.attention.attention import attention
 from lmjax.models.attention.scores import Mask, Score
 from lmjax.models.config import LayerKind, ModelConfig
-from lmjax.models.context import Context, Mixer, Scalars
 from lmjax.models.dropout import WEIGHTS_SITE, PairDropout, site_key
 from lmjax.models.flops import visible_pairs
+from lmjax.models.layer_inputs import LayerInputs, Mixer, Scalars
 from lmjax.models.layers import norm_weights, rms_norm
 from lmjax.models.linear import linear
 from lmjax.models.position import alibi_slopes, rotate
@@ -38,7 +38,7 @@ def weights(cfg: ModelConfig, into: Initializer, out: Initializer) -> Spec:
 def self_attention(
     p: Params,
     x_BTD: jax.Array,
-    context: Context,
+    inputs: LayerInputs,
     cache: caches.LayerCache | None,
     cfg: ModelConfig,
     kind: LayerKind,
@@ -52,21 +52,21 @@ def self_attention(
     if cfg.qk_norm:
         q_BTNH, k_BTKH = rms_norm(p["query_norm"], q_BTNH, cfg), rms_norm(p["key_norm"], k_BTKH, cfg)
     if cfg.position == "rope":
-        by = context.rotations[kind.mixer]
+        by = inputs.rotations[kind.mixer]
         q_BTNH, k_BTKH = rotate(q_BTNH, by), rotate(k_BTKH, by)
 
     score = Score(
         scale=cfg.score_scale,
         softcap=cfg.attention_softcap,
         slopes_N=alibi_slopes(cfg.heads) if cfg.position == "alibi" else None,
-        dropout=pair_dropout(context.keys_B, cfg, context.rates, layer),
+        dropout=pair_dropout(inputs.keys_B, cfg, inputs.dropout_rates, layer),
     )
-    mask = Mask(cfg.window_of(kind), context.segments_BT)
+    mask = Mask(cfg.window_of(kind), inputs.segments_BT)
     if cache is not None:
-        assert context.positions_BT is not None
-        seen, cache = caches.extend(cache, k_BTKH, v_BTKH, context.positions_BT)
+        assert inputs.positions_BT is not None
+        seen, cache = caches.extend(cache, k_BTKH, v_BTKH, inputs.positions_BT)
         k_BTKH, v_BTKH = seen.k_BKSH.swapaxes(1, 2), seen.v_BKSH.swapaxes(1, 2)
-        mask = Mask(mask.window, None, context.positions_BT, seen.positions_BS)
+        mask = Mask(mask.window, None, inputs.positions_BT, seen.positions_BS)
     y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, score, cfg.attention)
     return linear(y_BTNH, p["output"], p.get("output_bias"), contract=2), cache
 

@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.devices.gather import per_device
-from lmjax.devices.mesh import RULES, partition_spec, shards
+from lmjax.devices.mesh import SHARDING_RULES, partition_spec, shards
 from lmjax.models.attention.scores import Mask, Score, scores, visible
 
-(AXIS,) = RULES["time"]
+(AXIS,) = SHARDING_RULES["time"]
 
 
-class Rule(NamedTuple):
+class Settings(NamedTuple):
+    """What is known when the program is traced."""
+
     window: int | None
     score: Score
     devices: int
@@ -47,9 +49,9 @@ class Partial(NamedTuple):
 
     max_BTKG: jax.Array
     sum_BTKG: jax.Array
-    """Of exp(score - max)."""
+    """The sum of exp(score - max)."""
     y_BTKGH: jax.Array
-    """Sum of exp(score - max) v."""
+    """The sum of exp(score - max) v."""
 
 
 class Queries(NamedTuple):
@@ -59,7 +61,7 @@ class Queries(NamedTuple):
     tokens: Tokens
     dy_BTKGH: jax.Array | None = None
     logsumexp_BTKG: jax.Array | None = None
-    """Of all scores of a query."""
+    """The logsumexp of all scores of a query."""
     dot_BTKG: jax.Array | None = None
     """dy . y"""
 
@@ -69,7 +71,7 @@ Visit = Callable[[Queries, Any, Keys, Any], tuple[Any, Any]]
 
 def ring(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
     """Causal attention over rows that several devices may share -> [B, T, N, H], sharded as q is."""
-    rule = Rule(mask.window, score, shards("time"))
+    settings = Settings(mask.window, score, shards("time"))
     heads, kv_heads = (
         partition_spec(("batch", "time", "heads", None)),
         partition_spec(("batch", "time", "kv_heads", None)),
@@ -77,9 +79,9 @@ def ring(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, sc
 
     @jax.custom_vjp
     def local(*arrays: Any) -> jax.Array:
-        return _forward(rule, *arrays)[0]
+        return _forward(settings, *arrays)[0]
 
-    local.defvjp(functools.partial(_forward, rule), functools.partial(_backward, rule))
+    local.defvjp(functools.partial(_forward, settings), functools.partial(_backward, settings))
     in_specs = (heads, kv_heads, kv_heads, partition_spec(("batch", "time")))
     return per_device(local, in_specs, heads)(q_BTNH, k_BSKH, v_BSKH, mask.segments_BT)
 
@@ -88,12 +90,14 @@ def ring(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, sc
 
 
 def _forward(
-    rule: Rule, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: Any
+    settings: Settings, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segments_BT: Any
 ) -> tuple[jax.Array, Any]:
     """Softmax over one device's keys after another's (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
 
     def visit(queries: Queries, so_far: Partial, keys: Keys, _: None) -> tuple[Partial, None]:
-        s_BTKGS = scores(queries.q_BTNH, keys.k_BSKH, _mask(rule, queries, keys), rule.score).transpose(0, 3, 1, 2, 4)
+        s_BTKGS = scores(queries.q_BTNH, keys.k_BSKH, _mask(settings, queries, keys), settings.score).transpose(
+            0, 3, 1, 2, 4
+        )
         max_BTKG = jnp.maximum(so_far.max_BTKG, jnp.max(s_BTKGS, axis=-1))
         p_BTKGS = jnp.exp(s_BTKGS - max_BTKG[..., None])
         shrink_BTKG = jnp.exp(so_far.max_BTKG - max_BTKG)
@@ -108,17 +112,17 @@ def _forward(
 
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    tokens = _tokens(rule, q_BTNH, segments_BT)
+    tokens = _tokens(settings, q_BTNH, segments_BT)
     lowest, zero = jnp.full((B, T, K, N // K), jnp.finfo(jnp.float32).min), jnp.zeros((B, T, K, N // K))
     nothing = Partial(lowest, zero, jnp.zeros((B, T, K, N // K, H)))
-    seen, _ = _go_round(rule, visit, Queries(q_BTNH, tokens), nothing, Keys(k_BSKH, v_BSKH, tokens), None)
+    seen, _ = _go_round(settings, visit, Queries(q_BTNH, tokens), nothing, Keys(k_BSKH, v_BSKH, tokens), None)
     y_BTKGH = seen.y_BTKGH / seen.sum_BTKG[..., None]
     logsumexp_BTKG = seen.max_BTKG + jnp.log(seen.sum_BTKG)
     y_BTNH = y_BTKGH.astype(v_BSKH.dtype).reshape(q_BTNH.shape)
     return y_BTNH, (q_BTNH, k_BSKH, v_BSKH, segments_BT, y_BTNH, logsumexp_BTKG)
 
 
-def _backward(rule: Rule, saved: Any, dy_BTNH: jax.Array) -> tuple[Any, ...]:
+def _backward(settings: Settings, saved: Any, dy_BTNH: jax.Array) -> tuple[Any, ...]:
     """With p = exp(score - logsumexp), the gradient of a score is p (dy . v - dy . y), and of v it is p dy.
 
     Both are gradients of the sum of p (dy . v - dy . y) with logsumexp, dy and dy . y held fixed.
@@ -127,7 +131,7 @@ def _backward(rule: Rule, saved: Any, dy_BTNH: jax.Array) -> tuple[Any, ...]:
 
     def visit(queries: Queries, dq_BTNH: jax.Array, keys: Keys, dkeys: Any) -> tuple[jax.Array, Any]:
         def total(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-            s_BTKGS = scores(q_BTNH, k_BSKH, _mask(rule, queries, keys), rule.score).transpose(0, 3, 1, 2, 4)
+            s_BTKGS = scores(q_BTNH, k_BSKH, _mask(settings, queries, keys), settings.score).transpose(0, 3, 1, 2, 4)
             dp_BTKGS = jnp.einsum("BTKGH,BSKH->BTKGS", queries.dy_BTKGH, v_BSKH, preferred_element_type=jnp.float32)
             assert queries.logsumexp_BTKG is not None and queries.dot_BTKG is not None
             p_BTKGS = jnp.exp(s_BTKGS - queries.logsumexp_BTKG[..., None])
@@ -139,48 +143,50 @@ def _backward(rule: Rule, saved: Any, dy_BTNH: jax.Array) -> tuple[Any, ...]:
     dy_BTKGH = dy_BTNH.reshape(*logsumexp_BTKG.shape, -1)
     y_BTKGH = y_BTNH.reshape(dy_BTKGH.shape)
     dot_BTKG = jnp.einsum("BTKGH,BTKGH->BTKG", dy_BTKGH, y_BTKGH, preferred_element_type=jnp.float32)
-    tokens = _tokens(rule, q_BTNH, segments_BT)
+    tokens = _tokens(settings, q_BTNH, segments_BT)
     queries, keys = Queries(q_BTNH, tokens, dy_BTKGH, logsumexp_BTKG, dot_BTKG), Keys(k_BSKH, v_BSKH, tokens)
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH)]
-    dq, (dk, dv) = _go_round(rule, visit, queries, zeros[0], keys, tuple(zeros[1:]))
+    dq, (dk, dv) = _go_round(settings, visit, queries, zeros[0], keys, tuple(zeros[1:]))
     return dq.astype(q_BTNH.dtype), dk.astype(k_BSKH.dtype), dv.astype(v_BSKH.dtype), None
 
 
-def _tokens(rule: Rule, q_BTNH: jax.Array, segments_BT: jax.Array | None) -> Tokens:
-    """This device's."""
+def _tokens(settings: Settings, q_BTNH: jax.Array, segments_BT: jax.Array | None) -> Tokens:
+    """The tokens of this device."""
     T = q_BTNH.shape[1]
-    if rule.devices == 1:
+    if settings.devices == 1:
         return Tokens(jnp.arange(T)[None], segments_BT)
     me, chunk = jax.lax.axis_index(AXIS), jnp.arange(T // 2)
-    late = 2 * rule.devices - 1 - me
+    late = 2 * settings.devices - 1 - me
     return Tokens(jnp.concatenate([me * (T // 2) + chunk, late * (T // 2) + chunk])[None], segments_BT)
 
 
-def _mask(rule: Rule, queries: Queries, keys: Keys) -> Mask:
+def _mask(settings: Settings, queries: Queries, keys: Keys) -> Mask:
     mine, theirs = queries.tokens, keys.tokens
-    return Mask(rule.window, mine.segments_BT, mine.index_1T, theirs.index_1T, theirs.segments_BT)
+    return Mask(settings.window, mine.segments_BT, mine.index_1T, theirs.index_1T, theirs.segments_BT)
 
 
 # The way round ----------------------------------------------------------------------------------------------------
 
 
-def _go_round(rule: Rule, visit: Visit, queries: Queries, state: Any, keys: Keys, gradient: Any) -> tuple[Any, Any]:
+def _go_round(
+    settings: Settings, visit: Visit, queries: Queries, state: Any, keys: Keys, gradient: Any
+) -> tuple[Any, Any]:
     """`state, gradient = visit(queries, state, keys, gradient)` for this device's queries and every device's keys.
 
     `state` belongs to the queries and stays; `gradient` belongs to the keys, travels with them and comes home.
     """
-    if rule.devices == 1:
+    if settings.devices == 1:
         return visit(queries, state, keys, gradient)
 
     def compare(carry: Any, number: Any, hop: int) -> Any:
         state, keys, gradient = carry
-        following = _pass_on(rule, keys, hop)  # on their way while these are compared
-        meet = visit if number is None else functools.partial(_meet, rule, visit, number)
+        following = _pass_on(settings, keys, hop)  # on their way while these are compared
+        meet = visit if number is None else functools.partial(_meet, settings, visit, number)
         state, gradient = meet(queries, state, keys, gradient)
-        return state, following, _pass_on(rule, gradient, hop)
+        return state, following, _pass_on(settings, gradient, hop)
 
-    stretches = _stretches(rule, queries.q_BTNH.shape[1] // 2)
-    ends = [*(stretch[0] for stretch in stretches), rule.devices]
+    stretches = _stretches(settings, queries.q_BTNH.shape[1] // 2)
+    ends = [*(stretch[0] for stretch in stretches), settings.devices]
     carry = compare((state, keys, gradient), None, ends[0])
     for stretch, end in zip(stretches, ends[1:], strict=True):
         # Tied to data: the masks of all rounds, which depend on none, would else be computed for all layers and kept.
@@ -191,29 +197,30 @@ def _go_round(rule: Rule, visit: Visit, queries: Queries, state: Any, keys: Keys
     return state, gradient
 
 
-def _pass_on(rule: Rule, tree: Any, hop: int) -> Any:
-    """To the device `hop` places further on."""
-    if hop == rule.devices:
+def _pass_on(settings: Settings, tree: Any, hop: int) -> Any:
+    """Send the arrays of a tree to the device `hop` places further on."""
+    if hop == settings.devices:
         return tree
-    pairs = [(device, (device + hop) % rule.devices) for device in range(rule.devices)]
+    pairs = [(device, (device + hop) % settings.devices) for device in range(settings.devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, pairs), tree)
 
 
-def _stretches(rule: Rule, chunk: int) -> list[list[int]]:
+def _stretches(settings: Settings, chunk: int) -> list[list[int]]:
     """The rounds after the first, in which each device has its own keys, cut where keys pass by whom they are far from.
 
     In a window of w chunks those are the w rounds after the first, from the early chunks before, and the last w, from
     the late ones; all rounds without one. Nobody waits in the rounds between: the keys make one long hop.
     """
-    apart = rule.devices if rule.window is None else 1 + (rule.window - 2) // chunk  # chunks, of tokens that can meet
-    if 2 * apart >= rule.devices - 1:
-        return [list(range(1, rule.devices))]
-    numbers = [list(range(1, apart + 1)), list(range(rule.devices - apart, rule.devices))]
+    # In chunks: how far apart tokens can be and still see each other.
+    apart = settings.devices if settings.window is None else 1 + (settings.window - 2) // chunk
+    if 2 * apart >= settings.devices - 1:
+        return [list(range(1, settings.devices))]
+    numbers = [list(range(1, apart + 1)), list(range(settings.devices - apart, settings.devices))]
     return [stretch for stretch in numbers if stretch]
 
 
 def _meet(
-    rule: Rule, visit: Visit, number: Any, queries: Queries, state: Any, keys: Keys, gradient: Any
+    settings: Settings, visit: Visit, number: Any, queries: Queries, state: Any, keys: Keys, gradient: Any
 ) -> tuple[Any, Any]:
     """Compare queries with the keys of the device `number` > 0 places back, as far as they can see each other."""
 
@@ -232,8 +239,8 @@ def _meet(
 
     me = jax.lax.axis_index(AXIS)
     which = jnp.where(number <= me, 0, 1)
-    if rule.window is not None:
-        near = visible(_mask(rule, queries, keys)._replace(segments_BT=None), *_lengths(queries, keys))
+    if settings.window is not None:
+        near = visible(_mask(settings, queries, keys)._replace(segments_BT=None), *_lengths(queries, keys))
         which = jnp.where(jnp.any(near), which, 2)
     branches = (early_keys, late_queries, far_apart)
     return jax.lax.switch(which, branches, queries, state, keys, gradient)

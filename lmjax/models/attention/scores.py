@@ -22,7 +22,7 @@ class Mask(NamedTuple):
     positions_BT: jax.Array | None = None
     key_positions_BS: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
-    """Of the keys, where they are not the same tokens as the queries."""
+    """The positions of the keys, where they are not the same tokens as the queries."""
 
 
 class Score(NamedTuple):

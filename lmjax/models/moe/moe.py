@@ -243,8 +243,11 @@ def auxiliary(moe: MoeConfig) -> dict[str, str]:
 
 
 def metrics(tallies: dict[str, dict[str, Tally]], real_BT: jax.Array, moe: MoeConfig) -> Metrics:
-    """Of the tallies by segment and slot, layers in front: means over tokens and mixture layers, and the loads."""
-    layers = [tally for slots in tallies.values() for tally in slots.values()]
+    """Means over tokens and mixture layers, and the loads: a tree by segment and place in the period, as `tallies` are.
+
+    The arrays of both have the repeats of the period in front.
+    """
+    layers = [tally for period in tallies.values() for tally in period.values()]
     if not layers:
         return {}
     n_layers = sum(len(tally.balance) for tally in layers)
@@ -253,7 +256,7 @@ def metrics(tallies: dict[str, dict[str, Tally]], real_BT: jax.Array, moe: MoeCo
     def mean(name: str, per_token: int = 1) -> tuple[Any, Any]:
         return sum(getattr(tally, name).sum() for tally in layers) / (n_layers * per_token), tokens
 
-    loads = {segment: {slot: tally.load_E for slot, tally in slots.items()} for segment, slots in tallies.items()}
+    loads = {segment: {place: tally.load_E for place, tally in period.items()} for segment, period in tallies.items()}
     return {
         "balance_loss": mean("balance"),
         "router_z_loss": mean("router_z"),
@@ -273,9 +276,9 @@ def after_update(
     if "load" not in metrics:
         return params, metrics
     loads, _ = metrics["load"]
-    busiest_L = [load_LE.max(axis=1) / load_LE.mean(axis=1) for load_LE in jax.tree.leaves(loads)]  # by slot
+    ratios = [load_LE.max(axis=1) / load_LE.mean(axis=1) for load_LE in jax.tree.leaves(loads)]  # of shape L each
     shown = {name: pair for name, pair in metrics.items() if name != "load"}
-    shown["max_load"] = (sum(map(jnp.sum, busiest_L)), jnp.float32(sum(map(len, busiest_L))))
+    shown["max_load"] = (sum(map(jnp.sum, ratios)), jnp.float32(sum(map(len, ratios))))
     if cfg.bias_rate is None:
         return params, shown
 
@@ -287,7 +290,7 @@ def after_update(
         return {**layer, "moe": {**layer["moe"], "bias": bias_LE}}
 
     segments = {
-        name: {slot: moved(layer, loads[name].get(slot)) for slot, layer in slots.items()}
-        for name, slots in params.get("segments", {}).items()
+        name: {place: moved(layer, loads[name].get(place)) for place, layer in period.items()}
+        for name, period in params.get("segments", {}).items()
     }
     return {**params, **({"segments": segments} if segments else {})}, shown

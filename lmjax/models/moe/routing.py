@@ -27,7 +27,7 @@ class Tally(NamedTuple):
     load_E: jax.Array
     """How many tokens chose each expert."""
     balance: jax.Array
-    """Of each sequence's balance loss, times its tokens."""
+    """The sum of each sequence's balance loss times its tokens."""
     router_z: jax.Array
     """logsumexp(logits)^2."""
     dropped: jax.Array

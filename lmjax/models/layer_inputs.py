@@ -1,4 +1,4 @@
-"""What the layers of one forward pass share, and what a mixer is: the part of a layer that sees other tokens."""
+"""What all layers of one forward pass are given, and what a mixer is: the part of a layer that sees other tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -13,8 +13,8 @@ Scalars = Mapping[str, Any]
 """The scalars of a config that a sweep may vary, by name: Python numbers, or traced arrays in a train step."""
 
 
-class Context(NamedTuple):
-    """What every layer of one forward pass shares."""
+class LayerInputs(NamedTuple):
+    """What every layer of one forward pass is given beside the residual stream: the same for all of them."""
 
     rotations: dict[str, Rotation]
     """The rotary angles of each kind of mixer."""
@@ -24,8 +24,8 @@ class Context(NamedTuple):
     segments_BT: jax.Array | None
     keys_B: jax.Array | None
     """One per sample in training, None in evaluation."""
-    rates: Scalars
-    """Of dropout, by the names of `model.dropout` and its like."""
+    dropout_rates: Scalars
+    """The rates of dropout, by the names in `dropout.DROPOUTS`."""
 
 
 class Mix(Protocol):
@@ -35,7 +35,7 @@ class Mix(Protocol):
         self,
         p: Params,
         x_BTD: jax.Array,
-        context: Context,
+        inputs: LayerInputs,
         cache: Any,
         cfg: ModelConfig,
         kind: LayerKind,
