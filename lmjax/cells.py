@@ -73,7 +73,7 @@ class Cell(NamedTuple):
     overrides: dict[str, Any]
     cfg: Config
     bracket: str = ""
-    """Of cells that differ in the learning rate alone: the digest of the one in their middle."""
+    """The digest of the cell in the middle, among cells that differ in the learning rate alone; else empty."""
     factor: float = 1.0
     """Its learning rate over that of the middle."""
 
@@ -174,7 +174,7 @@ def _listed(path: str) -> list[Any]:
 
 
 def texts(overrides: Overrides) -> list[str]:
-    """As the command line has them: `a.b=value`."""
+    """Overrides as the command line has them: `a.b=value`."""
     return [f"{key}={value if isinstance(value, str) else repr(value)}" for key, value in overrides.items()]
 
 

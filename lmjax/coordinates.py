@@ -31,8 +31,8 @@ from lmjax.weights import Params, Spec, Weight, by_path, map_weights
 MOST = 0.1
 """The slope that counts as none."""
 ROWS, TOKENS = 2, 8
-"""Of the batch. With more tokens than a model is wide, an update moves each of them by chance more than on purpose, and
-chance shrinks with width."""
+"""The shape of the batch. With more tokens than a model is wide, an update moves each of them by chance more than on
+purpose, and chance shrinks with width."""
 FIXED_AXES, SMALL_START = {"vocab", "routes", "shared_gate"}, 0.01
 """What comes out of heads and routers, and what multiplies their initial values. The change of random logits shrinks
 with width, too, and would hide what updates do. Yang et al. start a head at zero (appendix D.2), where its own start
@@ -204,13 +204,13 @@ def _mean_squares(activations: list[jax.Array]) -> jax.Array:
 
 
 class Slopes(NamedTuple):
-    """Of one site over widths, or over depths."""
+    """The slopes of one site over widths, or over depths."""
 
     site: Site
     start: float
-    """Of what it gives before the first update."""
+    """The slope of what the site gives before the first update."""
     change: float
-    """Of what the updates have changed of that in the end."""
+    """The slope of what the updates have changed of that in the end."""
     tied: bool = False
     """Whether the head is the table: what a token gives to its own logit is no chance, and does not shrink."""
 
@@ -235,7 +235,7 @@ class Slopes(NamedTuple):
 
 
 def slopes(sizes: Sequence[int], measured: Sequence[Sizes]) -> list[Slopes]:
-    """Of each site that all models share; `sizes` are their widths or their depths."""
+    """The slopes of each site that all models share; `sizes` are their widths or their depths."""
     kinds = {site.name: site for site in measured[-1].sites}  # a size that has not grown yet has no kind
     common = [name for name in kinds if all(name in {site.name for site in one.sites} for one in measured)]
 

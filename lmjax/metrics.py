@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, weight), scalars
+Metrics = dict[str, tuple[Any, Any]]
+"""name -> (sum, weight), scalars. Inside a step a sum may be a tree of arrays, as `load` of a mixture of experts is
+until `after_update` makes one number of it."""
 
 
 def finish(metrics: Metrics) -> dict[str, Any]:

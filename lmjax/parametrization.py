@@ -21,11 +21,12 @@ class Depth(NamedTuple):
     """Powers of the number of layers over that of the base shape."""
 
     stream: float
-    """Of what a layer adds to the residual stream."""
+    """The power of the factor on what a layer adds to the residual stream."""
     gradient: float
-    """Of the gradient of a weight in a layer, which becomes as much smaller."""
+    """The power of the factor on the gradient of a weight in a layer, which becomes as much smaller."""
     rate: float
-    """Of the rate of a weight in a layer: with the stream's factor it leaves 1 / layers of a change to each."""
+    """The power of the factor on the rate of a weight in a layer. With the stream's factor it leaves 1 / layers of a
+    change to each."""
 
 
 PARAMETRIZATIONS: dict[str, Depth | None] = {
@@ -33,7 +34,7 @@ PARAMETRIZATIONS: dict[str, Depth | None] = {
     "mup": Depth(stream=-1 / 2, gradient=1 / 2, rate=-1 / 2),
     "completep": Depth(stream=-1, gradient=1, rate=0),
 }
-"""By the names that `model.parametrization` takes: in width mup and completep are one, which is TABLE."""
+"""The powers of depth, by the names that `model.parametrization` takes. In width, mup and completep are both TABLE."""
 
 LAYER_AXES = {"layers", "few_layers"}
 """A weight with one of these batch axes stands in a layer, between two additions to the residual stream."""
@@ -63,7 +64,7 @@ TABLE: dict[str, Row] = {
     "output": Row(std=Power(-1, 0), gradient=Power(), rate=Power(-1, 0)),
     "readout": Row(std=Power(), gradient=Power(1, 1), rate=Power()),
 }
-"""The parametrization in width: `kind_of` says which row a weight has.
+"""The parametrization in width: `scaling_kind` says which row a weight has.
 
 The rate is that of optimizers whose steps do not depend on the gradient's size: AdamW, Lion, Adafactor, and Muon, whose
 orthogonal step is brought to the size of theirs (optim/muon.py). SGD's is the product of gradient and rate. AdamW's eps
@@ -74,7 +75,7 @@ LOGITS = Power(-1, -1)
 """What multiplies the logits, by the readout's sides, of which one grows."""
 
 
-def kind_of(path: str, weight: Weight, scaling: Scaling) -> str:
+def scaling_kind(path: str, weight: Weight, scaling: Scaling) -> str:
     """The row of TABLE for a weight: of its sides, which grow, and what does it read and make?
 
     A table, scale or bias reads no width. A matrix between widths is hidden; the router of a mixture of experts, whose
@@ -112,7 +113,7 @@ def _scaled(path: str, weight: Weight, growth: Mapping[str, float], layer: Scali
     if not weight.trainable:
         return weight
     sides = Scaling(grown_in=_product(weight.in_axes, growth), grown_out=_product(weight.out_axes, growth))
-    kind = kind_of(path, weight, sides)
+    kind = scaling_kind(path, weight, sides)
     row, deep = TABLE[kind], layer if LAYER_AXES & {*weight.batch_axes} else UNSCALED
     return weight.scaled(
         sides._replace(

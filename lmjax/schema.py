@@ -54,12 +54,12 @@ def _describe(error: pydantic.ValidationError, where: str) -> str:
 
 
 def _short(message: str) -> str:
-    """Without the middle of a value that nobody would read."""
+    """Shorten a message by the middle of a value, which nobody would read."""
     return message if len(message) <= 400 else f"{message[:190]} ... {message[-190:]}"
 
 
 def one_of(names: Iterable[str]) -> pydantic.AfterValidator:
-    """For `Annotated[str, one_of(REGISTRY)]`: a choice that grows with the registry it names."""
+    """Make the validator in `Annotated[str, one_of(REGISTRY)]`: a choice that grows with the registry it names."""
     choices = list(names)
 
     def check(name: str) -> str:

@@ -54,17 +54,17 @@ class Scaling(NamedTuple):
     kind: str | None = None
     """The row of that table; None for a weight that is not parametrized."""
     grown_in: float = 1.0
-    """What goes in, over that of the base shape."""
+    """How large the input side is, over that of the base shape."""
     grown_out: float = 1.0
-    """What comes out, over that of the base shape."""
+    """How large the output side is, over that of the base shape."""
     std: float = 1.0
-    """Of the initial values."""
+    """The factor on the standard deviation of the initial values."""
     gradient: float = 1.0
-    """Of the gradient that the optimizer sees: its entries then have the size that they have at the base shape."""
+    """The factor on the gradient that the optimizer sees: its entries then are as large as at the base shape."""
     rate: float = 1.0
-    """Of the learning rate, without what weight decay takes away."""
+    """The factor on the learning rate, but not on what weight decay takes away."""
     logits: float = 1.0
-    """Of the logits that the weight makes."""
+    """The factor on the logits that the weight makes."""
 
 
 UNSCALED = Scaling()
@@ -84,7 +84,7 @@ class Weight:
     tied: bool = False
     """A lookup that is also used, transposed, as a matmul (the output head reads the embedding)."""
     active: int | None = None
-    """Of the copies along the last batch axis, how many a token passes through; None means all."""
+    """How many of the copies along the last batch axis a token passes through; None means all."""
     float32: bool = False
     """Multiplied in float32 whatever the model computes in."""
     sizes: tuple[int, ...] = ()

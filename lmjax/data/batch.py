@@ -1,4 +1,9 @@
-"""What a step sees of the data."""
+"""What a step sees of the data.
+
+window  T + 1 tokens in a row of a source's stream: T inputs, and T targets, each one token later
+sample  one window in the order of training, named by its global index, from 0 at the start of the run
+row     a sample's place in the arrays of a batch
+"""
 
 from typing import Any
 

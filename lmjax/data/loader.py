@@ -9,19 +9,19 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from lmjax.data.batch import Batch
-from lmjax.data.config import DataConfig, SourceConfig
+from lmjax.data.config import DataConfig
 from lmjax.data.mixture import MIXTURES, SHORTEST, Mixture, close_resolution
-from lmjax.data.store.dataset import Dataset, check_same_tokenizer, open_dataset, verify_dataset
+from lmjax.data.store.dataset import Dataset, open_sources
 from lmjax.data.store.shards import TokenSplit
 from lmjax.data.windows import Windows, as_batch
-from lmjax.errors import ConfigError, DataError
+from lmjax.errors import DataError
 from lmjax.record import files
 
 logger = logging.getLogger(__name__)
 
 _ORDER = 1  # raised whenever the order of samples changes for the same config and data
 _ENDLESS = 1 << 48
-_ELEMENT_TOKENS = 1 << 16  # small batches are gathered several at a time, to spread what each gather costs
+_ELEMENT_TOKENS = 1 << 16  # small batches are read several at a time, to spread what each read costs
 
 
 class Position(TypedDict):
@@ -39,7 +39,7 @@ class Origin(TypedDict):
     sample: int
     cursors: dict[str, int]
     resolution: NotRequired[int]
-    """Of the mixture's shares, where it is not the shortest."""
+    """The resolution of the mixture's shares, where it is not the shortest."""
 
 
 class LoaderState(TypedDict):
@@ -59,7 +59,6 @@ class _Source:
     windows: Windows
     order: str
     tokens: int
-    vocab_size: int
 
 
 class Loader:
@@ -90,8 +89,6 @@ class Loader:
         at: LoaderState | int = 0,
         allow_data_change: bool = False,
     ):
-        if not cfg.sources:
-            raise ConfigError("data.sources is empty: name at least one prepared directory, data.sources.NAME.path=DIR")
         self._cfg = cfg
         self.batch_size = batch_size
         self._rows = np.arange(batch_size) if rows is None else rows
@@ -125,18 +122,18 @@ class Loader:
         """This process's rows of the `count` batches from sample `first` on. Raises DataError for damaged data."""
         firsts = first + np.arange(count) * self.batch_size
         samples = (firsts[:, None] + self._rows).ravel()
-        whole = as_batch(*self._gather(samples), samples, self._cfg.documents)
+        whole = as_batch(*self._read(samples), samples, self._cfg.documents)
         return [_rows_of(whole, low, low + len(self._rows)) for low in range(0, len(samples), len(self._rows))]
 
-    def _gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         source, cursor = self._mixture.locate(samples)
         if len(self._sources) == 1:
-            return self._sources[0].windows.gather(cursor)
+            return self._sources[0].windows.read(cursor)
         tokens_BU = np.empty((len(samples), self._cfg.seq_len + 1), np.int32)
         segments_BU = np.empty_like(tokens_BU)
         for index in np.unique(source):
             rows = source == index
-            tokens_BU[rows], segments_BU[rows] = self._sources[index].windows.gather(cursor[rows])
+            tokens_BU[rows], segments_BU[rows] = self._sources[index].windows.read(cursor[rows])
         return tokens_BU, segments_BU
 
     def state(self, next_sample: int) -> LoaderState:
@@ -162,13 +159,8 @@ class Loader:
         }
 
     def recorded(self, batch: Batch) -> np.ndarray:
-        """What the ledger keeps a checksum of, int32 [B, T]."""
+        """The array that the ledger keeps checksums of, int32 [B, T]."""
         return batch.tokens_BT
-
-    @property
-    def vocab_size(self) -> int:
-        """That of the sources' tokenizer."""
-        return self._sources[0].vocab_size
 
     def _fingerprint(self, origin: Origin) -> str:
         content = {
@@ -244,22 +236,8 @@ def _carried_cursor(source: _Source, positions: Mapping[str, Position]) -> int:
 
 def _open_sources(cfg: DataConfig) -> list[_Source]:
     """The sources in order of their names, which a reordered config does not change."""
-    datasets = {name: _open(cfg, source) for name, source in sorted(cfg.sources.items())}
-    first_name, first = next(iter(datasets.items()))
-    check_same_tokenizer(
-        datasets,
-        first.manifest.tokenizer_hash,
-        lambda name: (
-            f"data.sources.{name} and data.sources.{first_name} were prepared with different tokenizers; "
-            "prepare both with the same one (tokenizer.kind=file)"
-        ),
-    )
-    return [_source(cfg, name, dataset) for name, dataset in datasets.items()]
-
-
-def _open(cfg: DataConfig, source: SourceConfig) -> Dataset:
-    opener = verify_dataset if cfg.verify == "full" else open_dataset
-    return opener(source.path, cache=cfg.cache)
+    datasets = open_sources(cfg, verify=cfg.verify == "full")
+    return [_source(cfg, name, dataset) for name, dataset in sorted(datasets.items())]
 
 
 def _source(cfg: DataConfig, name: str, dataset: Dataset) -> _Source:
@@ -273,4 +251,4 @@ def _source(cfg: DataConfig, name: str, dataset: Dataset) -> _Source:
     named = [_ORDER, split.hash, cfg.seq_len, cfg.seed, *([] if limit is None else [limit])]
     order = files.hash_bytes(json.dumps(named).encode())
     windows = Windows(split, cfg.seq_len, cfg.seed, cfg.documents, limit)
-    return _Source(name, windows, order, windows.n_tokens, dataset.manifest.vocab_size)
+    return _Source(name, windows, order, windows.n_tokens)

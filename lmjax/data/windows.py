@@ -42,7 +42,7 @@ class Windows:
     """
 
     def __init__(self, split: TokenSplit, seq_len: int, seed: int, documents: Documents, limit: int | None = None):
-        """Of the documents that `subset` chooses for a `limit`, or of all."""
+        """The windows are cut from the documents that `subset` chooses for a `limit`, or from all of them."""
         self._chosen = None if limit is None else subset(split, limit)
         lengths = np.diff(split.document_starts)
         self.n_tokens = split.n_tokens if self._chosen is None else int(lengths[self._chosen].sum())
@@ -60,7 +60,7 @@ class Windows:
         self._stream = functools.lru_cache(maxsize=2)(self._make_stream)
         self._numbers = functools.lru_cache(maxsize=4)(self._draw_numbers)
 
-    def gather(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The windows at `cursors` (int64 [B]), all at once.
 
         Returns tokens [B, T + 1] in the split's dtype and segments int32 [B, T + 1]: which document of its row, from 0,
@@ -69,17 +69,17 @@ class Windows:
         numbers = self._window_numbers(cursors)
         epochs = cursors // self.n_windows
         if (epochs == epochs[0]).all():
-            return self._gather(int(epochs[0]), numbers)
+            return self._read_epoch(int(epochs[0]), numbers)
         tokens_BU = np.empty((len(cursors), self._seq_len + 1), self._split.dtype)
         segments_BU = np.empty(tokens_BU.shape, np.int32)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            tokens_BU[rows], segments_BU[rows] = self._gather(int(epoch), numbers[rows])
+            tokens_BU[rows], segments_BU[rows] = self._read_epoch(int(epoch), numbers[rows])
         return tokens_BU, segments_BU
 
-    def _gather(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read_epoch(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         starts = self._offset(epoch) + numbers * self._seq_len
-        return _gather(self._split, self._stream(epoch), starts, self._seq_len + 1, self._documents)
+        return _read_stream(self._split, self._stream(epoch), starts, self._seq_len + 1, self._documents)
 
     def _offset(self, epoch: int) -> int:
         left_out = (self.n_tokens - 1) % self._seq_len
@@ -122,7 +122,7 @@ def _stream(split: TokenSplit, order: np.ndarray) -> _Stream:
     return _Stream(order.astype(np.int32 if len(order) < 1 << 31 else np.int64), starts)
 
 
-def _gather(
+def _read_stream(
     split: TokenSplit, stream: _Stream, starts: np.ndarray, length: int, documents: Documents
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [len(starts), length] of the stream from each of `starts`: the pieces of documents that lie there."""
@@ -222,6 +222,6 @@ def _padded_rows(
     for rows, length in ((slice(0, full), seq_len + 1), (slice(full, full + 1), rest + 1)):
         starts = numbers[rows] * seq_len
         if len(starts) and starts[0] < split.n_tokens - 1:
-            found = _gather(split, stream, starts, length, documents)
+            found = _read_stream(split, stream, starts, length, documents)
             tokens_BU[rows, :length], segments_BU[rows, :length] = found
     return tokens_BU, segments_BU

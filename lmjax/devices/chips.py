@@ -24,7 +24,7 @@ class Chip(NamedTuple):
     dcn: float | None = None
     """Bytes/s one way between slices, a device's share of its host's network."""
     dollars: float | None = None
-    """Of one device for one hour."""
+    """The price of one device for one hour."""
 
 
 GIB = 2**30

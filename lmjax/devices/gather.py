@@ -106,7 +106,7 @@ def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> C
 
 
 def all_gather(params: Any, specs: Any) -> Any:
-    """As `gather`, inside `per_device`: shards of weights, whose PartitionSpecs are `specs` -> the gathered weights."""
+    """A `gather` for use inside `per_device`: shards of weights, laid out by `specs` -> the gathered weights."""
 
     def gather_one(w: jax.Array, spec: PartitionSpec) -> jax.Array:
         for dimension, axes in _gathered_dimensions(spec):

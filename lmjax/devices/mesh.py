@@ -1,4 +1,7 @@
-"""The mesh, and the one table that maps named axes to mesh axes. No other file builds a mesh.
+"""The mesh that a model trains on, and the table that maps named axes to mesh axes.
+
+Three files build a mesh for another end: generate/spread.py one of the same devices whose axes are Auto,
+process/group.py one for votes, launch/price.py an abstract one of devices that are not there.
 
 Everything runs under jax's Explicit axis types: a sharding is part of an array's type, and an operation that would
 need a hidden transfer of data is an error at trace time. Without a mesh (`jax.set_mesh` not entered) the functions that
@@ -104,7 +107,7 @@ def _nearest_divisors(size: int, of: int) -> str:
 
 
 def own_devices() -> list[Any]:
-    """Those that this thread computes on: the one that `jax.default_device` names, else all."""
+    """The devices that this thread computes on: the one that `jax.default_device` names, else all."""
     one = jax.config.jax_default_device  # type: ignore[attr-defined]
     return [one] if isinstance(one, jax.Device) else jax.devices()
 

@@ -36,7 +36,8 @@ def shard_batch(batch: AnyBatch, mesh: jax.sharding.Mesh | None, size: int) -> A
 def shard_array(x: np.ndarray, names: str, mesh: jax.sharding.Mesh | None, size: int) -> jax.Array:
     """One array of a batch, whose axes have these names, on the devices.
 
-    This is the one place where tokens are put in `rows.time_order`; sums over tokens do not see it.
+    Tokens from the host are put in `rows.time_order` here, and only here. Sums over tokens do not see the order; what
+    does, such as positions, asks `rows.token_order`.
     """
     if mesh is None:
         return jax.device_put(x, own_devices()[0])
@@ -54,7 +55,7 @@ def shard_array(x: np.ndarray, names: str, mesh: jax.sharding.Mesh | None, size:
 
 
 def replicate(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
-    """The arrays of a tree whole, on every device."""
+    """Every array of a tree, whole on every device."""
     return tree if mesh is None else group.wait_on_cpu(_gather_program(mesh)(tree))
 
 
@@ -63,6 +64,6 @@ def _gather_program(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
-def on_one_device(mesh: jax.sharding.Mesh | None, params: Any) -> Any:
+def gather_to_one_device(mesh: jax.sharding.Mesh | None, params: Any) -> Any:
     """The weights whole on this process's first device; others hold one at a time. All processes call it together."""
     return jax.tree.map(lambda x: replicate(mesh, x).addressable_data(0), params)

@@ -41,7 +41,7 @@ class Evaluation:
     coverage: float
     """Share of the split's tokens that was scored; below 1, bits_per_byte is an estimate for the split."""
     digest: str = ""
-    """Of the split, where it is one: numbers compare where it is the same."""
+    """The digest of the split, if a split was scored: numbers compare where it is the same."""
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from lmjax.weights import Params
 @flax.struct.dataclass
 class Beams:
     memory: Memory
-    """Of the B * W alive hypotheses, without their newest tokens."""
+    """The cache of the B * W alive hypotheses, without their newest tokens."""
     alive_ids_BWZ: jax.Array
     alive_logp_BW: jax.Array
     finished_ids_BWZ: jax.Array

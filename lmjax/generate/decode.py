@@ -176,7 +176,7 @@ class State:
     memory: Memory
     token_B: jax.Array
     position_B: jax.Array
-    """Of the newest token."""
+    """The position of the newest token."""
     count: jax.Array
     """New tokens so far."""
     done_B: jax.Array

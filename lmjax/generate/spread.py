@@ -52,13 +52,13 @@ def decoding_weights(model: Model, params: Params, mesh: Mesh | None) -> Params:
 
 
 def _partition(w: Any) -> PartitionSpec:
-    """How a weight specs: one that knows no mesh, on every device."""
+    """The PartitionSpec of a weight; one that is on no mesh is whole on every device."""
     sharding = getattr(w, "sharding", None)
     return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
 
 
 def _off_stages(mesh: Mesh, weight: Weight, specs: PartitionSpec) -> PartitionSpec:
-    """As fsdp specs: with every axis `embed` split alike, XLA sends activations to the weights, not weights to rows."""
+    """Split `embed` over the stages, as fsdp does: where all weights do so, XLA sends activations, not weights."""
     stages = SHARDING_RULES["layers"]
     axes = {name: axes_of(entry) for name, entry in itertools.zip_longest(weight.names, specs)}
     axes = {name: tuple(axis for axis in of_name if axis not in stages) for name, of_name in axes.items()}

@@ -72,7 +72,7 @@ def _types(cfg: ModelConfig) -> list[str]:
 
 
 def _size(fields: Fields) -> int | None:
-    """Of the window, if there is one; a field that nothing uses must make sense, too."""
+    """The size of the window, if there is one; a field that nothing uses must make sense, too."""
     return None if fields.take("sliding_window") is None else integer(fields, "sliding_window")
 
 

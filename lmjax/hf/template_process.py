@@ -26,7 +26,7 @@ def _serve() -> None:
 
 
 def _render(source: str, arguments: Mapping[str, Any]) -> str:
-    """With the settings, functions and filters that transformers gives its templates."""
+    """Render with the settings, functions and filters that transformers gives its templates."""
     import jinja2
     import jinja2.ext
     import jinja2.sandbox

@@ -50,7 +50,7 @@ def tensor(name: str, layout: str, *paths: str) -> Tensor:
 
 
 def expected(table: Sequence[Tensor], spec: Spec, segments: Segments) -> dict[str, Expected]:
-    """By name, in the order of the table, every tensor that a checkpoint of this model has.
+    """Every tensor that a checkpoint of this model has, by name, in the order of the table.
 
     A line whose weights the model lacks (biases, an untied head) is left out; every weight has its line.
     """

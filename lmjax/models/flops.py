@@ -18,7 +18,7 @@ from lmjax.weights import count
 
 
 class Flops(NamedTuple):
-    """Of one training sequence, forward and backward."""
+    """The FLOPs of one training sequence, forward and backward."""
 
     six_nd: int
     """6 x active parameters x tokens: all parameters but the experts that a token does not pass through."""

@@ -1,4 +1,4 @@
-"""The one place where a weight multiplies activations."""
+"""How a weight multiplies activations. Those of experts do it by themselves (moe/moe.py, moe/grouped.py)."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _flat(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
-    """As one matrix product of [B*T, in] by [in, out], in the forms that XLA's CPU backend is fast at.
+    """Multiply as one matrix product of [B*T, in] by [in, out], in the forms that XLA's CPU backend is fast at.
 
     It computes a weight's gradient with its fast matmul only in two dimensions (1.36x on a whole step), and then 2.7
     times faster with the short side in front: [128, 512] rather than [512, 128]. The barrier keeps the weight in that
@@ -48,8 +48,11 @@ def _flat(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
 
 
 def _on_mesh(x: jax.Array, w: jax.Array, contract: int, dtype: Any) -> jax.Array:
-    """As it is: merging [B, T] would move data where T is split, and behind a barrier XLA does not see that a weight's
-    gradient is added up over devices only to be cut into their pieces, which is one reduce-scatter."""
+    """Multiply without merging axes and without a barrier.
+
+    Merging [B, T] would move data where T is split. Behind a barrier XLA does not see that a weight's gradient is added
+    up over devices only to be cut into their pieces, which is one reduce-scatter.
+    """
     return _dot(x, w, tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract)), dtype)
 
 

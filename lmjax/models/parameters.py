@@ -13,11 +13,11 @@ from lmjax.models.config import ModelConfig
 
 class Sizes(NamedTuple):
     total: int
-    """Entries."""
+    """All entries."""
     active: int
-    """Those that a token passes through."""
+    """The entries that a token passes through."""
     matmul: int
-    """Those of the active ones that are in matrices."""
+    """The active entries that are in matrices."""
 
     def plus(self, other: "Sizes", times: int = 1) -> "Sizes":
         return Sizes(*(one + times * more for one, more in zip(self, other, strict=True)))

@@ -28,7 +28,7 @@ def progress(step: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
 
 
 def fall(fraction: jax.Array, hyper: Hyper) -> jax.Array:
-    """From 1 at fraction 0 to `final_fraction` at fraction 1."""
+    """A line that falls from 1 at fraction 0 to `final_fraction` at fraction 1."""
     return 1 - (1 - hyper["final_fraction"]) * fraction
 
 
@@ -66,7 +66,7 @@ def wsd(step: jax.Array, hyper: Hyper) -> jax.Array:
 
 
 def wsd_sqrt(step: jax.Array, hyper: Hyper) -> jax.Array:
-    """As `wsd`, decaying as 1 - sqrt(progress), which ends lower (Hägele et al. 2024, arXiv:2405.18392)."""
+    """A `wsd` that decays as 1 - sqrt(progress), which ends lower (Hägele et al. 2024, arXiv:2405.18392)."""
     return warmup(step, hyper) * fall(jnp.sqrt(_decay_progress(step, hyper)), hyper)
 
 

@@ -19,7 +19,7 @@ class Collective(NamedTuple):
 
     kind: str
     bytes: int
-    """Of the whole array on one device: the result of an all-gather, the operand of the others."""
+    """Bytes of the whole array on one device: the result of an all-gather, the operand of the others."""
     group: tuple[int, ...]
     """The devices that take part, as positions in the mesh; of several groups alike, the first."""
     times: int = 1
@@ -50,12 +50,12 @@ class Collective(NamedTuple):
 class _Call(NamedTuple):
     computation: str
     condition: str | None = None
-    """Under which it is repeated."""
+    """The condition under which it is repeated."""
     first: int = 0
     """Where the repetition starts to count: after the rounds that XLA has taken out of the loop."""
     fused: bool = False
     branches: tuple[str, ...] = ()
-    """Of a switch, one of which runs: `computation` is the first."""
+    """The branches of a switch, of which one runs: `computation` is the first."""
 
 
 class _Computation(NamedTuple):

@@ -38,7 +38,7 @@ class Memory(NamedTuple):
     program: float | None = None
     """The compiled code."""
     beyond: float | None = None
-    """By how much XLA's own peak is above the sum of these, as of small programs: it counts what is on the chip."""
+    """How far XLA's own peak is above the sum of these, as it is for small programs: it counts what is on the chip."""
     peak: float | None = None
     """The sum, to which gradients and activations add nothing of their own: never below XLA's own peak."""
 

@@ -20,7 +20,7 @@ from lmjax.plan.topology import Topology
 
 
 class Work(NamedTuple):
-    """Of one device in one step."""
+    """What one device does in one step."""
 
     flops: float
     hbm_bytes: float
@@ -40,7 +40,7 @@ class Estimate(NamedTuple):
 
     @property
     def slowest(self) -> float:
-        """Nothing overlaps."""
+        """The time if nothing overlaps."""
         return sum(self)
 
 
@@ -87,7 +87,7 @@ class Place(NamedTuple):
 
     slice: int
     coords: tuple[int, ...]
-    """Of its chip in the torus."""
+    """The place of its chip in the torus."""
 
 
 def place(device: Any) -> Place:

@@ -34,14 +34,14 @@ from lmjax.weights import count
 SEARCHED = (*(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)), "train.microbatches", "model.remat")
 MICROBATCHES = (1, 2, 4, 8)  # for each pipeline stage
 LARGEST = {"tensor": 16, "context": 16, "pipeline": 16}
-"""Of mesh axes that leave each device too little to do when they are larger."""
+"""The largest sizes of mesh axes that leave each device too little to do beyond."""
 _HALF = 2  # bytes of a bfloat16
 
 
 class Candidate(NamedTuple):
     cfg: Config
     fixed_bytes: float
-    """Of state and gradients on one device."""
+    """Bytes of state and gradients on one device."""
     saved_bytes: float
     """What the backward pass of one microbatch finds saved there, at the least."""
     seconds: float
@@ -52,7 +52,7 @@ class Search(NamedTuple):
     cfg: Config
     """What was asked for, which the plans vary."""
     plans: list[Plan]
-    """Those that fit, best first."""
+    """The plans that fit, best first."""
     rejected: int
     """Compiled, and found not to fit."""
     refused: Counter[str]
@@ -100,7 +100,7 @@ def search(cfg: Config, topology: Topology, devices: list[Any], *, seconds: floa
 
 
 def _rank(plan: Plan) -> tuple[float, float]:
-    """By the time without overlap, which tells layouts apart even where compute bounds them all; then by memory."""
+    """Rank by the time without overlap, which tells layouts apart even if compute bounds them all, then by memory."""
     assert plan.work is not None
     return (plan.work.flops if plan.estimate is None else plan.estimate.slowest, plan.needed)
 
@@ -162,7 +162,7 @@ def meshes(devices: int, given: MeshConfig) -> Iterator[tuple[dict[str, int], Me
 
 
 def _state_bytes(cfg: Config, devices: list[Any]) -> float:
-    """Of state and gradients on one device. Raises ConfigError for what the mesh does not divide."""
+    """Bytes of state and gradients on one device. Raises ConfigError for what the mesh does not divide."""
     state = assemble.abstract_state(assemble.assemble(without_data(cfg), devices))
     return assemble.device_bytes((state, state.params))
 

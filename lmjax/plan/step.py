@@ -32,9 +32,9 @@ class Compiled(NamedTuple):
 
     collectives: list[Collective]
     network_seconds: float | None
-    """Of all collectives, one after another; None where the chip's bandwidth is not known."""
+    """Seconds that all collectives take one after another; None where the chip's bandwidth is not known."""
     xla_flops: float
-    """Of one device, as XLA counts them: a loop's body once, nothing inside kernels."""
+    """FLOPs of one device as XLA counts them: a loop's body once, nothing inside kernels."""
 
 
 class Plan(NamedTuple):
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     mesh: dict[str, int]
     counts: Counts
     step_flops: Flops
-    """Of one step on all devices, counted from the declaration."""
+    """FLOPs of one step on all devices, counted from the declaration."""
     memory: Memory
     needed: float
     """Bytes on one device; a lower bound when the step was not compiled."""

@@ -143,7 +143,7 @@ def mfu(plan: Plan, seconds: float) -> float:
 
 
 def hours_and_dollars(plan: Plan, seconds: float) -> tuple[float, float | None]:
-    """Of the config's steps, `seconds` each; dollars are None where no price is known."""
+    """Hours and dollars of the config's steps, `seconds` each; dollars are None where no price is known."""
     hours = plan.cfg.train.steps * seconds / 3600
     dollars = (
         None if plan.chip is None or plan.chip.dollars is None else plan.chip.dollars * plan.topology.devices * hours

@@ -142,7 +142,7 @@ def _checked(cluster: Cluster) -> Cluster:
 
 
 def tpu_metadata(environment: Mapping[str, str]) -> dict[str, str]:
-    """On a TPU VM what GKE would have put into the environment, from Google's metadata server; elsewhere nothing."""
+    """What GKE would have put into the environment, from the metadata server of a TPU VM; elsewhere nothing."""
     known = any(environment.get(name) for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "LMJAX_PROCESSES"))
     if known or environment.get("TPU_SKIP_MDS_QUERY") or not _has_tpu():
         return {}

@@ -48,7 +48,7 @@ class _Labelled:
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._lock = stream, threading.Lock()
         self._begun = threading.local()
-        """Of each thread, the line that it has begun."""
+        """The line that each thread has begun."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

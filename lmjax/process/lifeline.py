@@ -41,8 +41,8 @@ class Lifeline:
             _keep_alive(line)
 
     def watch(self, on_loss: Callable[[str], NoReturn], warn: Callable[[str], None]) -> None:
-        """From now on call `on_loss` with a message, on a thread, when a process ends without a word, and `warn` when
-        one falls silent: whether it is stopped or only busy cannot be known from here."""
+        """Call `on_loss` from now on with a message, on a thread, when a process ends without a word, and `warn`
+        when one falls silent: whether it is stopped or only busy cannot be known from here."""
         threading.Thread(target=self._speak, name="lmjax-lifeline-speak", daemon=True).start()
         threading.Thread(target=self._listen, args=(on_loss, warn), name="lmjax-lifeline", daemon=True).start()
 
@@ -115,7 +115,7 @@ def _give_up(address: str, processes: int, lines: dict[int, socket.socket], time
 
 
 def _present(lines: dict[int, socket.socket]) -> dict[int, socket.socket]:
-    """Without the processes that have gone again: each may be started once more."""
+    """Drop the lines of processes that have gone again: each may be started once more."""
 
     def is_open(line: socket.socket) -> bool:
         try:

@@ -144,7 +144,7 @@ class Checkpoints:
                 logger.warning("checkpoint %s was never sealed; it is skipped", path)
 
     def _newest_sealed(self) -> epath.Path | None:
-        """As process 0 finds it."""
+        """The directory of the newest sealed step, as process 0 finds it."""
         newest = newest_sealed(self.directory)
         name = group.broadcast("the newest sealed step", None if newest is None else newest.name)
         return None if name is None else self.directory / name

@@ -35,7 +35,7 @@ class Record:
     workdir: epath.Path
     config: dict[str, Any]
     rows: list[Row]
-    """By step, across restarts."""
+    """The rows of metrics in the order of their steps, across restarts."""
     attempts: list[Attempt]
     summary: dict[str, Any]
     """Empty until the run is finished, and again once it goes on to more steps."""

@@ -157,11 +157,11 @@ class Spent:
     """Seconds of wall time between the first start and the last record."""
 
     kept: float
-    """In training steps that the result comes from."""
+    """Seconds in training steps that the result comes from."""
     repeated: float
-    """In training steps that a later attempt had to do again."""
+    """Seconds in training steps that a later attempt had to do again."""
     between: float
-    """Between the end of an attempt and the start of the next."""
+    """Seconds between the end of an attempt and the start of the next."""
     total: float
 
     @property
@@ -256,7 +256,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _thinned(rows: Sequence[Row]) -> list[Row]:
-    """At most `_MAX_ROWS`, spread evenly, the first and the last among them."""
+    """Choose at most `_MAX_ROWS` of the rows, spread evenly, the first and the last among them."""
     if len(rows) <= _MAX_ROWS:
         return list(rows)
     return [rows[index] for index in np.linspace(0, len(rows) - 1, _MAX_ROWS).round().astype(int)]

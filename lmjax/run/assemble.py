@@ -191,7 +191,7 @@ def shardings(experiment: Experiment) -> Any:
     """A TrainState of shardings; step outputs are pinned to them, so that the step compiles once."""
     mesh, shapes, spec = experiment.mesh, state_shapes(experiment), experiment.task.spec
     if mesh is None:
-        return jax.tree.map(lambda _: on_one_device(), shapes)
+        return jax.tree.map(lambda _: own_device_sharding(), shapes)
     replicated = meshes.replicated(mesh)
     return TrainState(
         params=spec_shardings(spec, mesh),
@@ -204,9 +204,9 @@ def shardings(experiment: Experiment) -> Any:
 def spec_shardings(spec: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """A tree of shardings, one for each weight."""
     if mesh is None:
-        return jax.tree.map(lambda _: on_one_device(), abstract(spec))
+        return jax.tree.map(lambda _: own_device_sharding(), abstract(spec))
     return meshes.shardings(spec, mesh)
 
 
-def on_one_device() -> jax.sharding.Sharding:
+def own_device_sharding() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(meshes.own_devices()[0])

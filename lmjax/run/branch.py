@@ -83,7 +83,7 @@ def check_same_until(step: int, theirs: Config, mine: Config) -> None:
 
 
 def learning_rates(cfg: Config, step: int) -> np.ndarray:
-    """float32 [step]: of the first updates."""
+    """The learning rates of the first `step` updates, float32 [step]."""
     rate, scalars = scheduled_rate(cfg.optimizer), hyper(cfg.optimizer, steps=cfg.train.steps)
     return np.asarray(rate(jnp.arange(step), scalars))
 

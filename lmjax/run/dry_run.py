@@ -18,7 +18,7 @@ from lmjax.train.accounting import Cost
 from lmjax.weights import count
 
 Manifests = dict[str, Manifest | None]
-"""Of the data sets of a config, by name; None for one that is not prepared yet."""
+"""The manifests of a config's data sets, by name; None for one that is not prepared yet."""
 
 
 def describe(cfg: Config) -> Iterator[str]:
@@ -93,7 +93,7 @@ def read_manifests(cfg: Config) -> Manifests:
 
 
 def _manifest(path: str) -> Manifest | None:
-    """That of a data set, of which nothing else is read; None if it is not prepared yet."""
+    """The manifest of a data set, of which nothing else is read; None if it is not prepared yet."""
     directory = files.locate(path)
     with files.reporting(directory):
         prepared = (directory / manifest.FILE).exists()

@@ -11,10 +11,10 @@ from lmjax.train.accounting import Accounting, Cost
 
 
 class Progress:
-    """Counted on from the checkpoint that an attempt starts from."""
+    """Progress is counted on from the checkpoint that an attempt starts from."""
 
     def __init__(self, task: Task, source: Source, step: int, meta: Mapping[str, Any], *, devices: int) -> None:
-        """`meta` is that of the checkpoint of `step`; empty at the start of a run."""
+        """`meta` is what the checkpoint of `step` kept; it is empty at the start of a run."""
         self.source = source
         peak = peak_flops(jax.devices()[0].device_kind)
         self.accounting = Accounting(

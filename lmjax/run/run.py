@@ -14,7 +14,7 @@ from etils import epath
 
 from lmjax import config as configs
 from lmjax.config import Config
-from lmjax.devices.place import local_rows, on_one_device
+from lmjax.devices.place import gather_to_one_device, local_rows
 from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError, StallError, one_line
 from lmjax.process import group
 from lmjax.process.faults import fault
@@ -295,7 +295,7 @@ class Run:
     def sample(self, step: int, state: TrainState) -> None:
         if self.task.sample is None:
             return
-        params, frozen = on_one_device(self.mesh, (state.params, self.frozen))
+        params, frozen = gather_to_one_device(self.mesh, (state.params, self.frozen))
         if not group.is_leader():
             return
         try:

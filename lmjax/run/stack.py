@@ -96,7 +96,7 @@ class Common(NamedTuple):
     preemption: Preemption
     watchdog: Watchdog
     turn: threading.Lock
-    """Of the run that sets up."""
+    """Held by the run that sets up."""
 
 
 class Lane:
@@ -137,7 +137,7 @@ class Lane:
         yield Runtime(self.common.preemption, self.common.watchdog, train_step)
 
     def is_set_up(self) -> None:
-        """The next one's turn."""
+        """Give the turn to set up to the next run."""
         if self._sets_up:
             self._sets_up = False
             self.common.turn.release()

@@ -44,10 +44,10 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
         raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def on_one_device(spec: Spec) -> Params:
+    def abstract_params(spec: Spec) -> Params:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(spec))
 
-    parts, _, found = checkpoint.restore_parts(workdir, {"params": on_one_device(task.spec)}, step=step)
+    parts, _, found = checkpoint.restore_parts(workdir, {"params": abstract_params(task.spec)}, step=step)
     frozen: Params = {}
     if task.frozen is not None:
         shardings = jax.tree.map(lambda _: single, abstract(task.frozen.spec))

@@ -12,7 +12,7 @@ from etils import epath
 from lmjax.config import Config
 from lmjax.data.loader import Loader
 from lmjax.data.prepare.prepare import prepare
-from lmjax.data.store.dataset import Dataset, check_same_tokenizer, open_dataset
+from lmjax.data.store.dataset import Dataset, open_sources
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.data.windows import as_batch
 from lmjax.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def pretrain(cfg: Config) -> Task:
     """
     data = open_data(cfg)
     check_sample(cfg.train.sample, data.tokenizer)
-    cfg = with_vocab(cfg, data.tokenizer)
+    cfg = with_tokenizer_vocab(cfg, data.tokenizer)
     if cfg.train.init_from is not None:
         init_from = group.broadcast("the weights to start from", pinned(cfg.train.init_from))
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=init_from))
@@ -106,28 +106,20 @@ class Data(NamedTuple):
 def open_data(cfg: Config) -> Data:
     """The data sets of a config and their one tokenizer. Prepares those that have a recipe and do not exist yet.
 
-    Raises DataError for data that is missing, damaged, or made with different tokenizers.
+    Raises what `open_sources` and `prepare` do.
     """
-    if not cfg.data.sources:
-        raise ConfigError("data.sources is empty; name a prepared data set, e.g. --config=configs/quickstart.py")
     with group.leader_first("preparing the data", group.PATIENCE_SECONDS):
         for source in cfg.data.sources.values():
             if source.prepare is not None:
                 prepare(source.prepare, source.path)
-    datasets = {name: open_dataset(source.path, cache=cfg.data.cache) for name, source in cfg.data.sources.items()}
-    first, dataset = next(iter(datasets.items()))
-    tokenizer = dataset.tokenizer()
-    check_same_tokenizer(
-        datasets,
-        tokenizer.hash,
-        lambda name: f"data sources '{first}' and '{name}' were prepared with different tokenizers",
-    )
+    datasets = open_sources(cfg.data)
+    tokenizer = next(iter(datasets.values())).tokenizer()
     if cfg.train.compression_baseline:
         check_compressible(datasets)
     return Data(datasets, tokenizer)
 
 
-def with_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
+def with_tokenizer_vocab(cfg: Config, tokenizer: Tokenizer) -> Config:
     """The config with model.vocab filled in. Raises ConfigError when the model has too few rows for the tokens."""
     if cfg.model.vocab is not None and cfg.model.vocab < tokenizer.vocab_size:
         raise ConfigError(

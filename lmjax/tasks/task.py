@@ -1,6 +1,7 @@
 """The seam between what is trained and the run that trains it.
 
-`run/` knows of a task nothing but what stands here. A wrapper, such as low-rank adapters, is a function from a Task to
+`run/` trains a task by what stands here alone. To make one it asks registry.py, and a dry run asks start.py whether the
+weights to start from fit. A wrapper, such as low-rank adapters, is a function from a Task to
 a Task; another kind of training is another function from a config to a Task, and a line in registry.py.
 """
 
@@ -37,7 +38,7 @@ class Source(Protocol):
         """How often each part of the data was seen, by name, when the samples before `next_sample` are done."""
 
     def recorded(self, batch: Any) -> np.ndarray:
-        """What the ledger keeps a checksum of: an array with a row for each of the batch's."""
+        """The array that the ledger keeps checksums of, one for each row of the batch."""
 
 
 class MakeSource(Protocol):
@@ -81,18 +82,18 @@ class Task(NamedTuple):
     """What a run trains."""
 
     cfg: Config
-    """With everything filled in that the data decide: what config.json says."""
+    """The config with everything filled in that the data decide: what config.json says."""
     spec: Spec
-    """Of what is trained: optimizer, shardings and checkpoints follow from it."""
+    """The weights that are trained: optimizer, shardings and checkpoints follow from it."""
     start: Start
     objective: Objective
     batch: Any
     """Shapes and dtypes of one global batch of the source: a dataclass as in devices/rows.py, with `ids_B`."""
     cost: Cost
-    """Of one sample."""
+    """What one sample costs."""
     frozen: Frozen | None = None
     language: Language | None = None
-    """None where no language model is trained."""
+    """What was trained, as a language model; None where that is something else."""
     source: MakeSource | None = None
     evaluations: Mapping[str, Evaluate] = MappingProxyType({})
     sample: Callable[[Params, Params], str] | None = None

@@ -45,7 +45,7 @@ def test_every_target_comes_once_an_epoch(lengths, seq_len, seed, data):
         return
     windows = Windows(split, seq_len, seed, "joined")
     epoch = data.draw(st.integers(0, 3))
-    tokens, _ = windows.gather(np.arange(epoch * windows.n_windows, (epoch + 1) * windows.n_windows))
+    tokens, _ = windows.read(np.arange(epoch * windows.n_windows, (epoch + 1) * windows.n_windows))
     targets = collections.Counter(tokens[:, 1:].ravel().tolist())
     assert set(targets.values()) == {1} and len(targets) == windows.n_windows * seq_len
     assert split.n_tokens - 1 - len(targets) < seq_len  # the tail that is left out
@@ -58,15 +58,15 @@ def test_every_target_comes_once_an_epoch(lengths, seq_len, seed, data):
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=lengths_lists, seq_len=st.integers(1, 20), data=st.data())
-def test_gathering_is_a_pure_function_of_the_cursor(lengths, seq_len, data):
+def test_reading_is_a_pure_function_of_the_cursor(lengths, seq_len, data):
     split = SplitInMemory(numbered([*lengths, 21]))
     for documents in ("joined", "separate"):
         windows = Windows(split, seq_len, 5, documents)
         cursors = np.array(data.draw(st.lists(st.integers(0, 5 * windows.n_windows), min_size=1, max_size=20)))
-        tokens, segments = windows.gather(cursors)
+        tokens, segments = windows.read(cursors)
         fresh = Windows(split, seq_len, 5, documents)
         for row in range(len(cursors)):
-            one_token, one_segment = fresh.gather(cursors[row : row + 1])
+            one_token, one_segment = fresh.read(cursors[row : row + 1])
             assert np.array_equal(tokens[row], one_token[0]) and np.array_equal(segments[row], one_segment[0])
 
 
@@ -76,7 +76,7 @@ def test_separate_documents_are_told_apart(lengths, seq_len):
     split = SplitInMemory(numbered([*lengths, 21]))
     windows = Windows(split, seq_len, 0, "separate")
     cursors = np.arange(windows.n_windows)
-    batch = as_batch(*windows.gather(cursors), cursors, "separate")
+    batch = as_batch(*windows.read(cursors), cursors, "separate")
     document_of = np.searchsorted(split.document_starts, np.arange(split.n_tokens), side="right") - 1
     same = document_of[batch.tokens_BT] == document_of[batch.targets_BT]
     follows = batch.targets_BT == batch.tokens_BT + 1
@@ -107,7 +107,7 @@ def test_a_limit_reads_whole_documents_of_about_so_many_tokens_over_and_over(len
     windows = Windows(split, seq_len, seed, "joined", limit)
     assert windows.n_tokens == len(owned)
     for epoch in range(2):
-        tokens, _ = windows.gather(np.arange(epoch * windows.n_windows, (epoch + 1) * windows.n_windows))
+        tokens, _ = windows.read(np.arange(epoch * windows.n_windows, (epoch + 1) * windows.n_windows))
         targets = tokens[:, 1:].ravel().tolist()
         assert len({*targets}) == len(targets) and {*tokens.ravel().tolist()} <= owned
         assert len(owned) - 1 - len(targets) < seq_len
@@ -116,7 +116,7 @@ def test_a_limit_reads_whole_documents_of_about_so_many_tokens_over_and_over(len
 def test_epochs_are_ordered_anew_and_by_the_seed():
     split = SplitInMemory(numbered([7] * 50))
     orders = [
-        Windows(split, 6, seed, "joined").gather(np.arange(58) + 58 * epoch)[0].tobytes()
+        Windows(split, 6, seed, "joined").read(np.arange(58) + 58 * epoch)[0].tobytes()
         for seed in (0, 1)
         for epoch in range(3)
     ]
@@ -128,7 +128,7 @@ def test_golden_stream(prepared):
     path = prepared(["abc", "DEFG", "hi"])
     split = open_dataset(path).split("train")
     windows = Windows(split, split.n_tokens - 1, 0, "separate")
-    batch = as_batch(*windows.gather(np.array([0])), np.array([0]), "separate")
+    batch = as_batch(*windows.read(np.array([0])), np.array([0]), "separate")
     row = [*batch.tokens_BT[0], batch.targets_BT[0, -1]]
     assert np.array_equal(batch.targets_BT[0, :-1], batch.tokens_BT[0, 1:])
     documents = bytes(token if token != END else ord("|") for token in row).decode()
@@ -141,7 +141,7 @@ def test_golden_stream(prepared):
 
 def test_joined_documents_are_one_stream():
     split = SplitInMemory(numbered([5, 6, 7]))
-    batch = as_batch(*Windows(split, 4, 0, "joined").gather(np.arange(3)), np.arange(3) + (1 << 31), "joined")
+    batch = as_batch(*Windows(split, 4, 0, "joined").read(np.arange(3)), np.arange(3) + (1 << 31), "joined")
     assert batch.segments_BT is None and batch.positions_BT is None
     assert (batch.weights_BT == 1).all() and batch.ids_B.tolist() == [0, 1, 2]
 

@@ -32,7 +32,7 @@ from lmjax.run import run
 from lmjax.run.convert import to_hf
 from lmjax.run.trained import evaluate_trained, load_trained
 from lmjax.tasks import registry
-from lmjax.tasks.pretrain import open_data, pretrain, with_data, with_vocab, without_data
+from lmjax.tasks.pretrain import open_data, pretrain, with_data, with_tokenizer_vocab, without_data
 from lmjax.tasks.start import drawn
 from lmjax.tasks.task import Frozen, Language, Task
 from lmjax.train.objective import Objective, language_model
@@ -182,7 +182,7 @@ class Bigram(nnx.Module):
 
 def flax_module(cfg: Config) -> Task:
     data = open_data(cfg)
-    cfg = with_vocab(cfg, data.tokenizer)
+    cfg = with_tokenizer_vocab(cfg, data.tokenizer)
     model, _ = from_nnx(Bigram(cfg.model.dims["vocab"], nnx.Rngs(0)))
     task = without_data(cfg)._replace(
         spec=model.spec,

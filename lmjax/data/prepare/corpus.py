@@ -106,7 +106,7 @@ def _only_one(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]
 
 
 def _tails(documents: Iterator[tuple[str, str]], fraction: float) -> Iterator[Text]:
-    """Of each document the first characters for training, the last for validation."""
+    """Split each document: its first characters are for training, its last for validation."""
     for name, text in documents:
         cut = max(int(len(text) * (1 - fraction)), int(fraction < 1))
         parts: tuple[tuple[str, Split], ...] = ((text[:cut], "train"), (text[cut:], "valid"))

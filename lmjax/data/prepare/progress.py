@@ -38,7 +38,7 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """Of the input files' bytes."""
+        """The fraction of the input files' bytes that was read."""
         return min(1.0, self.read_bytes / max(self.total_bytes, 1))
 
 

@@ -8,12 +8,13 @@ from typing import Literal
 import numpy as np
 from etils import epath
 
+from lmjax.data.config import DataConfig
 from lmjax.data.store.manifest import Manifest, ShardManifest, read_manifest
 from lmjax.data.store.shards import TOKENIZER, TokenSplit, shard_files, shard_sizes
 from lmjax.data.store.staging import stage
 from lmjax.data.tokenizers.load import load_tokenizer, saved_hash
 from lmjax.data.tokenizers.tokenizer import Tokenizer
-from lmjax.errors import DataError
+from lmjax.errors import ConfigError, DataError
 from lmjax.record import files
 
 
@@ -63,6 +64,31 @@ def verify_dataset(path: str | os.PathLike[str], *, cache: str | None = None) ->
                 if files.hash_file(dataset.path / name) != expected:
                     raise DataError(f"{dataset.path / name} is damaged: its hash is not the manifest's; restore it")
     return dataset
+
+
+def open_sources(cfg: DataConfig, *, verify: bool = False) -> dict[str, Dataset]:
+    """The data sets of a config by name, which share one tokenizer; with `verify`, every byte of them is checked.
+
+    Raises ConfigError for a config without sources, and DataError as `open_dataset` and `verify_dataset` do, and for
+    data sets of different tokenizers.
+    """
+    if not cfg.sources:
+        raise ConfigError(
+            "data.sources is empty: name at least one prepared directory, data.sources.NAME.path=DIR, or use a config "
+            "that does, e.g. --config=configs/quickstart.py"
+        )
+    opener = verify_dataset if verify else open_dataset
+    datasets = {name: opener(source.path, cache=cfg.cache) for name, source in cfg.sources.items()}
+    first_name, first = next(iter(datasets.items()))
+    check_same_tokenizer(
+        datasets,
+        first.manifest.tokenizer_hash,
+        lambda name: (
+            f"data.sources.{name} and data.sources.{first_name} were prepared with different tokenizers; "
+            "prepare both with the same one (tokenizer.kind=file)"
+        ),
+    )
+    return datasets
 
 
 def check_same_tokenizer(datasets: Mapping[str, Dataset], expected_hash: str, said: Callable[[str], str]) -> None:

@@ -76,7 +76,7 @@ class Manifest:
 
     format: Literal[1] = FORMAT
     dtype: Literal["uint16", "uint32"]
-    """Of the token files, little endian."""
+    """The type of the token files, little endian."""
     vocab_size: PositiveInt
     tokenizer_hash: Hash
     endoftext_id: NonNegativeInt

@@ -21,7 +21,7 @@ class LayerCache:
     filled: jax.Array
     """How many columns were ever filled, int32; the next one is `filled % S`."""
     fresh: bool = flax.struct.field(pytree_node=False, default=False)
-    """Nothing was written yet, known while tracing."""
+    """Whether nothing was written yet, which is known while tracing."""
 
 
 def empty(batch: int, length: int, kv_heads: int, head_dim: int, dtype: str) -> LayerCache:
