@@ -50,7 +50,7 @@ class LoaderState(TypedDict):
     next_sample: int
     origin: Origin
     sources: dict[str, Position]
-    """Those that the mixture has had before and has no more are kept: they may come back."""
+    """The position of each source. Those that the mixture had before and has no more are kept: they may come back."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Place(NamedTuple):
     path: str
     weight: Weight
     entry: tuple[int, ...]
-    """Along the weight's batch axes."""
+    """The indices of the entry along the weight's batch axes."""
 
 
 class Expected(NamedTuple):

@@ -214,12 +214,12 @@ def hidden(
     T = tokens_BT.shape[1]
     if cache is None and cfg.position == "learned" and cfg.context < T:
         raise ConfigError(f"a sequence of {T} tokens is longer than the position table: model.context={cfg.context}")
-    tokens_at_BT = token_order(T)[None] if positions_BT is None else positions_BT
-    real_BT = constrain(jnp.broadcast_to(tokens_at_BT >= 0, tokens_BT.shape), "batch", "time")
+    all_positions_BT = token_order(T)[None] if positions_BT is None else positions_BT
+    real_BT = constrain(jnp.broadcast_to(all_positions_BT >= 0, tokens_BT.shape), "batch", "time")
     scalars = config_scalars(cfg) if scalars is None else scalars
     rates = {name: scalars[name] for name in DROPOUTS}
-    inputs = LayerInputs(rotations(cfg, tokens_at_BT), positions_BT, real_BT, segments_BT, keys_B, rates)
-    x_BTD = embed_tokens(params, tokens_BT, tokens_at_BT, inputs, spec, cfg)
+    inputs = LayerInputs(rotations(cfg, all_positions_BT), positions_BT, real_BT, segments_BT, keys_B, rates)
+    x_BTD = embed_tokens(params, tokens_BT, all_positions_BT, inputs, spec, cfg)
     new_cache, tallies = [], {}
     for segment in range(len(cfg.segments)):
         old = None if cache is None else cache[segment]
@@ -234,20 +234,20 @@ def hidden(
 def embed_tokens(
     params: Params,
     tokens_BT: jax.Array,
-    tokens_at_BT: jax.Array,
+    all_positions_BT: jax.Array,
     inputs: LayerInputs,
     spec: Spec,
     cfg: ModelConfig,
 ) -> jax.Array:
     table_VD = as_array(spec["embed"], params["embed"])
     x_BTD = lookup_tokens(table_VD, tokens_BT, cfg.dtype) * jnp.asarray(cfg.embed_scale, cfg.dtype)
-    tokens_at_BT = constrain(tokens_at_BT, "batch" if len(tokens_at_BT) > 1 else None, "residual_time")
+    all_positions_BT = constrain(all_positions_BT, "batch" if len(all_positions_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":
         # In float32, since the gradient of a position is a sum over the batch.
         table_RD = read(spec["position"], params["position"], cfg.dtype)
-        x_BTD = (x_BTD + lookup(table_RD, tokens_at_BT, jnp.float32)).astype(cfg.dtype)
+        x_BTD = (x_BTD + lookup(table_RD, all_positions_BT, jnp.float32)).astype(cfg.dtype)
     if cfg.position == "sinusoidal":
-        x_BTD = x_BTD + sinusoidal(tokens_at_BT, cfg.embed).astype(cfg.dtype)
+        x_BTD = x_BTD + sinusoidal(all_positions_BT, cfg.embed).astype(cfg.dtype)
     if cfg.embed_norm:
         x_BTD = norm(read(spec["embed_norm"], params["embed_norm"], cfg.dtype), x_BTD, cfg)
     if cfg.embed_dropout:

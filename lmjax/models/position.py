@@ -68,16 +68,16 @@ def rotation(positions_BT: jax.Array, frequencies: np.ndarray, magnitude: float 
     return Rotation(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
 
 
-def rotations(cfg: ModelConfig, tokens_at_BT: jax.Array) -> dict[str, Rotation]:
+def rotations(cfg: ModelConfig, positions_BT: jax.Array) -> dict[str, Rotation]:
     """The rotary angles of each kind of mixer; none for a model without rotary positions."""
     if cfg.position != "rope":
         return {}
-    tokens_at_BT = constrain(tokens_at_BT, "batch" if len(tokens_at_BT) > 1 else None, "time")
+    positions_BT = constrain(positions_BT, "batch" if len(positions_BT) > 1 else None, "time")
 
     def of_kind(kind: str) -> Rotation:
         local = kind == "local"
         frequencies = rope_frequencies(cfg.rope, cfg.dims["head_dim"], local=local)
-        return rotation(tokens_at_BT, frequencies, rope_magnitude(cfg.rope, local=local))
+        return rotation(positions_BT, frequencies, rope_magnitude(cfg.rope, local=local))
 
     return {kind: of_kind(kind) for kind in dict.fromkeys(cfg.pattern)}
 

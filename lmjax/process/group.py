@@ -209,7 +209,7 @@ class Vote:
 
 
 def wait_on_cpu(result: Any) -> Any:
-    """On several CPU devices, block until a program is done before the next is sent off; elsewhere do nothing."""
+    """Block until a program on several CPU devices is done, before the next is sent off; elsewhere do nothing."""
     import jax
 
     if jax.default_backend() == "cpu" and jax.device_count() > 1:

@@ -82,7 +82,7 @@ def _cpu_kind() -> str:
 
 
 def cpu_cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

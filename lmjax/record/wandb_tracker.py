@@ -136,7 +136,7 @@ class WandbTracker:
 
 
 _users: set[WandbTracker] = set()
-"""Those of this process that use wandb's service: one for each run that trains in it."""
+"""The trackers of this process that use wandb's service: one for each run that trains in it."""
 _changing = threading.Lock()
 
 

@@ -120,7 +120,7 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
 
 
 def fixed(differences: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    """Those of `config.differences` that make it another run."""
+    """The differences, as `config.differences` finds them, that make it another run."""
     free = re.compile("|".join(map(fnmatch.translate, _FREE)))
     return {key: values for key, values in differences.items() if key.startswith(_FIXED) and not free.match(key)}
 
