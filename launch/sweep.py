@@ -160,11 +160,9 @@ def blank(arguments: argparse.Namespace, name: str) -> Manifest:
 
 def filled(sweep: Manifest, cells: Sequence[Entry], data: dict[str, str]) -> Manifest:
     """The sweep with these cells, each with an id that depends on its settings, the code and the data."""
-    fingerprints = [data[path] for path in sorted(data)]
+    code, fingerprints = code_version(), [data[path] for path in sorted(data)]
     named = [
-        entry
-        if entry.run_id
-        else dataclasses.replace(entry, run_id=hash_text(entry.digest, code_version(), *fingerprints))
+        entry if entry.run_id else dataclasses.replace(entry, run_id=hash_text(entry.digest, code, *fingerprints))
         for entry in cells
     ]
     return dataclasses.replace(sweep, cells=named, data=data)
