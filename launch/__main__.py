@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from etils import epath
 
+from analysis.cells import FEWEST_STEPS
 from launch import cell, job, local, manifest, page, stack, status
 from launch.engines import ENGINES
 from lmjax.errors import BUG, DONE, ConfigError
@@ -129,6 +130,13 @@ def _goal_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch", type=int, default=4, help="cells at a time")
     sub.add_argument("--smallest", type=float, default=1e4, metavar="N", help="parameters of the smallest model")
     sub.add_argument("--largest", type=float, default=1e12, metavar="N", help="and of the largest")
+    sub.add_argument(
+        "--fewest-steps",
+        type=int,
+        default=FEWEST_STEPS,
+        metavar="N",
+        help="shorter cells are neither trained nor counted: they tell of their warmup, not of N and D",
+    )
 
 
 def _indices(text: str) -> list[int]:

@@ -11,10 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from analysis.cells import overrides as plain_cell
 from launch import price
 from launch.price import Accelerator, Price
-from lmjax.cells import Cell, Overrides, check_cells
+from lmjax.cells import Cell, Overrides, check_cells, texts
 from lmjax.config import ConfigFile
 from lmjax.errors import ConfigError
 from lmjax.models.shapes import Shape, shapes
@@ -43,12 +45,21 @@ class Family:
 
     def cells(self, wanted: Sequence[tuple[float, float]]) -> tuple[list[Cell], list[Price]]:
         """Checked and priced: for each (N, D) the member of the nearest N, trained on as many FLOPs."""
-        given = []
-        for params, tokens in wanted:
-            member = self.nearest(params)
-            given.append(_cell(self.file, member.shape, params * tokens / member.params, self.devices))
-        cells = check_cells(self.file, given, self.common)
+        cells = check_cells(self.file, [self._given(*pair) for pair in wanted], self.common)
         return cells, price.price_all(cells, self.on)
+
+    def steps(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The updates of each pair of an N and a D, both (cells,)."""
+        return np.array([self._steps(self._given(*pair)) for pair in zip(params, tokens, strict=True)], dtype=int)
+
+    def _given(self, params: float, tokens: float) -> Overrides:
+        member = self.nearest(params)
+        return _cell(self.file, member.shape, params * tokens / member.params, self.devices)
+
+    def _steps(self, given: Overrides) -> int:
+        """As the cell says them, or else as the rule or `train.tokens` of its config does."""
+        stated = given.get("train.steps")
+        return stated or self.file.config([*self.common, *texts(given)]).train.steps
 
     def nearest(self, params: float) -> Member:
         """In ratio. Raises ConfigError for an N far beyond the family."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from etils import epath
+from scipy.stats import binom
 
 from analysis import forecast, growth
 from analysis.design import Candidates
@@ -27,6 +28,8 @@ from lmjax.errors import DONE, PREEMPTED, ConfigError
 from lmjax.record import files
 
 FORECASTS = "forecasts"
+UNLIKELY = 0.01
+"""So few forecasts inside their intervals that chance alone gives this share of sweeps no more."""
 DIVERGED = 5  # NumericalError's exit code: the cell has no loss, and would have none again
 
 
@@ -40,13 +43,13 @@ class Known:
     unfinished: list[Entry]
     """Waiting, preempted, killed or failed: to be started again."""
 
-    @property
-    def columns(self) -> tuple[list[int], list[int], list[float]]:
-        """N, D and loss."""
+    def columns(self, fewest_steps: int) -> tuple[list[int], list[int], list[float]]:
+        """N, D and loss of cells that took at least so many updates: shorter ones lie above any law of N and D."""
+        long = [(entry, loss) for entry, loss in self.ended if entry.steps >= fewest_steps]
         return (
-            [entry.params_active for entry, _ in self.ended],
-            [entry.tokens for entry, _ in self.ended],
-            [loss for _, loss in self.ended],
+            [entry.params_active for entry, _ in long],
+            [entry.tokens for entry, _ in long],
+            [loss for _, loss in long],
         )
 
 
@@ -80,7 +83,7 @@ def step(directory: epath.Path, arguments: argparse.Namespace) -> int:
     base = old or blank(arguments, directory.name)
     rows = [] if old is None else status.rows(directory)
     found = Known([], [], []) if old is None else known(old, rows)
-    tell_scores(directory, found)
+    tell_scores(directory, found, arguments.fewest_steps)
     if old is not None and found.unfinished:
         print(f"{len(found.unfinished)} cells did not finish: they are started again")
         return started(old, directory, found.unfinished, arguments)
@@ -88,13 +91,13 @@ def step(directory: epath.Path, arguments: argparse.Namespace) -> int:
     on = price.accelerator(base.accelerator, share_of_peak=arguments.share_of_peak, dollars=arguments.dollars)
     members = family(base.config, base.common, on, arguments.smallest, arguments.largest)
     spent = sum(entry.flops_6nd for entry in (old.cells if old else ()))
+    left = max(0.0, arguments.budget - spent)
+    candidates = Candidates.of([member.params for member in members.members], arguments.ratios, left)
     decision = growth.plan_next(
-        *found.columns,
+        *found.columns(arguments.fewest_steps),
         goal=goal,
-        candidates=Candidates.of(
-            [member.params for member in members.members], arguments.ratios, max(0.0, arguments.budget - spent)
-        ),
-        flops_left=arguments.budget - spent,
+        candidates=candidates.take(members.steps(candidates.params, candidates.tokens) >= arguments.fewest_steps),
+        flops_left=left,
         running=([entry.params_active for entry in found.running], [entry.tokens for entry in found.running]),
     )
     tell(decision, goal, spent, arguments.budget)
@@ -176,17 +179,24 @@ def sentence(found: Recommendation, goal: Goal) -> str:
     )
 
 
-def tell_scores(directory: epath.Path, found: Known) -> None:
+def tell_scores(directory: epath.Path, found: Known, fewest_steps: int) -> None:
     """How good the forecasts of cells that have ended were."""
+    if short := sum(entry.steps < fewest_steps for entry, _ in found.ended):
+        print(f"left out, of fewer than {fewest_steps} updates (--fewest-steps): {short} of the cells that ended")
     made = {
         str(entry.index): forecast.read_forecast(_forecast_path(directory, entry))
         for entry, _ in found.ended
         if _forecast_path(directory, entry).exists()
     }
-    scores = forecast.score_forecasts(made, *found.columns) if made else None
-    if scores is not None and scores.scores:
-        print(f"forecasts: {scores.inside:.0%} of {len(scores.scores)} inside their intervals, mean error "
-              f"{scores.mean_error:.2%}")  # fmt: skip
+    scores = forecast.score_forecasts(made, *found.columns(0)) if made else None
+    if scores is None or not scores.scores:
+        return
+    print(f"forecasts: {scores.inside:.0%} of {len(scores.scores)} inside their intervals, mean error "
+          f"{scores.mean_error:.2%}")  # fmt: skip
+    inside, level = round(scores.inside * len(scores.scores)), made[next(iter(made))]["level"]
+    if binom.cdf(inside, len(scores.scores), level) < UNLIKELY:
+        print("warning: the law does not hold where these cells lie, and N* is not to be trusted: raise the lower of "
+              "--ratios or --fewest-steps")  # fmt: skip
 
 
 def _forecast_path(directory: epath.Path, entry: Entry) -> epath.Path:

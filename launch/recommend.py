@@ -19,7 +19,8 @@ def launch(arguments: argparse.Namespace) -> int:
     sweep = manifest.read(directory)
     goal = goal_of(arguments)
     try:
-        found = growth.recommend(*known(sweep, status.rows(directory)).columns, goal=goal)
+        ended = known(sweep, status.rows(directory)).columns(arguments.fewest_steps)
+        found = growth.recommend(*ended, goal=goal)
     except ValueError as error:
         raise ConfigError(f"{directory}: {error}") from None
     estimate = found.estimate

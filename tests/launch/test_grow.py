@@ -38,6 +38,8 @@ class Simulated:
         self.started: list[int] = []
         self.broken: dict[int, int] = {}
         """Exit code by cell."""
+        self.off = 0.0
+        """What cells that were forecast lie above the surface, nats."""
 
     def add_arguments(self, parser: Any) -> None:
         pass
@@ -58,6 +60,7 @@ class Simulated:
                 continue
             noise = np.random.default_rng(job.index).normal(0, NOISE_SD)
             loss = float(EPOCH.loss(entry.params_active, entry.tokens)) + noise
+            loss += self.off * (root / "forecasts" / f"{job.index:04d}.json").exists()
             (root / entry.workdir).mkdir(parents=True)
             (root / entry.workdir / "summary.json").write_text(
                 json.dumps({"step": entry.steps, "val_full/text/loss": loss})
@@ -142,6 +145,31 @@ def test_what_did_not_finish_is_started_again_and_what_diverged_is_not(
     assert engine.started[begun:] == [1, 3]
     assert grow(out, config, "--until-done") == DONE
     assert engine.started.count(2) == 1
+
+
+def test_short_cells_are_neither_trained_nor_counted(
+    engine: Simulated, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They tell of their warmup."""
+    bounded, free = tmp_path / "bounded", tmp_path / "free"
+    assert grow(free, config, "--fewest-steps=1") == PREEMPTED
+    steps = sorted(entry.steps for entry in manifest.read(free).cells)
+    fewest = steps[len(steps) // 2]
+    short = sum(one < fewest for one in steps)
+    assert grow(bounded, config, f"--fewest-steps={fewest}") == PREEMPTED
+    assert short and min(entry.steps for entry in manifest.read(bounded).cells) >= fewest
+    capsys.readouterr()
+    assert grow(free, config, f"--fewest-steps={fewest}") == PREEMPTED
+    assert f"left out, of fewer than {fewest} updates (--fewest-steps): {short} of the cells" in capsys.readouterr().out
+
+
+def test_forecasts_that_fail_are_a_warning(
+    engine: Simulated, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for off in (0.0, 1.0):
+        engine.off = off
+        assert grow(tmp_path / str(off), config, "--until-done", "--budget=2e20") == DONE
+        assert ("warning: the law does not hold" in capsys.readouterr().out) == bool(off)
 
 
 def test_it_ends_when_the_money_does(

@@ -1,7 +1,8 @@
 """Sweeps on a real Slurm cluster: trained, preempted, cut off, stopped, failed, and to the same bits as undisturbed.
 
 Run with  pytest -n 0 -m slow tests/launch/test_slurm_cluster.py  where SLURM_CONF names a cluster of at least two idle
-nodes, whose first JAX can reach by its name, and its administrator runs the tests; else they are skipped.
+nodes, whose first JAX can reach by its name, and its administrator runs the tests; else they are skipped. slurm_up.sh
+makes such a cluster of one machine.
 """
 
 import json
@@ -112,6 +113,7 @@ class Sweep(NamedTuple):
     def release(self) -> None:
         """Have a requeued task start now; Slurm would wait two minutes."""
         wait_until(lambda: self.slurm_state() == "PENDING")
+        time.sleep(2)  # nodes refuse credentials of the second in which they revoked the job's
         tool("scontrol", "update", f"jobid={self.job}_0", "StartTime=now")
 
     def finish(self, cells: int = 1) -> None:
