@@ -18,6 +18,8 @@ def training_curves(study: Study) -> Drawing:
     curves = study.runs.curves.dropna(subset=["flops"])
     if curves.empty:
         raise NotApplicableError("the source has no loss curves")
+    if curves["run"].is_unique:
+        raise NotApplicableError("every run was evaluated once, at its end: set train.evaluate_every")
     sizes = study.runs.table.set_index("run")["params"]
     names = sizes.loc[curves["run"].unique()].sort_values().index[:: -(-curves["run"].nunique() // MOST_CURVES)]
     colours, mappable = style.colours_of(sizes[names])
@@ -25,6 +27,7 @@ def training_curves(study: Study) -> Drawing:
     for name, colour in zip(names, colours, strict=True):
         mine = curves[curves["run"] == name]
         axes.plot(mine["flops"], mine["loss"], color=colour, linewidth=0.9)
+        axes.plot(mine["flops"].iloc[-1:], mine["loss"].iloc[-1:], ".", color=colour, markersize=4)
     if study.envelope is not None:
         axes.plot(study.envelope.flops, study.envelope.loss, color="black", linewidth=1.6, label="lower envelope")
         axes.legend()
