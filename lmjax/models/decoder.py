@@ -350,7 +350,7 @@ def unembed(params: Params, x: jax.Array, *, spec: Spec, cfg: ModelConfig) -> ja
     name = "unembed" if "unembed" in params else "embed"
     w = as_array(weight, params[name])
     w_DV = cast(weight, w if name == "unembed" else w.T, cfg.dtype)
-    logits = linear(times(x, weight.scaling.logits), w_DV, dtype=jnp.float32)
+    logits = linear(times(x, cfg.logit_scale * weight.scaling.logits), w_DV, dtype=jnp.float32)
     return softcap(logits, cfg.logit_softcap)
 
 

@@ -232,6 +232,15 @@ def test_every_layer_and_site_has_its_own_dropout_mask() -> None:
 # Initialization ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_multiplied_by_their_scale(tied: bool) -> None:
+    cfg = ModelConfig(vocab=31, embed=16, mlp=32, layers=1, tied=tied)
+    tokens_BT = jnp.arange(12).reshape(2, 6)
+    plain, scaled = (build(dataclasses.replace(cfg, logit_scale=scale)) for scale in (1.0, 4.0))
+    params = initialize(plain.spec, jax.random.key(0))
+    np.testing.assert_array_equal(scaled.logits(params, tokens_BT), 4 * plain.logits(params, tokens_BT))
+
+
 def test_depth_does_not_change_a_layers_start() -> None:
     def start(layers: int) -> Params:
         # The default start of matrices that write to the residual stream depends on depth by design.
