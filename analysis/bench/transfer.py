@@ -39,8 +39,8 @@ EXPONENTS = {"adamw": range(-11, -4), "muon": range(-9, -2)}
 """Learning rates are two to these powers."""
 EVALUATED_BATCHES = 64
 LOGIT_SCALE = 8.0
-"""Tuned at the base beside the learning rate. At 1 the base learns its tied head so slowly that wider models only gain by
-what the standard parametrization does to it: larger steps of the logits, which muP keeps from growing."""
+"""Tuned at the base beside the learning rate. At 1 the base learns its tied head so slowly that wider models gain
+most by what the standard parametrization does to them, larger steps of the logits, which muP keeps from growing."""
 FIELDS = ("optimizer", "parametrization", "width", "layers", "exponent", "seed", "loss")
 
 

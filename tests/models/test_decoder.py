@@ -236,7 +236,7 @@ def test_every_layer_and_site_has_its_own_dropout_mask() -> None:
 def test_logits_are_multiplied_by_their_scale(tied: bool) -> None:
     cfg = ModelConfig(vocab=31, embed=16, mlp=32, layers=1, tied=tied)
     tokens_BT = jnp.arange(12).reshape(2, 6)
-    plain, scaled = (build(dataclasses.replace(cfg, logit_scale=scale)) for scale in (1.0, 4.0))
+    plain, scaled = (decoder.build(dataclasses.replace(cfg, logit_scale=scale)) for scale in (1.0, 4.0))
     params = initialize(plain.spec, jax.random.key(0))
     np.testing.assert_array_equal(scaled.logits(params, tokens_BT), 4 * plain.logits(params, tokens_BT))
 
