@@ -195,8 +195,8 @@ def tell_scores(directory: epath.Path, found: Known, fewest_steps: int) -> None:
           f"{scores.mean_error:.2%}")  # fmt: skip
     inside, level = round(scores.inside * len(scores.scores)), made[next(iter(made))]["level"]
     if binom.cdf(inside, len(scores.scores), level) < UNLIKELY:
-        print("warning: the law does not hold where these cells lie, and N* is not to be trusted: raise the lower of "
-              "--ratios or --fewest-steps")  # fmt: skip
+        print("warning: so few forecasts hold that the law must bend where these cells lie, and the interval of N* is "
+              "too narrow: raise --fewest-steps or the lower of --ratios")  # fmt: skip
 
 
 def _forecast_path(directory: epath.Path, entry: Entry) -> epath.Path:
