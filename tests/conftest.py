@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lmjax.models.config import ModelConfig, MoeConfig, RopeConfig
 
@@ -143,3 +144,17 @@ def quick_compilation() -> Iterator[None]:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where runs start again and again: the programs that draw their weights are compiled once, too."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [jax.config.values[name] for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.1), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

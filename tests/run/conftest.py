@@ -1,13 +1,11 @@
-"""What tests of whole runs share: some text, and compiled programs."""
+"""What tests of whole runs share: some text, and a compiled step."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from lmjax.cells import program
 from lmjax.run import assemble
@@ -29,20 +27,6 @@ def compiled_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assemble, "compiled_step", cached_step)
         yield
-
-
-@pytest.fixture(scope="module")
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where runs start again and again: the programs that draw their weights are compiled once, too."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [jax.config.values[name] for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.1), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

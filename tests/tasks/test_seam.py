@@ -38,7 +38,7 @@ from lmjax.tasks.task import Frozen, Language, Task
 from lmjax.train.objective import Objective, language_model
 from lmjax.weights import Params, Spec, Weight, initialize, map_weights, zeros
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compile_cache")
 
 CONFIG = Path(__file__).parents[1] / "tiny_config.py"
 SETTINGS = ("train.steps=8", "train.evaluate_every=4", "checkpoint.every=4", "train.sample.tokens=4", "model.layers=2")
