@@ -72,7 +72,8 @@ def launch(arguments: argparse.Namespace) -> int:
 
 def entries(cells: Sequence[Cell], prices: Sequence[Price], round: int = 0) -> list[Entry]:
     """The cells as the manifest has them, numbered from 0, their ids left open until the data are there."""
-    varying = [key for key in dict.fromkeys(key for cell in cells for key in cell.overrides) if _varies(key, cells)]
+    keys = dict.fromkeys(key for cell in cells for key in cell.overrides)
+    varying = [key for key in keys if len(cells) == 1 or _varies(key, cells)]
     return [
         Entry(
             index=index,

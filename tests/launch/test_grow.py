@@ -105,6 +105,7 @@ def test_it_grows_until_it_knows(
     rounds = [entry.round for entry in sweep.cells]
     assert rounds == sorted(rounds) and rounds[-1] >= 1
     assert engine.started == [entry.index for entry in sweep.cells]  # each once
+    assert all(entry.name for entry in sweep.cells)  # also where a round has but one
     made = sorted(int(path.stem) for path in (out / "forecasts").iterdir())
     assert made and made == [entry.index for entry in sweep.cells if entry.round >= sweep.cells[made[0]].round]
 
