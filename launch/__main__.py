@@ -135,7 +135,7 @@ def _goal_arguments(sub: argparse.ArgumentParser) -> None:
         type=int,
         default=FEWEST_STEPS,
         metavar="N",
-        help="shorter cells are neither trained nor counted: they tell of their warmup, not of N and D",
+        help="shorter cells are neither planned nor counted: they tell of their warmup, not of N and D",
     )
 
 

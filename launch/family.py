@@ -58,8 +58,12 @@ class Family:
 
     def _steps(self, given: Overrides) -> int:
         """As the cell says them, or else as the rule or `train.tokens` of its config does."""
-        stated = given.get("train.steps")
-        return stated or self.file.config([*self.common, *texts(given)]).train.steps
+        if "train.steps" in given:
+            return given["train.steps"]
+        try:
+            return self.file.config([*self.common, *texts(given)]).train.steps
+        except ConfigError:  # as of a warmup that is longer than so short a run
+            return 0
 
     def nearest(self, params: float) -> Member:
         """In ratio. Raises ConfigError for an N far beyond the family."""

@@ -92,13 +92,14 @@ def step(directory: epath.Path, arguments: argparse.Namespace) -> int:
     members = family(base.config, base.common, on, arguments.smallest, arguments.largest)
     spent = sum(entry.flops_6nd for entry in (old.cells if old else ()))
     left = max(0.0, arguments.budget - spent)
+    running = [entry for entry in found.running if entry.steps >= arguments.fewest_steps]
     candidates = Candidates.of([member.params for member in members.members], arguments.ratios, left)
     decision = growth.plan_next(
         *found.columns(arguments.fewest_steps),
         goal=goal,
         candidates=candidates.take(members.steps(candidates.params, candidates.tokens) >= arguments.fewest_steps),
         flops_left=left,
-        running=([entry.params_active for entry in found.running], [entry.tokens for entry in found.running]),
+        running=([entry.params_active for entry in running], [entry.tokens for entry in running]),
     )
     tell(decision, goal, spent, arguments.budget)
     if isinstance(decision, Stop):
@@ -180,15 +181,14 @@ def sentence(found: Recommendation, goal: Goal) -> str:
 
 
 def tell_scores(directory: epath.Path, found: Known, fewest_steps: int) -> None:
-    """How good the forecasts of cells that have ended were."""
-    if short := sum(entry.steps < fewest_steps for entry, _ in found.ended):
-        print(f"left out, of fewer than {fewest_steps} updates (--fewest-steps): {short} of the cells that ended")
+    """How good the forecasts of cells that have ended were, as far as they count."""
+    tell_short(found, fewest_steps)
     made = {
         str(entry.index): forecast.read_forecast(_forecast_path(directory, entry))
         for entry, _ in found.ended
-        if _forecast_path(directory, entry).exists()
+        if entry.steps >= fewest_steps and _forecast_path(directory, entry).exists()
     }
-    scores = forecast.score_forecasts(made, *found.columns(0)) if made else None
+    scores = forecast.score_forecasts(made, *found.columns(fewest_steps)) if made else None
     if scores is None or not scores.scores:
         return
     print(f"forecasts: {scores.inside:.0%} of {len(scores.scores)} inside their intervals, mean error "
@@ -197,6 +197,11 @@ def tell_scores(directory: epath.Path, found: Known, fewest_steps: int) -> None:
     if binom.cdf(inside, len(scores.scores), level) < UNLIKELY:
         print("warning: so few forecasts hold that the law must bend where these cells lie, and the interval of N* is "
               "too narrow: raise --fewest-steps or the lower of --ratios")  # fmt: skip
+
+
+def tell_short(found: Known, fewest_steps: int) -> None:
+    if short := sum(entry.steps < fewest_steps for entry, _ in found.ended):
+        print(f"left out, of fewer than {fewest_steps} updates (--fewest-steps): {short} of the cells that ended")
 
 
 def _forecast_path(directory: epath.Path, entry: Entry) -> epath.Path:

@@ -5,7 +5,7 @@ import argparse
 from analysis import growth
 from launch import manifest, price, status
 from launch.family import family
-from launch.grow import goal_of, known, sentence
+from launch.grow import goal_of, known, sentence, tell_short
 from lmjax.cells import texts
 from lmjax.errors import DONE, ConfigError
 from lmjax.record import files
@@ -17,10 +17,10 @@ def launch(arguments: argparse.Namespace) -> int:
     """Writes DIR/recommended.py. Raises ConfigError while the cells do not tell the exponents apart."""
     directory = files.locate(arguments.directory)
     sweep = manifest.read(directory)
-    goal = goal_of(arguments)
+    goal, ended = goal_of(arguments), known(sweep, status.rows(directory))
+    tell_short(ended, arguments.fewest_steps)
     try:
-        ended = known(sweep, status.rows(directory)).columns(arguments.fewest_steps)
-        found = growth.recommend(*ended, goal=goal)
+        found = growth.recommend(*ended.columns(arguments.fewest_steps), goal=goal)
     except ValueError as error:
         raise ConfigError(f"{directory}: {error}") from None
     estimate = found.estimate

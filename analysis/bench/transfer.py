@@ -41,7 +41,7 @@ EVALUATED_BATCHES = 64
 LOGIT_SCALE = 8.0
 """Tuned at the base beside the learning rate. At 1 the base learns its tied head so slowly that wider models gain
 most by what the standard parametrization does to them, larger steps of the logits, which muP keeps from growing."""
-FIELDS = ("optimizer", "parametrization", "width", "layers", "exponent", "seed", "loss")
+FIELDS = ("optimizer", "logit_scale", "parametrization", "width", "layers", "exponent", "seed", "loss")
 
 
 class Shape(NamedTuple):
@@ -124,12 +124,14 @@ def losses(optimizer: str, shape: Shape, runs: Sequence[Run], out: Path) -> Iter
 
 
 def read(path: Path) -> dict[Run, float]:
-    """The runs that have ended. At the base shape every parametrization is the standard program."""
+    """The runs of this LOGIT_SCALE that have ended. At the base shape every parametrization is the standard program."""
     if not path.exists():
         return {}
     found = {}
     with path.open() as file:
         for row in csv.DictReader(file):
+            if float(row["logit_scale"]) != LOGIT_SCALE:
+                continue
             shape = Shape(row["parametrization"], int(row["width"]), int(row["layers"]))
             found[Run(row["optimizer"], shape, int(row["exponent"]), int(row["seed"]))] = float(row["loss"])
     return found
@@ -153,7 +155,7 @@ def train(optimizers: Sequence[str], seeds: int, out: Path) -> None:
                     flush=True,
                 )
                 with path.open("a") as file:
-                    csv.writer(file).writerow([optimizer, *shape, run.exponent, run.seed, f"{loss:.6f}"])
+                    csv.writer(file).writerow([optimizer, LOGIT_SCALE, *shape, run.exponent, run.seed, f"{loss:.6f}"])
 
 
 # Reporting --------------------------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ def get_config(how: str = "apart") -> ConfigDict:
     config.optimizer.name = "muon"  # so few updates teach AdamW's larger models little
     config.optimizer.schedule.final_fraction = 0.0
     config.train.batch = BATCH
-    config.train.evaluate_batches = 8
     config.train.sample.prompts = ()
     config.checkpoint.every = None
     if how == "branches":
@@ -102,7 +101,6 @@ def cell(shape: Overrides, tokens: float) -> Overrides:
         "optimizer.learning_rate": float(f"{0.024 * math.sqrt(32 / shape['model.embed']):.3g}"),
         "optimizer.schedule.warmup": max(1, steps // 50),
         "train.steps": steps,
-        "train.evaluate_every": -(-steps // 8),
     }
 
 

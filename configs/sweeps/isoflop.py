@@ -57,7 +57,6 @@ def sweep(scale: str = "small") -> Iterable[Overrides]:
                 **shape.settings(SEQ_LEN),
                 "train.batch": batch,
                 "train.steps": steps,
-                "train.evaluate_every": -(-steps // 10),
                 "optimizer.schedule.warmup": max(1, warmup),
             }
 

@@ -1,6 +1,6 @@
 """Text generation on a mesh: rows are spread over its devices, weights stay where they are.
 
-Training says where each array specs (jax's Explicit axes). That fits batches which the mesh divides, of long rows; here
+Training says where each array lies (jax's Explicit axes). That fits batches which the mesh divides, of long rows; here
 are any number of rows and one token of each. So the same mesh is entered once more, with Auto axes: lmjax's layout
 functions then do nothing, as on one device, and XLA finds the layouts that follow from those of the weights and rows.
 

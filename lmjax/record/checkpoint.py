@@ -67,9 +67,10 @@ class Checkpoints:
         """Save a pytree of jax arrays with its JSON `meta`; writing, hashing and sealing go on in the background.
 
         The arrays may be donated as soon as this returns. One save is in flight at a time: a second one first waits
-        for it. `value` (lower is better) serves `keep_best`. Existing steps from `step` on belong to a branch that
-        training went back behind; they are set aside, never kept in place of the new ones. Raises CheckpointError for
-        a failure of this save or of the one before.
+        for it, and for the files of other runs that save in this process. `value` (lower is better) serves
+        `keep_best`. Existing steps from `step` on belong to a branch that training went back behind; they are set
+        aside, never kept in place of the new ones. Raises CheckpointError for a failure of this save or of the one
+        before.
         """
         self.wait()
         leaves = leaves_by_path(state)
@@ -94,7 +95,12 @@ class Checkpoints:
             except Exception as error:
                 raise _failure(path, manifest, error) from error
             self.last_step = step
-            self._pending = self._worker.submit(self._finish, path, response, manifest, turn.pop_all())
+            held = turn.pop_all()
+            try:
+                self._pending = self._worker.submit(self._finish, path, response, manifest, held)
+            except BaseException:
+                held.close()
+                raise
 
     def poll(self) -> None:
         """Raise the CheckpointError of a background save that has failed; never blocks."""
@@ -162,8 +168,10 @@ class Checkpoints:
         try:
             with group.naming_lost_peers(f"checkpoint {path} was not sealed"):
                 with turn:
-                    fault("checkpoint.write")
-                    response.result()
+                    try:
+                        fault("checkpoint.write")
+                    finally:
+                        response.result()  # it must have stopped writing before its files are cleared away
                 fault("checkpoint.before_seal")
                 self._seal(path, manifest)
                 fault("checkpoint.after_seal")
@@ -172,8 +180,6 @@ class Checkpoints:
         except StallError:
             raise
         except Exception as error:
-            with contextlib.suppress(Exception):
-                response.result()  # Orbax must have stopped writing before its files are cleared away
             failure = _failure(path, manifest, error)
             if group.processes() == 1:  # others may be writing still: then the next save clears up
                 delete(path)

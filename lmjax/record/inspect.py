@@ -13,7 +13,7 @@ from etils import epath
 from lmjax.record import seal
 from lmjax.record.seal import Manifest
 from lmjax.record.steps import find_step, read_verified, step_directories
-from lmjax.record.trees import count_parts, orbax
+from lmjax.record.trees import ORBAX_TURN, count_parts, orbax
 
 
 def inspect(path: epath.PathLike, *, step: int | None = None, hashes: bool = False) -> dict[str, Any]:
@@ -70,7 +70,8 @@ def _content_hash(path: epath.Path, manifest: Manifest, part: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     leaves = {name: leaf for name, leaf in manifest["leaves"].items() if name.split("/")[0] == part}
     abstract = {name: np.empty(shape, jax.numpy.dtype(dtype)) for name, (shape, dtype) in leaves.items()}
-    arrays = orbax().load(path, dict.fromkeys(manifest["leaves"], orbax().PLACEHOLDER) | abstract)
+    with ORBAX_TURN:
+        arrays = orbax().load(path, dict.fromkeys(manifest["leaves"], orbax().PLACEHOLDER) | abstract)
     for name in sorted(leaves):
         digest.update(json.dumps([name, leaves[name]]).encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A Slurm cluster of four nodes on this one machine, all in a directory: tests/launch/slurm_up.sh DIR. It runs as root
-# and needs Debian's packages slurm-wlm and munge. `pkill slurm; pkill munged` takes it down.
+# A Slurm cluster of four nodes on this one machine, all in a directory: tests/launch/slurm_up.sh DIR. It runs as root,
+# needs Debian's packages slurm-wlm and munge, and names n0 to n3 in /etc/hosts. `kill $(cat DIR/*.pid)` takes it down.
 set -euo pipefail
 directory=$(realpath -m "$1")
 nodes=(n0 n1 n2 n3)
@@ -13,7 +13,7 @@ chown munge: /etc/munge/munge.key /run/munge
 pgrep -x munged > /dev/null || su -s /bin/sh munge -c /usr/sbin/munged
 
 # Processes of a job dial its first node by name.
-grep -qw "${nodes[0]}" /etc/hosts || echo "127.0.0.1 ${nodes[*]}" >> /etc/hosts
+grep -qE "[[:space:]]${nodes[0]}([[:space:]]|$)" /etc/hosts || echo "127.0.0.1 ${nodes[*]}" >> /etc/hosts
 
 cat > "$directory/slurm.conf" <<CONF
 ClusterName=tests
@@ -45,6 +45,10 @@ PartitionName=debug Nodes=n[0-3] Default=YES MaxTime=INFINITE State=UP
 CONF
 
 export SLURM_CONF=$directory/slurm.conf
+if sinfo -h > /dev/null 2>&1; then
+  echo "port 16817 has a cluster already" >&2
+  exit 1
+fi
 slurmctld -c
 sleep 1
 for node in "${nodes[@]}"; do
