@@ -135,8 +135,11 @@ def plan_next(
     if len(cells.params) or len(running_params):
         evidence = hashlib.sha256(np.stack([params, tokens, loss]).tobytes()).hexdigest()
         return Grow(cells, _forecasts(found, cells, goal, evidence, now), found)
-    cheapest = f"the cheapest new one costs {fresh.flops.min():.3g}" if len(fresh.params) else "no new one is left"
-    return Stop(f"{flops_left:.3g} FLOPs are left, of which a cell may take {LARGEST_SHARE:.0%}, and {cheapest}", found)
+    why = "and they pay for no new cell"
+    if len(fresh.params):
+        share = f"of which a cell may take {LARGEST_SHARE:.0%}"
+        why = f"{share}, and the cheapest new one costs {fresh.flops.min():.3g}"
+    return Stop(f"{flops_left:.3g} FLOPs are left, {why}", found)
 
 
 def recommend(params, tokens, loss, *, goal: Goal) -> Recommendation:

@@ -181,7 +181,7 @@ def test_a_budget_that_is_spent_stops_the_sweep_and_runs_are_waited_for():
 def test_a_sweep_of_which_every_cell_was_trained_stops():
     params, tokens, loss = swept()
     stopped = planned((params, tokens, loss), candidates=Candidates(params, tokens), goal=Goal(1e22, tolerance=1e-3))
-    assert isinstance(stopped, Stop) and "no new cell is left" in stopped.reason
+    assert isinstance(stopped, Stop) and "they pay for no new cell" in stopped.reason
 
 
 # What is left out -----------------------------------------------------------------------------------------------------
