@@ -178,7 +178,7 @@ class ModelConfig:
     """Multiplies query . key; None means head_dim ** -0.5."""
     attention_softcap: PositiveFloat | None = None
     logit_scale: PositiveFloat = 1.0
-    """Multiplies the logits, before their softcap. A tied head learns slowly at 1; 4 to 16 is worth a try."""
+    """Multiplies the logits, before their softcap. At 1 a tied head learns slowly: try 4 to 16 (docs/mup.md)."""
     logit_softcap: PositiveFloat | None = None
 
     tied: bool = True
