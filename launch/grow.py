@@ -43,25 +43,32 @@ class Known:
     unfinished: list[Entry]
     """Waiting, preempted, killed or failed: to be started again."""
 
-    def columns(self, fewest_steps: int) -> tuple[list[int], list[int], list[float]]:
-        """N, D and loss of cells that took at least so many updates: shorter ones lie above any law of N and D."""
-        long = [(entry, loss) for entry, loss in self.ended if entry.steps >= fewest_steps]
+    short: list[Entry]
+    """Those that have ended, or run, but take too few updates to count: they lie above any law of N and D."""
+
+    @property
+    def columns(self) -> tuple[list[int], list[int], list[float]]:
+        """N, D and loss."""
         return (
-            [entry.params_active for entry, _ in long],
-            [entry.tokens for entry, _ in long],
-            [loss for _, loss in long],
+            [entry.params_active for entry, _ in self.ended],
+            [entry.tokens for entry, _ in self.ended],
+            [loss for _, loss in self.ended],
         )
 
 
-def known(sweep: Manifest, rows: Sequence[Row]) -> Known:
-    found = Known([], [], [])
+def known(sweep: Manifest, rows: Sequence[Row], fewest_steps: int) -> Known:
+    found = Known([], [], [], [])
     for entry, row in zip(sweep.cells, rows, strict=True):
-        if row.state == "done" and row.loss is not None:
-            found.ended.append((entry, row.loss))
-        elif row.state == "failed" and row.why.startswith(f"exit code {DIVERGED}"):
-            found.ended.append((entry, math.nan))
+        done = row.state == "done" and row.loss is not None
+        diverged = row.state == "failed" and row.why.startswith(f"exit code {DIVERGED}")
+        if not (done or diverged or row.state == "running"):
+            found.unfinished.append(entry)
+        elif entry.steps < fewest_steps:
+            found.short.append(entry)
+        elif row.state == "running":
+            found.running.append(entry)
         else:
-            (found.running if row.state == "running" else found.unfinished).append(entry)
+            found.ended.append((entry, math.nan if row.loss is None or diverged else row.loss))
     return found
 
 
@@ -82,8 +89,9 @@ def step(directory: epath.Path, arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{directory} holds no sweep yet: name the models to train, --config=FILE.py")
     base = old or blank(arguments, directory.name)
     rows = [] if old is None else status.rows(directory)
-    found = Known([], [], []) if old is None else known(old, rows)
-    tell_scores(directory, found, arguments.fewest_steps)
+    found = Known([], [], [], []) if old is None else known(old, rows, arguments.fewest_steps)
+    tell_short(found)
+    tell_scores(directory, found)
     if old is not None and found.unfinished:
         print(f"{len(found.unfinished)} cells did not finish: they are started again")
         return started(old, directory, found.unfinished, arguments)
@@ -92,14 +100,13 @@ def step(directory: epath.Path, arguments: argparse.Namespace) -> int:
     members = family(base.config, base.common, on, arguments.smallest, arguments.largest)
     spent = sum(entry.flops_6nd for entry in (old.cells if old else ()))
     left = max(0.0, arguments.budget - spent)
-    running = [entry for entry in found.running if entry.steps >= arguments.fewest_steps]
     candidates = Candidates.of([member.params for member in members.members], arguments.ratios, left)
     decision = growth.plan_next(
-        *found.columns(arguments.fewest_steps),
+        *found.columns,
         goal=goal,
         candidates=candidates.take(members.steps(candidates.params, candidates.tokens) >= arguments.fewest_steps),
         flops_left=left,
-        running=([entry.params_active for entry in running], [entry.tokens for entry in running]),
+        running=([entry.params_active for entry in found.running], [entry.tokens for entry in found.running]),
     )
     tell(decision, goal, spent, arguments.budget)
     if isinstance(decision, Stop):
@@ -180,15 +187,14 @@ def sentence(found: Recommendation, goal: Goal) -> str:
     )
 
 
-def tell_scores(directory: epath.Path, found: Known, fewest_steps: int) -> None:
-    """How good the forecasts of cells that have ended were, as far as they count."""
-    tell_short(found, fewest_steps)
+def tell_scores(directory: epath.Path, found: Known) -> None:
+    """How good the forecasts of cells that have ended were."""
     made = {
         str(entry.index): forecast.read_forecast(_forecast_path(directory, entry))
         for entry, _ in found.ended
-        if entry.steps >= fewest_steps and _forecast_path(directory, entry).exists()
+        if _forecast_path(directory, entry).exists()
     }
-    scores = forecast.score_forecasts(made, *found.columns(fewest_steps)) if made else None
+    scores = forecast.score_forecasts(made, *found.columns) if made else None
     if scores is None or not scores.scores:
         return
     print(f"forecasts: {scores.inside:.0%} of {len(scores.scores)} inside their intervals, mean error "
@@ -199,9 +205,9 @@ def tell_scores(directory: epath.Path, found: Known, fewest_steps: int) -> None:
               "too narrow: raise --fewest-steps or the lower of --ratios")  # fmt: skip
 
 
-def tell_short(found: Known, fewest_steps: int) -> None:
-    if short := sum(entry.steps < fewest_steps for entry, _ in found.ended):
-        print(f"left out, of fewer than {fewest_steps} updates (--fewest-steps): {short} of the cells that ended")
+def tell_short(found: Known) -> None:
+    if found.short:
+        print(f"left out, of too few updates (--fewest-steps): {len(found.short)} cells")
 
 
 def _forecast_path(directory: epath.Path, entry: Entry) -> epath.Path:

@@ -17,10 +17,10 @@ def launch(arguments: argparse.Namespace) -> int:
     """Writes DIR/recommended.py. Raises ConfigError while the cells do not tell the exponents apart."""
     directory = files.locate(arguments.directory)
     sweep = manifest.read(directory)
-    goal, ended = goal_of(arguments), known(sweep, status.rows(directory))
-    tell_short(ended, arguments.fewest_steps)
+    goal, ended = goal_of(arguments), known(sweep, status.rows(directory), arguments.fewest_steps)
+    tell_short(ended)
     try:
-        found = growth.recommend(*ended.columns(arguments.fewest_steps), goal=goal)
+        found = growth.recommend(*ended.columns, goal=goal)
     except ValueError as error:
         raise ConfigError(f"{directory}: {error}") from None
     estimate = found.estimate

@@ -161,7 +161,7 @@ def test_short_cells_are_neither_trained_nor_counted(
     assert short and min(entry.steps for entry in manifest.read(bounded).cells) >= fewest
     capsys.readouterr()
     assert grow(free, config, f"--fewest-steps={fewest}") == PREEMPTED
-    assert f"left out, of fewer than {fewest} updates (--fewest-steps): {short} of the cells" in capsys.readouterr().out
+    assert f"left out, of too few updates (--fewest-steps): {short} cells" in capsys.readouterr().out
 
 
 def test_forecasts_that_fail_are_a_warning(
