@@ -17,7 +17,7 @@ from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split
 from lmjax.models.model import Model
 from lmjax.record import checkpoint
 from lmjax.tasks.registry import without_data
-from lmjax.weights import Params, Spec, abstract
+from lmjax.weights import Params, abstract
 
 
 class Trained(NamedTuple):
@@ -43,11 +43,8 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
     if task.language is None:
         raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def abstract_params(spec: Spec) -> Params:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(spec))
-
-    parts, _, found = checkpoint.restore_parts(workdir, {"params": abstract_params(task.spec)}, step=step)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(task.spec))
+    parts, _, found = checkpoint.restore_parts(workdir, {"params": shapes}, step=step)
     frozen: Params = {}
     if task.frozen is not None:
         shardings = jax.tree.map(lambda _: single, abstract(task.frozen.spec))
