@@ -53,7 +53,7 @@ class Price:
     """Exact, attention causal."""
     epochs: dict[str, float | None]
     state_bytes: float
-    """Of weights, gradients and optimizer state on one device; activations come on top."""
+    """Of weights, their average, gradients and optimizer state on one device; activations come on top."""
     hours: float | None
     dollars: float | None
 
@@ -126,14 +126,14 @@ def price(cfg: Config, manifests: dry_run.Manifests, on: Accelerator) -> Price:
 
 
 def state_bytes(task: Task, mesh: AbstractMesh) -> float:
-    """Of weights, gradients and optimizer state on one device; Adafactor's small state is rounded.
+    """Of weights, their average, gradients and optimizer state on one device; Adafactor's small state is rounded.
 
     Raises ConfigError for a weight that the mesh does not divide.
     """
-    n_bytes = 0.0
+    n_bytes, copies = 0.0, 3 if task.cfg.train.average_decay else 2
     for weight in by_path(task.spec).values():
         kept = _kept(task.cfg.optimizer, weight)
-        n_bytes += FLOAT32_BYTES * (2 + kept) * weight.size / shards(weight, mesh)
+        n_bytes += FLOAT32_BYTES * (copies + kept) * weight.size / shards(weight, mesh)
     return n_bytes
 
 

@@ -220,6 +220,7 @@ _SHARED = (
     "train.batch",
     "train.microbatches",
     "train.noise_scale",
+    "train.average_decay",
     "train.loss.*",
 )
 """All the same the step's, though they match a pattern above."""
@@ -230,6 +231,7 @@ _SWITCHES = (
     "model.moe.balance_weight",
     "model.moe.router_z_weight",
     "train.loss.z_weight",
+    "train.average_decay",
 )
 """Numbers that the step reads, where they are not 0; at 0 it is another."""
 

@@ -24,6 +24,7 @@ class Memory(NamedTuple):
 
     params: float
     optimizer: float
+    """Its state, and the average of the weights where one is kept."""
     inputs: float
     """Batch, hyperparameters, counters."""
     gradients: float
@@ -47,7 +48,7 @@ def of_declaration(state: TrainState, batch: Any) -> Memory:
     """What follows from shapes and shardings."""
     params = device_bytes(state.params)
     inputs = device_bytes((batch, state.hyper, state.counters))
-    return Memory(params, device_bytes(state.opt_state), inputs, gradients=params)
+    return Memory(params, device_bytes((state.opt_state, state.average)), inputs, gradients=params)
 
 
 def of_compiled(memory: Memory, compiled: Any) -> Memory:

@@ -258,6 +258,19 @@ def restore_parts(
     return load_tree(found, manifest, dict(parts), saved=saved), manifest["meta"], manifest["step"]
 
 
+def restore_weights(path: epath.PathLike, abstract: Any, *, step: int | None = None) -> tuple[Any, int]:
+    """`(weights, step)`: those that a checkpoint delivers, the average where its run kept one. Raises as above."""
+    found = find_step(path, step)
+    part = weights_part(seal.read(found)[0])
+    parts, _, number = restore_parts(found, {part: abstract})
+    return parts[part], number
+
+
+def weights_part(manifest: Manifest) -> str:
+    """The part of a saved state that holds the weights which it delivers (train/state.py)."""
+    return "average" if any(name.startswith("average/") for name in manifest.get("leaves", {})) else "params"
+
+
 def _is_mine(name: str) -> bool:
     """Whether this process wrote a file of a step: Orbax puts `process_2` into the paths of what process 2 wrote."""
     writer = re.search(r"process_(\d+)", name)

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lmjax.config import Config
 from lmjax.devices import mesh as meshes
@@ -144,7 +145,13 @@ def initial_state(experiment: Experiment) -> TrainState:
         params = task.start(jax.random.key(task.cfg.train.seed), task.objective.scalars, laid_out.params)
         opt_state = jax.jit(experiment.optimizer.init, out_shardings=laid_out.opt_state)(params)
         scalars = jax.device_put(all_scalars(experiment), laid_out.hyper)
-        return TrainState(params, opt_state, scalars, jax.device_put(zero_counters(), laid_out.counters))
+        counters = jax.device_put(zero_counters(), laid_out.counters)
+        average = jax.tree.map(jnp.copy, params) if keeps_average(experiment) else None
+        return TrainState(params, opt_state, scalars, counters, average)
+
+
+def keeps_average(experiment: Experiment) -> bool:
+    return experiment.cfg.train.average_decay > 0
 
 
 def frozen_params(experiment: Experiment) -> Params:
@@ -163,6 +170,8 @@ def all_scalars(experiment: Experiment) -> Hyper:
     train = experiment.cfg.train
     own = hyper(experiment.cfg.optimizer, steps=train.steps, seed=train.seed)
     scalars = scalar_arrays(experiment.task.objective.scalars)
+    if keeps_average(experiment):
+        scalars |= scalar_arrays({"average_decay": train.average_decay})
     assert not own.keys() & scalars.keys(), sorted(own.keys() & scalars.keys())
     return {**own, **scalars}
 
@@ -179,7 +188,8 @@ def abstract_state(experiment: Experiment) -> TrainState:
 def state_shapes(experiment: Experiment) -> TrainState:
     params = abstract(experiment.task.spec)
     opt_state = jax.eval_shape(experiment.optimizer.init, params)
-    return TrainState(params, opt_state, all_scalars(experiment), jax.eval_shape(zero_counters))
+    average = params if keeps_average(experiment) else None
+    return TrainState(params, opt_state, all_scalars(experiment), jax.eval_shape(zero_counters), average)
 
 
 def device_bytes(tree: Any) -> int:
@@ -193,11 +203,13 @@ def shardings(experiment: Experiment) -> Any:
     if mesh is None:
         return jax.tree.map(lambda _: own_device_sharding(), shapes)
     replicated = meshes.replicated(mesh)
+    params = spec_shardings(spec, mesh)
     return TrainState(
-        params=spec_shardings(spec, mesh),
+        params=params,
         opt_state=state_shardings(experiment.optimizer, spec, mesh),
         hyper=jax.tree.map(lambda _: replicated, shapes.hyper),
         counters=jax.tree.map(lambda _: replicated, shapes.counters),
+        average=params if keeps_average(experiment) else None,
     )
 
 

@@ -275,16 +275,23 @@ class Run:
         Asked to stop, they end between two batches, and what they have by then counts for nothing: the next attempt
         owes this evaluation.
         """
-        metrics: dict[str, Any] = {}
-        last = step == self.cfg.train.steps
         try:
-            for evaluate in self.task.evaluations.values():
-                on_batch = functools.partial(self.between_batches, step)
-                metrics |= evaluate(state.params, self.frozen, mesh=self.mesh, last=last, on_batch=on_batch)
+            metrics = self.scores(step, state.delivered)
+            if state.average is not None:
+                raw = self.scores(step, state.params).items()
+                metrics |= {f"raw/{name}": value for name, value in raw if name.startswith("val")}
         except Interrupted:
             return
         self.evaluations[step] = metrics
         self.records.trackers.log(step, {**self.progress.accounting.totals(step), **metrics})
+
+    def scores(self, step: int, params: Params) -> dict[str, Any]:
+        """What the task's evaluations find. Raises Interrupted."""
+        metrics: dict[str, Any] = {}
+        on_batch, last = functools.partial(self.between_batches, step), step == self.cfg.train.steps
+        for evaluate in self.task.evaluations.values():
+            metrics |= evaluate(params, self.frozen, mesh=self.mesh, last=last, on_batch=on_batch)
+        return metrics
 
     def between_batches(self, step: int, what: str) -> None:
         self.watchdog.beat(f"evaluation of {what} at step {step}")
@@ -295,7 +302,7 @@ class Run:
     def sample(self, step: int, state: TrainState) -> None:
         if self.task.sample is None:
             return
-        params, frozen = gather_to_one_device(self.mesh, (state.params, self.frozen))
+        params, frozen = gather_to_one_device(self.mesh, (state.delivered, self.frozen))
         if not group.is_leader():
             return
         try:

@@ -44,13 +44,13 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
         raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(task.spec))
-    parts, _, found = checkpoint.restore_parts(workdir, {"params": shapes}, step=step)
+    params, found = checkpoint.restore_weights(workdir, shapes, step=step)
     frozen: Params = {}
     if task.frozen is not None:
         shardings = jax.tree.map(lambda _: single, abstract(task.frozen.spec))
         frozen = task.frozen.start(jax.random.key(cfg.train.seed), task.objective.scalars, shardings)
     language, tokenizer = task.language, load_tokenizer(workdir / "tokenizer")
-    weights = language.weights(frozen, parts["params"])
+    weights = language.weights(frozen, params)
     return Trained(cfg, language.model, language.scorer, weights, tokenizer, found)
 
 

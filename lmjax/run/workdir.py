@@ -29,6 +29,7 @@ _FIXED = (
     "train.steps",
     "train.batch",
     "train.seed",
+    "train.average_decay",
     "train.loss.",
     *_ORIGINS,
 )

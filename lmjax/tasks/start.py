@@ -46,9 +46,9 @@ def from_run(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> S
         shapes = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract(spec), shardings
         )
-        parts, _, _ = checkpoint.restore_parts(saved, {"params": shapes})
+        params, _ = checkpoint.restore_weights(saved, shapes)
         print(f"starting from the weights of {saved}")
-        return parts["params"]
+        return params
 
     return start
 
@@ -60,13 +60,15 @@ def check_origin(init_from: str, spec: Spec, tokenizer_hash: str | None = None) 
     another tokenizer than the one of this hash.
     """
     saved, (workdir, _) = origin_checkpoint(_SETTING, init_from), parse_origin(_SETTING, init_from)
-    leaves = {path: leaf for path, leaf in seal.read(saved)[0].get("leaves", {}).items() if path.startswith("params/")}
-    wanted = {path: shape_dtype(leaf) for path, leaf in leaves_by_path({"params": abstract(spec)}).items()}
+    manifest = seal.read(saved)[0]
+    part = checkpoint.weights_part(manifest)
+    leaves = {path: leaf for path, leaf in manifest.get("leaves", {}).items() if path.startswith(f"{part}/")}
+    wanted = {path: shape_dtype(leaf) for path, leaf in leaves_by_path({part: abstract(spec)}).items()}
     if leaves and leaves != wanted:
         path = next(path for path in {**leaves, **wanted} if leaves.get(path) != wanted.get(path))
         was, wants = (str(tuple(found[path][0])) if path in found else "absent" for found in (leaves, wanted))
         raise ConfigError(
-            f"train.init_from={init_from} has other weights than this model: {path.removeprefix('params/')} is {was} "
+            f"train.init_from={init_from} has other weights than this model: {path.removeprefix(f'{part}/')} is {was} "
             f"there, {wants} here; give the model the same sizes"
         )
     if tokenizer_hash is not None and not (workdir / "tokenizer").exists():

@@ -53,6 +53,9 @@ class TrainConfig:
     log_every: PositiveInt = 10
     noise_scale: bool = False
     """Log the gradient noise scale's two parts, which takes at least 2 microbatches (docs/hyperparameters.md)."""
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Keep a moving average of the weights, too: each update multiplies by this what earlier ones count in it. It is
+    what is evaluated, generated from and exported (docs/branches.md). 0 keeps none."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations; one is always made at the end."""
     evaluate_batches: PositiveInt | None = None

@@ -32,3 +32,10 @@ class TrainState:
     hyper: dict[str, jax.Array]
     """Scalar hyperparameters as arrays: runs that differ only here share one compiled step."""
     counters: Counters
+    average: Params | None = None
+    """Of the weights, where the run keeps one; laid out as they are."""
+
+    @property
+    def delivered(self) -> Params:
+        """The weights that are evaluated, generated from and exported."""
+        return self.params if self.average is None else self.average

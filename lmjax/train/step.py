@@ -55,9 +55,23 @@ def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int =
             "lr": (optimizer.learning_rate(state.counters.step, state.hyper), one),
             "skipped": ((~finite).astype(jnp.float32), one),
         }
-        return TrainState(params, opt_state, state.hyper, count_step(state.counters, finite)), metrics
+        average = moved_average(state, params)
+        return TrainState(params, opt_state, state.hyper, count_step(state.counters, finite), average), metrics
 
     return step
+
+
+def moved_average(state: TrainState, params: Params) -> Params | None:
+    """The exponential moving average of the weights after every update so far, `params` the newest of them.
+
+    With decay d it is (1 - d) (p_t + d p_{t-1} + ... + d^{t-1} p_1) / (1 - d^t): the initial weights have no part in
+    it, as in Adam's corrected moments (Kingma & Ba 2015, arXiv:1412.6980, section 3).
+    """
+    if state.average is None:
+        return None
+    decay, updates = state.hyper["average_decay"], state.counters.step + 1
+    share = (1 - decay) / -jnp.expm1(updates * jnp.log(decay))
+    return jax.tree.map(lambda average, p: average + share * (p - average), state.average, params)
 
 
 class StackedStep(Protocol):

@@ -186,6 +186,25 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(trouble: str, micr
         state = new
 
 
+# The average of the weights ---------------------------------------------------------------------------------------
+
+
+def test_the_average_is_that_of_the_weights_after_each_update() -> None:
+    """Those of an update that was left out, too; and it changes nothing of them."""
+    decay, optimizer = 0.8, optimizers.build(OPTIMIZER, SPEC)
+    step = jax.jit(make_step(toy("loss"), optimizer))
+    plain = start(SPEC)
+    state = dataclasses.replace(plain, hyper=plain.hyper | {"average_decay": jnp.float32(decay)}, average=plain.params)
+    weights = []
+    for token in (0, 0, 1, 0):
+        batch = Batch(np.full((2, 1), token, np.int32), np.zeros((2, 1), np.int32), np.ones((2, 1)), np.arange(2))
+        (plain, _), (state, _) = step(plain, {}, batch), step(state, {}, batch)
+        np.testing.assert_array_equal(state.params["w"], plain.params["w"])
+        weights.append(np.asarray(state.params["w"]))
+        shares = decay ** np.arange(len(weights))[::-1]
+        np.testing.assert_allclose(state.delivered["w"], np.average(weights, axis=0, weights=shares), rtol=1e-6)
+
+
 # The gradient noise scale -----------------------------------------------------------------------------------------
 
 
