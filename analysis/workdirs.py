@@ -48,8 +48,8 @@ def read_workdir(path: Path) -> RunRecord:
             rows.setdefault(line["step"], {}).update(line)
     return RunRecord(
         name=path.name,
-        config=_read_object(path / "config.json"),
-        summary={**ended, **_read_object(path / "summary.json")},
+        config=_unstamped(path / "config.json"),
+        summary={**ended, **_unstamped(path / "summary.json")},
         history=tuple(rows[step] for step in sorted(rows)),
         workdir=str(path.resolve()),
     )
@@ -63,6 +63,13 @@ def _read_object(path: Path) -> dict:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error.msg} at line {error.lineno}): restore or delete it") from None
+
+
+def _unstamped(path: Path) -> dict:
+    """`_read_object` without what it says of the lmjax that wrote it."""
+    content = _read_object(path)
+    content.pop("lmjax", None)
+    return content
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from lmjax.errors import CheckpointError, ConfigError, DataError, one_line
-from lmjax.record import files
+from lmjax.record import files, formats
 from lmjax.schema import validated
 
 FILE = "sweep.json"
@@ -111,8 +111,7 @@ def read(directory: epath.PathLike) -> Manifest:
     path = epath.Path(directory) / FILE
     try:
         tree = json.loads(path.read_bytes())
-        if tree.get("format") != FORMAT:
-            raise ConfigError(f"{path} is of format {tree.get('format')}, this is {FORMAT}; use the lmjax it is of")
+        formats.check(path, tree.get("format"), tree.get(formats.STAMP), FORMAT, ConfigError)
         return validated(Manifest, tree)
     except ConfigError:
         raise

@@ -30,12 +30,16 @@ from lmjax.models.config import ModelConfig, require_learning
 from lmjax.models.parameters import parameters
 from lmjax.optim.config import OptimizerConfig
 from lmjax.optim.hyperparameters import RULES, Rule, Scale, find_rule, is_law, rows, updates
+from lmjax.record import formats
 from lmjax.record.config import CheckpointConfig, TrackingConfig
-from lmjax.record.files import hash_bytes
+from lmjax.record.files import hash_bytes, write_atomically
 from lmjax.schema import config_class, names_in, one_of, validated
 from lmjax.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of config.json."""
 
 
 def _rule_or_law(name: str | None) -> str | None:
@@ -327,19 +331,34 @@ def to_json(cfg: Config) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=1)
 
 
+def write_json(path: epath.Path, cfg: Config) -> None:
+    """The config of a work directory, for `from_json`. Raises OSError."""
+    write_atomically(path, json.dumps(formats.stamp(FORMAT) | dataclasses.asdict(cfg), indent=1))
+
+
+class DamagedConfigError(ConfigError):
+    """A file that should hold a config and holds something else."""
+
+
 def from_json(path: epath.PathLike) -> Config:
-    """The resolved config of a work directory: what resuming, evaluating and generating read. Runs no code."""
+    """The resolved config of a work directory: what resuming, evaluating and generating read. Runs no code.
+
+    Raises DamagedConfigError for what is no config at all, ConfigError for one that this version cannot read.
+    """
     path = epath.Path(path)
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable config ({one_line(error)}); is it a work directory?") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: not a readable config (it holds no JSON object); is it a work directory?")
+        raise DamagedConfigError(
+            f"{path}: not a readable config ({one_line(error)}); is it a work directory?"
+        ) from None
+    if not isinstance(tree, dict) or not tree.keys() & {field.name for field in dataclasses.fields(Config)}:
+        raise DamagedConfigError(f"{path}: not a readable config (it is of something else); is it a work directory?")
+    content = formats.unstamped(tree, path, FORMAT, ConfigError)
     try:
-        return parse(tree)
+        return parse(content)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}; {formats.origin(tree)}") from None
 
 
 def digest(cfg: Config) -> str:

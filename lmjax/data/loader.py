@@ -4,9 +4,11 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired
 
 import numpy as np
+import pydantic
+from typing_extensions import TypedDict
 
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig
@@ -14,8 +16,9 @@ from lmjax.data.mixture import MIXTURES, SHORTEST, Mixture, close_resolution
 from lmjax.data.store.dataset import Dataset, open_sources
 from lmjax.data.store.shards import TokenSplit
 from lmjax.data.windows import Windows, as_batch
-from lmjax.errors import DataError
+from lmjax.errors import CheckpointError, DataError
 from lmjax.record import files
+from lmjax.schema import NonNegativeInt, PositiveInt
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +32,16 @@ class Position(TypedDict):
 
     order: str
     """Names the source's order of samples."""
-    cursor: int
+    cursor: NonNegativeInt
     """Samples taken from it."""
 
 
 class Origin(TypedDict):
     """Where the mixture was last changed."""
 
-    sample: int
-    cursors: dict[str, int]
-    resolution: NotRequired[int]
+    sample: NonNegativeInt
+    cursors: dict[str, NonNegativeInt]
+    resolution: NotRequired[PositiveInt]
     """The resolution of the mixture's shares, where it is not the shortest."""
 
 
@@ -47,7 +50,7 @@ class LoaderState(TypedDict):
 
     fingerprint: str
     """Names everything that fixes the order of samples."""
-    next_sample: int
+    next_sample: NonNegativeInt
     origin: Origin
     sources: dict[str, Position]
     """The position of each source. Those that the mixture had before and has no more are kept: they may come back."""
@@ -86,7 +89,7 @@ class Loader:
         *,
         batch_size: int,
         rows: np.ndarray | None = None,
-        at: LoaderState | int = 0,
+        at: Mapping[str, Any] | int = 0,
         allow_data_change: bool = False,
     ):
         self._cfg = cfg
@@ -95,8 +98,9 @@ class Loader:
         self._sources = _open_sources(cfg)
         given = [cfg.sources[source.name].weight for source in self._sources]
         self._weights = tuple(MIXTURES[cfg.mixture](given, [source.tokens for source in self._sources]))
-        self.next_sample, self._origin = self._resume(at, allow_data_change)
-        known = {} if isinstance(at, int) else at["sources"]
+        state = at if isinstance(at, int) else _checked_state(at)
+        self.next_sample, self._origin = self._resume(state, allow_data_change)
+        known = {} if isinstance(state, int) else state["sources"]
         self._away = {name: position for name, position in known.items() if name not in cfg.sources}
         self.fingerprint = self._fingerprint(self._origin)
         self._mixture = Mixture(
@@ -195,6 +199,17 @@ class Loader:
         resolution = close_resolution(self._weights)
         origin = Origin(sample=sample, cursors=cursors)
         return origin if resolution == SHORTEST else {**origin, "resolution": resolution}
+
+
+def _checked_state(at: Mapping[str, Any]) -> LoaderState:
+    try:
+        return pydantic.TypeAdapter(LoaderState).validate_python(at, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"the checkpoint does not say where its run was in the data: {where}: {first['msg']}; use another step"
+        ) from None
 
 
 class _BatchGroups:

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from lmjax.record import formats
 from lmjax.record.jsonl import read_lines
 from lmjax.record.tracking import read_jsonl
 
@@ -64,10 +65,10 @@ def read_record(workdir: epath.PathLike) -> Record:
     workdir = epath.Path(workdir)
     path = workdir / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
-    rows = read_jsonl(workdir / "metrics.jsonl")
+    rows, config = read_jsonl(workdir / "metrics.jsonl"), json.loads((workdir / "config.json").read_text())
     return Record(
         workdir=workdir,
-        config=json.loads((workdir / "config.json").read_text()),
+        config={key: value for key, value in config.items() if key != formats.STAMP},
         rows=rows,
         attempts=list(_split_attempts(read_lines(workdir / "metrics.jsonl"))),
         summary={} if rows and summary.get("step", 0) < rows[-1]["step"] else summary,

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from lmjax.errors import CheckpointError, one_line
 from lmjax.record import seal
 from lmjax.record.seal import Manifest
 from lmjax.record.steps import find_step, read_verified, step_directories
@@ -70,8 +71,11 @@ def _content_hash(path: epath.Path, manifest: Manifest, part: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     leaves = {name: leaf for name, leaf in manifest["leaves"].items() if name.split("/")[0] == part}
     abstract = {name: np.empty(shape, jax.numpy.dtype(dtype)) for name, (shape, dtype) in leaves.items()}
-    with ORBAX_TURN:
-        arrays = orbax().load(path, dict.fromkeys(manifest["leaves"], orbax().PLACEHOLDER) | abstract)
+    try:
+        with ORBAX_TURN:
+            arrays = orbax().load(path, dict.fromkeys(manifest["leaves"], orbax().PLACEHOLDER) | abstract)
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path} verifies but cannot be loaded: {one_line(error, 300)}") from error
     for name in sorted(leaves):
         digest.update(json.dumps([name, leaves[name]]).encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())

@@ -17,9 +17,13 @@ from typing import Any
 from etils import epath
 
 from lmjax.errors import CheckpointError
+from lmjax.record import formats
 from lmjax.record.files import is_remote
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of metrics.jsonl and ledger.jsonl: the first line of every attempt is stamped with it."""
 
 
 class JsonLines:
@@ -63,7 +67,10 @@ class JsonLines:
 
     def _cut_torn_line(self) -> None:
         self._file.seek(0)
-        end = self._file.read().rfind(b"\n") + 1
+        content = self._file.read()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            logger.warning("%s ends in a torn line of %d bytes, which is cut off", self._path, len(content) - end)
         self._file.truncate(end)
         self._file.seek(end)
 
@@ -101,17 +108,20 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None if it is damaged or torn."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return _decode(record) if isinstance(record, dict) else None
 
 
 def read_lines(path: epath.PathLike) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file in order; a torn or damaged line is left out with a warning."""
+    """The records of a JSON-lines file in order, without stamps; a torn or damaged line is left out with a warning.
+
+    Raises CheckpointError for what a later lmjax wrote in a later format.
+    """
     for number, line in enumerate(epath.Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip(b"\0 \r"):
             continue
         if (record := parsed(line)) is not None:
-            yield record
+            yield formats.unstamped(record, path, FORMAT, CheckpointError)
         else:
             logger.warning("%s: line %d is damaged or torn and is left out", path, number)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lmjax.record.jsonl import JsonLines, read_lines
+from lmjax.record import formats
+from lmjax.record.jsonl import FORMAT, JsonLines, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,11 @@ class Ledger:
 
     def __init__(self, path: epath.PathLike) -> None:
         self._lines = JsonLines(path)
+        self._stamp = formats.stamp(FORMAT)
 
     def record(self, attempt: int, step: int, first_sample: int, count: int, crc: int, stream: str = "") -> None:
-        self._lines.write(dataclasses.asdict(Entry(attempt, step, first_sample, count, crc, stream)))
+        self._lines.write(dataclasses.asdict(Entry(attempt, step, first_sample, count, crc, stream)) | self._stamp)
+        self._stamp = {}
 
     def sync(self) -> None:
         """Force what is written to the disk; call before a checkpoint is sealed."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lmjax.process.faults import fault
 from lmjax.record import files, seal
 from lmjax.record.history import Attempt, Record, Row, read_record
 from lmjax.record.loss_plot import plot_loss, smooth
@@ -43,7 +44,9 @@ def write_report(workdir: epath.PathLike, *, defaults: Mapping[str, Any] | None 
         _checkpoints(record),
         _sample(record),
     ]
-    (record.workdir / "loss.png").write_bytes(plot_loss(record))
+    fault("report.write")
+    files.write_atomically(record.workdir / "loss.png", plot_loss(record))
+    fault("report.between")
     files.write_atomically(record.workdir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
 
 

@@ -1,6 +1,7 @@
 """Seal a directory: one manifest with a hash of every file, written last, that proves the directory whole.
 
-    {"version": 1, ...the caller's document..., "files": {"state/d/5c3e": ["<blake2b>", 516]}, "self": "<blake2b>"}
+    {"version": 1, "lmjax": "0.1.0", ...a step's document..., "files": {"state/d/5c3e": ["<blake2b>", 516]},
+     "self": "<blake2b>"}
 
 A directory without a manifest was never finished. One whose manifest or files do not match it is damaged.
 """
@@ -10,18 +11,57 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import ml_dtypes  # noqa: F401  # by which numpy knows bfloat16
+import numpy as np
 from etils import epath
+from pydantic import AfterValidator
 
+from lmjax.errors import CheckpointError, ConfigError
+from lmjax.record import formats
 from lmjax.record.files import hash_and_size, hash_bytes, is_remote, write_atomically
+from lmjax.schema import NonNegativeInt, config_class, validated
 
+FORMAT = 1
 MANIFEST = "LMJAX_MANIFEST.json"
 _DIGEST_BYTES = 16
 
 Manifest = dict[str, Any]
 Hashes = dict[str, list[Any]]
 """`{name: [hash, bytes]}`."""
+
+
+def _inside(name: str) -> str:
+    if not name or name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"'{name}' is not below the step")
+    return name
+
+
+def _dtype(name: str) -> str:
+    try:
+        np.dtype(name)
+    except TypeError:
+        raise ValueError(f"there is no type '{name}'") from None
+    return name
+
+
+@config_class
+class Step:
+    """What the manifest of a step holds."""
+
+    version: int
+    """The format."""
+    lmjax: str = ""
+    """The version that wrote it; older ones do not say."""
+    step: NonNegativeInt
+    time: float
+    value: float | None
+    meta: dict[str, Any]
+    leaves: dict[str, tuple[list[NonNegativeInt], Annotated[str, AfterValidator(_dtype)]]]
+    """Shape and dtype by path."""
+    files: dict[Annotated[str, AfterValidator(_inside)], tuple[str, NonNegativeInt]]
+    """Hash and bytes by name."""
 
 
 def is_sealed(directory: epath.Path) -> bool:
@@ -43,12 +83,13 @@ def hash_files(directory: epath.Path, mine: Callable[[str], bool] = every) -> Ha
 
 def write(directory: epath.Path, document: Manifest, hashes: Hashes) -> None:
     """Write the manifest, with `hashes` of all files. Raises OSError when the storage fails."""
-    text = _canonical({"version": 1} | document | {"files": hashes})
+    text = _canonical({"version": FORMAT, "lmjax": formats.version()} | document | {"files": hashes})
     write_atomically(directory / MANIFEST, _canonical(json.loads(text) | {"self": _digest(text)}))
 
 
-def copy(source: epath.Path, target: epath.Path) -> list[str]:
-    """Copy a sealed directory, the seal last; what is wrong with the source, and then there is no seal at `target`.
+def copy(source: epath.Path, target: epath.Path, meta: Mapping[str, Any]) -> list[str]:
+    """Copy a sealed step, the seal last, with `meta` in place of its own where it has such; what is wrong with the
+    source, and then there is no seal at `target`.
 
     Raises OSError when the storage fails.
     """
@@ -61,21 +102,35 @@ def copy(source: epath.Path, target: epath.Path) -> list[str]:
             if list(hash_and_size(source / name, file, digest_size=_DIGEST_BYTES)) != listed:
                 return [f"{name} has other contents"]
     _drop_from_page_cache(files(target).values())
-    write_atomically(target / MANIFEST, (source / MANIFEST).read_bytes())
+    document = {key: value for key, value in manifest.items() if key not in ("version", "lmjax", "files")}
+    write(target, document | {"meta": {**manifest["meta"], **meta}}, manifest["files"])
     return []
 
 
 def read(directory: epath.Path) -> tuple[Manifest, list[str]]:
-    """The manifest and what is wrong with it; the files are not looked at."""
+    """The manifest and what is wrong with it; the files are not looked at.
+
+    Raises CheckpointError for one that is whole, but of a later format: that is no damage.
+    """
+    path = directory / MANIFEST
     try:
-        document = json.loads((directory / MANIFEST).read_text())
+        document = json.loads(path.read_text())
         recorded = document.pop("self")
         intact = _digest(_canonical(document)) == recorded
     except FileNotFoundError:
         return {}, ["it was never sealed"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return {}, [f"{MANIFEST} is unreadable ({type(error).__name__})"]
-    return (document, []) if intact else ({}, [f"{MANIFEST} was altered"])
+    if not intact:
+        return {}, [f"{MANIFEST} was altered"]
+    formats.check(path, document.get("version"), document.get("lmjax"), FORMAT, CheckpointError)
+    try:
+        validated(Step, document, strict=True)
+    except ConfigError as error:
+        return {}, [f"{MANIFEST} is not that of a step: {error}"]
+    if directory.name.isdigit() and int(directory.name) != document["step"]:
+        return {}, [f"it is step {document['step']}, under the name of another"]
+    return document, []
 
 
 def check(

@@ -4,7 +4,8 @@ import itertools
 import re
 import time
 import zlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from etils import epath
 
@@ -14,6 +15,8 @@ from lmjax.record import files, seal
 from lmjax.record.seal import Manifest
 
 SEALED = "SEALED"
+RUN_ID = "wandb_id"
+"""The file of a work directory that names its run, also in wandb."""
 
 
 def find_step(path: epath.PathLike, step: int | None = None) -> epath.Path:
@@ -66,12 +69,19 @@ def verify(path: epath.PathLike) -> list[str]:
     """
     path = epath.Path(path).resolve()
     if seal.is_sealed(path):
-        return [f"{path.name}: {problem}" for problem in seal.check(path, hash_files=True)[1]]
+        return list(_problems(path))
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
     steps = sealed_steps(directory)
     if not steps:
         raise CheckpointError(f"{path} holds no sealed checkpoint; check the path")
-    return [f"{step.name}: {problem}" for step in steps for problem in seal.check(step, hash_files=True)[1]]
+    return [problem for step in steps for problem in _problems(step)]
+
+
+def _problems(step: epath.Path) -> Iterator[str]:
+    manifest, problems = seal.check(step, hash_files=True)
+    yield from (f"{step.name}: {problem}" for problem in problems)
+    if not problems and is_foreign(step, manifest):
+        yield f"{step.name}: it is a checkpoint of another run"
 
 
 def sealed_metas(path: epath.PathLike) -> dict[int, dict[str, Any]]:
@@ -118,8 +128,41 @@ def check(path: epath.Path, hash_files: bool) -> tuple[Manifest, list[str]]:
         return zlib.crc32(name.encode()) % group.processes() == group.process()
 
     manifest, problems = seal.check(path, hash_files=hash_files, mine=share)
+    if is_foreign(path, manifest):
+        refuse_foreign(path)
     found = group.gather("problems of a checkpoint", problems)
     return manifest, group.broadcast("problems of a checkpoint", list(dict.fromkeys(itertools.chain(*found))))
+
+
+def is_foreign(path: epath.Path, manifest: Manifest) -> bool:
+    """Whether a step lies in the work directory of another run than it was saved by; older ones do not say by which."""
+    saved_by = manifest.get("meta", {}).get("run")
+    return saved_by is not None and run_of(path.parent.parent) not in (None, saved_by)
+
+
+def refuse_foreign(path: epath.Path) -> NoReturn:
+    raise CheckpointError(
+        f"checkpoint {path} is sealed, but by another run than that of {path.parent.parent}; move it away, or train in "
+        "a workdir of its own (from its weights: --config.train.init_from)"
+    )
+
+
+def run_of(workdir: epath.Path) -> str | None:
+    """The id of the run whose work directory this is: of the file that keeps it or, where that is gone or damaged, of
+    its checkpoints. None where neither says. Raises CheckpointError where checkpoints of several runs lie there."""
+    try:
+        text = (workdir / RUN_ID).read_text().strip()
+    except (OSError, ValueError):
+        text = ""
+    if re.fullmatch(r"[0-9a-zA-Z_.-]{1,64}", text):
+        return text
+    found = {meta["run"] for meta in sealed_metas(workdir).values() if "run" in meta}
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{workdir / 'checkpoints'} holds steps of {len(found)} runs, and {RUN_ID}, which says whose they should "
+            "be, is gone or damaged; move those of others away"
+        )
+    return next(iter(found), None)
 
 
 def read_verified(path: epath.Path, hash_files: bool) -> Manifest:

@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol
 from etils import epath
 
 from lmjax.errors import LmjaxError
-from lmjax.record.jsonl import JsonLines, read_lines
+from lmjax.record import formats
+from lmjax.record.jsonl import FORMAT, JsonLines, read_lines
 from lmjax.record.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class JsonlTracker:
         self._lines = JsonLines(path)
 
     def start(self, info: Mapping[str, Any]) -> None:
-        self._lines.write({"event": "start", "time": time.time(), **info})
+        self._lines.write({"event": "start", "time": time.time(), **info, **formats.stamp(FORMAT)})
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._lines.write({"step": step, "time": time.time(), **values})

@@ -18,7 +18,7 @@ from lmjax.optim.optimizers import scheduled_rate
 from lmjax.process import group
 from lmjax.record import files, seal, steps
 from lmjax.record.jsonl import JsonLines, read_lines
-from lmjax.run.workdir import fixed, with_pinned_start
+from lmjax.run.workdir import fixed, identity, run_id, with_pinned_start
 
 SETTING = "train.branch_from"
 OWN = ("train.steps", "optimizer.schedule.", SETTING)
@@ -93,11 +93,11 @@ def learning_rates(cfg: Config, step: int) -> np.ndarray:
 
 def _copy(trunk: epath.Path, step: int, workdir: epath.Path, cfg: Config) -> None:
     """Config, metrics and ledger up to the step, then the checkpoint. Raises CheckpointError for a damaged one."""
-    files.write_atomically(workdir / "config.json", configs.to_json(cfg))
+    configs.write_json(workdir / "config.json", cfg)
     for name in ("metrics.jsonl", "ledger.jsonl"):
         _copy_past(trunk / name, workdir / name, step)
     saved, target = trunk / "checkpoints" / str(step), workdir / "checkpoints" / str(step)
-    if problems := seal.copy(saved, target):
+    if problems := seal.copy(saved, target, {"run": run_id(workdir, cfg), "identity": identity(cfg)}):
         raise CheckpointError(f"checkpoint {saved} is damaged: {problems[0]}; branch from another step")
     files.write_atomically(workdir / "checkpoints" / steps.SEALED, f"first sealed step: {step}, of {trunk}\n")
 

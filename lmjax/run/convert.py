@@ -15,7 +15,6 @@ from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
 from lmjax.models import decoder
 from lmjax.models.read import as_array
 from lmjax.record.checkpoint import Checkpoints
-from lmjax.record.files import write_atomically
 from lmjax.record.trees import one_array_at_a_time
 from lmjax.run.trained import load_trained
 from lmjax.run.workdir import make_workdir
@@ -70,7 +69,7 @@ def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> No
         for name, content in imported.files.items():
             (workdir / "tokenizer" / name).write_bytes(content)
     data = DataConfig(seq_len=min(_SEQ_LEN, imported.model.context))
-    write_atomically(workdir / "config.json", configs.to_json(Config(model=imported.model, data=data)))
+    configs.write_json(workdir / "config.json", Config(model=imported.model, data=data))
 
 
 def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: int) -> list[str]:

@@ -1,13 +1,52 @@
 """How far a run is: what its steps have cost, and where they stand in the data."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired
 
 import jax
+import pydantic
+from typing_extensions import TypedDict
 
 from lmjax.devices.chips import peak_flops
+from lmjax.errors import CheckpointError
+from lmjax.schema import NonNegativeFloat, NonNegativeInt
 from lmjax.tasks.task import Source, Task
 from lmjax.train.accounting import Accounting, Cost
+
+
+class Counts(TypedDict):
+    """A Cost as JSON."""
+
+    samples: NonNegativeInt
+    tokens: int
+    flops_6nd: int
+    flops_causal: int
+    flops_full: int
+
+
+class Meta(TypedDict):
+    """What a checkpoint keeps of its run beside its state, as far as it is read again. Older ones do not have all."""
+
+    data: dict[str, Any]
+    """The state of the source, which is its own to check."""
+    tokens: int
+    flops: int
+    counts: NotRequired[Counts]
+    epochs: NotRequired[dict[str, NonNegativeFloat]]
+    epochs_before: NotRequired[dict[str, NonNegativeFloat]]
+    evaluation_owed: NotRequired[bool]
+
+
+def check_meta(meta: Mapping[str, Any], step: int) -> None:
+    """Raise CheckpointError for what no run has kept in a checkpoint."""
+    try:
+        pydantic.TypeAdapter(Meta).validate_python(meta, strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"the checkpoint of step {step} is not that of a run: meta.{'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}; use another step"
+        ) from None
 
 
 class Progress:

@@ -9,14 +9,15 @@ from etils import epath
 
 from lmjax import config as configs
 from lmjax.process import group, start_up
-from lmjax.record import files
+from lmjax.process.faults import fault
+from lmjax.record import files, formats
 from lmjax.record.console import ConsoleTracker
 from lmjax.record.ledger import Ledger
 from lmjax.record.redact import redact
 from lmjax.record.tracking import JsonlTracker, Status, Tracker, Trackers
 from lmjax.record.wandb_tracker import WandbTracker
 from lmjax.run.progress import Progress
-from lmjax.run.workdir import wandb_id
+from lmjax.run.workdir import SUMMARY_FORMAT
 from lmjax.tasks.task import Task
 from lmjax.train.accounting import Cost
 from lmjax.weights import count
@@ -25,15 +26,14 @@ from lmjax.weights import count
 class Records:
     """The open files and trackers of one attempt; at other processes than 0 every method does nothing."""
 
-    def __init__(self, workdir: epath.Path, task: Task) -> None:
+    def __init__(self, workdir: epath.Path, task: Task, run_id: str) -> None:
         self.workdir, self.task = workdir, task
         self.ledger: Ledger | None = None
         self.trackers = Trackers([])
         self._appended: list[Ledger | JsonlTracker] = []
         if not group.is_leader():
             return
-        run_id = wandb_id(workdir, task.cfg)
-        files.write_atomically(workdir / "config.json", configs.to_json(task.cfg))
+        configs.write_json(workdir / "config.json", task.cfg)
         task.write_files(workdir)
         self.ledger, metrics = Ledger(workdir / "ledger.jsonl"), JsonlTracker(workdir / "metrics.jsonl")
         self._appended = [self.ledger, metrics]
@@ -74,7 +74,9 @@ class Records:
         summary = {**summarize(self.task, progress, step), **metrics, **self.task.baselines()}
         self.trackers.summary(summary)
         self.sync()
-        files.write_atomically(self.workdir / "summary.json", json.dumps(summary, indent=1))
+        fault("summary.write")
+        stamped = formats.stamp(SUMMARY_FORMAT) | summary
+        files.write_atomically(self.workdir / "summary.json", json.dumps(stamped, indent=1))
         for key, value in summary.items():
             if key.startswith(("val/", "val_full/")):
                 print(f"{key} {value:.4f}")

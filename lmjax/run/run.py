@@ -24,15 +24,18 @@ from lmjax.record.report import write_report
 from lmjax.record.tracking import Status
 from lmjax.run import assemble, branch, feed
 from lmjax.run.assemble import Experiment
-from lmjax.run.progress import Progress
+from lmjax.run.progress import Progress, check_meta
 from lmjax.run.records import Records
 from lmjax.run.workdir import (
     check_unchanged,
     finished_step,
+    identity,
     locate,
     lock,
     make_workdir,
     next_attempt,
+    run_id,
+    summary_step,
     with_pinned_start,
 )
 from lmjax.tasks.registry import TASKS
@@ -112,11 +115,13 @@ def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
 
 
 def has_report(workdir: epath.Path) -> bool:
-    return group.broadcast("whether there is a report", (workdir / "report.md").exists())
+    """Whether report and plot are there: a kill or a full disk may have come between."""
+    found = all(path.exists() and path.stat().length for path in (workdir / "report.md", workdir / "loss.png"))
+    return group.broadcast("whether there is a report", found)
 
 
 def say_finished(workdir: epath.Path) -> int:
-    step = json.loads((workdir / "summary.json").read_text())["step"]
+    step = summary_step(workdir / "summary.json")
     print(f"{workdir} is finished after {step} steps; see {workdir / 'report.md'}")
     return DONE
 
@@ -143,6 +148,7 @@ class Run:
     progress: Progress
     frozen: Params
     """The weights that the loss reads and nothing changes."""
+    run_id: str
     attempt: int
     records: Records
 
@@ -161,10 +167,11 @@ class Run:
     def train(self) -> int:
         """Train, and return the exit code. The trackers learn how the attempt ended even when it raises."""
         self.watchdog.beat("restoring")
+        self.run_id = group.broadcast("the run", run_id(self.workdir, self.cfg) if group.is_leader() else None)
         state, self.progress, evaluation_owed = self.start_or_resume()
         self.frozen = assemble.frozen_params(self.experiment)
         self.attempt = next_attempt(self.workdir)
-        self.records = Records(self.workdir, self.task)
+        self.records = Records(self.workdir, self.task, self.run_id)
         self.records.log_start(self.progress, self.attempt, self.options.command)
         status: Status = "failed"
         try:
@@ -212,6 +219,7 @@ class Run:
         if restored is None:
             return None
         state, meta, step = restored
+        check_meta(meta, step)
         steps = self.cfg.train.steps
         if step > steps:
             raise ConfigError(
@@ -317,7 +325,8 @@ class Run:
         self.records.sync()
         every = self.cfg.train.evaluate_every
         owed = every is not None and step % every == 0 and step not in self.evaluations
-        meta = {**self.progress.meta(step), "config": configs.digest(self.cfg), "evaluation_owed": owed}
+        named = {"run": self.run_id, "identity": identity(self.cfg), "config": configs.digest(self.cfg)}
+        meta = {**self.progress.meta(step), **named, "evaluation_owed": owed}
         scores = self.evaluations.get(step, {}).items()
         losses = [value for key, value in scores if key.startswith("val/") and key.endswith("/loss")]
         self.checkpoints.save(step, state, meta, value=float(np.mean(losses)) if losses else None)

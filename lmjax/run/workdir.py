@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,13 @@ from lmjax import config as configs
 from lmjax.config import Config
 from lmjax.errors import CheckpointError, ConfigError, StallError
 from lmjax.process import group
-from lmjax.record import files, seal, steps
+from lmjax.record import files, formats, seal, steps
 from lmjax.record.ledger import check_ledger, read_ledger
 from lmjax.record.tracking import read_events
 
+logger = logging.getLogger(__name__)
+
+SUMMARY_FORMAT = 1
 _ORIGINS = ("train.init_from", "train.branch_from")
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
 _FIXED = (
@@ -90,10 +94,10 @@ def _is_ours(workdir: epath.Path) -> bool:
 
 def with_pinned_start(workdir: epath.Path, cfg: Config) -> Config:
     """The config whose `train.init_from` names the step that this run's first attempt found, where it names none."""
-    path, given = workdir / "config.json", cfg.train.init_from
-    if not given or not path.exists():
+    given = cfg.train.init_from
+    if not given or (found := _saved_config(workdir)) is None:
         return cfg
-    saved = configs.from_json(path).train.init_from
+    saved = found.train.init_from
     if saved is None or saved.rpartition("@")[0] != os.fspath(files.locate(given)):
         return cfg
     return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=saved))
@@ -102,12 +106,14 @@ def with_pinned_start(workdir: epath.Path, cfg: Config) -> Config:
 def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     """Raise ConfigError when `workdir` holds a run of another config.
 
-    What a run that has a checkpoint started from is past: no flag allows to change it.
+    What a run that has a checkpoint started from is past: no flag allows to change it. Where config.json is gone or
+    damaged, the seals say whether the config is the same, and it is written again.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    saved = _saved_config(workdir)
+    if saved is None:
+        _check_same_as_sealed(workdir, cfg, allow=allow)
         return
-    changed = configs.differences(configs.from_json(path), cfg)
+    changed = configs.differences(saved, cfg)
     if allow:
         started = steps.newest_sealed(workdir / "checkpoints") is not None
         changed = {key: values for key, values in changed.items() if key in _ORIGINS and started}
@@ -118,6 +124,43 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
         raise ConfigError(
             f"{workdir} holds a run of another config: {shown}; use another --workdir, or --allow-config-change"
         )
+
+
+def _saved_config(workdir: epath.Path) -> Config | None:
+    """The config of the run that lies here; None where there is none, or it is damaged and a checkpoint can tell."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return configs.from_json(path)
+    except configs.DamagedConfigError as error:
+        if _sealed_digest(workdir) is None:
+            raise
+        logger.warning("%s", error)
+        return None
+
+
+def _check_same_as_sealed(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
+    sealed = _sealed_digest(workdir)
+    if sealed is not None and sealed != identity(cfg) and not allow:
+        raise ConfigError(
+            f"{workdir} holds checkpoints of another config, and no readable config.json to say what differs; restore "
+            "that, or use the command of that run, another --workdir, or --allow-config-change"
+        )
+
+
+def _sealed_digest(workdir: epath.Path) -> str | None:
+    """`identity` of the config that the newest step was saved with; older checkpoints do not have it."""
+    metas = steps.sealed_metas(workdir)
+    return metas[max(metas)].get("identity") if metas else None
+
+
+def identity(cfg: Config) -> str:
+    """A short hash of the settings that make it another run when they change, but for those that are told otherwise:
+    where it started is past, and the vocabulary may be filled in from the data."""
+    kept = fixed({key: (None, value) for key, value in configs.settings(cfg).items()})
+    told = {key: value for key, (_, value) in kept.items() if key not in (*_ORIGINS, "model.vocab")}
+    return configs.hash_text(json.dumps(told, sort_keys=True))
 
 
 def fixed(differences: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
@@ -178,26 +221,44 @@ def _writing(workdir: epath.Path) -> Iterator[None]:
 
 
 def finished_step(workdir: epath.Path, *, hash_files: bool) -> int | None:
-    """The last step of the run whose summary lies here, or None if it has none, or its newest checkpoint is damaged.
+    """The last step of the run that has ended here, with the checkpoint that proves it; None if there is none, or what
+    is missing or damaged of it has to be made again: the summary, the config, the last steps themselves.
 
-    Raises CheckpointError when that summary cannot be read, or there is no sealed checkpoint as new as it.
+    Raises CheckpointError when no checkpoint is left to go on from, or the newest one is of another run.
     """
-    path = workdir / "summary.json"
+    path, newest = workdir / "summary.json", steps.newest_sealed(workdir / "checkpoints")
     if not path.exists():
         return None
-    try:
-        step = int(json.loads(path.read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    if newest is None:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}); remove it, and the run goes on from its newest checkpoint"
-        ) from error
-    newest = steps.newest_sealed(workdir / "checkpoints")
-    if newest is None or int(newest.name) < step:
-        raise CheckpointError(
-            f"{workdir} is finished after {step} steps, but its checkpoint of step {step} is gone; restore it from a "
-            "backup, or remove summary.json, and the run goes on from the newest one"
+            f"{path} says that this run is finished, but there is no sealed checkpoint; restore them from a backup, or "
+            "remove the summary, and the run goes on from what there is"
         )
-    return None if seal.check(newest, hash_files=hash_files)[1] else step
+    step = summary_step(path)
+    if step is None or _saved_config(workdir) is None:
+        return None
+    if int(newest.name) < step:
+        logger.warning(
+            "%s is finished after %d steps, but that checkpoint is gone; going on from the newest", workdir, step
+        )
+        return None
+    manifest, problems = seal.check(newest, hash_files=hash_files)
+    if not problems and steps.is_foreign(newest, manifest):
+        steps.refuse_foreign(newest)
+    return None if problems else step
+
+
+def summary_step(path: epath.Path) -> int | None:
+    """The step of a summary; None, with a warning, if it is damaged. Raises CheckpointError for a later format."""
+    try:
+        summary = json.loads(path.read_text())
+        formats.unstamped(summary, path, SUMMARY_FORMAT, CheckpointError)
+        return int(summary["step"])
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        logger.warning("%s is damaged (%s); it is made again from the newest checkpoint", path, type(error).__name__)
+        return None
 
 
 def next_attempt(workdir: epath.Path) -> int:
@@ -208,17 +269,19 @@ def next_attempt(workdir: epath.Path) -> int:
     return max(started, recorded)
 
 
-def wandb_id(workdir: epath.Path, cfg: Config) -> str:
-    """The id of the run in wandb: chosen once, before its first config is written, and kept in a file, so that every
-    restart rejoins the run, whatever else changes.
+def run_id(workdir: epath.Path, cfg: Config) -> str:
+    """The id of the run, also in wandb: chosen once, before its first config is written, and kept in a file and in
+    every checkpoint, so that every restart rejoins the run, whatever else changes, and no other run's steps are taken
+    for its own.
 
-    In an older directory it is the hash of the config of the attempt before.
+    In an older directory it is the hash of the config of the attempt before. Raises what `steps.run_of` does.
     """
-    path, config = workdir / "wandb_id", workdir / "config.json"
-    if not path.exists():
-        text = config.read_text() if config.exists() else configs.to_json(cfg)
-        files.write_atomically(path, configs.hash_text(text, str(workdir)) + "\n")
-    return path.read_text().strip()
+    path, found = workdir / steps.RUN_ID, steps.run_of(workdir)
+    if found is None:
+        found = configs.hash_text(configs.to_json(_saved_config(workdir) or cfg), str(workdir))
+    if not path.exists() or path.read_bytes().strip() != found.encode():
+        files.write_atomically(path, found + "\n")
+    return found
 
 
 def verify(path: epath.Path) -> list[str]:

@@ -234,7 +234,7 @@ def test_a_manifest_reads_back_and_a_later_one_is_refused(corpus: Path, tmp_path
     assert manifest.read(tmp_path) == written
     tree = json.loads((tmp_path / manifest.FILE).read_text()) | {"format": 2}
     (tmp_path / manifest.FILE).write_text(json.dumps(tree))
-    with pytest.raises(LmjaxError, match="is of format 2"):
+    with pytest.raises(LmjaxError, match="in format 2, this is lmjax"):
         manifest.read(tmp_path)
     (tmp_path / manifest.FILE).write_text("[]")
     with pytest.raises(LmjaxError, match="not a readable sweep"):

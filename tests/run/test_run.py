@@ -273,14 +273,21 @@ def test_a_report_that_a_kill_prevented_is_written(train: Train, finished: Path,
     assert (tmp_path / "run" / "report.md").read_text().count("\n") > 20
 
 
-def test_a_finished_run_without_its_checkpoint_is_an_error(train: Train, finished: Path, tmp_path: Path) -> None:
+def test_a_finished_run_without_its_last_checkpoint_does_its_last_steps_again(
+    train: Train, finished: Path, tmp_path: Path, caplog: Any
+) -> None:
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
-    with pytest.raises(CheckpointError, match="its checkpoint of step 12 is gone"):
-        train(tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
     assert train(tmp_path / "run") == DONE
-    assert losses(tmp_path / "run") == losses(finished)
+    assert "is finished after 12 steps, but that checkpoint is gone" in caplog.text
+    assert losses(tmp_path / "run") == losses(finished) and sealed(tmp_path / "run")[-1] == 12
+
+
+def test_a_finished_run_without_checkpoints_is_an_error(train: Train, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="there is no sealed checkpoint"):
+        train(tmp_path / "run")
 
 
 @pytest.mark.slow

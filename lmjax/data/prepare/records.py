@@ -18,6 +18,7 @@ from lmjax.data.prepare.sources import InputFile, contents, stamps
 from lmjax.data.store.manifest import FILE
 from lmjax.data.store.shards import TOKENIZER
 from lmjax.errors import DataError
+from lmjax.record import formats
 from lmjax.record.files import hash_bytes, read_bytes, reporting, write_bytes
 
 FOLDER = "preparing"
@@ -81,6 +82,7 @@ def begin_or_continue(cfg: PrepareConfig, directory: epath.Path, files: tuple[In
     elif foreign := _foreign(directory):
         raise DataError(f"{directory} holds {foreign}, which no prepare has made there; use a new directory")
     recipe |= {"contents": contents(files), "stamps": stamps(files), "division": division(files, cfg)}
+    recipe |= {formats.STAMP: formats.version()}
     write_bytes(path, json.dumps(recipe).encode())
     return recipe
 

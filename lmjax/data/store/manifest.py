@@ -10,7 +10,7 @@ from etils import epath
 from pydantic import Field
 
 from lmjax.errors import DataError
-from lmjax.record import files
+from lmjax.record import files, formats
 from lmjax.schema import NonNegativeInt, PositiveInt, config_class
 
 FORMAT: Literal[1] = 1
@@ -89,8 +89,8 @@ class Manifest:
     """Documents that the tokenizer cannot represent in full, replaced in or left out as the recipe said."""
     splits: dict[Literal["train", "valid"], SplitManifest]
     recipe: dict[str, Any]
-    """The PrepareConfig, hashes of the input files' names and sizes and of their content, and how validation text was
-    split off: for the record, not part of `fingerprint`."""
+    """The PrepareConfig, hashes of the input files' names and sizes and of their content, how validation text was split
+    off, and the version of lmjax that did it: for the record, not part of `fingerprint`."""
 
     @property
     def fingerprint(self) -> str:
@@ -119,6 +119,9 @@ def read_manifest(directory: epath.Path) -> Manifest:
         seal, fingerprint = content.pop("seal"), content["fingerprint"]
         if seal != _hash(content):
             raise ValueError("its content is not what was sealed")
+        recipe = content.get("recipe")
+        by = recipe.get(formats.STAMP) if isinstance(recipe, dict) else None
+        formats.check(path, content.get("format"), by, FORMAT, DataError)
         manifest = Manifest(**{key: value for key, value in content.items() if key != "fingerprint"})
         if manifest.fingerprint != fingerprint:
             raise ValueError("its fingerprint is not that of its content")

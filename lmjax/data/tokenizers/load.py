@@ -11,9 +11,9 @@ from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizers.alphabets import ByteTokenizer, CharacterTokenizer
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.pieces import SentencePieceTokenizer, train_sentencepiece
-from lmjax.data.tokenizers.tokenizer import DESCRIPTION, FILES, NO_TEXT, USE, Tokenizer, content_hash
+from lmjax.data.tokenizers.tokenizer import DESCRIPTION, FILES, FORMAT, NO_TEXT, USE, Tokenizer, content_hash
 from lmjax.errors import DataError
-from lmjax.record import files
+from lmjax.record import files, formats
 
 
 def load_tokenizer(path: str | os.PathLike[str], endoftext: str | None = None) -> Tokenizer:
@@ -86,7 +86,7 @@ def _read_saved(directory: epath.Path) -> tuple[dict[str, Any], bytes, tuple[int
     """The description, the content, and (begin_id, stop_ids), on which no token depends and hence not the hash."""
     path = directory / DESCRIPTION
     try:
-        description = json.loads(files.read_bytes(path))
+        description = formats.unstamped(json.loads(files.read_bytes(path)), path, FORMAT, DataError)
         file, _ = FILES[description["kind"]], str(description["endoftext"])
         stored = description.pop(USE, {"begin_id": None, "stop_ids": []})
         begin, stops = stored["begin_id"], tuple(stored["stop_ids"])

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 from lmjax.data.tokenizers.sections import sections
 from lmjax.errors import DataError
-from lmjax.record import files
+from lmjax.record import files, formats
 
 ENDOFTEXT = "<|endoftext|>"
 NAME_ENDOFTEXT = "name its end of text in tokenizer.endoftext (prepare --endoftext=SYMBOL)"
 NO_TEXT = "no text to train the tokenizer on: the documents are empty"
+FORMAT = 1
 DESCRIPTION = "tokenizer.description.json"
 USE = "use"  # how a model uses the tokenizer: part of the description's file, not of the hash
 FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "chars": "alphabet.json", "bytes": None}
@@ -114,7 +115,8 @@ class Tokenizer(Protocol):
             files.write_bytes(target / name, self.content())
         use = {"begin_id": self.begin_id, "stop_ids": self.stop_ids}
         foreign = {USE: use} if any(value not in (None, ()) for value in use.values()) else {}
-        files.write_bytes(target / DESCRIPTION, json.dumps(self.description() | foreign, indent=2).encode())
+        described = self.description() | foreign | formats.stamp(FORMAT)
+        files.write_bytes(target / DESCRIPTION, json.dumps(described, indent=2).encode())
 
 
 def content_hash(description: dict[str, Any], content: bytes) -> str:

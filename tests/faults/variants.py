@@ -1,0 +1,109 @@
+"""Do the tests bite? Deliberately broken variants of the code, each with a test that must fail on it.
+
+    python -m tests.faults.variants [GROUP ...]
+
+Each variant is made in a copy of the package, where its test then runs; at the end stands the score, which must be
+100%. A variant that the test does not notice says that a promise is not held by it.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+_COPIED = ("lmjax", "tests", "configs", "pyproject.toml")
+
+
+class Variant(NamedTuple):
+    """What is broken: in a file of the package, `old` made `new`, which a test of the file `test` must notice."""
+
+    file: str
+    old: str
+    """Stands in the file exactly once."""
+    new: str
+    test: str
+    """As pytest names it, below tests/faults/."""
+
+
+VARIANTS: dict[str, tuple[Variant, ...]] = {
+    "identity": (
+        Variant(
+            "lmjax/record/steps.py",
+            "return saved_by is not None and run_of(",
+            "return False and run_of(",
+            "test_identity.py::test_a_checkpoint_of_another_run_is_refused",
+        ),
+        Variant(
+            "lmjax/record/formats.py",
+            "if type(found) is not int or not 1 <= found <= known:",
+            "if type(found) is not int:",
+            "test_identity.py::test_what_a_later_lmjax_wrote_is_refused_by_name",
+        ),
+        Variant(
+            "lmjax/record/seal.py",
+            "validated(Step, document, strict=True)",
+            "pass",
+            "test_identity.py::test_an_odd_manifest_is_damage_even_if_it_is_sealed",
+        ),
+        Variant(
+            "lmjax/run/workdir.py",
+            "if sealed is not None and sealed != identity(cfg) and not allow:",
+            "if sealed is None and not allow:",
+            "test_identity.py::test_checkpoints_alone_are_of_the_config_that_saved_them",
+        ),
+        Variant(
+            "lmjax/run/run.py",
+            "        check_meta(meta, step)\n",
+            "",
+            "test_identity.py::test_odd_notes_of_a_run_are_refused",
+        ),
+    ),
+}
+"""By the group of the tests."""
+
+
+def main(groups: Sequence[str]) -> int:
+    if unknown := set(groups) - VARIANTS.keys():
+        print(f"there is no group {', '.join(sorted(unknown))}; there is {', '.join(VARIANTS)}")
+        return 2
+    caught = tried = 0
+    for group in groups or VARIANTS:
+        for variant in VARIANTS[group]:
+            begin = time.monotonic()
+            noticed, tried = is_noticed(variant), tried + 1
+            caught += noticed
+            said = "caught" if noticed else "MISSED"
+            print(f"{said}  {time.monotonic() - begin:5.0f} s  {group}: {variant.test}  {variant.file}", flush=True)
+    print(f"{caught} of {tried} variants caught: {100 * caught / max(1, tried):.0f}%")
+    return int(caught < tried)
+
+
+def is_noticed(variant: Variant) -> bool:
+    """Whether the test fails where the code is broken: fails, not breaks down itself."""
+    with tempfile.TemporaryDirectory(prefix="lmjax-variant-") as folder:
+        for name in _COPIED:
+            path, target = ROOT / name, Path(folder) / name
+            _ = shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+        path = Path(folder) / variant.file
+        path.write_text(broken(variant))
+        command = [sys.executable, "-m", "pytest", "-n0", "-x", "-m", "", f"tests/faults/{variant.test}"]
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    if ended.returncode not in (0, 1):
+        print(ended.stdout[-2000:] + ended.stderr[-2000:])
+    return ended.returncode == 1 and " error" not in ended.stdout.splitlines()[-1]
+
+
+def broken(variant: Variant) -> str:
+    """The text of the file with what is broken in it."""
+    text = (ROOT / variant.file).read_text()
+    assert text.count(variant.old) == 1, f"{variant.file} has this {text.count(variant.old)} times: {variant.old}"
+    return text.replace(variant.old, variant.new)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
