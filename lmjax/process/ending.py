@@ -16,6 +16,7 @@ from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, Lmj
 from lmjax.process import group
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+_STORAGE_ERRNOS |= {errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE}
 
 
 def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
@@ -41,7 +42,9 @@ def explained(error: BaseException) -> tuple[int, str]:
         return error.exit_code, one_line(error)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
-    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+    if isinstance(error, IsADirectoryError | NotADirectoryError) or (
+        isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS
+    ):
         return CheckpointError.exit_code, f"storage: {one_line(error)}; free or mend it and run again"
     with tempfile.NamedTemporaryFile("w", prefix="lmjax-traceback-", suffix=".txt", delete=False) as file:
         traceback.print_exception(error, file=file)

@@ -58,8 +58,8 @@ def enable_compile_cache(directory: str | None = None) -> None:
     """Keep compiled programs on disk, so that a restart does not compile again.
 
     `directory` defaults to `$XDG_CACHE_HOME/lmjax/xla` (`~/.cache/lmjax/xla`), one folder per kind of CPU: programs
-    hold machine code, and home directories are shared. JAX's own variables JAX_COMPILATION_CACHE_DIR and
-    JAX_ENABLE_COMPILATION_CACHE=false take precedence.
+    hold machine code, and home directories are shared. JAX's own variables JAX_COMPILATION_CACHE_DIR,
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS and JAX_ENABLE_COMPILATION_CACHE=false take precedence.
     """
     import jax
 
@@ -68,7 +68,8 @@ def enable_compile_cache(directory: str | None = None) -> None:
         directory = os.path.join(root, "lmjax", "xla", _cpu_kind())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 

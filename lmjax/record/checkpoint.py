@@ -59,6 +59,8 @@ class Checkpoints:
         self.directory = epath.Path(directory).resolve()
         self.last_step: int | None = None
         """The step last saved or restored by this object."""
+        self.sealed_step: int | None = None
+        """The step last sealed and verified by this object, or restored."""
         self._cfg = cfg
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "lmjax-checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -160,7 +162,7 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any], int]:
         saved = {name: leaf for name, leaf in manifest["leaves"].items() if name.split("/")[0] not in unread}
         state = load_tree(path, manifest, abstract, saved=saved, unread=unread)
-        self.last_step = manifest["step"]
+        self.last_step = self.sealed_step = manifest["step"]
         return state, manifest["meta"], manifest["step"]
 
     def _finish(self, path: epath.Path, response: Any, manifest: Manifest, turn: contextlib.ExitStack) -> None:
@@ -177,6 +179,7 @@ class Checkpoints:
                 fault("checkpoint.after_seal")
                 group.barrier("the seal")
                 read_verified(path, self._cfg.verify)
+                self.sealed_step = manifest["step"]
         except StallError:
             raise
         except Exception as error:

@@ -154,7 +154,7 @@ def run_of(workdir: epath.Path) -> str | None:
         text = (workdir / RUN_ID).read_text().strip()
     except (OSError, ValueError):
         text = ""
-    if re.fullmatch(r"[0-9a-zA-Z_.-]{1,64}", text):
+    if re.fullmatch(r"[0-9a-zA-Z_-]{8,64}", text):
         return text
     found = {meta["run"] for meta in sealed_metas(workdir).values() if "run" in meta}
     if len(found) > 1:

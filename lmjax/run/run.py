@@ -27,6 +27,7 @@ from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress, check_meta
 from lmjax.run.records import Records
 from lmjax.run.workdir import (
+    check_not_lost,
     check_unchanged,
     finished_step,
     identity,
@@ -34,6 +35,7 @@ from lmjax.run.workdir import (
     lock,
     make_workdir,
     next_attempt,
+    note_sealed,
     run_id,
     summary_step,
     with_pinned_start,
@@ -97,6 +99,7 @@ def run(
             return say_finished(workdir)
         make_workdir(workdir)
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
+        check_not_lost(workdir)
         branch.begin(workdir, cfg)
         task = (make_task or TASKS[cfg.task].task)(cfg)
         experiment = assemble.assemble(task)
@@ -163,6 +166,8 @@ class Run:
         self.vote: Callable[[bool], bool] = bool if group.processes() == 1 else group.Vote()
         self.stopped = False
         """Whether all processes know that they shall stop."""
+        self.noted = False
+        """Whether the work directory says that a step was sealed."""
 
     def train(self) -> int:
         """Train, and return the exit code. The trackers learn how the attempt ended even when it raises."""
@@ -259,8 +264,14 @@ class Run:
         All processes call it at the same places, and so get the same answer.
         """
         self.checkpoints.poll()
+        self.note_sealed()
         self.stopped = self.vote(self.preemption.requested) or self.stopped
         return self.stopped
+
+    def note_sealed(self) -> None:
+        if not self.noted and self.checkpoints.sealed_step is not None and group.is_leader():
+            note_sealed(self.workdir)
+            self.noted = True
 
     def batches(self) -> Iterator[Any]:
         return feed.batches(self.progress, self.mesh, self.cfg.train.batch, self.records.ledger, self.attempt)
@@ -354,6 +365,7 @@ class Run:
         if (self.checkpoints.last_step or 0) != reached:
             self.save(reached, state)
         self.checkpoints.wait()
+        self.note_sealed()
         if reached < self.cfg.train.steps or self.stop():
             return "preempted"
         if reached not in self.evaluations:  # an earlier attempt ended between its last checkpoint and its summary

@@ -23,6 +23,7 @@ from lmjax.record.tracking import read_events
 logger = logging.getLogger(__name__)
 
 SUMMARY_FORMAT = 1
+_SEALED = ".sealed"
 _ORIGINS = ("train.init_from", "train.branch_from")
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
 _FIXED = (
@@ -231,8 +232,8 @@ def finished_step(workdir: epath.Path, *, hash_files: bool) -> int | None:
         return None
     if newest is None:
         raise CheckpointError(
-            f"{path} says that this run is finished, but there is no sealed checkpoint; restore them from a backup, or "
-            "remove the summary, and the run goes on from what there is"
+            f"{path} says that this run is finished, but there is no sealed checkpoint in {workdir / 'checkpoints'}; "
+            "restore one from a backup, or remove the work directory to start again from step 0"
         )
     step = summary_step(path)
     if step is None or _saved_config(workdir) is None:
@@ -259,6 +260,23 @@ def summary_step(path: epath.Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         logger.warning("%s is damaged (%s); it is made again from the newest checkpoint", path, type(error).__name__)
         return None
+
+
+def note_sealed(workdir: epath.Path) -> None:
+    """Keep outside of checkpoints/ that there is one. Raises CheckpointError when nothing can be written."""
+    path = workdir / _SEALED
+    if not path.exists():
+        with _writing(workdir):
+            path.write_text("a step of this run was sealed\n")
+
+
+def check_not_lost(workdir: epath.Path) -> None:
+    """Raise CheckpointError when all that was sealed is gone: no run starts from step 0 again without a word."""
+    if (workdir / _SEALED).exists() and steps.newest_sealed(workdir / "checkpoints") is None:
+        raise CheckpointError(
+            f"{workdir / 'checkpoints'}: checkpoints were sealed here, but none is left; restore one from a backup, or "
+            "remove the work directory to start again from step 0"
+        )
 
 
 def next_attempt(workdir: epath.Path) -> int:

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).parent / "tiny.py"
@@ -25,6 +27,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # the same programs again and again: the small ones count, too
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # a process that it is set for does not start itself again
 }
 
@@ -54,6 +57,11 @@ class Result(NamedTuple):
         for word in words:
             assert word in self.last, (word, self.last)
         return self.last
+
+
+def few(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """Parameters of a test, all but the `quick` ones only for those who have the time."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def lmjax(*words: Any, cwd: Path = ROOT, limits: tuple[tuple[int, int], ...] = (), **environment: str) -> Result:

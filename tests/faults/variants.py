@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant(
             "lmjax/run/workdir.py",
             "if sealed is not None and sealed != identity(cfg) and not allow:",
-            "if sealed is None and not allow:",
+            "if False and not allow:",
             "test_identity.py::test_checkpoints_alone_are_of_the_config_that_saved_them",
         ),
         Variant(
@@ -61,6 +61,58 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "        check_meta(meta, step)\n",
             "",
             "test_identity.py::test_odd_notes_of_a_run_are_refused",
+        ),
+    ),
+    "finished": (
+        Variant(
+            "lmjax/run/run.py",
+            'for path in (workdir / "report.md", workdir / "loss.png"))',
+            'for path in (workdir / "report.md",))',
+            "test_finished.py::test_a_report_that_is_missing_is_made",
+        ),
+        Variant(
+            "lmjax/run/workdir.py",
+            "    return None if problems else step\n",
+            "    return step\n",
+            "test_finished.py::test_a_last_checkpoint_that_is_damaged_is_made_again",
+        ),
+        Variant(
+            "lmjax/run/workdir.py",
+            'if (workdir / _SEALED).exists() and steps.newest_sealed(workdir / "checkpoints") is None:',
+            "if False:",
+            "test_finished.py::test_without_any_checkpoint_it_never_starts_from_nothing",
+        ),
+        Variant(
+            "lmjax/run/workdir.py",
+            "    if int(newest.name) < step:\n",
+            "    if False:\n",
+            "test_finished.py::test_what_is_missing_of_the_end_is_made",
+        ),
+    ),
+    "side files": (
+        Variant(
+            "lmjax/run/workdir.py",
+            "        if _sealed_digest(workdir) is None:\n            raise\n",
+            "        raise\n",
+            "test_side_files.py::test_what_can_be_made_again_is",
+        ),
+        Variant(
+            "lmjax/record/jsonl.py",
+            "        if end < len(content):\n",
+            "        if end > len(content):\n",
+            "test_side_files.py::test_a_torn_line_is_told_and_its_step_read_again",
+        ),
+        Variant(
+            "lmjax/run/workdir.py",
+            "ValueError, KeyError, TypeError, OverflowError, RecursionError)",
+            "KeyError)",
+            "test_side_files.py::test_a_finished_run_mends_them_too",
+        ),
+        Variant(
+            "lmjax/record/ledger.py",
+            "    if foreign := entries.count(None):\n",
+            "    if foreign := 0:\n",
+            "test_side_files.py::test_records_that_are_damaged_are_told_and_added_to",
         ),
     ),
 }
