@@ -5,6 +5,7 @@ Grain is most of what a short command costs. `start` is the whole command, for w
 """
 
 import atexit
+import concurrent.futures
 import json
 import os
 import resource
@@ -60,8 +61,10 @@ class Result(NamedTuple):
 
 
 def few(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """Parameters of a test, all but the `quick` ones only for those who have the time."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Parameters of a test (tuples where they are several), all but the `quick` ones only for those who have time."""
+    several = [value if isinstance(value, tuple) else (value,) for value in values]
+    marks = {False: (pytest.mark.slow,), True: ()}
+    return [pytest.param(*one, marks=marks[one in quick or one[0] in quick]) for one in several]
 
 
 def lmjax(*words: Any, cwd: Path = ROOT, limits: tuple[tuple[int, int], ...] = (), **environment: str) -> Result:
@@ -72,6 +75,19 @@ def lmjax(*words: Any, cwd: Path = ROOT, limits: tuple[tuple[int, int], ...] = (
 
 def train(corpus: Path, workdir: Path, *words: str, **environment: str) -> Result:
     return lmjax("train", f"--config={CONFIG}:{corpus}", f"--workdir={workdir}", *words, **environment)
+
+
+def together(command: Callable[[], Result], meanwhile: Callable[[], object], ready: Callable[[], object]) -> Result:
+    """Run a command and, once something is `ready`, do something to it."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(command)
+        deadline = time.monotonic() + SECONDS
+        while not ready():
+            assert not running.done() and time.monotonic() < deadline, running.result()
+            time.sleep(0.005)
+        assert not running.done(), "it ended too early to be disturbed"
+        meanwhile()
+        return running.result()
 
 
 def start(*words: Any, **environment: str) -> subprocess.Popen[str]:

@@ -115,6 +115,50 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "test_side_files.py::test_records_that_are_damaged_are_told_and_added_to",
         ),
     ),
+    "files": (
+        Variant(
+            "lmjax/data/store/mapped.py",
+            "        if stamp == self._stamp:\n",
+            "        if self._stamp is not None:\n",
+            "test_files.py::test_a_shard_that_is_overwritten_is_checked_again",
+        ),
+        Variant(
+            "lmjax/data/store/mapped.py",
+            "        os.close(descriptor)\n",
+            "        pass\n",
+            "test_files.py::test_there_may_be_more_shards_than_file_descriptors",
+        ),
+        Variant(
+            "lmjax/data/store/mapped.py",
+            "        if found.st_size != self._size:\n",
+            "        if False:\n",
+            "test_files.py::test_a_shard_that_is_cut_off_is_named",
+        ),
+        Variant(
+            "lmjax/data/store/manifest.py",
+            "            if twice is not None:\n",
+            "            if False:\n",
+            "test_files.py::test_a_manifest_that_contradicts_itself_is_refused",
+        ),
+        Variant(
+            "lmjax/data/store/dataset.py",
+            "    if found := unlisted(located, manifest):\n",
+            "    if found := []:\n",
+            "test_files.py::test_a_shard_that_is_not_listed_is_refused",
+        ),
+        Variant(
+            "lmjax/data/prepare/prepare.py",
+            "    records.check_unedited(recipe, directory, files)\n",
+            "",
+            "test_files.py::test_text_that_is_edited_while_it_is_read_is_noticed",
+        ),
+        Variant(
+            "lmjax/data/prepare/records.py",
+            'was["contents"] == contents(files):',
+            "True:",
+            "test_files.py::test_text_that_was_edited_in_place_is_noticed",
+        ),
+    ),
 }
 """By the group of the tests."""
 

@@ -29,10 +29,11 @@ from lmjax.data.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from lmjax.data.store.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, write_shard
+from lmjax.data.store.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, unlisted, write_shard
 from lmjax.data.tokenizers.load import load_tokenizer, train_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
+from lmjax.process.faults import fault
 from lmjax.record.files import has_size, hash_file, locate, locked, read_bytes, reporting, write_bytes
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
@@ -69,7 +70,7 @@ def _finished(cfg: PrepareConfig, directory: epath.Path) -> Manifest:
     wanted = records.recipe_of(cfg, files or ())
     if files is None:
         wanted["files"] = manifest.recipe.get("files")
-    differing = records.difference(manifest.recipe, wanted) or records.edited(manifest.recipe, files or ())
+    differing = records.difference(manifest.recipe, wanted, files or ()) or records.edited(manifest.recipe, files or ())
     if not differing and cfg.tokenizer.path is not None and locate(cfg.tokenizer.path).exists():
         changed = train_tokenizer(cfg.tokenizer, ()).hash != manifest.tokenizer_hash
         differing = f"{cfg.tokenizer.path} changed since" if changed else ""
@@ -117,6 +118,9 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
         splits={split: SplitManifest.of(tuple(writer.shards)) for split, writer in writers.items() if writer.shards},
         recipe=recipe,
     )
+    records.check_unedited(recipe, directory, files)
+    for path in unlisted(directory, manifest):
+        path.unlink()  # of a beginning that had not come to a shard when it was given up
     write_manifest(manifest, directory)
     if progress:
         _say_what_was_done(manifest, cfg, how)
@@ -254,6 +258,7 @@ class _Writer:
         write_bytes(self._record(shard.name), json.dumps(record, sort_keys=True).encode())
         self.shards.append(shard)
         self._start_shard()
+        fault("prepare.shard")
 
     def _name(self) -> str:
         return f"{self._split}-{len(self.shards):05d}"

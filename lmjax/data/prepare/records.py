@@ -37,17 +37,19 @@ def recipe_of(cfg: PrepareConfig, files: tuple[InputFile, ...]) -> dict[str, Any
     return json.loads(json.dumps(choices | {"files": hash_bytes(listing.encode("utf-8", "surrogateescape"))}))
 
 
-def difference(was: dict[str, Any], wanted: dict[str, Any]) -> str:
+def difference(was: dict[str, Any], wanted: dict[str, Any], files: tuple[InputFile, ...]) -> str:
     """The first choice in which two recipes differ, with both values; empty if they are equal.
 
-    What a recipe of an earlier version does not name has its default.
+    What a recipe of an earlier version does not name has its default. Input files may lie elsewhere than they did,
+    where `edited` can tell that they are the same.
     """
+    moved = bool(files) and "contents" in was and was.get("files") == wanted["files"]
     defaults = recipe_of(PrepareConfig(), ())
     was = {**defaults, **was, "tokenizer": {**defaults["tokenizer"], **was.get("tokenizer", {})}}
     pairs = {key: (was[key], value) for key, value in wanted.items() if key != "tokenizer"}
     pairs |= {f"tokenizer.{key}": (was["tokenizer"][key], value) for key, value in wanted["tokenizer"].items()}
     for key, (old, new) in sorted(pairs.items()):
-        if old != new:
+        if old != new and not (key == "inputs" and moved):
             return "the input files changed since" if key == "files" else f"{key} was {old!r}, now {new!r}"
     return ""
 
@@ -60,6 +62,12 @@ def edited(was: dict[str, Any], files: tuple[InputFile, ...]) -> str:
     return "the input files changed since"
 
 
+def check_unedited(recipe: dict[str, Any], directory: epath.Path, files: tuple[InputFile, ...]) -> None:
+    """Raise DataError when input files were edited while they were read: then old text stands beside new."""
+    if differing := edited(recipe, files):
+        raise DataError(f"{differing} {directory} was begun; delete that directory, and prepare again")
+
+
 def begin_or_continue(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...]) -> dict[str, Any]:
     """The recipe as recorded: by an interrupted run, or now, once it is sure that no file of others is in the way.
 
@@ -69,7 +77,7 @@ def begin_or_continue(cfg: PrepareConfig, directory: epath.Path, files: tuple[In
     path, recipe = directory / FOLDER / _RECIPE, recipe_of(cfg, files)
     if path.exists():
         was = _read_recipe(path)
-        differing = difference(was, recipe) or edited(was, files)
+        differing = difference(was, recipe, files) or edited(was, files)
         if not differing:
             return {"division": cfg.split, **was}
         if any(_SHARD.fullmatch(file.name) for file in (directory / FOLDER).iterdir()):

@@ -10,7 +10,7 @@ from etils import epath
 
 from lmjax.data.config import DataConfig
 from lmjax.data.store.manifest import Manifest, ShardManifest, read_manifest
-from lmjax.data.store.shards import TOKENIZER, TokenSplit, shard_files, shard_sizes
+from lmjax.data.store.shards import TOKENIZER, TokenSplit, shard_files, shard_sizes, unlisted
 from lmjax.data.store.staging import stage
 from lmjax.data.tokenizers.load import load_tokenizer, saved_hash
 from lmjax.data.tokenizers.tokenizer import Tokenizer
@@ -41,7 +41,8 @@ def open_dataset(path: str | os.PathLike[str], *, cache: str | None = None) -> D
     """The prepared data set at `path`, staged under `cache` first if it is in a bucket.
 
     Reads the manifest and the tokenizer's files and compares file sizes: quick for any size. Raises DataError for a
-    missing or damaged manifest, a missing or truncated shard, a tokenizer that is not the data set's.
+    missing or damaged manifest, a shard that is missing, truncated or not listed, a tokenizer that is not the data
+    set's.
     """
     located = files.locate(path)
     manifest = read_manifest(located)
@@ -50,6 +51,8 @@ def open_dataset(path: str | os.PathLike[str], *, cache: str | None = None) -> D
     for split in manifest.splits.values():
         for shard in split.shards:
             _check_sizes(located, shard, manifest.dtype)
+    if found := unlisted(located, manifest):
+        raise DataError(f"{found[0]} is not listed in the manifest; move it away, or prepare the data set again")
     if saved_hash(located / TOKENIZER) != manifest.tokenizer_hash:
         raise DataError(f"the tokenizer in {located / TOKENIZER} is not the one that the data set was made with")
     return Dataset(located, manifest)

@@ -48,6 +48,11 @@ class SplitManifest:
     inexact_documents: NonNegativeInt
     shards: tuple[ShardManifest, ...]
 
+    def __post_init__(self) -> None:
+        for total in ("tokens", "documents", "text_bytes", "inexact_documents"):
+            if getattr(self, total) != sum(getattr(shard, total) for shard in self.shards):
+                raise ValueError(f"{total} is not the sum of its shards'")
+
     @property
     def hash(self) -> str:
         """Names the content: that of the token files in order."""
@@ -92,6 +97,17 @@ class Manifest:
     """The PrepareConfig, hashes of the input files' names and sizes and of their content, how validation text was split
     off, and the version of lmjax that did it: for the record, not part of `fingerprint`."""
 
+    def __post_init__(self) -> None:
+        for split, content in self.splits.items():
+            names = [shard.name for shard in content.shards]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{twice} is listed twice")
+            if not all(name.startswith(split) for name in names):
+                raise ValueError(f"{split} lists shards of another split")
+        if self.endoftext_id >= self.vocab_size:
+            raise ValueError(f"endoftext_id={self.endoftext_id} is outside the vocabulary of {self.vocab_size}")
+
     @property
     def fingerprint(self) -> str:
         """Hash of all that fixes the tokens: the same data prepared in another place has the same."""
@@ -131,7 +147,7 @@ def read_manifest(directory: epath.Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{path} is not a manifest of format {FORMAT}: {where}: {first['msg']}; prepare again"
+            f"{path} is not a manifest of format {FORMAT}: {where or 'as a whole'}: {first['msg']}; prepare again"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); restore it or prepare the data set again") from error

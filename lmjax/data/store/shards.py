@@ -3,12 +3,13 @@
 A shard is three flat little-endian files.
 - `.tokens`: uint16 or uint32 ids, documents end to end, each closed by endoftext.
 - `.documents`: uint64, where each document ends, counted in tokens: opening a data set reads these, never the tokens.
-- `.checksums`: uint32, the CRC-32 of each block of 64 KiB of `.tokens`. A block is checked when it is first read, so
-  damage is found before a batch is made of it, at a cost spread over the run (a CRC takes 1/4 ns per byte).
+- `.checksums`: uint32, the CRC-32 of each block of 64 KiB of `.tokens`. A block is checked when it is first read, and
+  again when somebody has written to the file, so damage is found before a batch is made of it, at a cost spread over
+  the run (a CRC takes 1/4 ns per byte).
 """
 
 import itertools
-import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -17,12 +18,14 @@ from typing import Literal, NoReturn
 import numpy as np
 from etils import epath
 
-from lmjax.data.store.manifest import ShardManifest, SplitManifest
+from lmjax.data.store.manifest import Manifest, ShardManifest, SplitManifest
+from lmjax.data.store.mapped import Mapped
 from lmjax.errors import DataError
 from lmjax.record import files
 
 BLOCK_BYTES = 1 << 16
 TOKENIZER = "tokenizer"
+_FILE = re.compile(r"(train|valid)-\d{5,}\.(tokens|documents|checksums)")
 
 # Token files are read in place.
 assert sys.byteorder == "little", "lmjax reads its little-endian shards without conversion"
@@ -78,9 +81,16 @@ class Shard:
 
     def __init__(self, directory: epath.Path, manifest: ShardManifest, dtype: np.dtype):
         self.path = directory / f"{manifest.name}.tokens"
-        # As a plain array: numpy indexes its memmap class several times more slowly.
-        self.tokens = np.asarray(np.memmap(os.fspath(self.path), dtype, mode="r"))
+        self._mapped = Mapped(self.path, dtype, manifest.tokens)
         self.checksums = _read_index(directory / f"{manifest.name}.checksums", "<u4", manifest.checksums_hash)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self._mapped.array
+
+    def renew(self) -> bool:
+        """Whether somebody has written to the tokens since they were last looked at: then no block is checked."""
+        return self._mapped.renew()
 
     def check_block(self, block: int) -> None:
         """Raises DataError, naming the place, if the block is not what was written."""
@@ -118,7 +128,22 @@ class TokenSplit:
         shard_of_span = np.searchsorted(self.shard_starts, starts, side="right") - 1
         inside = starts - self.shard_starts[shard_of_span]
         assert (starts + lengths <= self.shard_starts[shard_of_span + 1]).all(), "a span leaves its shard"
-        self._check(shard_of_span, inside, lengths)
+        used = np.unique(shard_of_span).tolist()
+        self._renew(used)
+        while True:
+            self._check(shard_of_span, inside, lengths)
+            tokens = self._gathered(shard_of_span, inside, lengths)
+            if not self._renew(used):  # while they were read
+                return tokens
+
+    def _renew(self, shards: list[int]) -> bool:
+        """Whether somebody has written to one of the shards: then its blocks are to be checked again."""
+        written = [index for index in shards if self.shards[index].renew()]
+        for index in written:
+            self._unchecked[self._block_starts[index] : self._block_starts[index + 1]] = True
+        return bool(written)
+
+    def _gathered(self, shard_of_span: np.ndarray, inside: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         order = np.argsort(shard_of_span, kind="stable")  # shard by shard: one gather from each
         where = _spans(inside[order], lengths[order])
         found = np.empty(len(where), self.dtype)
@@ -199,6 +224,13 @@ def shard_files(shard: ShardManifest) -> dict[str, str]:
         f"{shard.name}.documents": shard.documents_hash,
         f"{shard.name}.checksums": shard.checksums_hash,
     }
+
+
+def unlisted(directory: epath.Path, manifest: Manifest) -> list[epath.Path]:
+    """Files of shards in a directory that its manifest does not list."""
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    listed = {name for shard in shards for name in shard_files(shard)}
+    return sorted(path for path in directory.iterdir() if _FILE.fullmatch(path.name) and path.name not in listed)
 
 
 def shard_sizes(shard: ShardManifest, dtype: str) -> dict[str, int]:
