@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmjax.errors import CheckpointError, ConfigError, StallError
+from lmjax.errors import CheckpointError, ConfigError, StallError, visible
 from lmjax.process import ending
 from lmjax.schema import validated
 
@@ -233,14 +233,14 @@ def generate(arguments: Arguments) -> int:
     with ending.within_memory("--tokens, --beams or the number of prompts"):
         if len(prompts) == 1 and cfg.beams == 1:
             pieces = decode.stream(trained.model, trained.params, trained.tokenizer, asked[0], cfg)
-            print(shown[0], end="", flush=True)
+            print(visible(shown[0]), end="", flush=True)
             for piece in pieces:
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
             print()
             return 0
         generations = decode.generate(trained.model, trained.params, trained.tokenizer, asked, cfg)
     for prompt, opening, generation in zip(prompts, shown, generations, strict=True):
-        print(f"--- {prompt!r}\n{opening}{generation.text}")
+        print(f"--- {prompt!r}\n{visible(opening + generation.text)}")
     return 0
 
 
@@ -308,7 +308,9 @@ def inspect(arguments: Arguments) -> int:
     """What a checkpoint holds."""
     from lmjax.record import inspect
 
-    print(inspect.format_inspection(inspect.inspect(arguments.path, step=arguments.step, hashes=arguments.hash)))
+    print(
+        visible(inspect.format_inspection(inspect.inspect(arguments.path, step=arguments.step, hashes=arguments.hash)))
+    )
     return 0
 
 

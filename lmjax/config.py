@@ -138,7 +138,7 @@ class ConfigFile:
             raise ConfigError(f"--config={location}: no such file '{path}'") from None
         except ConfigError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure(error) from error
         self._tree = self.call("get_config")
         if not isinstance(self._tree, ConfigDict):
@@ -151,7 +151,7 @@ class ConfigFile:
             return function(self._argument) if self._argument else function()
         except ConfigError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure(error) from error
 
     def tree(self, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -169,8 +169,9 @@ class ConfigFile:
         require_learning(cfg.model)
         return cfg
 
-    def _failure(self, error: Exception) -> ConfigError:
-        return ConfigError(f"--config={self.location}: {type(error).__name__}: {one_line(error)}")
+    def _failure(self, error: BaseException) -> ConfigError:
+        what = "it ends the process, exit" if isinstance(error, SystemExit) else type(error).__name__
+        return ConfigError(f"--config={self.location}: {what}: {one_line(error)}")
 
 
 def _import_file(path: str) -> types.ModuleType:

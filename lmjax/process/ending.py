@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, one_line
-from lmjax.process import group
+from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, one_line, visible
+from lmjax.process import faults, group, messages
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 _STORAGE_ERRNOS |= {errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE}
@@ -25,7 +25,9 @@ def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
     An error is one last line on stderr, `lmjax: error: <what, where, what to do>`. Tracebacks are for `--debug`; that
     of a bug is also kept in a file that the line names.
     """
+    messages.show_warnings()
     try:
+        faults.check()
         sys.exit(function() or DONE)
     except BrokenPipeError:  # whoever read our output has left, as `| head` does
         os._exit(128 + signal.SIGPIPE)
@@ -67,7 +69,7 @@ def exit_now(message: str, code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
-    print(f"lmjax: error: {group.name()}{message}", file=sys.stderr, flush=True)
+    print(f"lmjax: error: {group.name()}{visible(message)}", file=sys.stderr, flush=True)
     os._exit(code)
 
 

@@ -1,5 +1,6 @@
 """Faults that tests plan through the environment."""
 
+import difflib
 import errno
 import functools
 import os
@@ -32,14 +33,35 @@ FAULTS: dict[str, Callable[[], object] | None] = {
 }
 
 
+# Where a fault can be planned.
+SITES = (
+    "checkpoint.after_seal",
+    "checkpoint.before_seal",
+    "checkpoint.retain",
+    "checkpoint.write",
+    "evaluation.batch",
+    "prepare.shard",
+    "report.between",
+    "report.write",
+    "step",
+    "summary.write",
+)
+
+
+def check() -> None:
+    """Raise ConfigError for a plan that would not do what it says: where a command begins, not where a fault is due."""
+    _planned_faults(os.environ.get("LMJAX_FAULTS", ""), group.process())
+
+
 def fault(site: str, index: int | None = None) -> str | None:
     """A named place where a test can make things go wrong; without LMJAX_FAULTS it does nothing.
 
     LMJAX_FAULTS is a comma-separated list of `what@site:n`: `kill@step:20` kills the process at `fault("step", 20)`;
     at a site without `index`, n counts the calls from 1 (`disk_full@checkpoint.write:2`). `kill@step:20:1` does so at
     process 1 alone. Returns the fault's name when the caller is to act on it (`nan_grad`), else None. Raises
-    ConfigError for a malformed list.
+    ConfigError for a malformed list, a site that there is not, and two faults at one place.
     """
+    assert site in SITES, f"{site} is to be named in SITES"
     planned = _planned_faults(os.environ.get("LMJAX_FAULTS", ""), group.process())
     if site not in planned:
         return None
@@ -68,6 +90,16 @@ def _planned_faults(text: str, process: int) -> dict[str, dict[int, str]]:
         if match is None:
             raise ConfigError(f"LMJAX_FAULTS: '{entry}' is not what@site:n with what one of {', '.join(FAULTS)}")
         name, site, index, at_process = match.groups()
+        if site not in SITES:
+            close = difflib.get_close_matches(site, SITES, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(SITES)}"
+            raise ConfigError(f"LMJAX_FAULTS: '{entry}': there is no place '{site}' ({hint})")
+        if FAULTS[name] is None and site != "step":
+            raise ConfigError(f"LMJAX_FAULTS: '{entry}': {name} is for a step, {name}@step:n")
         if at_process is None or int(at_process) == process:
-            planned.setdefault(site, {})[int(index)] = name
+            here = planned.setdefault(site, {})
+            if here.setdefault(int(index), name) != name:
+                raise ConfigError(
+                    f"LMJAX_FAULTS: {here[int(index)]} and {name} at {site}:{int(index)}; only one can be"
+                )
     return planned

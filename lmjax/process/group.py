@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from lmjax.errors import ConfigError, StallError, one_line
+from lmjax.process import messages
 from lmjax.process.cluster import Cluster, detect, tpu_metadata
 from lmjax.process.lifeline import Lifeline
 
@@ -39,7 +40,7 @@ def start(environment: Mapping[str, str], *, timeout: float, on_loss: Callable[[
         _warn_outside_srun(environment)
         return
     _started = cluster
-    logging.basicConfig(format=f"lmjax: {name()}%(message)s")
+    messages.show_warnings(f"lmjax: {name()}")
     say(f"coordinator {cluster.coordinator} (from {cluster.source})")
     begin = time.monotonic()
     _lifeline = Lifeline(cluster.coordinator, cluster.process, cluster.processes, timeout)

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from lmjax import config as configs
+from lmjax.errors import visible
 from lmjax.process import group, start_up
 from lmjax.process.faults import fault
 from lmjax.record import files, formats
@@ -82,7 +83,7 @@ class Records:
                 print(f"{key} {value:.4f}")
         sample = self.workdir / "samples" / f"{step}.txt"
         if sample.exists():
-            print(sample.read_text())
+            print(visible(sample.read_bytes().decode(errors="replace")))
 
     def close(self, status: Status) -> None:
         if self.ledger is not None:

@@ -17,7 +17,7 @@ LONG = ("--config.train.steps=20000", "--config.train.evaluate_every=None", "--c
 
 
 @pytest.fixture
-def place(corpus: Path, tmp_path: Path) -> Path:
+def place(corpus: Path, whole: Path, tmp_path: Path) -> Path:
     """The text and its prepared data, in a place of the test's own."""
     for name in ("a", "b", "a.prepared", "b.prepared"):
         copied(corpus / name, tmp_path / name)
@@ -36,11 +36,11 @@ def disturbed(place: Path, what: Callable[[Path], object], *words: str) -> Any:
     )
 
 
-def test_a_shard_that_is_cut_off_is_named(place: Path, whole: Path) -> None:
+def test_a_shard_that_is_cut_off_is_named(place: Path) -> None:
     disturbed(place, lambda shard: os.truncate(shard, 0), *LONG).refused(3, "train-00000.tokens has 0 bytes instead of")
 
 
-def test_a_shard_that_is_overwritten_is_checked_again(place: Path, whole: Path) -> None:
+def test_a_shard_that_is_overwritten_is_checked_again(place: Path) -> None:
     def overwrite(shard: Path) -> None:
         content = bytearray(shard.read_bytes())
         content[1000::2] = b"b" * len(content[1000::2])
@@ -50,7 +50,7 @@ def test_a_shard_that_is_overwritten_is_checked_again(place: Path, whole: Path) 
     disturbed(place, overwrite, *LONG).refused(3, "train-00000.tokens", "are damaged: checksum differs")
 
 
-def test_a_shard_that_is_written_as_it_was_is_read_on(place: Path, whole: Path) -> None:
+def test_a_shard_that_is_written_as_it_was_is_read_on(place: Path) -> None:
     def rewrite(shard: Path) -> None:
         content = shard.read_bytes()
         os.utime(shard)
@@ -192,7 +192,7 @@ def test_text_that_is_edited_while_it_is_read_is_noticed(place: Path) -> None:
     train(place, place / "run", *train_words).refused(3, "holds no prepared data set")
 
 
-def test_text_and_its_data_may_be_moved_together(place: Path, whole: Path) -> None:
+def test_text_and_its_data_may_be_moved_together(place: Path) -> None:
     prepare(place / "a", place / "out").done()
     before = (place / "out" / "manifest.json").read_bytes()
     (place / "moved").mkdir()

@@ -121,7 +121,7 @@ def test_a_summary_of_a_later_lmjax_is_refused_by_name(corpus: Path, whole: Path
     train(corpus, tmp_path / "run").refused(4, "summary.json", "written by lmjax 9.9 in format 2")
 
 
-def test_data_of_a_later_lmjax_are_refused_by_name(corpus: Path, tmp_path: Path) -> None:
+def test_data_of_a_later_lmjax_are_refused_by_name(corpus: Path, whole: Path, tmp_path: Path) -> None:
     data = copied(corpus / "a.prepared", tmp_path / "data")
     stamped(data / "tokenizer" / "tokenizer.description.json")
     lmjax("verify", data).refused(3, "tokenizer.description.json", "written by lmjax 9.9 in format 2")

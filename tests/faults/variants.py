@@ -159,6 +159,38 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "test_files.py::test_text_that_was_edited_in_place_is_noticed",
         ),
     ),
+    "messages": (
+        Variant(
+            "lmjax/errors.py",
+            '    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)\n',
+            "    return text\n",
+            "test_messages.py::test_terminal_escapes_in_names_of_files_are_visible",
+        ),
+        Variant(
+            "lmjax/errors.py",
+            "    if len(text) <= limit:\n",
+            "    if len(text) > 0:\n",
+            "test_messages.py::test_long_keys_and_values_make_short_messages",
+        ),
+        Variant(
+            "lmjax/config.py",
+            "(Exception, SystemExit) as error:\n            raise self._failure(error) from error\n        self",
+            "Exception as error:\n            raise self._failure(error) from error\n        self",
+            "test_messages.py::test_a_config_file_that_exits_is_no_success[top-exit(0)]",
+        ),
+        Variant(
+            "lmjax/process/ending.py",
+            "        faults.check()\n",
+            "",
+            "test_messages.py::test_a_fault_that_could_not_happen_is_refused_at_once",
+        ),
+        Variant(
+            "lmjax/config.py",
+            '"{path}: {error}; {formats.origin(tree)}"',
+            '"{error}"',
+            "test_messages.py::test_a_saved_config_of_another_version_names_itself",
+        ),
+    ),
 }
 """By the group of the tests."""
 

@@ -282,20 +282,26 @@ def test_a_watchdog_that_is_left_or_off_watches_nothing() -> None:
 
 def test_faults_fire_where_they_were_asked_to(monkeypatch: Any, capfd: Any) -> None:
     monkeypatch.setattr(faults, "_calls", {})
-    monkeypatch.setenv("LMJAX_FAULTS", "nan_grad@step:3,raise@save:2,nan_grad@step:5")
+    monkeypatch.setenv("LMJAX_FAULTS", "nan_grad@step:3,raise@summary.write:2,nan_grad@step:5")
     assert [faults.fault("step", n) for n in range(1, 7)] == [None, None, "nan_grad", None, "nan_grad", None]
-    assert faults.fault("other") is None and faults.fault("save") is None
+    assert faults.fault("report.write") is None and faults.fault("summary.write") is None
     with pytest.raises(RuntimeError, match="injected"):
-        faults.fault("save")
-    assert faults.fault("save") is None
+        faults.fault("summary.write")
+    assert faults.fault("summary.write") is None
     assert capfd.readouterr().err.splitlines() == [
         "lmjax: LMJAX_FAULTS: nan_grad at step:3",
         "lmjax: LMJAX_FAULTS: nan_grad at step:5",
-        "lmjax: LMJAX_FAULTS: raise at save:2",
+        "lmjax: LMJAX_FAULTS: raise at summary.write:2",
     ]
 
 
-@pytest.mark.parametrize("text", ["kill", "kill@step", "explode@step:3", "kill@step:x", "kill@:3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("kill", "kill@step", "explode@step:3", "kill@step:x", "kill@:3"),
+        *("kill@setp:3", "kill@step:3,raise@step:3", "nan_grad@checkpoint.write:1"),
+    ],
+)
 def test_malformed_faults_are_refused(monkeypatch: Any, text: str) -> None:
     monkeypatch.setenv("LMJAX_FAULTS", text)
     with pytest.raises(ConfigError, match="LMJAX_FAULTS"):
