@@ -200,7 +200,10 @@ def _apply_override(tree: ConfigDict, override: str) -> None:
     off = text == "None" and types.NoneType in kinds
     if isinstance(old, ConfigDict) and not off:
         raise ConfigError(f"--config.{path} is a group of settings; set one of {', '.join(sorted(old))}")
-    node[name] = None if off else text if str in kinds or isinstance(old, str) else _literal(text)
+    try:
+        node[name] = None if off else text if str in kinds or isinstance(old, str) else _literal(text)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"--config.{path}={text}: {one_line(error, 200)}") from None
 
 
 def _kinds(path: Sequence[str]) -> tuple[Any, ...]:

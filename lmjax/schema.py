@@ -42,6 +42,8 @@ def validated(cls: type[T], values: Mapping[str, Any], where: str = "", *, stric
         return pydantic.TypeAdapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(_describe(error, where)) from None
+    except UnicodeEncodeError as error:
+        raise ConfigError(_short(f"{where}{error.object!r} is no text: it has bytes that are not UTF-8")) from None
 
 
 def _describe(error: pydantic.ValidationError, where: str) -> str:

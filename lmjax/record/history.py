@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,9 +10,13 @@ from etils import epath
 
 from lmjax.record import formats
 from lmjax.record.jsonl import read_lines
-from lmjax.record.tracking import read_jsonl
+from lmjax.record.tracking import rows_of
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+_LATEST = 1e11  # a time in seconds, some thousand years from now
+_LARGEST = 2**120  # of a whole number: more than anything costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +67,61 @@ class Record:
 
 
 def read_record(workdir: epath.PathLike) -> Record:
+    """Lines of metrics that are no run's, and a summary that is none, are left out with a warning."""
     workdir = epath.Path(workdir)
-    path = workdir / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    rows, config = read_jsonl(workdir / "metrics.jsonl"), json.loads((workdir / "config.json").read_text())
+    summary, config = _read_summary(workdir / "summary.json"), json.loads((workdir / "config.json").read_text())
+    lines = list(read_lines(workdir / "metrics.jsonl"))
+    records = [line for line in lines if _is_sound(line)]
+    if len(records) < len(lines):
+        logger.warning("%s: lines that are not a run's: %d", workdir / "metrics.jsonl", len(lines) - len(records))
+    rows = rows_of(records)
     return Record(
         workdir=workdir,
         config={key: value for key, value in config.items() if key != formats.STAMP},
         rows=rows,
-        attempts=list(_split_attempts(read_lines(workdir / "metrics.jsonl"))),
+        attempts=list(_split_attempts(records)),
         summary={} if rows and summary.get("step", 0) < rows[-1]["step"] else summary,
     )
+
+
+def _read_summary(path: epath.Path) -> Row:
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(path.read_text())
+        if isinstance(summary, dict) and _is_count(summary.get("step")):
+            return {key: value for key, value in summary.items() if key != formats.STAMP}
+    except (OSError, ValueError, RecursionError):
+        pass
+    logger.warning("%s is damaged and is left out of the report", path)
+    return {}
+
+
+def _is_sound(line: Row) -> bool:
+    """Whether it is a line as trackers write it, so far as a report needs it."""
+    if not _is_number(line.get("time")) or not 0 <= line["time"] <= _LATEST:
+        return False
+    if line.get("event") == "start":
+        parts = (line.get("params", {}), line.get("environment", {}))
+        return _is_count(line.get("step")) and all(isinstance(part, dict) for part in parts)
+    if "event" in line:
+        return line["event"] != "end" or isinstance(line.get("status"), str)
+    numbers = (value for key, value in line.items() if not key.startswith("data/"))
+    return all(_is_count(line.get(key)) for key in ("step", "tokens", "flops")) and all(map(_is_number, numbers))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
 
 
 def _split_attempts(records: Iterable[Row]) -> Iterable[Attempt]:
     groups: list[list[Row]] = []
     for record in records:
-        if record.get("event") == "start" and {"step", "time"} <= record.keys():
+        if record.get("event") == "start":
             groups.append([])
         if groups:
             groups[-1].append(record)

@@ -91,7 +91,9 @@ def _entry(record: dict[str, Any]) -> Entry | None:
         entry = Entry(**record)
     except TypeError:
         return None
-    return entry if all(type(number) is int for number in (entry.attempt, entry.step, *entry.data)) else None
+    numbers = (entry.attempt, entry.step, *entry.data)
+    sound = isinstance(entry.stream, str) and all(type(number) is int and number >= 0 for number in numbers)
+    return entry if sound else None
 
 
 def effective_history(path: epath.PathLike) -> list[Entry]:

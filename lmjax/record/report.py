@@ -133,7 +133,7 @@ def _size(record: Record) -> str:
     text = "## Size and budget\n\n"
     if record.attempts and "params" in record.attempts[-1].start:
         params = record.attempts[-1].start["params"]
-        text += _table(["parameters", ""], [[name.replace("_", "-"), f"{n:,}"] for name, n in params.items()]) + "\n\n"
+        text += _table(["parameters", ""], [[name.replace("_", "-"), n] for name, n in params.items()]) + "\n\n"
     text += _table(["", "used", "planned"], rows)
     others = {key: value for key, value in record.summary.items() if key.startswith(("flops_", "epochs/"))}
     if others:
@@ -222,10 +222,11 @@ def _checkpoints(record: Record) -> str:
 
 def _sample(record: Record) -> str:
     directory = record.workdir / "samples"
-    samples = sorted(directory.glob("*.txt"), key=lambda path: int(path.stem)) if directory.exists() else []
+    found = [path for path in directory.glob("*.txt") if path.stem.isdecimal()] if directory.exists() else []
+    samples = sorted(found, key=lambda path: int(path.stem))
     if not samples:
         return ""
-    text = samples[-1].read_text().replace("```", "` ` `")
+    text = samples[-1].read_bytes().decode(errors="replace").replace("```", "` ` `")
     return f"## Sample at step {samples[-1].stem}\n\n```\n{text}\n```"
 
 

@@ -156,7 +156,7 @@ def run_of(workdir: epath.Path) -> str | None:
         text = ""
     if re.fullmatch(r"[0-9a-zA-Z_-]{8,64}", text):
         return text
-    found = {meta["run"] for meta in sealed_metas(workdir).values() if "run" in meta}
+    found = {meta["run"] for meta in sealed_metas(workdir).values() if isinstance(meta.get("run"), str)}
     if len(found) > 1:
         raise CheckpointError(
             f"{workdir / 'checkpoints'} holds steps of {len(found)} runs, and {RUN_ID}, which says whose they should "

@@ -76,12 +76,20 @@ def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
     A later line of the same step overrides the values it repeats, and an attempt overrides whatever earlier ones
     logged after the step that it started from.
     """
+    return rows_of(read_lines(path))
+
+
+def rows_of(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`read_jsonl` of records that have been read."""
     rows: dict[int, dict[str, Any]] = {}
-    for record in read_lines(path):
+    for record in records:
+        step = record.get("step")
+        if type(step) is not int:
+            continue
         if record.get("event") == "start":
-            rows = {step: row for step, row in rows.items() if step <= record.get("step", step)}
-        elif "event" not in record and isinstance(record.get("step"), int):
-            rows.setdefault(record["step"], {}).update(record)
+            rows = {earlier: row for earlier, row in rows.items() if earlier <= step}
+        elif "event" not in record:
+            rows.setdefault(step, {}).update(record)
     return [rows[step] for step in sorted(rows)]
 
 

@@ -35,6 +35,10 @@ class Meta(TypedDict):
     epochs: NotRequired[dict[str, NonNegativeFloat]]
     epochs_before: NotRequired[dict[str, NonNegativeFloat]]
     evaluation_owed: NotRequired[bool]
+    run: NotRequired[str]
+    """Names it: see `workdir.run_id`."""
+    identity: NotRequired[str]
+    """Names its config: see `workdir.identity`."""
 
 
 def check_meta(meta: Mapping[str, Any], step: int) -> None:

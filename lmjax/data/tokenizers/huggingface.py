@@ -114,7 +114,10 @@ def byte_of_character() -> dict[str, int]:
 
 
 def _spell_byte_level(token: str) -> bytes:
-    return bytes(byte_of_character()[character] for character in token)
+    table = byte_of_character()
+    if not table.keys() >= set(token):  # no spelling of bytes: the library takes it as it is
+        return token.encode("utf-8")
+    return bytes(table[character] for character in token)
 
 
 def _spell_pieces(token: str) -> bytes:

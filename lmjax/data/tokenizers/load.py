@@ -12,7 +12,7 @@ from lmjax.data.tokenizers.alphabets import ByteTokenizer, CharacterTokenizer
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.pieces import SentencePieceTokenizer, train_sentencepiece
 from lmjax.data.tokenizers.tokenizer import DESCRIPTION, FILES, FORMAT, NO_TEXT, USE, Tokenizer, content_hash
-from lmjax.errors import DataError
+from lmjax.errors import DataError, one_line
 from lmjax.record import files, formats
 
 
@@ -75,11 +75,18 @@ def _characters(texts: Iterable[str]) -> set[str]:
 def _build(kind: str, content: bytes, endoftext: str | None, name: str) -> Tokenizer:
     if kind == "bytes":
         return ByteTokenizer()
-    if kind == "chars":
-        return CharacterTokenizer.from_content(content, name)
-    if kind == "sentencepiece":
-        return SentencePieceTokenizer(content, endoftext, name)
-    return HuggingFaceTokenizer(content, endoftext, name)
+    try:
+        if kind == "chars":
+            return CharacterTokenizer.from_content(content, name)
+        if kind == "sentencepiece":
+            return SentencePieceTokenizer(content, endoftext, name)
+        return HuggingFaceTokenizer(content, endoftext, name)
+    except DataError:
+        raise
+    except Exception as error:  # of a library, in the middle of a file that it took for a sound one
+        raise DataError(
+            f"{name} is no sound {kind} tokenizer: {type(error).__name__}: {one_line(error, 200)}"
+        ) from error
 
 
 def _read_saved(directory: epath.Path) -> tuple[dict[str, Any], bytes, tuple[int | None, tuple[int, ...]]]:
