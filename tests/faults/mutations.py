@@ -1,10 +1,13 @@
 """Seeded damage: to bytes as disks and networks do it, to JSON as bugs, other versions and hostile hands do it."""
 
+import contextlib
 import copy
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from lmjax.errors import LmjaxError, one_line
 
 ODD: list[Any] = [
     *(None, True, False, 0, -1, 1, 3.5, 2**31, 2**63, -(2**63), 2**200, float("nan"), float("inf")),
@@ -84,3 +87,16 @@ def as_text(document: Any, rng: random.Random) -> str:
         case 2:
             return '{"a": ' * 2000 + text + "}" * 2000
     return text
+
+
+@contextlib.contextmanager
+def refused(number: int) -> Iterator[None]:
+    """What a damaged input may do: nothing, or raise an error of ours that makes one short line."""
+    try:
+        yield
+    except LmjaxError as error:
+        assert 0 < len(one_line(error)) < 1200, number
+    except AssertionError:
+        raise
+    except BaseException as error:
+        raise AssertionError(f"number {number}: {type(error).__name__}: {error}") from error

@@ -7,8 +7,9 @@ import os
 import random
 import shutil
 import string
-import traceback
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,7 @@ import numpy as np
 import pytest
 
 from lmjax import config
-from lmjax.data.config import TokenizerConfig
 from lmjax.data.store.dataset import open_dataset, verify_dataset
-from lmjax.data.tokenizers.load import load_tokenizer, train_tokenizer
-from lmjax.errors import DataError, LmjaxError, one_line
 from lmjax.record import inspect, seal, steps
 from lmjax.record.jsonl import read_lines
 from lmjax.record.ledger import check_ledger
@@ -27,29 +25,14 @@ from lmjax.record.report import write_report
 from lmjax.record.tracking import read_events, read_jsonl
 from lmjax.run.progress import check_meta
 from tests.faults import tiny
-from tests.faults.black_box import ROOT
-from tests.faults.mutations import as_text, damaged, odd_document
+from tests.faults.black_box import ENVIRONMENT, ROOT
+from tests.faults.mutations import as_text, damaged, odd_document, refused
 
 FIXTURE = ROOT / "tests" / "fixtures" / "stamped"
 
 
 def counts(quick: int, whole: int) -> Any:
     return pytest.mark.parametrize("count", [quick, pytest.param(whole, marks=pytest.mark.slow)])
-
-
-@contextlib.contextmanager
-def refused(number: int) -> Iterator[list[LmjaxError]]:
-    """What a damaged input may do: nothing, or raise an error of ours that makes one short line."""
-    raised: list[LmjaxError] = []
-    try:
-        yield raised
-    except LmjaxError as error:
-        raised.append(error)
-        assert 0 < len(one_line(error)) < 1200, number
-    except AssertionError:
-        raise
-    except BaseException as error:
-        raise AssertionError(f"number {number}: {type(error).__name__}: {error}") from error
 
 
 # Prepared data --------------------------------------------------------------------------------------------------------
@@ -274,63 +257,9 @@ def broken(name: str, content: bytes, rng: random.Random) -> bytes:
 
 @counts(60, 500)
 def test_tokenizers(tmp_path: Path, count: int) -> None:
-    """Of every kind. Libraries in other languages read some of them: a crash there is the end of a process."""
-    kinds = list(tokenizer_files(tmp_path))
-    for low in range(0, count, 20):
-        numbers = range(low, min(count, low + 20))
-        assert (
-            in_a_process_of_its_own(lambda numbers=numbers: [one_tokenizer(kinds, number) for number in numbers]) == 0
-        )
-
-
-def tokenizer_files(directory: Path) -> Iterator[Path]:
-    texts = ["the cat sat on the mat and the dog ran away from it all " * 20, "zeroth first second third fourth"]
-    for kind, vocab in (("bytes", 257), ("chars", 32), ("bpe", 280), ("unigram", 280)):
-        train_tokenizer(TokenizerConfig(kind=kind, vocab=vocab), iter(texts)).save(directory / kind)
-        yield from sorted((directory / kind).iterdir())
-    (directory / "foreign").mkdir()
-    yield Path(shutil.copy(directory / "unigram" / "tokenizer.model", directory / "foreign"))
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    (directory / "hf").mkdir()
-    tokenizer.save(str(directory / "hf" / "tokenizer.json"))
-    yield directory / "hf" / "tokenizer.json"
-
-
-def one_tokenizer(files: list[Path], number: int) -> None:
-    rng = random.Random(f"tokenizer {number}")
-    path = rng.choice(files)
-    content = path.read_bytes()
-    if path.suffix == ".json" and rng.random() < 0.7:
-        path.write_bytes(as_text(odd_document(json.loads(content), rng), rng).encode("utf-8", "backslashreplace"))
-    else:
-        path.write_bytes(damaged(content, rng))
-    with refused(number):
-        tokenizer = load_tokenizer(path.parent)
-        text = "the cat\n sat on  it \u00e9\t"
-        with contextlib.suppress(DataError):  # a character that it does not know
-            ids = tokenizer.encode(text)
-            assert all(0 <= index < tokenizer.vocab_size for index in ids), number
-            tokenizer.decode(ids)
-        assert 0 <= tokenizer.endoftext_id < tokenizer.vocab_size, number
-        tokenizer.save(path.parent.parent / "again")
-    path.write_bytes(content)
-
-
-def in_a_process_of_its_own(work: Callable[[], object]) -> int:
-    """The exit code of a fork that does it; below 0, the signal that ended it."""
-    child = os.fork()
-    if not child:
-        code = 0
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Of every kind. Libraries in other languages read some of them: a crash there would be the end of a process."""
+    pytest.importorskip("tokenizers")
+    command = [sys.executable, "-m", "tests.faults.broken_tokenizers", str(tmp_path), str(count)]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode == 0, (ended.stdout[-200:], ended.stderr[-2000:])
+    assert ended.stdout.splitlines()[-1] == f"{count} tokenizers"

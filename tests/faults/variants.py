@@ -191,6 +191,38 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "test_messages.py::test_a_saved_config_of_another_version_names_itself",
         ),
     ),
+    "fuzz": (
+        Variant(
+            "lmjax/data/store/shards.py",
+            "        if zlib.crc32(content.data) != self.checksums[block]:\n",
+            "        if zlib.crc32(content.data[:1000]) == 0:\n",
+            "test_fuzz.py::test_shards",
+        ),
+        Variant(
+            "lmjax/record/seal.py",
+            "if found[name] != listed[name])",
+            "if found[name][1] != listed[name][1])",
+            "test_fuzz.py::test_files_of_checkpoints",
+        ),
+        Variant(
+            "lmjax/record/jsonl.py",
+            "    except (ValueError, RecursionError):\n",
+            "    except ValueError:\n",
+            "test_fuzz.py::test_records_of_runs",
+        ),
+        Variant(
+            "lmjax/data/tokenizers/load.py",
+            "    except Exception as error:  # of a library",
+            "    except KeyError as error:  # of a library",
+            "test_fuzz.py::test_tokenizers",
+        ),
+        Variant(
+            "lmjax/config.py",
+            '    except (TypeError, ValueError, OverflowError) as error:\n        raise ConfigError(f"--config.{path}=',
+            '    except TypeError as error:\n        raise ConfigError(f"--config.{path}=',
+            "test_fuzz.py::test_overrides",
+        ),
+    ),
 }
 """By the group of the tests."""
 
