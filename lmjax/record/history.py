@@ -70,10 +70,11 @@ def read_record(workdir: epath.PathLike) -> Record:
     """Lines of metrics that are no run's, and a summary that is none, are left out with a warning."""
     workdir = epath.Path(workdir)
     summary, config = _read_summary(workdir / "summary.json"), json.loads((workdir / "config.json").read_text())
-    lines = list(read_lines(workdir / "metrics.jsonl"))
+    metrics = workdir / "metrics.jsonl"
+    lines = list(read_lines(metrics)) if metrics.exists() else []
     records = [line for line in lines if _is_sound(line)]
     if len(records) < len(lines):
-        logger.warning("%s: lines that are not a run's: %d", workdir / "metrics.jsonl", len(lines) - len(records))
+        logger.warning("%s: lines that are not a run's: %d", metrics, len(lines) - len(records))
     rows = rows_of(records)
     return Record(
         workdir=workdir,

@@ -14,7 +14,8 @@ from etils import epath
 
 from lmjax import config as configs
 from lmjax.config import Config
-from lmjax.errors import CheckpointError, ConfigError, StallError
+from lmjax.data.store.manifest import read_manifest
+from lmjax.errors import CheckpointError, ConfigError, DataError, StallError
 from lmjax.process import group
 from lmjax.record import files, formats, seal, steps
 from lmjax.record.ledger import check_ledger, read_ledger
@@ -23,6 +24,8 @@ from lmjax.record.tracking import read_events
 logger = logging.getLogger(__name__)
 
 SUMMARY_FORMAT = 1
+_LOCATION = re.compile(r"data\.sources\.[^.]+\.(path|prepare\.inputs)")
+"""Settings that say where data lie, not what they are."""
 _SEALED = ".sealed"
 _ORIGINS = ("train.init_from", "train.branch_from")
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
@@ -107,7 +110,8 @@ def with_pinned_start(workdir: epath.Path, cfg: Config) -> Config:
 def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     """Raise ConfigError when `workdir` holds a run of another config.
 
-    What a run that has a checkpoint started from is past: no flag allows to change it. Where config.json is gone or
+    What a run that has a checkpoint started from is past: no flag allows to change it. Its data may have been moved:
+    fingerprints say whether they are the same. Where config.json is gone or
     damaged, the seals say whether the config is the same, and it is written again.
     """
     saved = _saved_config(workdir)
@@ -118,6 +122,8 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     if allow:
         started = steps.newest_sealed(workdir / "checkpoints") is not None
         changed = {key: values for key, values in changed.items() if key in _ORIGINS and started}
+    if any(map(_LOCATION.fullmatch, changed)) and _has_same_data(workdir, cfg):
+        changed = {key: values for key, values in changed.items() if not _LOCATION.fullmatch(key)}
     if cfg.model.vocab is None:  # the saved config has it filled in from the data, which has its own check
         changed.pop("model.vocab", None)
     if changed := fixed(changed):
@@ -141,6 +147,16 @@ def _saved_config(workdir: epath.Path) -> Config | None:
         return None
 
 
+def _has_same_data(workdir: epath.Path, cfg: Config) -> bool:
+    """Whether the data sets that the config names are those that the run's last attempt began with."""
+    try:
+        begun = [event["data"] for event in read_events(workdir / "metrics.jsonl") if event["event"] == "start"]
+        found = {name: read_manifest(files.locate(source.path)) for name, source in cfg.data.sources.items()}
+    except (OSError, KeyError, DataError):
+        return False
+    return begun[-1:] == [{name: manifest.fingerprint for name, manifest in found.items()}]
+
+
 def _check_same_as_sealed(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     sealed = _sealed_digest(workdir)
     if sealed is not None and sealed != identity(cfg) and not allow:
@@ -158,9 +174,10 @@ def _sealed_digest(workdir: epath.Path) -> str | None:
 
 def identity(cfg: Config) -> str:
     """A short hash of the settings that make it another run when they change, but for those that are told otherwise:
-    where it started is past, and the vocabulary may be filled in from the data."""
+    where it started is past, the vocabulary may be filled in from the data, which have fingerprints of their own."""
     kept = fixed({key: (None, value) for key, value in configs.settings(cfg).items()})
-    told = {key: value for key, (_, value) in kept.items() if key not in (*_ORIGINS, "model.vocab")}
+    apart = (*_ORIGINS, "model.vocab")
+    told = {key: value for key, (_, value) in kept.items() if key not in apart and not _LOCATION.fullmatch(key)}
     return configs.hash_text(json.dumps(told, sort_keys=True))
 
 

@@ -27,6 +27,13 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def test_a_report_does_not_need_the_metrics(corpus: Path, run: Path) -> None:
+    for name in ("report.md", "metrics.jsonl"):
+        remove(run / name)
+    train(corpus, run).done()
+    assert (run / "report.md").exists()
+
+
 @pytest.mark.parametrize("names", [["report.md"], ["loss.png"], ["report.md", "loss.png"]], ids=" ".join)
 def test_a_report_that_is_missing_is_made(corpus: Path, whole: Path, run: Path, names: list[str]) -> None:
     for name in names:

@@ -147,6 +147,12 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "test_files.py::test_a_shard_that_is_not_listed_is_refused",
         ),
         Variant(
+            "lmjax/run/workdir.py",
+            "and _has_same_data(workdir, cfg):",
+            "and workdir:",
+            "test_files.py::test_a_run_may_be_moved_with_its_data",
+        ),
+        Variant(
             "lmjax/data/prepare/prepare.py",
             "    records.check_unedited(recipe, directory, files)\n",
             "",
