@@ -134,11 +134,11 @@ class ConfigFile:
         path, _, self._argument = location.partition(":")
         try:
             self.module = _import_file(path)
-        except FileNotFoundError:
-            raise ConfigError(f"--config={location}: no such file '{path}'") from None
-        except ConfigError:
+        except (ConfigError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # exit(0), too, must not end in success
+            if isinstance(error, FileNotFoundError) and error.filename == path:
+                raise ConfigError(f"--config={location}: no such file '{path}'") from None
             raise self._failure(error) from error
         self._tree = self.call("get_config")
         if not isinstance(self._tree, ConfigDict):
@@ -149,9 +149,9 @@ class ConfigFile:
         try:
             function = getattr(self.module, name)
             return function(self._argument) if self._argument else function()
-        except ConfigError:
+        except (ConfigError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise self._failure(error) from error
 
     def tree(self, overrides: Iterable[str] = ()) -> ConfigDict:

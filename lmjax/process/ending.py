@@ -44,7 +44,7 @@ def explained(error: BaseException) -> tuple[int, str]:
         return error.exit_code, one_line(error)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
-    if isinstance(error, IsADirectoryError | NotADirectoryError) or (
+    if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError) or (
         isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS
     ):
         return CheckpointError.exit_code, f"storage: {one_line(error)}; free or mend it and run again"

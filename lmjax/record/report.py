@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lmjax.errors import visible
 from lmjax.process.faults import fault
 from lmjax.record import files, seal
 from lmjax.record.history import Attempt, Record, Row, read_record
@@ -226,7 +227,7 @@ def _sample(record: Record) -> str:
     samples = sorted(found, key=lambda path: int(path.stem))
     if not samples:
         return ""
-    text = samples[-1].read_bytes().decode(errors="replace").replace("```", "` ` `")
+    text = visible(samples[-1].read_bytes().decode(errors="replace")).replace("```", "` ` `")
     return f"## Sample at step {samples[-1].stem}\n\n```\n{text}\n```"
 
 
