@@ -48,9 +48,16 @@ def explained(error: BaseException) -> tuple[int, str]:
         isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS
     ):
         return CheckpointError.exit_code, f"storage: {one_line(error)}; free or mend it and run again"
-    with tempfile.NamedTemporaryFile("w", prefix="lmjax-traceback-", suffix=".txt", delete=False) as file:
-        traceback.print_exception(error, file=file)
-    return BUG, f"{type(error).__name__}: {one_line(error)} (this is a bug; traceback in {file.name})"
+    return BUG, f"{type(error).__name__}: {one_line(error)} (this is a bug; {_kept_traceback(error)})"
+
+
+def _kept_traceback(error: BaseException) -> str:
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="lmjax-traceback-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return "there was no room for its traceback: --debug shows it"
+    return f"traceback in {file.name}"
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
+import os
 import re
 import shutil
 import time
@@ -50,6 +51,7 @@ from lmjax.record.steps import (
 from lmjax.record.trees import ORBAX_TURN, count_parts, leaves_by_path, load_tree, orbax, shape_dtype
 
 logger = logging.getLogger(__name__)
+_CLEARINGS = 10
 
 
 class Checkpoints:
@@ -95,7 +97,7 @@ class Checkpoints:
             except StallError:
                 raise
             except Exception as error:
-                raise _failure(path, manifest, error) from error
+                raise self._failed(path, manifest, error) from error
             self.last_step = step
             held = turn.pop_all()
             try:
@@ -183,11 +185,7 @@ class Checkpoints:
         except StallError:
             raise
         except Exception as error:
-            failure = _failure(path, manifest, error)
-            if group.processes() == 1:  # others may be writing still: then the next save clears up
-                delete(path)
-                self._delete_unfinished()
-            raise failure from error
+            raise self._failed(path, manifest, error) from error
         try:
             if group.is_leader():
                 self._retain()
@@ -203,6 +201,16 @@ class Checkpoints:
             seal.write(path, manifest, {name: entry for part in hashes for name, entry in part.items()})
             if not (self.directory / SEALED).exists():
                 files.write_atomically(self.directory / SEALED, f"first sealed step: {manifest['step']}\n")
+
+    def _failed(self, path: epath.Path, manifest: Manifest, error: Exception) -> CheckpointError:
+        """What a save raises that failed, its files gone: they would keep a full disk full."""
+        if group.processes() == 1:  # others may be writing still: then the next save clears up
+            for _ in range(_CLEARINGS):  # TensorStore's threads go on for a moment, and make directories anew
+                with contextlib.suppress(OSError):
+                    delete(path)
+                    self._delete_unfinished()
+                time.sleep(0.02)
+        return _failure(path, manifest, error)
 
     def _clear_from(self, step: int) -> None:
         self._delete_unfinished()
@@ -238,13 +246,21 @@ class Checkpoints:
 
 
 def _failure(path: epath.Path, manifest: Manifest, error: Exception) -> CheckpointError:
-    need = sum(size for _, _, size in count_parts(manifest["leaves"]).values()) / 1e9
+    need = files.in_words(sum(size for _, _, size in count_parts(manifest["leaves"]).values()))
     local = not files.is_remote(path) and path.parent.exists()
-    free = f", {shutil.disk_usage(path.parent).free / 1e9:.3f} GB free" if local else ""
+    free = f", {files.in_words(shutil.disk_usage(path.parent).free)} free" if local else ""
     return CheckpointError(
-        f"checkpoint {path} was not saved: {one_line(error, 300)} (it needs up to {need:.3f} GB{free}); "
+        f"checkpoint {path} was not saved: {_reason(error)} (it needs up to {need}{free}); "
         "free or mend the storage and run again"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where it is the storage that failed: TensorStore's own words are long, and hide it."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\[os_error_code='(\d+)'", str(error))):
+        number = int(found[1])
+    return os.strerror(number) if number else one_line(error, 300)
 
 
 def restore_parts(

@@ -1,6 +1,7 @@
 """Files, local or in a bucket: located, written whole or not at all, hashed, locked, staged to local disk."""
 
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -16,6 +17,7 @@ from lmjax.errors import DataError
 _EXTRAS = {"gs": "gcp", "s3": "aws"}
 DIGEST_BYTES = 32
 _BLOCK_BYTES = 1 << 22
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def locate(path: str | os.PathLike[str]) -> epath.Path:
@@ -68,27 +70,73 @@ def write_bytes(path: epath.Path, *parts: bytes | memoryview) -> None:
 
 def write_atomically(path: epath.Path, *parts: str | bytes | memoryview) -> None:
     """Write the parts so that `path` either holds all of them, on disk, or is as before. Raises OSError."""
-    content = (part.encode() if isinstance(part, str) else part for part in parts)
+    content = [part.encode() if isinstance(part, str) else part for part in parts]
     if is_remote(path):  # an object store does that for every object
         path.write_bytes(b"".join(content))
         return
+    with naming(path, sum(memoryview(part).nbytes for part in content)):
+        with drafted(path) as file:
+            file.writelines(content)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # which holds the new name
+        finally:
+            os.close(directory)
+
+
+@contextlib.contextmanager
+def drafted(path: epath.Path) -> Iterator[BinaryIO]:
+    """A new local file that takes the name `path` when the body ends well, and goes when it does not. Raises OSError.
+
+    What lies at the draft's own name is a draft that a kill left, and gives way; somebody's symbolic link is refused:
+    to write would be to write over what it points to.
+    """
     draft = path.parent / (path.name + ".tmp")
+    if os.path.islink(draft):
+        raise OSError(errno.ELOOP, "a symbolic link stands where this is to be written; remove it", os.fspath(draft))
+    draft.unlink(missing_ok=True)
     try:
-        with draft.open("wb") as file:
-            for part in content:
-                file.write(part)
+        with new_file(draft) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)  # a draft would keep a full disk full
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+
+
+def new_file(path: epath.Path) -> BinaryIO:
+    """A file that was not there, to be written: nothing that has the name is written over, nor is a link followed."""
+    return open(path, "xb")
+
+
+@contextlib.contextmanager
+def naming(path: os.PathLike[str], size: int) -> Iterator[None]:
+    """An OSError of the writing of `size` bytes to `path` says so."""
     try:
-        os.fsync(directory)  # which holds the new name
-    finally:
-        os.close(directory)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        described = f"{error.strerror}{room(error, path, size)}"
+        raise OSError(error.errno, described, error.filename or os.fspath(path)) from error
+
+
+def room(error: OSError, path: os.PathLike[str], size: int) -> str:
+    """What is needed and what is there, in parentheses, where the error is that there is not enough."""
+    if error.errno not in _FULL:
+        return ""
+    return f" (needs {in_words(size)}, {in_words(shutil.disk_usage(epath.Path(path).parent).free)} free)"
+
+
+def in_words(size: int) -> str:
+    """Bytes as people read them: `516 bytes`, `5.2 kB`, `1.2 GB`."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def hash_bytes(*parts: bytes | memoryview, digest_size: int = DIGEST_BYTES) -> str:
@@ -121,13 +169,11 @@ def hash_and_size(
 
 def fetch(source: epath.Path, target: epath.Path, expected_hash: str) -> None:
     """Copy a file to local disk, hashed on the way. Raises DataError if the content does not have the expected hash."""
-    draft = target.parent / (target.name + ".tmp")
-    with reporting(target, "write"), draft.open("wb") as file:
-        found = hash_file(source, copy_to=file)
-    if found != expected_hash:
-        draft.unlink()
-        raise DataError(f"{source} is damaged: its hash is not the manifest's; prepare the data set again")
-    draft.replace(target)
+    with reporting(source):
+        size = source.stat().length
+    with reporting(target, "write"), naming(target, size), drafted(target) as file:
+        if hash_file(source, copy_to=file) != expected_hash:
+            raise DataError(f"{source} is damaged: its hash is not the manifest's; prepare the data set again")
 
 
 def stamp(path: epath.Path) -> str:
@@ -150,7 +196,7 @@ def require_space(directory: epath.Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DataError(
-            f"{directory} has {free / 1e9:.1f} GB free but staging needs {needed / 1e9:.1f} GB; "
+            f"{directory} has {in_words(free)} free but staging needs {in_words(needed)}; "
             "free some space or point data.cache to another disk"
         )
 

@@ -6,6 +6,7 @@ are written so that they read back to the same bits. NaN and infinities, which J
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from etils import epath
 
 from lmjax.errors import CheckpointError
 from lmjax.record import formats
-from lmjax.record.files import is_remote
+from lmjax.record.files import is_remote, room
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,9 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(_encode(record), allow_nan=False) + "\n").encode()
-        with _storage_errors(self._path):
-            if (written := self._file.write(line)) != len(line):
-                raise OSError(f"only {written} bytes of a line of {len(line)} fit")
+        with _storage_errors(self._path, len(line)):
+            if self._file.write(line) != len(line):  # as much as there was room for
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Force what is written to the storage; call before a checkpoint is sealed."""
@@ -76,11 +77,11 @@ class JsonLines:
 
 
 @contextlib.contextmanager
-def _storage_errors(path: epath.Path) -> Iterator[None]:
+def _storage_errors(path: epath.Path, size: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
+        reason = f"{error.strerror or error}{room(error, path, size)}"
         raise CheckpointError(f"storage: cannot write {path}: {reason}; free or mend it and run again") from error
 
 

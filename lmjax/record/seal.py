@@ -20,7 +20,7 @@ from pydantic import AfterValidator
 
 from lmjax.errors import CheckpointError, ConfigError
 from lmjax.record import formats
-from lmjax.record.files import hash_and_size, hash_bytes, is_remote, write_atomically
+from lmjax.record.files import drafted, hash_and_size, hash_bytes, is_remote, naming, write_atomically
 from lmjax.schema import NonNegativeInt, config_class, validated
 
 FORMAT = 1
@@ -98,7 +98,7 @@ def copy(source: epath.Path, target: epath.Path, meta: Mapping[str, Any]) -> lis
         return problems
     for name, listed in manifest["files"].items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with (target / name).open("wb") as file:
+        with naming(target / name, listed[1]), drafted(target / name) as file:
             if list(hash_and_size(source / name, file, digest_size=_DIGEST_BYTES)) != listed:
                 return [f"{name} has other contents"]
     _drop_from_page_cache(files(target).values())

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import logging
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +22,21 @@ def orbax() -> Any:
     """Loaded when a checkpoint is first touched: it takes seconds, and configs import this module."""
     from orbax.checkpoint import v1
 
+    _say_failures_once()
     return v1
+
+
+def _say_failures_once() -> None:
+    """A failure in its threads Orbax raises, and logs, too, with a traceback for each of them; TensorStore has another
+    printed for every array that was on its way, since nobody waits for it any more."""
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 ORBAX_TURN = threading.BoundedSemaphore()

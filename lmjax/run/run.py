@@ -19,6 +19,7 @@ from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError
 from lmjax.process import group
 from lmjax.process.faults import fault
 from lmjax.process.signals import Preemption, Watchdog
+from lmjax.record import files
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.report import write_report
 from lmjax.record.tracking import Status
@@ -330,7 +331,7 @@ class Run:
             logger.warning("no sample at step %d: %s: %s", step, type(error).__name__, one_line(error))
             return
         (self.workdir / "samples").mkdir(exist_ok=True)
-        (self.workdir / "samples" / f"{step}.txt").write_text(text)
+        files.write_atomically(self.workdir / "samples" / f"{step}.txt", text)
 
     def save(self, step: int, state: TrainState) -> None:
         self.records.sync()

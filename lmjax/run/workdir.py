@@ -216,7 +216,7 @@ def make_workdir(workdir: epath.Path) -> None:
     with _writing(workdir):
         if group.is_leader():
             workdir.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
+            files.write_atomically(probe, b"")
         group.barrier("the work directory")
         if not probe.exists():
             raise CheckpointError(

@@ -233,5 +233,5 @@ def test_staging_copies_checks_and_reuses(dataset, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"train-00000.tokens is damaged"):
         open_dataset(dataset, cache=str(tmp_path / "other"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(DataError, match=r"GB free but staging needs"):
+    with pytest.raises(DataError, match=r"10 bytes free but staging needs [0-9.]+ kB"):
         open_dataset(dataset, cache=str(tmp_path / "small"))
