@@ -36,6 +36,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A number of samples."""
+    if not (text.isdecimal() and int(text[:20]) < 1 << 40):
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not an integer from 0 on")
+    return int(text)
+
+
 def widths(text: str) -> tuple[int, ...]:
     """Two or more sizes, by commas; in their order."""
     found = tuple(sorted(set(map(count, text.split(",")))))
@@ -62,6 +69,7 @@ def path(text: str) -> str:
 
 
 def parser() -> Parser:
+    """All commands with their arguments."""
     main = Parser(prog="lmjax", description=__doc__.splitlines()[0])
     subparsers = main.add_subparsers(dest="command", required=True, parser_class=Parser)
 
@@ -79,6 +87,13 @@ def parser() -> Parser:
     _evaluate_arguments(command(commands.evaluate))
     _generate_arguments(command(commands.generate))
     _convert_arguments(command(commands.convert))
+    sub = command(commands.replay)
+    sub.add_argument("workdir", type=path, metavar="WORKDIR", help="a run")
+    sub.add_argument("step", type=count, metavar="STEP", help="one after a checkpoint that the run still has")
+    sub = command(commands.rollback)
+    sub.add_argument("workdir", type=path, metavar="WORKDIR", help="a run that is not training now")
+    sub.add_argument("--to", type=count, required=True, metavar="STEP", help="of a checkpoint")
+    sub.add_argument("--skip-samples", type=whole, default=0, metavar="N", help="to leave out after that step")
     sub = command(commands.inspect)
     sub.add_argument("path", help="a work directory or a checkpoint")
     sub.add_argument("--step", type=int, help="default: the newest")

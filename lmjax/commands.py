@@ -304,6 +304,31 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def replay(arguments: Arguments) -> int:
+    """Do one step of a run again, from the checkpoint before it, and print the norms of every layer."""
+    from lmjax.process import start_up
+    from lmjax.run import replay
+
+    start_up.enable_compile_cache()
+    for line in replay.described(replay.replay(arguments.workdir, arguments.step), arguments.workdir, arguments.step):
+        print(line)
+    return 0
+
+
+def rollback(arguments: Arguments) -> int:
+    """Go back to an earlier checkpoint of a run, and leave out the samples that followed it."""
+    from lmjax.run.rollback import roll_back
+
+    aside = roll_back(arguments.workdir, arguments.to, arguments.skip_samples)
+    if aside:
+        print(f"set aside: {', '.join(aside)}")
+    print(
+        f"{arguments.workdir} goes on from step {arguments.to}, and leaves out the next {arguments.skip_samples:,} "
+        "samples: run the train command again"
+    )
+    return 0
+
+
 def inspect(arguments: Arguments) -> int:
     """What a checkpoint holds."""
     from lmjax.record import inspect

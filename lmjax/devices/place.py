@@ -59,6 +59,19 @@ def replicate(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
     return tree if mesh is None else group.wait_on_cpu(_gather_program(mesh)(tree))
 
 
+def on_host(mesh: jax.sharding.Mesh | None, batch: AnyBatch) -> AnyBatch:
+    """A whole batch as numpy, its tokens in their own order. All processes call it together."""
+
+    def fetch(names: str, x: jax.Array) -> np.ndarray:
+        whole = np.asarray(replicate(mesh, x).addressable_data(0))
+        if mesh is None or "time" not in names.split():
+            return whole
+        axis = names.split().index("time")
+        return np.take(whole, np.argsort(time_order(whole.shape[axis], mesh.shape["context"])), axis)
+
+    return map_arrays(fetch, batch)
+
+
 @functools.cache
 def _gather_program(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))

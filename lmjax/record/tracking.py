@@ -3,6 +3,7 @@
     {"event": "start", "time": ..., "step": 0, ...}              one per attempt; "step" is where it (re)starts
     {"step": 10, "time": ..., "tokens": 81920, "train/loss": 5.1}   one per log step
     {"event": "summary", ...}  {"event": "end", "status": "finished"}
+    {"event": "rollback", "step": 20, ...}                       training went back to this step
 
 Lines of an earlier attempt beyond the step that a later one started from count no more.
 """
@@ -86,7 +87,7 @@ def rows_of(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         step = record.get("step")
         if type(step) is not int:
             continue
-        if record.get("event") == "start":
+        if record.get("event") in ("start", "rollback"):
             rows = {earlier: row for earlier, row in rows.items() if earlier <= step}
         elif "event" not in record:
             rows.setdefault(step, {}).update(record)
@@ -112,6 +113,9 @@ class JsonlTracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._lines.write({"event": "summary", "time": time.time(), **values})
+
+    def roll_back(self, step: int, values: Mapping[str, Any]) -> None:
+        self._lines.write({"event": "rollback", "time": time.time(), "step": step, **values})
 
     def sync(self) -> None:
         self._lines.sync()

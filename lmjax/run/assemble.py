@@ -144,10 +144,9 @@ def initial_state(experiment: Experiment) -> TrainState:
     with use_mesh(experiment.mesh):
         params = task.start(jax.random.key(task.cfg.train.seed), task.objective.scalars, laid_out.params)
         opt_state = jax.jit(experiment.optimizer.init, out_shardings=laid_out.opt_state)(params)
-        scalars = jax.device_put(all_scalars(experiment), laid_out.hyper)
         counters = jax.device_put(zero_counters(), laid_out.counters)
         average = jax.tree.map(jnp.copy, params) if keeps_average(experiment) else None
-        return TrainState(params, opt_state, scalars, counters, average)
+        return TrainState(params, opt_state, placed_scalars(experiment), counters, average)
 
 
 def keeps_average(experiment: Experiment) -> bool:
@@ -174,6 +173,11 @@ def all_scalars(experiment: Experiment) -> Hyper:
         scalars |= scalar_arrays({"average_decay": train.average_decay})
     assert not own.keys() & scalars.keys(), sorted(own.keys() & scalars.keys())
     return {**own, **scalars}
+
+
+def placed_scalars(experiment: Experiment) -> Hyper:
+    """`all_scalars` where the step reads them."""
+    return jax.device_put(all_scalars(experiment), shardings(experiment).hyper)
 
 
 def abstract_state(experiment: Experiment) -> TrainState:

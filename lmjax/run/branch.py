@@ -107,6 +107,6 @@ def _copy_past(source: epath.Path, target: epath.Path, step: int) -> None:
     target.unlink(missing_ok=True)
     lines = JsonLines(target)
     for line in read_lines(source):
-        if line.get("event", "start") == "start" and line.get("step", 0) <= step:
+        if line.get("event", "start") == "start" and line.get("rollback", line).get("step", 0) <= step:
             lines.write(line)
     lines.close()

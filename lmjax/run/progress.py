@@ -39,6 +39,8 @@ class Meta(TypedDict):
     """Names it: see `workdir.run_id`."""
     identity: NotRequired[str]
     """Names its config: see `workdir.identity`."""
+    left_out: NotRequired[list[list[NonNegativeInt]]]
+    """[first sample, how many] of those that rollbacks left out."""
 
 
 def check_meta(meta: Mapping[str, Any], step: int) -> None:
@@ -68,6 +70,7 @@ class Progress:
             peak_flops=None if peak is None else peak * devices,
         )
         self._epochs_before = epochs_before(meta, source)
+        self._left_out = meta.get("left_out", [])
 
     @property
     def start_step(self) -> int:
@@ -89,6 +92,7 @@ class Progress:
             "counts": spent._asdict(),
             "epochs": self.epochs(spent.samples),
             "epochs_before": self._epochs_before,
+            **({"left_out": self._left_out} if self._left_out else {}),
         }
 
 

@@ -23,7 +23,7 @@ from lmjax.record import files
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.report import write_report
 from lmjax.record.tracking import Status
-from lmjax.run import assemble, branch, feed
+from lmjax.run import assemble, branch, feed, replay, rollback
 from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress, check_meta
 from lmjax.run.records import Records
@@ -204,6 +204,7 @@ class Run:
         """The state that this attempt starts from, the run's progress up to there, and whether the evaluation of that
         step is owed: a signal stopped it."""
         state, meta, step = self.restore() or (assemble.initial_state(self.experiment), {}, 0)
+        meta = rollback.resumed(self.workdir, meta, step)
         assert self.task.source is not None, "a run needs a task with data"
         source = self.task.source(
             rows=local_rows(self.mesh, self.cfg.train.batch),
@@ -232,10 +233,8 @@ class Run:
                 f"train.steps={steps} is below step {step} of the newest checkpoint in {self.workdir}; give "
                 f"at least {step}, or move the checkpoints after step {steps} away to go back"
             )
-        shardings = jax.tree.map(lambda x: x.sharding, abstract.hyper)
-        scalars = jax.device_put(assemble.all_scalars(self.experiment), shardings)
         print(f"resuming {self.workdir} from step {step}")
-        return state.replace(hyper=scalars), meta, step
+        return state.replace(hyper=assemble.placed_scalars(self.experiment)), meta, step
 
     def loop(self, state: TrainState) -> tuple[TrainState, int]:
         """Train on from `state`. Returns the state and the step that were reached."""
@@ -245,6 +244,7 @@ class Run:
             self.progress.accounting,
             max_skipped=self.cfg.train.max_skipped_in_a_row,
             skipped=int(state.counters.skipped_in_a_row),
+            keep=functools.partial(replay.keep, self.workdir, self.mesh),
         )
         return train(
             state,

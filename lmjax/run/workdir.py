@@ -61,6 +61,7 @@ _WRITTEN = (
     "loss.png",
     "checkpoints",
     "samples",
+    "batches",
     "tokenizer",
 )
 """What a run writes over or into."""

@@ -4,7 +4,7 @@ Everything that can be left out (evaluation, samples, checkpoints, profiles) is 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,8 @@ from lmjax.train.step import Step
 from lmjax.weights import Params
 
 Log = Callable[[int, dict[str, Any]], None]
+Keep = Callable[[Sequence[tuple[int, Any]]], str]
+"""Writes down the batches of these steps, and says where they are."""
 
 
 class Hook(NamedTuple):
@@ -40,25 +42,31 @@ class Hook(NamedTuple):
 class MetricsLogger:
     """Reads a step's metrics, stops a run that only skips, and logs them with the throughput since the last line."""
 
-    def __init__(self, log: Log, every: int, accounting: Accounting, *, max_skipped: int, skipped: int) -> None:
+    def __init__(
+        self, log: Log, every: int, accounting: Accounting, *, max_skipped: int, skipped: int, keep: Keep
+    ) -> None:
         """`skipped` is how many updates in a row were left out before this attempt."""
-        self._log, self._every, self._accounting = log, every, accounting
+        self._log, self._every, self._accounting, self._keep = log, every, accounting, keep
         self._max_skipped, self._skipped = max_skipped, np.asarray(skipped)
+        self._left_out: list[tuple[int, Any]] = []
+        """The steps whose updates were left out one after another up to now, with their batches."""
         self.resume_clock(accounting.start_step)
 
     def resume_clock(self, step: int) -> None:
         """Start measuring anew: after compilation, and after anything that is not training."""
         self._since, self._clock = step, time.perf_counter()
 
-    def read(self, step: int, metrics: Metrics) -> None:
-        """Raises NumericalError after too many skipped updates in a row."""
+    def read(self, step: int, batch: Any, metrics: Metrics) -> None:
+        """Raises NumericalError after too many skipped updates in a row; their batches are kept."""
         values = finish(metrics)
         # Metrics of several runs are arrays with a value for each, and so is this count.
         self._skipped = np.where(np.greater(values["skipped"], 0), self._skipped + 1, 0)
+        self._left_out = [*self._left_out, (step, batch)] if self._skipped.max() else []
         if (most := int(self._skipped.max())) > self._max_skipped:
             raise NumericalError(
                 f"step {step}: the loss or its gradient was not finite {most} steps in a row "
-                f"(train.max_skipped_in_a_row={self._max_skipped}); lower optimizer.learning_rate or look at the data"
+                f"(train.max_skipped_in_a_row={self._max_skipped}); look at {self._keep(self._left_out)}; "
+                "or lower optimizer.learning_rate"
             )
         if step % self._every:
             return
@@ -95,7 +103,7 @@ def train(
     get the same answer.
     """
     hooks = list(hooks)
-    pending: Metrics | None = None
+    pending: tuple[int, Any, Metrics] | None = None
     step = start_step
     while step < steps and not stop():
         step += 1
@@ -105,15 +113,15 @@ def train(
             batch = jax.tree.map(lambda x: x * np.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, batch)
         state, metrics = train_step(state, frozen, batch)
         if pending is not None:
-            metrics_logger.read(step - 1, pending)
+            metrics_logger.read(*pending)
         if step == start_step + 1:  # the first step compiles: keep it out of the throughput
             jax.block_until_ready(metrics)
             metrics_logger.resume_clock(step)
-        pending = metrics
+        pending = step, batch, metrics
 
         due = [hook for hook in hooks if hook.due(step, steps)]
         if due:
-            metrics_logger.read(step, pending)
+            metrics_logger.read(*pending)
             pending = None
             for hook in due:
                 if stop():
@@ -122,5 +130,5 @@ def train(
                 hook.run(step, state)
             metrics_logger.resume_clock(step)
     if pending is not None:
-        metrics_logger.read(step, pending)
+        metrics_logger.read(*pending)
     return state, step
