@@ -4,6 +4,7 @@ import argparse
 import difflib
 import itertools
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -49,6 +50,14 @@ def widths(text: str) -> tuple[int, ...]:
     if len(found) < 2:
         raise argparse.ArgumentTypeError(f"'{text[:40]}' is not two widths or more, as in 64,128,256")
     return found
+
+
+def pin(text: str) -> tuple[str, str]:
+    """(name of a file or nothing, its SHA-256)."""
+    name, _, digest = text.rpartition("=")
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is not [FILE=] and 64 hexadecimal digits")
+    return name, digest.lower()
 
 
 def gigabytes(text: str) -> float:
@@ -153,6 +162,7 @@ def _prepare_arguments(sub: Parser) -> None:
     sub.add_argument("--out", required=True, help="the directory to write")
     sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")
     sub.add_argument("--document-separator", help="splits .txt files into documents")
+    sub.add_argument("--document-bytes", type=int, default=1 << 27, help="the longest document, decompressed")
     sub.add_argument("--invalid-utf8", default="error", choices=["error", "replace", "skip"])
     sub.add_argument("--normalize", default="none", choices=["none", "nfc", "nfkc"])
     sub.add_argument("--newlines", default="keep", choices=["keep", "unix"])
@@ -215,6 +225,15 @@ def _convert_arguments(sub: Parser) -> None:
     direction.add_argument("--from-llama2c", type=path, metavar="FILE.bin", help="read a llama2.c model into --workdir")
     direction.add_argument("--to-hf", action="store_true", help="write the model of --workdir to --out")
     sub.add_argument("--workdir", type=path, required=True, help="the work directory to make, or a trained run")
+    sub.add_argument(
+        "--sha256",
+        type=pin,
+        action="append",
+        default=[],
+        metavar="[FILE=]HEX",
+        help="what a file that is read must have, by its name; without one, the only file of weights; may be repeated: "
+        "then no file of weights is read without",
+    )
     sub.add_argument("--tokenizer", metavar="FILE", help="of --from-llama2c: its vocabulary, .bin or .model")
     sub.add_argument("--out", metavar="DIR", help="where --to-hf writes")
     sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")

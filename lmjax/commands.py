@@ -30,6 +30,7 @@ def train(arguments: Arguments) -> int:
 
     cfg = config.load(arguments.config, _train_overrides(arguments))
     start_up.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
+    start_up.keep_to_owner()
     if arguments.dry_run:
         from lmjax.run import dry_run
 
@@ -67,6 +68,7 @@ def train_together(runs: Sequence[Arguments]) -> int:
         raise ConfigError(f"runs that train together need one process, this is one of {place.processes}; start one")
     cfgs = [config.load(one.config, _train_overrides(one)) for one in runs]
     start_up.enable_compile_cache()
+    start_up.keep_to_owner()
     ending.leave_on_sigterm()
     from lmjax.run import stack
     from lmjax.run.workdir import locate
@@ -275,9 +277,11 @@ def convert(arguments: Arguments) -> int:
         print(f"{arguments.out}: {', '.join(files)}")
         return 0
     if arguments.from_llama2c:
-        imported = convert.from_llama2c(arguments.from_llama2c, arguments.tokenizer, arguments.workdir)
+        imported = convert.from_llama2c(
+            arguments.from_llama2c, arguments.tokenizer, arguments.workdir, arguments.sha256
+        )
     else:
-        imported = convert.from_hf(arguments.from_hf, arguments.workdir)
+        imported = convert.from_hf(arguments.from_hf, arguments.workdir, arguments.sha256)
     print(f"{arguments.workdir}: {count(decoder.weights(imported.model)).total:,} parameters")
     if imported.tokenizer is None:
         print("the checkpoint brings no tokenizer; put one into the work directory's tokenizer/")
@@ -286,7 +290,11 @@ def convert(arguments: Arguments) -> int:
 
 def _check_direction(arguments: Arguments) -> None:
     """Raise ConfigError for a flag that the direction needs, or that it would not read."""
-    read = {"to_hf": ("out", "step", "dtype", "shard_gb"), "from_llama2c": ("tokenizer",), "from_hf": ()}
+    read: dict[str, tuple[str, ...]] = {
+        "to_hf": ("out", "step", "dtype", "shard_gb"),
+        "from_llama2c": ("tokenizer", "sha256"),
+        "from_hf": ("sha256",),
+    }
     needed = {
         "to_hf": ("out", "--out=DIR, the directory to write"),
         "from_llama2c": ("tokenizer", "--tokenizer=FILE: the vocabulary, a .bin or a SentencePiece .model"),
@@ -294,7 +302,7 @@ def _check_direction(arguments: Arguments) -> None:
     direction = next(name for name in read if getattr(arguments, name))
     for other, flags in read.items():
         for flag in flags:
-            if other != direction and getattr(arguments, flag) is not None:
+            if flag not in read[direction] and getattr(arguments, flag) not in (None, []):
                 raise ConfigError(f"{_flag(flag)} belongs to {_flag(other)}: {_flag(direction)} has no use for it")
     if direction in needed and not getattr(arguments, needed[direction][0]):
         raise ConfigError(f"{_flag(direction)} needs {needed[direction][1]}")

@@ -30,6 +30,7 @@ from lmjax.models.config import ModelConfig, require_learning
 from lmjax.models.parameters import parameters
 from lmjax.optim.config import OptimizerConfig
 from lmjax.optim.hyperparameters import RULES, Rule, Scale, find_rule, is_law, rows, updates
+from lmjax.process.redact import hide
 from lmjax.record import formats
 from lmjax.record.config import CheckpointConfig, TrackingConfig
 from lmjax.record.files import hash_bytes, write_atomically
@@ -336,8 +337,8 @@ def to_json(cfg: Config) -> str:
 
 
 def write_json(path: epath.Path, cfg: Config) -> None:
-    """The config of a work directory, for `from_json`. Raises OSError."""
-    write_atomically(path, json.dumps(formats.stamp(FORMAT) | dataclasses.asdict(cfg), indent=1))
+    """The config of a work directory, for `from_json`, without secrets. Raises OSError."""
+    write_atomically(path, json.dumps(formats.stamp(FORMAT) | hide(dataclasses.asdict(cfg)), indent=1))
 
 
 class DamagedConfigError(ConfigError):
@@ -392,7 +393,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, `{"train.steps": (100, 200)}`."""
-    before, after = settings(old), settings(new)
+    """Keys whose values differ, `{"train.steps": (100, 200)}`. What is hidden in a saved config is in both."""
+    before, after = hide(settings(old)), hide(settings(new))
     keys = dict.fromkeys([*before, *after])
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}

@@ -39,7 +39,7 @@ class TokenizerConfig:
 
 @config_class
 class PrepareConfig:
-    """A recipe: from text to a directory of token shards. Everything here but `workers` fixes the result."""
+    """A recipe: from text to a directory of token shards. All but `workers` and `document_bytes` fixes the result."""
 
     inputs: tuple[str, ...] = ("stdlib:",)
     """Files by glob, or folders with all that is in them: .txt, .txt.gz, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet;
@@ -48,6 +48,9 @@ class PrepareConfig:
     """The field of a JSON line, or the column of a Parquet file, that holds the text."""
     document_separator: str | None = None
     """Splits a .txt file into documents, itself left out; by default a file is one document."""
+    document_bytes: PositiveInt = 1 << 27
+    """The longest document, or line of JSON, that is read, decompressed: to prepare one takes about nine times as much
+    memory. A longer one stops it."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
     """Stop, put U+FFFD in place of what cannot be decoded, or leave the document out (and count it)."""
     normalize: Literal["none", "nfc", "nfkc"] = "none"

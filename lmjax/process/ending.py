@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, one_line, visible
 from lmjax.process import faults, group, messages
+from lmjax.process.redact import hide
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 _STORAGE_ERRNOS |= {errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE}
@@ -34,7 +35,7 @@ def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
     except (Exception, KeyboardInterrupt) as error:
         code, message = explained(error)
         if debug:
-            traceback.print_exc()
+            print(hide(traceback.format_exc()), end="", file=sys.stderr)
         exit_now(message, code)
 
 
@@ -54,7 +55,7 @@ def explained(error: BaseException) -> tuple[int, str]:
 def _kept_traceback(error: BaseException) -> str:
     try:
         with tempfile.NamedTemporaryFile("w", prefix="lmjax-traceback-", suffix=".txt", delete=False) as file:
-            traceback.print_exception(error, file=file)
+            file.write(hide("".join(traceback.format_exception(error))))
     except OSError:
         return "there was no room for its traceback: --debug shows it"
     return f"traceback in {file.name}"
@@ -76,7 +77,7 @@ def exit_now(message: str, code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
-    print(f"lmjax: error: {group.name()}{visible(message)}", file=sys.stderr, flush=True)
+    print(f"lmjax: error: {group.name()}{visible(hide(message))}", file=sys.stderr, flush=True)
     os._exit(code)
 
 

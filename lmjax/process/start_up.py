@@ -82,6 +82,12 @@ def _cpu_kind() -> str:
     return hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
 
 
+def keep_to_owner() -> None:
+    """What this process makes from here on only its owner can read, whatever it holds: directories are 0700, files
+    0600. Others are given leave afterwards, `chmod -R g+rX`; a directory that is there already keeps its mode."""
+    os.umask(0o077)
+
+
 def cpu_cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

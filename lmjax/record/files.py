@@ -221,7 +221,8 @@ def lock(path: epath.Path, patience: float = math.inf, notice: str | None = None
     if is_remote(path):
         yield True
         return
-    with path.open("ab") as file:  # not "wb": a file of this name may be somebody's
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a file of this name may be somebody's
+    with open(os.open(path, flags, 0o666), "ab") as file:
         yield _acquired(file, patience, notice)
 
 

@@ -16,9 +16,9 @@ from typing import Any, Literal, Protocol
 from etils import epath
 
 from lmjax.errors import LmjaxError
+from lmjax.process.redact import redact
 from lmjax.record import formats
 from lmjax.record.jsonl import FORMAT, JsonLines, read_lines
-from lmjax.record.redact import redact
 
 logger = logging.getLogger(__name__)
 Status = Literal["finished", "preempted", "diverged", "failed"]

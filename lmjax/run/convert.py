@@ -1,5 +1,7 @@
 """The convert command: foreign checkpoints into work directories, and back."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ from etils import epath
 from lmjax import config as configs
 from lmjax.config import Config
 from lmjax.data.config import DataConfig
-from lmjax.errors import CheckpointError
+from lmjax.errors import CheckpointError, ConfigError
 from lmjax.hf import llama2c, tokenizer_files
 from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
 from lmjax.models import decoder
@@ -23,28 +25,56 @@ from lmjax.weights import abstract, map_weights
 _SEQ_LEN = 1024
 
 
-def from_hf(directory: str, workdir: str) -> Imported:
+Pins = Sequence[tuple[str, str]]
+"""(name of a file, or nothing for the only file of weights; its SHA-256)."""
+
+
+def from_hf(directory: str, workdir: str, pins: Pins = ()) -> Imported:
     """Make a work directory of a Hugging Face checkpoint: evaluate, generate, inspect and verify then read it.
 
-    Raises what `read_checkpoint` and `write_workdir` do.
+    Raises what `check_pins`, `read_checkpoint` and `write_workdir` do.
     """
+    check_pins(sorted(Path(directory).glob("*.safetensors")), Path(directory), pins)
     target = new_workdir(workdir)
     imported = read_checkpoint(Path(directory))
     write_workdir(imported, target, source=directory)
     return imported
 
 
-def from_llama2c(path: str, tokenizer: str, workdir: str) -> Imported:
+def from_llama2c(path: str, tokenizer: str, workdir: str, pins: Pins = ()) -> Imported:
     """Make a work directory of a llama2.c .bin file and its vocabulary, a .bin or a SentencePiece .model.
 
     Raises what `llama2c.read`, `llama2c.read_tokenizer` and `write_workdir` do.
     """
+    check_pins([Path(path)], Path(path).parent, pins)
     target = new_workdir(workdir)
     cfg, params = llama2c.read(path)
     found = llama2c.read_tokenizer(tokenizer, cfg.dims["vocab"])
     imported = Imported(cfg, jax.tree.map(jnp.asarray, params), found, {})
     write_workdir(imported, target, source=path)
     return imported
+
+
+def check_pins(weights: Sequence[Path], directory: Path, pins: Pins) -> None:
+    """Raise CheckpointError unless all files that are pinned are what they should be, and if any is, all of weights."""
+    if not pins:
+        return
+    named: dict[str, str] = {}
+    for name, digest in pins:
+        if not name and len(weights) != 1:
+            raise ConfigError(f"--sha256: {directory} has {len(weights)} files of weights; name each, FILE={digest}")
+        named[name or weights[0].name] = digest
+    if free := [path.name for path in weights if path.name not in named]:
+        raise CheckpointError(f"{directory / free[0]} has no --sha256, though others have; name it, too")
+    for name, digest in named.items():
+        path = directory / name
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"--sha256: cannot read {path}: {error.strerror}") from None
+        if found != digest:
+            raise CheckpointError(f"{path} has the SHA-256 {found}, not {digest}; it is another file, or damaged")
 
 
 def new_workdir(workdir: str) -> epath.Path:

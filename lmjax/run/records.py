@@ -11,10 +11,10 @@ from lmjax import config as configs
 from lmjax.errors import visible
 from lmjax.process import group, start_up
 from lmjax.process.faults import fault
+from lmjax.process.redact import hide, redact
 from lmjax.record import files, formats
 from lmjax.record.console import ConsoleTracker
 from lmjax.record.ledger import Ledger
-from lmjax.record.redact import redact
 from lmjax.record.tracking import JsonlTracker, Status, Tracker, Trackers
 from lmjax.record.wandb_tracker import WandbTracker
 from lmjax.run.progress import Progress
@@ -41,7 +41,8 @@ class Records:
         views: list[Tracker] = [ConsoleTracker()]
         tracking = task.cfg.tracking
         if tracking.wandb != "off":
-            views.append(WandbTracker(tracking, run_id, tracking.name or workdir.name, workdir))
+            shown = dataclasses.replace(tracking, **hide(dataclasses.asdict(tracking)))
+            views.append(WandbTracker(shown, run_id, hide(tracking.name or workdir.name), workdir))
         self.trackers = Trackers([metrics, *views])
 
     def log_start(self, progress: Progress, attempt: int, command: str) -> None:

@@ -18,6 +18,7 @@ from lmjax.devices.place import gather_to_one_device, local_rows
 from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError, StallError, one_line
 from lmjax.process import group
 from lmjax.process.faults import fault
+from lmjax.process.redact import hide
 from lmjax.process.signals import Preemption, Watchdog
 from lmjax.record import files
 from lmjax.record.checkpoint import Checkpoints
@@ -331,7 +332,7 @@ class Run:
             logger.warning("no sample at step %d: %s: %s", step, type(error).__name__, one_line(error))
             return
         (self.workdir / "samples").mkdir(exist_ok=True)
-        files.write_atomically(self.workdir / "samples" / f"{step}.txt", text)
+        files.write_atomically(self.workdir / "samples" / f"{step}.txt", hide(text))
 
     def save(self, step: int, state: TrainState) -> None:
         self.records.sync()

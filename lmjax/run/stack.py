@@ -26,6 +26,7 @@ from lmjax.config import Config
 from lmjax.errors import DONE, PREEMPTED, ConfigError
 from lmjax.metrics import Metrics
 from lmjax.process import ending, labels, start_up
+from lmjax.process.redact import hide
 from lmjax.process.signals import Preemption, Watchdog
 from lmjax.run import assemble, run
 from lmjax.run.assemble import Experiment
@@ -119,7 +120,7 @@ class Lane:
                         self.code = run.run(*self.member, make_runtime=self.runtime)
             except (Exception, KeyboardInterrupt) as error:
                 self.code, said = ending.explained(error)
-                print(f"lmjax: error: {said}", file=sys.stderr)
+                print(f"lmjax: error: {hide(said)}", file=sys.stderr)
             finally:
                 self.is_set_up()
                 self.step.leave(self.number)

@@ -46,6 +46,7 @@ _FREE = (
     "data.verify",
     "data.cache",
     "data.sources.*.prepare.workers",
+    "data.sources.*.prepare.document_bytes",
     "model.attention",
     "model.remat",
     "model.unroll",
@@ -233,7 +234,9 @@ def _writing(workdir: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"--workdir={workdir} is not writable ({error.strerror}); choose another") from None
+        where = "" if error.filename in (None, os.fspath(workdir)) else f": {epath.Path(error.filename).name}"
+        why = f"{error.strerror}{where}"
+        raise CheckpointError(f"--workdir={workdir} is not writable ({why}); choose another") from None
 
 
 # Its run ----------------------------------------------------------------------------------------------------------

@@ -25,12 +25,12 @@ from hypothesis.extra.numpy import arrays
 from lmjax.config import Config
 from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.errors import CheckpointError
+from lmjax.process.redact import REDACTED, redact
 from lmjax.record import config, jsonl
 from lmjax.record.config import TrackingConfig
 from lmjax.record.console import ConsoleTracker
 from lmjax.record.jsonl import JsonLines, read_lines
 from lmjax.record.ledger import Ledger, check_ledger, effective_history, joined_crc, read_ledger, row_crcs
-from lmjax.record.redact import REDACTED, redact
 from lmjax.record.tracking import JsonlTracker, Trackers, read_events, read_jsonl
 from lmjax.record.wandb_tracker import WandbTracker
 

@@ -32,7 +32,7 @@ _RECORDS = re.compile(rf"({_SHARD.pattern}|{re.escape(TOKENIZER_DONE)}|{re.escap
 def recipe_of(cfg: PrepareConfig, files: tuple[InputFile, ...]) -> dict[str, Any]:
     """The choices that fix the result, and a hash of the input files' names and sizes, as JSON."""
     choices = dataclasses.asdict(cfg)
-    del choices["workers"]
+    del choices["workers"], choices["document_bytes"]
     listing = "\n".join(f"{file.path.name} {file.size}" for file in files)
     return json.loads(json.dumps(choices | {"files": hash_bytes(listing.encode("utf-8", "surrogateescape"))}))
 

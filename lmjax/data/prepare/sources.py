@@ -24,6 +24,7 @@ STDLIB = "stdlib:"
 SET_TEXT_KEY = "set prepare.text_key (lmjax prepare: --text-key)"
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 _CHUNK_BYTES = 1 << 20
+_ZSTD_BYTES = 1 << 12  # compressed, at a time: they may hold 32,768 times as much
 
 
 class InputFile(NamedTuple):
@@ -166,21 +167,23 @@ def _kind(name: str) -> Reader | None:
 
 
 def _read_text(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
-    data = b"".join(_chunks(file, report))
     separator = cfg.document_separator
     if separator is None:
+        (data,) = _parts(_chunks(file, report), None, lambda number: file.name, cfg.document_bytes)
         yield _document(file.name, data, 0, cfg)
         return
     mark = separator.encode("utf-8", "surrogateescape")  # the command line may give any bytes
     offset = 0
-    for number, part in enumerate(data.split(mark), 1):
+    parts = _parts(_chunks(file, report), mark, lambda number: f"{file.name}, document {number}", cfg.document_bytes)
+    for number, part in enumerate(parts, 1):
         yield _document(f"{file.name}, document {number}", part, offset, cfg)
         offset += len(part) + len(mark)
 
 
 def _read_json_lines(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
     offset = 0
-    for number, line in enumerate(_lines(_chunks(file, report)), 1):
+    lines = _parts(_chunks(file, report), b"\n", lambda number: f"{file.name}, line {number}", cfg.document_bytes)
+    for number, line in enumerate(lines, 1):
         name = f"{file.name}, line {number}"
         if content := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
             yield _json_document(name, content, offset, cfg)
@@ -229,6 +232,7 @@ def _read_parquet(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterat
 def _parquet_document(name: str, value: bytes | None, cfg: PrepareConfig) -> Document:
     if value is None:
         raise DataError(f"{name}: null under {cfg.text_key!r}; remove such rows or {SET_TEXT_KEY}")
+    _check_length(len(value), cfg.document_bytes, name)
     return _document(name, value, 0, cfg)
 
 
@@ -313,27 +317,44 @@ def _unzstd(file: InputFile, raw: BinaryIO, report: Report) -> Iterator[bytes]:
     unpacker: Any = None
     try:
         for chunk in _raw_chunks(raw, report):
-            rest = chunk
-            while rest:
-                unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
-                yield unpacker.decompress(rest)
-                rest = unpacker.unused_data
-                if unpacker.eof:
-                    unpacker = None
+            for low in range(0, len(chunk), _ZSTD_BYTES):
+                rest = chunk[low : low + _ZSTD_BYTES]
+                while rest:
+                    unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+                    yield unpacker.decompress(rest)
+                    rest = unpacker.unused_data
+                    if unpacker.eof:
+                        unpacker = None
     except zstandard.ZstdError as error:
         raise DataError(f"{file.name}: damaged zstd file: {error}; fetch it again") from error
     if unpacker is not None:
         raise DataError(f"{file.name}: damaged zstd file: it ends within a frame; fetch it again")
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The lines without their newline; linear however long a line is."""
+def _parts(chunks: Iterator[bytes], mark: bytes | None, name: Callable[[int], str], most: int) -> Iterator[bytes]:
+    """What lies between the marks, as `split` cuts it, all if there is none; linear however long a part is.
+
+    Raises DataError, by the `name` of its number, for a part of more than `most` bytes, before it holds many more.
+    """
     pending: list[bytes] = []
+    end, number, size = b"", 1, 0  # of the part that has begun; a mark may begin in its end
     for chunk in chunks:
-        first, *rest = chunk.split(b"\n")
-        pending.append(first)
-        for start in rest:
-            yield b"".join(pending)
-            pending = [start]
-    if last := b"".join(pending):
-        yield last
+        *parts, rest = [end + chunk] if mark is None else (end + chunk).split(mark)
+        for part in parts:
+            _check_length(size + len(part), most, name(number))
+            yield b"".join([*pending, part])
+            pending, size, number = [], 0, number + 1
+        kept = len(rest) if mark is None else max(0, len(rest) - len(mark) + 1)
+        pending.append(rest[:kept])
+        end, size = rest[kept:], size + kept
+        _check_length(size, most, name(number))
+    _check_length(size + len(end), most, name(number))
+    yield b"".join([*pending, end])
+
+
+def _check_length(size: int, most: int, name: str) -> None:
+    if size > most:
+        raise DataError(
+            f"{name}: longer than prepare.document_bytes={most:,}; split it, or raise that (lmjax prepare: "
+            "--document-bytes)"
+        )
