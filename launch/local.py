@@ -2,8 +2,9 @@
 
 Each is told its place by LMJAX_COORDINATOR, LMJAX_PROCESSES and LMJAX_PROCESS_ID, and gets its own fake devices. Their
 output comes line by line with `[process]` before it. SIGTERM and Ctrl-C go to all of them. When one ends other than
-well the others have `--grace` seconds to end, too. The exit code is 75 if any was preempted (nothing is lost: run it
-again), otherwise that of the first to fail (128 + n for signal n). Nothing outlives this program, killed or not.
+well the others have `--grace` seconds to end, too. The exit code is that of the cause: 75 if any was preempted (nothing
+is lost: run it again), otherwise that of the first to fail (128 + n for signal n) with anything but the 6 of those who
+lost another process, and 6 where all that failed ended with it. Nothing outlives this program, killed or not.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def launch(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         child.drain()
     code = exit_code([code for _, code in ended])
     if code != DONE:
-        number, first = next((number, code) for number, code in ended if code != DONE)
+        number, first = next((number, one) for number, one in ended if exit_code([one]) == code)
         print(f"launch: process {number} was the first not to end well ({_described(first)})", file=sys.stderr)
     return code
 
@@ -80,8 +81,9 @@ def exit_code(codes: Sequence[int]) -> int:
     """One code for all, from those of the processes in the order in which they ended."""
     if PREEMPTED in codes:
         return PREEMPTED
-    failed = next((code for code in codes if code != DONE), DONE)
-    return failed if failed >= 0 else 128 - failed
+    failed = [code for code in codes if code != DONE] or [DONE]
+    cause = next((code for code in failed if code != StallError.exit_code), failed[0])
+    return cause if cause >= 0 else 128 - cause
 
 
 def _described(code: int) -> str:
@@ -153,16 +155,24 @@ def _wait(children: Sequence[Child], grace: float) -> list[tuple[int, int]]:
     well is killed."""
     running, deadline = list(children), math.inf
     ended: list[tuple[int, int]] = []
+    killed: set[int] = set()  # by us: then what they end with is no cause
     while running:
         looked = [(child, child.process.poll()) for child in running]
         running = [child for child, code in looked if code is None]
-        news = causes_first([(child.number, code) for child, code in looked if code is not None])
+        news = causes_first(
+            [
+                (child.number, StallError.exit_code if child.number in killed else code)
+                for child, code in looked
+                if code is not None
+            ]
+        )
         ended += news
         if any(code != DONE for _, code in news):
             deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() > deadline:
             for child in running:
                 child.process.kill()
+            killed |= {child.number for child in running}
         time.sleep(_POLL_SECONDS)
     return ended
 

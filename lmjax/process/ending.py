@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, one_line, visible
+from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, StallError, one_line, visible
 from lmjax.process import faults, group, messages
 from lmjax.process.redact import hide
 
@@ -77,8 +78,37 @@ def exit_now(message: str, code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
+    if code == StallError.exit_code:
+        message += "".join(_within(_LAST_WORD_SECONDS, word) for word in _last_words)
     print(f"lmjax: error: {group.name()}{visible(hide(message))}", file=sys.stderr, flush=True)
     os._exit(code)
+
+
+_LAST_WORD_SECONDS = 3.0
+_last_words: list[Callable[[], str]] = []
+
+
+@contextlib.contextmanager
+def last_word(word: Callable[[], str]) -> Iterator[None]:
+    """What else is done, and said at the end of the last line, when this process gives the others up, meanwhile."""
+    _last_words.append(word)
+    try:
+        yield
+    except StallError:
+        raise  # is about to be said
+    except BaseException:
+        _last_words.remove(word)
+        raise
+    _last_words.remove(word)
+
+
+def _within(seconds: float, word: Callable[[], str]) -> str:
+    """What it says, or nothing if it takes too long: the storage may be what hangs."""
+    said: list[str] = []
+    thread = threading.Thread(target=lambda: said.append(word()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return "".join(said)
 
 
 def leave_on_sigterm() -> None:

@@ -26,10 +26,14 @@ def _raise_error() -> NoReturn:
 FAULTS: dict[str, Callable[[], object] | None] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "stall": lambda: time.sleep(1e6),
+    "pause": lambda: time.sleep(3),
     "raise": _raise_error,
     "disk_full": _raise_disk_full,
     "nan_grad": None,
+    "spike": None,
+    "flip": None,
 }
 
 

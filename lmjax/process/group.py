@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from lmjax.errors import ConfigError, StallError, one_line
-from lmjax.process import messages
+from lmjax.process import messages, start_up
 from lmjax.process.cluster import Cluster, detect, tpu_metadata
 from lmjax.process.lifeline import Lifeline
 
 logger = logging.getLogger(__name__)
-HEARTBEAT_SECONDS = 30  # a process that is silent for so long counts as lost
+HEARTBEAT_SECONDS = 100  # after which JAX would abort; the lifeline has noticed by then, and says what is wrong
 ANSWER_SECONDS = 1200.0  # how long one process waits for another to write, hash or read its share of a checkpoint
 PATIENCE_SECONDS = 86_400.0  # how long all wait for process 0 to prepare data, or to write the report
 _started: Cluster | None = None
@@ -43,7 +43,7 @@ def start(environment: Mapping[str, str], *, timeout: float, on_loss: Callable[[
     messages.show_warnings(f"lmjax: {name()}")
     say(f"coordinator {cluster.coordinator} (from {cluster.source})")
     begin = time.monotonic()
-    _lifeline = Lifeline(cluster.coordinator, cluster.process, cluster.processes, timeout)
+    _lifeline = Lifeline(cluster.coordinator, cluster.process, cluster.processes, timeout, start_up.program())
     _lifeline.watch(on_loss, say)
     _connect(cluster, timeout)
 
@@ -90,6 +90,33 @@ def _connect(cluster: Cluster, timeout: float) -> None:
         initialization_timeout=max(1, round(timeout)),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
+    if jax.default_backend() == "cpu":
+        _compile_alike()
+
+
+def _compile_alike() -> None:
+    """Have several processes on CPUs find the same programs in the compile cache, and begin each together.
+
+    The key of a program has the topology in it, which names the process: only process 0, which alone writes the cache,
+    would ever find one there. And Gloo gives up after 30 s of waiting for the others, which may be compiling. Both are
+    JAX's inner parts; where they are others, nothing is changed.
+    """
+    from jax._src import cache_key as keys
+    from jax._src import compiler as compilers
+
+    cache_key: Any = keys
+    compiler: Any = compilers
+    if hasattr(cache_key, "_hash_accelerator_config") and hasattr(cache_key, "_hash_devices"):
+        cache_key._hash_accelerator_config = cache_key._hash_devices
+    compiled = compiler.compile_or_get_cached
+
+    def together(backend: Any, module: Any, devices: Any, *rest: Any, **named: Any) -> Any:
+        made = compiled(backend, module, devices, *rest, **named)
+        if len({device.process_index for device in devices.flat}) == processes():
+            barrier(f"compiling {module.operation.attributes['sym_name']}")
+        return made
+
+    compiler.compile_or_get_cached = together
 
 
 def process() -> int:
@@ -214,8 +241,18 @@ def wait_on_cpu(result: Any) -> Any:
     import jax
 
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        begin = time.monotonic()
         jax.block_until_ready(result)
+        _waited[0] += time.monotonic() - begin
     return result
+
+
+_waited = [0.0]
+
+
+def waited() -> float:
+    """How many seconds this process has waited in `wait_on_cpu` since it started."""
+    return _waited[0]
 
 
 _LOST = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|nccl|connection|heartbeat", re.IGNORECASE)

@@ -4,11 +4,11 @@ JAX alone says no more than "deadline exceeded" when a process does not come, an
 died. A TCP connection breaks as soon as the kernel clears a process away, however it ended; where a whole machine
 falls silent, keepalive probes find out within half a minute.
 
-    process 1 ---+                       {"process": 1, "processes": 4}  when it comes
+    process 1 ---+                       {"process": 1, "processes": 4, "program": "..."}  when it comes
     process 2 ---+--- process 0          "go"  when all are there: the port is then free for JAX's own service
     process 3 ---+                       "missing 2, 3" when these did not come in time
                                          "bye" when a process ends as it should; "lost 2" when process 2 did not
-                                         "here" every few seconds, so that one that is stopped can be named
+                                         "here" every few seconds: one that is silent for long is named, and lost
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import NoReturn
 from lmjax.errors import ConfigError, StallError
 
 _GO, _BYE, _HERE, _LOST, _MISSING = "go", "bye", "here", "lost ", "missing "
-_HERE_SECONDS, _SILENT_SECONDS = 3.0, 10.0
+_HERE_SECONDS, _SILENT_SECONDS, _LOST_SECONDS = 3.0, 10.0, 30.0
 _LINE_BYTES = 1000
 
 
@@ -31,18 +31,20 @@ class Lifeline:
     """Raises StallError when process 0 is not reached, or not everybody came, within `timeout` seconds, or process 0
     ends meanwhile, and ConfigError when the processes contradict each other."""
 
-    def __init__(self, address: str, process: int, processes: int, timeout: float) -> None:
+    def __init__(self, address: str, process: int, processes: int, timeout: float, program: str = "") -> None:
+        """`program` names what runs, versions and all: it must be the same at all processes."""
         self._closed = threading.Event()
         if process == 0:
-            self._lines = _call_the_roll(address, processes, timeout)
+            self._lines = _call_the_roll(address, processes, timeout, program)
         else:
-            self._lines = {0: _answer(address, process, processes, timeout)}
+            self._lines = {0: _answer(address, process, processes, timeout, program)}
         for line in self._lines.values():
             _keep_alive(line)
 
     def watch(self, on_loss: Callable[[str], NoReturn], warn: Callable[[str], None]) -> None:
-        """Call `on_loss` from now on with a message, on a thread, when a process ends without a word, and `warn`
-        when one falls silent: whether it is stopped or only busy cannot be known from here."""
+        """Call `on_loss` from now on with a message, on a thread, when a process ends without a word, or has been
+        silent for half a minute, and `warn` when one falls silent: whether it is stopped or only busy cannot be known
+        from here."""
         threading.Thread(target=self._speak, name="lmjax-lifeline-speak", daemon=True).start()
         threading.Thread(target=self._listen, args=(on_loss, warn), name="lmjax-lifeline", daemon=True).start()
 
@@ -71,22 +73,27 @@ class Lifeline:
                         selector.unregister(key.fileobj)
                         del heard[key.data]
                     elif word != _HERE:
-                        self._lost(int(word.removeprefix(_LOST)) if word.startswith(_LOST) else key.data, on_loss)
+                        gone = int(word.removeprefix(_LOST)) if word.startswith(_LOST) else key.data
+                        self._lost(gone, "is gone (its own last line says why)", on_loss)
+                for process, when in heard.items():
+                    if time.monotonic() - when > _LOST_SECONDS:
+                        why = f"has been silent for {_LOST_SECONDS:g} s (stopped, swapped out, or its machine lost)"
+                        self._lost(process, why, on_loss)
                 now_silent = {process for process, when in heard.items() if time.monotonic() - when > _SILENT_SECONDS}
                 for process in sorted(now_silent - silent):
                     warn(f"process {process} is silent: stopped, swapped out, or its machine lost?")
                 silent = now_silent
 
-    def _lost(self, process: int, on_loss: Callable[[str], NoReturn]) -> NoReturn:
+    def _lost(self, process: int, why: str, on_loss: Callable[[str], NoReturn]) -> NoReturn:
         for line in self._lines.values():
             _send(line, f"{_LOST}{process}")
-        on_loss(f"process {process} is gone (its own last line says why); run again to go on from the last checkpoint")
+        on_loss(f"process {process} {why}; run again to go on from the last checkpoint")
 
 
 # The roll call ----------------------------------------------------------------------------------------------------
 
 
-def _call_the_roll(address: str, processes: int, timeout: float) -> dict[int, socket.socket]:
+def _call_the_roll(address: str, processes: int, timeout: float, program: str) -> dict[int, socket.socket]:
     """Process 0: wait for all others, then let them go at once."""
     lines: dict[int, socket.socket] = {}
     end = time.monotonic() + timeout
@@ -98,7 +105,7 @@ def _call_the_roll(address: str, processes: int, timeout: float) -> dict[int, so
             except TimeoutError:
                 _give_up(address, processes, _present(lines), timeout)
             lines = _present(lines)
-            _admit(line, processes, lines)
+            _admit(line, processes, program, lines)
     for line in lines.values():
         _send(line, _GO)
     return lines
@@ -139,17 +146,19 @@ def _listen(port: int, processes: int) -> socket.socket:
         ) from None
 
 
-def _admit(line: socket.socket, processes: int, lines: dict[int, socket.socket]) -> None:
+def _admit(line: socket.socket, processes: int, program: str, lines: dict[int, socket.socket]) -> None:
     """Take in a process that said who it is; tell it what is wrong if it cannot be right, and go on waiting."""
     line.settimeout(5)
     try:
         answer = json.loads(_receive(line))
-        process, said = int(answer["process"]), int(answer["processes"])
+        process, said, runs = int(answer["process"]), int(answer["processes"]), str(answer["program"])
     except (ValueError, KeyError, TypeError):
         line.close()  # somebody else, such as a port scanner
         return
     if said != processes:
         _send(line, f"it was started as one of {said} processes, process 0 as one of {processes}")
+    elif runs != program:
+        _send(line, f"it runs {runs}, process 0 {program}")
     elif process in lines or not 0 < process < processes:
         _send(line, f"another process was started as process {process} of {processes}")
     else:
@@ -157,11 +166,11 @@ def _admit(line: socket.socket, processes: int, lines: dict[int, socket.socket])
         lines[process] = line
 
 
-def _answer(address: str, process: int, processes: int, timeout: float) -> socket.socket:
+def _answer(address: str, process: int, processes: int, timeout: float, program: str) -> socket.socket:
     """The others: reach process 0, say who is there and wait to be let go."""
     end = time.monotonic() + timeout
     line = _reach(address, timeout)
-    _send(line, json.dumps({"process": process, "processes": processes}))
+    _send(line, json.dumps({"process": process, "processes": processes, "program": program}))
     line.settimeout(max(0.01, end - time.monotonic()))
     word = _receive(line)
     if word == _GO:
@@ -169,7 +178,9 @@ def _answer(address: str, process: int, processes: int, timeout: float) -> socke
     if word.startswith(_MISSING):
         raise StallError(f"not all {processes} processes came to process 0 ({address}) in time; {word}")
     if word:
-        raise ConfigError(f"coordinator {address} refused this process: {word}; start every process once")
+        raise ConfigError(
+            f"coordinator {address} refused this process: {word}; start every process once, of one version"
+        )
     if time.monotonic() >= end:
         raise StallError(f"not all {processes} processes came within {timeout:g} s; process 0 ({address}) says which")
     raise StallError(

@@ -1,14 +1,15 @@
-"""What is said on stderr while a command runs: warnings, one line each, in which nothing can act on a terminal."""
+"""What is said on stderr while a command runs: warnings, one line each, in which nothing can act on a terminal or is a secret."""
 
 import logging
 import sys
 
 from lmjax.errors import visible
+from lmjax.process.redact import hide
 
 
 class _Visible(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return visible(hide(super().format(record)))
 
 
 class _Stderr(logging.Handler):

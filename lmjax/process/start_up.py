@@ -110,6 +110,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def program() -> str:
+    """`lmjax 0.1.0 (1a2b3c4d) on jax 0.10.2`: versions, and in parentheses a hash of lmjax's own source."""
+    source = Path(__file__).parents[1]
+    digest = hashlib.blake2b(digest_size=4)
+    for path in sorted(source.rglob("*.py")):
+        digest.update(path.relative_to(source).as_posix().encode() + b"\0" + path.read_bytes())
+    lmjax, jax = importlib.metadata.version("lmjax"), importlib.metadata.version("jax")
+    return f"lmjax {lmjax} ({digest.hexdigest()}) on jax {jax}"
+
+
 def git_revision() -> dict[str, Any]:
     """`git_commit` and `git_dirty` of the checkout that this file is tracked in; empty for an installed package."""
     source = Path(__file__)

@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,11 @@ _CLEARINGS = 10
 class Checkpoints:
     """The checkpoints of one run. All processes of a run call every method together; one run writes a directory."""
 
-    def __init__(self, directory: epath.PathLike, cfg: CheckpointConfig) -> None:
+    def __init__(
+        self, directory: epath.PathLike, cfg: CheckpointConfig, may_write: Callable[[], None] = lambda: None
+    ) -> None:
+        """`may_write` raises StallError once nothing is to be written any more."""
+        self._may_write = may_write
         self.directory = epath.Path(directory).resolve()
         self.last_step: int | None = None
         """The step last saved or restored by this object."""
@@ -77,6 +81,7 @@ class Checkpoints:
         before.
         """
         self.wait()
+        self._may_write()
         leaves = leaves_by_path(state)
         manifest = {
             "step": step,
@@ -177,6 +182,7 @@ class Checkpoints:
                     finally:
                         response.result()  # it must have stopped writing before its files are cleared away
                 fault("checkpoint.before_seal")
+                self._may_write()
                 self._seal(path, manifest)
                 fault("checkpoint.after_seal")
                 group.barrier("the seal")

@@ -22,6 +22,7 @@ from lmjax.parametrization import check_scaled
 from lmjax.process import group
 from lmjax.tasks.task import Task
 from lmjax.train.objective import scalar_arrays
+from lmjax.train.spikes import Recent, none_yet
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import StackedStep, Step, make_step, stacked
 from lmjax.weights import Params, abstract, count
@@ -100,6 +101,7 @@ def plain_step(experiment: Experiment) -> Step:
         experiment.optimizer,
         microbatches=train.microbatches,
         noise_scale=train.noise_scale,
+        skip_spikes=train.skip_spikes,
     )
 
 
@@ -146,7 +148,13 @@ def initial_state(experiment: Experiment) -> TrainState:
         opt_state = jax.jit(experiment.optimizer.init, out_shardings=laid_out.opt_state)(params)
         counters = jax.device_put(zero_counters(), laid_out.counters)
         average = jax.tree.map(jnp.copy, params) if keeps_average(experiment) else None
-        return TrainState(params, opt_state, placed_scalars(experiment), counters, average)
+        recent = jax.device_put(recent_steps(experiment), laid_out.recent)
+        return TrainState(params, opt_state, placed_scalars(experiment), counters, average, recent)
+
+
+def recent_steps(experiment: Experiment) -> Recent | None:
+    """What steps are judged by, before there are any; None where spikes are not left out."""
+    return None if experiment.cfg.train.skip_spikes is None else none_yet()
 
 
 def keeps_average(experiment: Experiment) -> bool:
@@ -193,7 +201,8 @@ def state_shapes(experiment: Experiment) -> TrainState:
     params = abstract(experiment.task.spec)
     opt_state = jax.eval_shape(experiment.optimizer.init, params)
     average = params if keeps_average(experiment) else None
-    return TrainState(params, opt_state, all_scalars(experiment), jax.eval_shape(zero_counters), average)
+    counters, recent = jax.eval_shape(zero_counters), recent_steps(experiment)
+    return TrainState(params, opt_state, all_scalars(experiment), counters, average, recent)
 
 
 def device_bytes(tree: Any) -> int:
@@ -214,6 +223,7 @@ def shardings(experiment: Experiment) -> Any:
         hyper=jax.tree.map(lambda _: replicated, shapes.hyper),
         counters=jax.tree.map(lambda _: replicated, shapes.counters),
         average=params if keeps_average(experiment) else None,
+        recent=jax.tree.map(lambda _: replicated, shapes.recent),
     )
 
 

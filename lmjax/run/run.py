@@ -14,6 +14,7 @@ from etils import epath
 
 from lmjax import config as configs
 from lmjax.config import Config
+from lmjax.devices import replicas
 from lmjax.devices.place import gather_to_one_device, local_rows
 from lmjax.errors import DONE, PREEMPTED, ConfigError, DataError, NumericalError, StallError, one_line
 from lmjax.process import group
@@ -22,6 +23,7 @@ from lmjax.process.redact import hide
 from lmjax.process.signals import Preemption, Watchdog
 from lmjax.record import files
 from lmjax.record.checkpoint import Checkpoints
+from lmjax.record.lease import Lease
 from lmjax.record.report import write_report
 from lmjax.record.tracking import Status
 from lmjax.run import assemble, branch, feed, replay, rollback
@@ -32,6 +34,7 @@ from lmjax.run.workdir import (
     check_not_lost,
     check_unchanged,
     finished_step,
+    held,
     identity,
     locate,
     lock,
@@ -94,19 +97,21 @@ def run(
     cfg = with_pinned_start(workdir, cfg)
     if is_finished(workdir, cfg, options) and has_report(workdir):
         return say_finished(workdir)
-    with lock(workdir):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(workdir))
         if is_finished(workdir, cfg, options):  # by the run that was waited for, or by one that died over its report
             if not has_report(workdir) and group.is_leader():
                 write_report(workdir, defaults=dataclasses.asdict(Config()))
             return say_finished(workdir)
         make_workdir(workdir)
+        lease = stack.enter_context(held(workdir))
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
         check_not_lost(workdir)
         branch.begin(workdir, cfg)
         task = (make_task or TASKS[cfg.task].task)(cfg)
         experiment = assemble.assemble(task)
         with make_runtime(experiment) as runtime:
-            return Run(experiment, workdir, options, runtime).train()
+            return Run(experiment, workdir, options, runtime, lease).train()
 
 
 def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
@@ -157,12 +162,14 @@ class Run:
     attempt: int
     records: Records
 
-    def __init__(self, experiment: Experiment, workdir: epath.Path, options: Options, runtime: Runtime) -> None:
+    def __init__(
+        self, experiment: Experiment, workdir: epath.Path, options: Options, runtime: Runtime, lease: Lease
+    ) -> None:
         self.experiment, self.task, self.cfg = experiment, experiment.task, experiment.cfg
         self.mesh = experiment.mesh
-        self.workdir, self.options = workdir, options
+        self.workdir, self.options, self.lease = workdir, options, lease
         self.preemption, self.watchdog, self.train_step = runtime
-        self.checkpoints = Checkpoints(workdir / "checkpoints", self.cfg.checkpoint)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", self.cfg.checkpoint, may_write=lease.check)
         self.evaluations: dict[int, dict[str, Any]] = {}
         """What the evaluation at each step found."""
         self.vote: Callable[[bool], bool] = bool if group.processes() == 1 else group.Vote()
@@ -261,10 +268,12 @@ class Run:
         )
 
     def stop(self) -> bool:
-        """Whether a signal, to any of the processes, asks to stop. Raises CheckpointError for a save that has failed.
+        """Whether a signal, to any of the processes, asks to stop. Raises CheckpointError for a save that has failed,
+        StallError for a process that was given up.
 
         All processes call it at the same places, and so get the same answer.
         """
+        self.lease.check()
         self.checkpoints.poll()
         self.note_sealed()
         self.stopped = self.vote(self.preemption.requested) or self.stopped
@@ -285,6 +294,7 @@ class Run:
         train_cfg = self.cfg.train
         return [
             *self.profile(),
+            Hook("comparison of copies", train_cfg.check_replicas, replicas.check),
             Hook("evaluation", train_cfg.evaluate_every, self.evaluate, at_end=True),
             Hook("checkpoint", self.cfg.checkpoint.every, self.save, at_end=True),
             Hook("sample", train_cfg.sample.every, self.sample, at_end=True),
@@ -335,6 +345,8 @@ class Run:
         files.write_atomically(self.workdir / "samples" / f"{step}.txt", hide(text))
 
     def save(self, step: int, state: TrainState) -> None:
+        if self.cfg.train.check_replicas is not None:
+            replicas.check(step, state)
         self.records.sync()
         every = self.cfg.train.evaluate_every
         owed = every is not None and step % every == 0 and step not in self.evaluations
@@ -376,6 +388,7 @@ class Run:
                 return "preempted"
             self.sample(reached, state)
         self.watchdog.beat("the baselines")
+        self.lease.check()
         if group.is_leader():
             self.records.finish(self.progress, reached, self.evaluations[reached])
         return "finished"

@@ -16,8 +16,9 @@ from lmjax import config as configs
 from lmjax.config import Config
 from lmjax.data.store.manifest import read_manifest
 from lmjax.errors import CheckpointError, ConfigError, DataError, StallError
-from lmjax.process import group
+from lmjax.process import ending, group
 from lmjax.record import files, formats, seal, steps
+from lmjax.record.lease import Lease
 from lmjax.record.ledger import check_ledger, read_ledger
 from lmjax.record.tracking import read_events
 
@@ -37,6 +38,7 @@ _FIXED = (
     "train.steps",
     "train.batch",
     "train.seed",
+    "train.skip_spikes",
     "train.average_decay",
     "train.loss.",
     *_ORIGINS,
@@ -209,6 +211,22 @@ def lock(workdir: epath.Path, patience: float = 120.0) -> Iterator[None]:
         if not group.broadcast("whether the work directory is free", free):
             raise StallError(f"another process trains in {workdir}; wait for it, stop it, or use another --workdir")
         yield
+
+
+@contextlib.contextmanager
+def held(workdir: epath.Path) -> Iterator[Lease]:
+    """Leave to write there, until the attempt ends. If it ends because others are gone or stuck, they are given up: the
+    lease goes, and the last line names the step to go on from."""
+    with _writing(workdir):
+        lease = Lease(workdir)
+
+    def give_up() -> str:
+        lease.revoke()
+        last = steps.newest_sealed(workdir / "checkpoints")
+        return "; no step is sealed yet" if last is None else f"; the last good step is {last.name}"
+
+    with ending.last_word(give_up):
+        yield lease
 
 
 def make_workdir(workdir: epath.Path) -> None:

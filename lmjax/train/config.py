@@ -65,6 +65,12 @@ class TrainConfig:
     sample: SampleConfig = SampleConfig()
     max_skipped_in_a_row: PositiveInt = 10
     """Updates that may be left out one after another before the run stops."""
+    skip_spikes: PositiveFloat | None = None
+    """Leave out an update whose loss or gradient norm is more than so many standard deviations above the mean of the
+    last 128 steps (6 is usual), once there were 64; None leaves none out."""
+    check_replicas: PositiveInt | None = None
+    """Steps between comparisons of the copies that devices keep of the same arrays, which must be equal to the bit;
+    they are compared before each save, too. One that differs ends the run and is named (exit code 5)."""
     step_timeout: PositiveFloat = 1800.0
     """Seconds without progress after which the run gives up (exit code 6)."""
     compression_baseline: bool = False

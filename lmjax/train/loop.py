@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.devices import replicas
 from lmjax.errors import NumericalError
 from lmjax.metrics import Metrics, finish
+from lmjax.process import group
 from lmjax.process.faults import fault
 from lmjax.process.signals import Watchdog
 from lmjax.train.accounting import Accounting
+from lmjax.train.pace import Pace
 from lmjax.train.state import TrainState
 from lmjax.train.step import Step
 from lmjax.weights import Params
@@ -48,6 +51,8 @@ class MetricsLogger:
         """`skipped` is how many updates in a row were left out before this attempt."""
         self._log, self._every, self._accounting, self._keep = log, every, accounting, keep
         self._max_skipped, self._skipped = max_skipped, np.asarray(skipped)
+        self._spikes = False
+        """Whether any of those was a spike."""
         self._left_out: list[tuple[int, Any]] = []
         """The steps whose updates were left out one after another up to now, with their batches."""
         self.resume_clock(accounting.start_step)
@@ -61,13 +66,16 @@ class MetricsLogger:
         values = finish(metrics)
         # Metrics of several runs are arrays with a value for each, and so is this count.
         self._skipped = np.where(np.greater(values["skipped"], 0), self._skipped + 1, 0)
+        self._spikes |= bool(np.any(values.get("spikes", 0)))
         self._left_out = [*self._left_out, (step, batch)] if self._skipped.max() else []
         if (most := int(self._skipped.max())) > self._max_skipped:
             raise NumericalError(
-                f"step {step}: the loss or its gradient was not finite {most} steps in a row "
+                f"step {step}: the loss or its gradient was not finite{self._or_spikes()} {most} steps in a row "
                 f"(train.max_skipped_in_a_row={self._max_skipped}); look at {self._keep(self._left_out)}; "
                 "or lower optimizer.learning_rate"
             )
+        if not most:
+            self._spikes = False
         if step % self._every:
             return
         line: dict[str, Any] = {**self._accounting.totals(step), **_named(values)}
@@ -76,9 +84,12 @@ class MetricsLogger:
         self._log(step, line)
         self.resume_clock(step)
 
+    def _or_spikes(self) -> str:
+        return ", or was a spike (train.skip_spikes)," if self._spikes else ""
+
 
 def _named(values: dict[str, Any]) -> dict[str, Any]:
-    optim = {"grad_norm", "lr", "skipped", "noise_signal", "noise_trace"}
+    optim = {"grad_norm", "lr", "skipped", "spikes", "noise_signal", "noise_trace"}
     return {f"{'optim' if name in optim else 'train'}/{name}": value for name, value in values.items()}
 
 
@@ -102,18 +113,22 @@ def train(
     state of the newest step counts. It may raise what went wrong in the background. Processes that train together must
     get the same answer.
     """
-    hooks = list(hooks)
+    hooks, pace = list(hooks), Pace()
     pending: tuple[int, Any, Metrics] | None = None
     step = start_step
     while step < steps and not stop():
         step += 1
+        begin, waited = time.perf_counter(), group.waited()
         watchdog.beat(f"step {step}")
         batch = next(batches)
-        if fault("step", step) == "nan_grad":
-            batch = jax.tree.map(lambda x: x * np.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, batch)
+        state, batch = _with_faults(step, state, batch)
         state, metrics = train_step(state, frozen, batch)
         if pending is not None:
+            dispatched = time.perf_counter()
             metrics_logger.read(*pending)
+            waited -= time.perf_counter() - dispatched
+        if step > start_step + 1:
+            pace.took(step, time.perf_counter() - begin, group.waited() - waited)
         if step == start_step + 1:  # the first step compiles: keep it out of the throughput
             jax.block_until_ready(metrics)
             metrics_logger.resume_clock(step)
@@ -132,3 +147,15 @@ def train(
     if pending is not None:
         metrics_logger.read(*pending)
     return state, step
+
+
+def _with_faults(step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+    """The state and the batch of a step as tests want them."""
+    name = fault("step", step)
+    if name == "nan_grad":
+        batch = jax.tree.map(lambda x: x * np.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, batch)
+    elif name == "spike":  # whatever comes before, nothing follows but the first token
+        batch = jax.tree.map(lambda x: x * 0 if jnp.issubdtype(x.dtype, jnp.integer) else x, batch)
+    elif name == "flip":
+        state = replicas.with_flipped_bit(state)
+    return state, batch

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lmjax.train.spikes import Recent
 from lmjax.weights import Params
 
 
@@ -17,7 +18,7 @@ class Counters:
     step: jax.Array
     """Updates done, skipped ones included."""
     skipped: jax.Array
-    """Updates left out because the loss or the gradient was not finite."""
+    """Updates left out because the loss or the gradient was not finite, or a spike."""
     skipped_in_a_row: jax.Array
 
 
@@ -34,6 +35,8 @@ class TrainState:
     counters: Counters
     average: Params | None = None
     """Of the weights, where the run keeps one; laid out as they are."""
+    recent: Recent | None = None
+    """What steps are judged by, where spikes are left out."""
 
     @property
     def delivered(self) -> Params:

@@ -12,6 +12,7 @@ from lmjax.devices.rows import split_rows
 from lmjax.metrics import Metrics
 from lmjax.optim.optimizers import Optimizer
 from lmjax.train.objective import Keys, Objective
+from lmjax.train.spikes import judge
 from lmjax.train.state import Counters, TrainState
 from lmjax.weights import Params
 
@@ -21,7 +22,14 @@ class Step(Protocol):
         """(the next state, metrics as (sum, weight)). A batch is a dataclass as in devices/rows.py, with `ids_B`."""
 
 
-def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int = 1, noise_scale: bool = False) -> Step:
+def make_step(
+    objective: Objective,
+    optimizer: Optimizer,
+    *,
+    microbatches: int = 1,
+    noise_scale: bool = False,
+    skip_spikes: float | None = None,
+) -> Step:
     """The train step. Jit it with the state donated.
 
     The gradient is that of what is minimized, summed over the whole batch and divided by its weight, so cutting the
@@ -29,6 +37,8 @@ def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int =
 
     The finite gate tests the norm of the whole gradient and the sum of the metric `loss`, which is logged. An update
     where one of them is not finite is left out and counted; parameters and optimizer state then stay as they were.
+
+    With `skip_spikes`, so many standard deviations, updates that are spikes by spikes.py are left out, too.
 
     `noise_scale` adds the metrics of `noise`, which takes several microbatches.
     """
@@ -39,24 +49,27 @@ def make_step(objective: Objective, optimizer: Optimizer, *, microbatches: int =
         norm = optax.tree.norm(gradients)
         if noise_scale:
             metrics |= noise(norm**2, metrics.pop(SQUARES), rows=len(batch.ids_B))
-        logged_loss, _ = metrics["loss"]
-        finite = jnp.isfinite(norm) & jnp.isfinite(logged_loss)
+        logged_loss, weight = metrics["loss"]
+        taken, recent, one = jnp.isfinite(norm) & jnp.isfinite(logged_loss), state.recent, jnp.ones(())
+        if recent is not None and skip_spikes is not None:
+            spike, recent = judge(recent, logged_loss / weight, norm, taken, skip_spikes)
+            taken &= ~spike
+            metrics["spikes"] = (spike.astype(jnp.float32), one)
 
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, state.hyper, state.counters.step, norm
         )
         params, metrics = objective.after_update(optax.apply_updates(state.params, updates), metrics, state.hyper)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(taken, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        one = jnp.ones(())
         metrics |= {
             "grad_norm": (norm, one),
             "lr": (optimizer.learning_rate(state.counters.step, state.hyper), one),
-            "skipped": ((~finite).astype(jnp.float32), one),
+            "skipped": ((~taken).astype(jnp.float32), one),
         }
-        average = moved_average(state, params)
-        return TrainState(params, opt_state, state.hyper, count_step(state.counters, finite), average), metrics
+        counters, average = count_step(state.counters, taken), moved_average(state, params)
+        return TrainState(params, opt_state, state.hyper, counters, average, recent), metrics
 
     return step
 
@@ -159,10 +172,10 @@ def squared_norm(gradients: Params) -> tuple[jax.Array, jax.Array]:
     return optax.tree.norm(gradients, squared=True), jnp.ones(())
 
 
-def count_step(counters: Counters, finite: jax.Array) -> Counters:
-    skipped = (~finite).astype(jnp.int32)
+def count_step(counters: Counters, taken: jax.Array) -> Counters:
+    skipped = (~taken).astype(jnp.int32)
     return Counters(
         step=counters.step + 1,
         skipped=counters.skipped + skipped,
-        skipped_in_a_row=jnp.where(finite, 0, counters.skipped_in_a_row + 1),
+        skipped_in_a_row=jnp.where(taken, 0, counters.skipped_in_a_row + 1),
     )

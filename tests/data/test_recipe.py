@@ -31,6 +31,7 @@ ARGUMENTS: dict[str, Any] = {
     "seed": ("--seed=7", 7),
     "shard_tokens": ("--shard-tokens=1000", 1000),
     "workers": ("--workers=3", 3),
+    "document_bytes": ("--document-bytes=1000", 1000),
     "tokenizer.kind": ("--tokenizer=chars", "chars"),
     "tokenizer.vocab": ("--vocab=500", 500),
     "tokenizer.sample_bytes": ("--sample-bytes=9999", 9999),

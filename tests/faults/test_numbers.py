@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmjax.record.tracking import read_jsonl
-from tests.faults.black_box import copied, lmjax, train
+from tests.faults.black_box import copied, hashes, lmjax, train
 
 
 def contents(directory: Path) -> dict[Path, bytes]:
@@ -51,3 +51,60 @@ def test_a_kept_batch_that_is_damaged_is_named(whole: Path, tmp_path: Path) -> N
     (workdir / "batches").mkdir()
     (workdir / "batches" / "10.npz").write_bytes(b"PK\x03\x04 and no more")
     lmjax("replay", workdir, 10).refused(4, "batches/10.npz is damaged", "remove it")
+
+
+# Spikes ---------------------------------------------------------------------------------------------------------------
+
+LONG = ("--config.train.steps=84", "--config.checkpoint.every=80", "--config.train.evaluate_every=84")
+
+
+def spikes(workdir: Path) -> list[int]:
+    return [row["step"] for row in read_jsonl(workdir / "metrics.jsonl") if row.get("optim/spikes")]
+
+
+def test_a_spike_is_left_out_and_a_restart_decides_the_same(corpus: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words, faults = (*LONG, "--config.train.skip_spikes=6"), "spike@step:20,spike@step:82"
+    train(corpus, whole, *words, LMJAX_FAULTS=faults).done()
+    assert spikes(whole) == [82]  # at step 20 nothing is judged yet
+    row = next(row for row in read_jsonl(whole / "metrics.jsonl") if row["step"] == 82)
+    assert row["optim/skipped"] == 1 and row["train/loss"] > 0
+    assert train(corpus, cut, *words, LMJAX_FAULTS=faults + ",kill@step:81").code == -9
+    train(corpus, cut, *words, LMJAX_FAULTS=faults).done()
+    assert spikes(cut) == [82] and hashes(cut) == hashes(whole)
+
+
+@pytest.mark.slow
+def test_without_it_nothing_is_left_out(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path / "run", *LONG, LMJAX_FAULTS="spike@step:82").done()
+    assert spikes(tmp_path / "run") == [] and hashes(tmp_path / "run")
+
+
+# Copies ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bit_that_flips_in_one_copy_is_found_and_the_device_named(corpus: Path, tmp_path: Path) -> None:
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    words = ("--config.train.check_replicas=3", "--config.checkpoint.every=100", "--config.model.vocab=264")
+    result = train(corpus, tmp_path / "run", *words, LMJAX_FAULTS="flip@step:4", **devices)
+    result.refused(5, "step 6", "on device 3 of process 0 differs from the others")
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")][-1] <= 6
+
+
+@pytest.mark.slow
+def test_copies_are_compared_before_they_are_saved(corpus: Path, tmp_path: Path) -> None:
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    words = ("--config.train.check_replicas=100", "--config.model.vocab=264")
+    result = train(corpus, tmp_path / "run", *words, LMJAX_FAULTS="flip@step:6", **devices)
+    result.refused(5, "step 8", "on device 0 of process 0, device 1 of process 0 differs from each other")
+    assert not (tmp_path / "run" / "checkpoints" / "8").exists()
+
+
+# Pace -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_takes_far_too_long_is_told(corpus: Path, tmp_path: Path) -> None:
+    words = ("--config.train.steps=24", "--config.train.evaluate_every=24", "--config.checkpoint.every=24")
+    result = train(corpus, tmp_path / "run", *words, LMJAX_FAULTS="pause@step:20").done()
+    told = [line for line in result.err.splitlines() if "straggler: step 20 took" in line]
+    assert len(told) == 1 and "it is this process that is late" in told[0], result.err

@@ -51,7 +51,7 @@ def test_devices_are_those_asked_for_and_the_rest_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("codes", "one"),
-    [([0, 0], 0), ([0, 3, 6], 3), ([6, 3], 6), ([75, 75], 75), ([6, 75], 75), ([0, -9, 6], 137), ([-15, -15], 143)],
+    [([0, 0], 0), ([0, 3, 6], 3), ([6, 3], 3), ([75, 75], 75), ([6, 75], 75), ([0, -9, 6], 137), ([-15, -15], 143)],
 )
 def test_one_exit_code_for_all(codes: list[int], one: int) -> None:
     assert exit_code(codes) == one

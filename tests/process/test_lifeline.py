@@ -85,7 +85,7 @@ def test_who_has_gone_again_is_missing_and_may_come_again() -> None:
 def come_and_go(address: str, process: int) -> None:
     """As a process does that is killed while it waits."""
     line = lifeline._reach(address, timeout=10)
-    lifeline._send(line, json.dumps({"process": process, "processes": 3}))
+    lifeline._send(line, json.dumps({"process": process, "processes": 3, "program": ""}))
     time.sleep(0.2)
     line.close()
 
@@ -115,18 +115,20 @@ def test_who_comes_when_the_run_has_started_is_told() -> None:
 def test_contradictions_are_named_and_nobody_else_is_held_up() -> None:
     address = free_address()
     with ThreadPoolExecutor(4) as pool:
-        leader = pool.submit(Lifeline, address, 0, 3, 20)
-        good = pool.submit(Lifeline, address, 1, 3, 20)
+        leader = pool.submit(Lifeline, address, 0, 3, 20, "lmjax 1")
+        good = pool.submit(Lifeline, address, 1, 3, 20, "lmjax 1")
         time.sleep(0.3)
         for number, count, problem in (
             (1, 3, "as process 1 of 3"),
             (2, 4, "one of 4 processes, process 0 as one of 3"),
         ):
             with pytest.raises(ConfigError, match=problem):
-                Lifeline(address, number, count, 20)
+                Lifeline(address, number, count, 20, "lmjax 1")
+        with pytest.raises(ConfigError, match=r"refused this process: it runs lmjax 2, process 0 lmjax 1; .* version"):
+            Lifeline(address, 2, 3, 20, "lmjax 2")
         with socket.create_connection(("localhost", int(address.split(":")[1]))) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            Lifeline(address, 2, 3, 20)
+            Lifeline(address, 2, 3, 20, "lmjax 1")
         leader.result(), good.result()
 
 
