@@ -43,10 +43,12 @@ SITES = (
     "checkpoint.before_seal",
     "checkpoint.retain",
     "checkpoint.write",
+    "data.batch",
     "evaluation.batch",
     "prepare.shard",
     "report.between",
     "report.write",
+    "rollback.aside",
     "step",
     "summary.write",
 )

@@ -1,4 +1,4 @@
-"""What is said on stderr while a command runs: warnings, one line each, in which nothing can act on a terminal or is a secret."""
+"""What is said on stderr while a command runs: warnings, a line each, without secrets or what acts on a terminal."""
 
 import logging
 import sys

@@ -20,6 +20,7 @@ from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.trees import one_array_at_a_time
 from lmjax.run.trained import load_trained
 from lmjax.run.workdir import make_workdir
+from lmjax.tasks.pretrain import save_tokenizer
 from lmjax.weights import abstract, map_weights
 
 _SEQ_LEN = 1024
@@ -95,7 +96,7 @@ def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> No
         checkpoints.save(0, {"params": imported.params}, {"source": source})
         checkpoints.wait()
     if imported.tokenizer is not None:
-        imported.tokenizer.save(workdir / "tokenizer")
+        save_tokenizer(imported.tokenizer, workdir)
         for name, content in imported.files.items():
             (workdir / "tokenizer" / name).write_bytes(content)
     data = DataConfig(seq_len=min(_SEQ_LEN, imported.model.context))

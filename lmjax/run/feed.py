@@ -8,6 +8,7 @@ import numpy as np
 
 from lmjax.devices.place import replicate, shard_array, shard_batch
 from lmjax.process import group
+from lmjax.process.faults import fault
 from lmjax.record.ledger import Ledger, joined_crc, row_crcs
 from lmjax.run.progress import Progress
 from lmjax.tasks.task import Source
@@ -21,6 +22,7 @@ def batches(
     """Global batches of `size` rows from where the run stands. `ledger` is None but at process 0."""
     source = progress.source
     for step, (batch, crcs_B, row_bytes) in enumerate(placed(source, mesh, size), progress.start_step + 1):
+        fault("data.batch", step)
         if ledger is not None:
             first = progress.accounting.spent(step - 1).samples
             crc = joined_crc(np.asarray(crcs_B), row_bytes)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress, check_meta
 from lmjax.run.records import Records
 from lmjax.run.workdir import (
+    check_agreed,
     check_not_lost,
     check_unchanged,
     finished_step,
@@ -134,14 +134,6 @@ def say_finished(workdir: epath.Path) -> int:
     step = summary_step(workdir / "summary.json")
     print(f"{workdir} is finished after {step} steps; see {workdir / 'report.md'}")
     return DONE
-
-
-def check_agreed(cfg: Config) -> None:
-    """Raise ConfigError unless this process was started with the config of process 0."""
-    theirs = configs.parse(json.loads(group.broadcast("the config", configs.to_json(cfg))))
-    if differing := configs.differences(theirs, cfg):
-        key, (there, here) = next(iter(differing.items()))
-        raise ConfigError(f"{key} is {here!r} here, but {there!r} at process 0; start all with the same command")
 
 
 class Interrupted(Exception):  # noqa: N818

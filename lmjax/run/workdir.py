@@ -111,6 +111,14 @@ def with_pinned_start(workdir: epath.Path, cfg: Config) -> Config:
     return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=saved))
 
 
+def check_agreed(cfg: Config) -> None:
+    """Raise ConfigError unless this process was started with the config of process 0."""
+    theirs = configs.parse(json.loads(group.broadcast("the config", configs.to_json(cfg))))
+    if differing := configs.differences(theirs, cfg):
+        key, (there, here) = next(iter(differing.items()))
+        raise ConfigError(f"{key} is {here!r} here, but {there!r} at process 0; start all with the same command")
+
+
 def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     """Raise ConfigError when `workdir` holds a run of another config.
 

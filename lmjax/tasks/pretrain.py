@@ -15,7 +15,7 @@ from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.dataset import Dataset, open_sources
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.data.windows import as_batch
-from lmjax.errors import ConfigError, DataError
+from lmjax.errors import CheckpointError, ConfigError, DataError
 from lmjax.evaluate.baselines import check_compressible, compression_baselines
 from lmjax.evaluate.splits import evaluate_split, evaluation_metrics, float32
 from lmjax.generate.config import GenerateConfig
@@ -92,7 +92,11 @@ def with_data(task: Task, data: "Data") -> Task:
 
 
 def save_tokenizer(tokenizer: Tokenizer, workdir: epath.Path) -> None:
-    tokenizer.save(workdir / "tokenizer")
+    """Into a work directory. Raises CheckpointError: it is not the data that are at fault."""
+    try:
+        tokenizer.save(workdir / "tokenizer")
+    except DataError as error:
+        raise CheckpointError(f"storage: {error}; free or mend it and run again") from error
 
 
 # Data -------------------------------------------------------------------------------------------------------------

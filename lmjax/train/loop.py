@@ -14,7 +14,6 @@ import numpy as np
 from lmjax.devices import replicas
 from lmjax.errors import NumericalError
 from lmjax.metrics import Metrics, finish
-from lmjax.process import group
 from lmjax.process.faults import fault
 from lmjax.process.signals import Watchdog
 from lmjax.train.accounting import Accounting
@@ -118,17 +117,13 @@ def train(
     step = start_step
     while step < steps and not stop():
         step += 1
-        begin, waited = time.perf_counter(), group.waited()
         watchdog.beat(f"step {step}")
-        batch = next(batches)
-        state, batch = _with_faults(step, state, batch)
-        state, metrics = train_step(state, frozen, batch)
-        if pending is not None:
-            dispatched = time.perf_counter()
-            metrics_logger.read(*pending)
-            waited -= time.perf_counter() - dispatched
-        if step > start_step + 1:
-            pace.took(step, time.perf_counter() - begin, group.waited() - waited)
+        with pace.step(step):
+            state, batch = _with_faults(step, state, next(batches))
+            state, metrics = train_step(state, frozen, batch)
+            if pending is not None:
+                with pace.waiting():
+                    metrics_logger.read(*pending)
         if step == start_step + 1:  # the first step compiles: keep it out of the throughput
             jax.block_until_ready(metrics)
             metrics_logger.resume_clock(step)

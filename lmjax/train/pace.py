@@ -1,9 +1,10 @@
 """How long steps take, and which process holds up the others when one takes far longer than usual."""
 
+import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from lmjax.process import group
 
@@ -24,9 +25,26 @@ class Pace:
         self._say = say
         self._seconds: deque[float] = deque(maxlen=_STEPS)
         self._told = -_QUIET_SECONDS
+        self._waited = 0.0
+        self._compiled = False
 
-    def took(self, step: int, seconds: float, waited: float) -> None:
-        """A step took so long, of which this process waited for devices, its own and those of others."""
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """One step is taken; the first compiles, and does not count."""
+        begin, before, self._waited = time.monotonic(), group.waited(), 0.0
+        yield
+        if self._compiled:
+            self._took(step, time.monotonic() - begin, self._waited + group.waited() - before)
+        self._compiled = True
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Meanwhile this process waits for devices."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    def _took(self, step: int, seconds: float, waited: float) -> None:
         if len(self._seconds) >= _LEAST:
             usual = statistics.median(self._seconds)
             if seconds > max(_TIMES * usual, usual + _SECONDS):

@@ -83,7 +83,7 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-@pytest.mark.parametrize("word", [None, "another attempt's"])
+@pytest.mark.parametrize("word", [None, pytest.param("another attempt's", marks=pytest.mark.slow)])
 def test_who_was_given_up_writes_no_more(corpus: Path, whole: Path, tmp_path: Path, word: str | None) -> None:
     """What the others do when they give up is done here in their place."""
     workdir = tmp_path / "run"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-_COPIED = ("lmjax", "tests", "configs", "pyproject.toml")
+_COPIED = ("lmjax", "launch", "tests", "configs", "pyproject.toml")
 
 
 class Variant(NamedTuple):
@@ -227,6 +227,166 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             '    except (TypeError, ValueError, OverflowError) as error:\n        raise ConfigError(f"--config.{path}=',
             '    except TypeError as error:\n        raise ConfigError(f"--config.{path}=',
             "test_fuzz.py::test_overrides",
+        ),
+    ),
+    "disk": (
+        Variant(
+            "lmjax/record/trees.py",
+            "    _say_failures_once()\n    return v1",
+            "    return v1",
+            "test_disk.py::test_training_goes_on_where_there_is_room_again[600k-checkpoints/12]",
+        ),
+        Variant(
+            "lmjax/record/files.py",
+            "    if error.errno not in _FULL:\n",
+            "    if error.errno in _FULL:\n",
+            "test_disk.py::test_training_goes_on_where_there_is_room_again[8k-config.json]",
+        ),
+        Variant(
+            "lmjax/record/checkpoint.py",
+            "        if group.processes() == 1:  # others may be writing still",
+            "        if group.processes() == 0:  # others may be writing still",
+            "test_disk.py::test_training_goes_on_where_there_is_room_again[600k-checkpoints/12]",
+        ),
+        Variant(
+            "lmjax/record/jsonl.py",
+            'f"{error.strerror or error}{room(error, path, size)}"',
+            'f"{error.strerror or error}"',
+            "test_disk.py::test_training_goes_on_where_there_is_room_again[20k-metrics.jsonl]",
+        ),
+    ),
+    "numbers": (
+        Variant(
+            "lmjax/train/loop.py",
+            "self._left_out = [*self._left_out, (step, batch)] if",
+            "self._left_out = [(step, batch)] if",
+            "test_numbers.py::test_too_many_steps_that_are_not_finite_name_and_keep_their_batches",
+        ),
+        Variant(
+            "lmjax/run/replay.py",
+            "shard_batch(batch if found is None else found,",
+            "shard_batch(batch,",
+            "test_numbers.py::test_too_many_steps_that_are_not_finite_name_and_keep_their_batches",
+        ),
+        Variant(
+            "lmjax/train/spikes.py",
+            "(recent.seen >= _LEAST)",
+            "(recent.seen >= 2)",
+            "test_numbers.py::test_a_spike_is_left_out_and_a_restart_decides_the_same",
+        ),
+        Variant(
+            "lmjax/train/step.py",
+            "            taken &= ~spike\n",
+            "",
+            "test_numbers.py::test_a_spike_is_left_out_and_a_restart_decides_the_same",
+        ),
+        Variant(
+            "lmjax/devices/replicas.py",
+            "        if times < len(held):\n",
+            "        if times < 0:\n",
+            "test_numbers.py::test_a_bit_that_flips_in_one_copy_is_found_and_the_device_named",
+        ),
+        Variant(
+            "lmjax/devices/replicas.py",
+            "if digest != usual or not most]",
+            "if digest == usual or not most]",
+            "test_numbers.py::test_a_bit_that_flips_in_one_copy_is_found_and_the_device_named",
+        ),
+        Variant(
+            "lmjax/train/pace.py",
+            "if here > (seconds - usual) / 2:",
+            "if here < (seconds - usual) / 2:",
+            "test_numbers.py::test_a_step_that_takes_far_too_long_is_told",
+        ),
+    ),
+    "rollback": (
+        Variant(
+            "lmjax/run/rollback.py",
+            'meta["data"]["next_sample"] + rollback.skip}',
+            'meta["data"]["next_sample"]}',
+            "test_rollback.py::test_exactly_those_samples_are_left_out",
+        ),
+        Variant(
+            "lmjax/record/ledger.py",
+            " + skipped.get(before.step, 0):",
+            ":",
+            "test_rollback.py::test_exactly_those_samples_are_left_out",
+        ),
+        Variant(
+            "lmjax/run/progress.py",
+            'self._left_out = meta.get("left_out", [])',
+            "self._left_out = []",
+            "test_rollback.py::test_it_is_on_record_and_the_old_branch_is_kept",
+        ),
+        Variant(
+            "lmjax/run/rollback.py",
+            "    if rollback.step > step:\n",
+            "    if rollback.step < 0:\n",
+            "test_rollback.py::test_a_checkpoint_from_before_it_is_not_gone_on_from",
+        ),
+        Variant(
+            "lmjax/run/rollback.py",
+            "with lock(workdir, patience=0):",
+            "if True:",
+            "test_rollback.py::test_not_while_it_trains",
+        ),
+    ),
+    "security": (
+        Variant(
+            "lmjax/process/start_up.py",
+            "os.umask(0o077)",
+            "os.umask(0o022)",
+            "test_security.py::test_only_the_owner_reads_what_a_run_writes",
+        ),
+        Variant(
+            "lmjax/record/files.py",
+            "    if os.path.islink(draft):\n",
+            "    if not draft.name:\n",
+            "test_security.py::test_a_planted_link_is_not_followed[report.md.tmp]",
+        ),
+        Variant(
+            "lmjax/config.py",
+            "hide(dataclasses.asdict(cfg))",
+            "dataclasses.asdict(cfg)",
+            "test_security.py::test_a_secret_in_a_setting_is_written_nowhere",
+        ),
+        Variant(
+            "lmjax/process/ending.py",
+            "visible(hide(message))",
+            "visible(message)",
+            "test_security.py::test_a_secret_on_the_command_line_is_not_repeated",
+        ),
+        Variant(
+            "lmjax/data/prepare/sources.py",
+            "    if size > most:\n",
+            "    if size > 9 * most:\n",
+            "test_security.py::test_the_limit_is_one_of_documents",
+        ),
+        Variant(
+            "lmjax/run/convert.py",
+            "        if found != digest:\n",
+            "        if not found:\n",
+            "test_security.py::test_a_pinned_model_is_that_one_or_none",
+        ),
+    ),
+    "processes": (
+        Variant(
+            "lmjax/record/lease.py",
+            "        if not self._holds():\n",
+            "        if not self._word:\n",
+            "test_processes.py::test_who_was_given_up_writes_no_more",
+        ),
+        Variant(
+            "lmjax/process/ending.py",
+            "    if code == StallError.exit_code:\n",
+            "    if code == DONE:\n",
+            "test_processes.py::test_a_killed_process_is_named_with_the_last_good_step",
+        ),
+        Variant(
+            "lmjax/process/lifeline.py",
+            "    elif runs != program:\n",
+            "    elif not runs:\n",
+            "test_processes.py::test_another_version_at_one_process_is_noticed",
         ),
     ),
 }
