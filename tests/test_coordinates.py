@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 replace = dataclasses.replace
 
-BASE, WIDE = 64, 256
+BASE, WIDE = 64, 512  # the ends of what `lmjax coordinates` is asked for: what is small by chance fades in between
 SIZES = {"vocab": 61, "context": 8, "layers": 1, "embed": BASE, "heads": 4, "head_dim": None, "mlp": 96}
 SIZES |= {"embed_init_std": 0.005}  # a tied head's, too: random logits would hide what updates do to them
 # Rates at which ten updates change activations by about as much as they are.

@@ -155,10 +155,12 @@ def command_ways(arguments: argparse.Namespace) -> dict[str, Way]:
 def lmjax(words: Sequence[str], cores: set[int]) -> float:
     """Run a command on these cores; returns the megabytes that it took."""
     command = ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, "-m", "lmjax", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)} failed")
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed: {said.read()[-500:]}")
     return usage.ru_maxrss / 1e3
 
 
@@ -169,12 +171,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commands", action="store_true", help="time whole commands")
     parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=30, help="of each run, in each round")
+    parser.add_argument("--steps", type=int, help="of each run, in each round; default: 30, of commands 200")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", metavar="WAY", help="this one alone, for what it takes in memory")
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--set", nargs="*", default=SHAPE, metavar="KEY=VALUE")
     arguments = parser.parse_args()
+    arguments.steps = arguments.steps or (200 if arguments.commands else 30)
     cfg = load(arguments.config, arguments.set)
     ways = command_ways(arguments) if arguments.commands else step_ways(with_vocab(cfg), arguments)
     if arguments.only is not None:
