@@ -32,8 +32,9 @@ def test_runs_are_dealt_out_to_the_devices(corpus: Path, tmp_path: Path, kind: t
 
     class Watched(kind):  # type: ignore[misc, valid-type]
         def __call__(self, number: int, inputs: Inputs) -> Outputs:
+            given = devices(inputs)  # before the step takes them
             made = super().__call__(number, inputs)
-            used.setdefault(number, set()).update(*(x.devices() for x in jax.tree.leaves((inputs, made))))
+            used.setdefault(number, set()).update(given, devices(made))
             return made
 
     cfgs = [config.load(f"{CONFIG}:{corpus}", [*SETTINGS, f"train.seed={seed}"]) for seed in range(9)]
@@ -43,6 +44,10 @@ def test_runs_are_dealt_out_to_the_devices(corpus: Path, tmp_path: Path, kind: t
     with jax.default_device(jax.devices()[0]):
         assert run.run(cfgs[4], tmp_path / "alone", run.Options()) == DONE
     assert hashes(tmp_path / "4") == hashes(tmp_path / "alone") or kind is Stacked
+
+
+def devices(arrays: Any) -> set[jax.Device]:
+    return {device for x in jax.tree.leaves(arrays) for device in x.devices()}
 
 
 def hashes(directory: Path) -> dict[str, Any]:
