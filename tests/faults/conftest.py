@@ -10,10 +10,14 @@ from tests.faults.black_box import train
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def write_corpus(directory: Path) -> Path:
+    """Text for tiny.py."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
-        (directory / name).mkdir()
+        (directory / name).mkdir(parents=True)
         for number in range(20):
             (directory / name / f"{number}.txt").write_text(" ".join(rng.choice(list("abcdefgh"), 300)))
     return directory
