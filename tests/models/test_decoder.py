@@ -397,6 +397,16 @@ def test_impossible_shapes_are_refused(settings: dict[str, Any], message: str) -
         ModelConfig(vocab=7, **settings)
 
 
+@pytest.mark.parametrize(
+    ("changes", "scanned"),
+    [({}, False), ({"unroll": 0.0}, True), ({"remat": "full"}, True), ({"layers": 17}, True), ({"unroll": 0.5}, True)],
+)
+def test_few_layers_are_unrolled(changes: dict[str, Any], scanned: bool) -> None:
+    model = decoder.build(ModelConfig(**{"vocab": 7, "embed": 4, "heads": 2, "mlp": 4, "layers": 4} | changes))
+    program = jax.jit(model.hidden).lower(abstract(model.spec), np.zeros((1, 8), np.int32)).as_text()
+    assert ("stablehlo.while" in program) == scanned
+
+
 def test_a_model_needs_a_vocabulary() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab is not set"):
         decoder.build(ModelConfig())
@@ -406,6 +416,6 @@ def test_rope_reads_its_own_base_in_local_layers(cfg: ModelConfig) -> None:
     if cfg.position != "rope" or "local" not in cfg.pattern:
         pytest.skip("no local rotary layers")
     changed = replace(cfg, rope=RopeConfig(**{**dataclasses.asdict(cfg.rope), "local_theta": 17.0}))
-    before, after = (decoder.rotations(c, jnp.arange(5)[None]) for c in (cfg, changed))
+    before, after = (decoder.rotations(c, None, 5) for c in (cfg, changed))
     assert differ(before["global"], after["global"]) == 0
     assert differ(before["local"], after["local"]) > 0
