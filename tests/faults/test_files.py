@@ -40,6 +40,10 @@ def test_a_shard_that_is_cut_off_is_named(place: Path) -> None:
     disturbed(place, lambda shard: os.truncate(shard, 0), *LONG).refused(3, "train-00000.tokens has 0 bytes instead of")
 
 
+def test_a_shard_that_is_deleted_is_named(place: Path) -> None:
+    disturbed(place, lambda shard: shard.unlink(), *LONG).refused(3, "train-00000.tokens", "No such file")
+
+
 def test_a_shard_that_is_overwritten_is_checked_again(place: Path) -> None:
     def overwrite(shard: Path) -> None:
         content = bytearray(shard.read_bytes())
