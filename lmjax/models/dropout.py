@@ -68,17 +68,19 @@ class PairDropout(NamedTuple):
     keys_B: jax.Array
     """Named by sample, layer and site."""
 
-    def apply(self, p_BKGTS: jax.Array) -> jax.Array:
-        """Drop some of the weights of a row over all its keys.
+    def apply(self, p_BKGTS: jax.Array, query: int = 0, key: int = 0, row: int | None = None) -> jax.Array:
+        """Drop some of the weights of a row over its keys.
 
-        The bits of entry (t, s) of head n are those of the n-th stream at t S + s, wherever they are drawn.
+        The bits of entry (t, s) of head n are those of the n-th stream at t S + s, wherever they are drawn. A block of
+        a row's weights begins with the query and the key of these numbers; `row` is then S, the row's own.
         """
         K, G, T, S = p_BKGTS.shape[1:]
-        assert T * S < 1 << 32, "a head has a stream of 2^32 entries"
+        row = row or S
+        assert (query + T) * row < 1 << 32, "a head has a stream of 2^32 entries"
         head_KG = constrain(jnp.arange(K * G, dtype=jnp.uint32).reshape(K, G), "kv_heads", None)
-        query_T, key_S = constrain(token_order(T), "time").astype(jnp.uint32), token_order(S).astype(jnp.uint32)
+        query_T, key_S = (constrain(token_order(T), "time") + query).astype(jnp.uint32), token_order(S) + key
         keep, _ = _kept(self.rate)
-        place_TS = query_T[:, None] * jnp.uint32(S) + key_S
+        place_TS = query_T[:, None] * jnp.uint32(row) + key_S.astype(jnp.uint32)
 
         def one(key: jax.Array, p_KGTS: jax.Array) -> jax.Array:
             nothing = jnp.zeros_like(p_KGTS, dtype=jnp.uint32)

@@ -25,6 +25,7 @@ from lmjax.models.attention.scores import Mask, Score, distance, scores, visible
 
 _HEADS, _KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
 _NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
+_SMALLEST_BLOCK, _MOST_BLOCKS = 64, 4  # of queries, in the reference; more take longer to compile than they save
 _BY_INDEX = "orders keys by index: it cannot decode from a cache, nor share rows over mesh.context"
 
 
@@ -36,16 +37,41 @@ def platform() -> str:
 
 
 def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
-    """softmax(score(q, k)) v, in float32 between the two products (Vaswani et al. 2017, eq. 1)."""
+    """softmax(score(q, k)) v, in float32 between the two products (Vaswani et al. 2017, eq. 1).
+
+    A row is cut into blocks of queries, each of which meets no keys beyond its end: most of the pairs that a causal
+    mask hides are never computed.
+    """
+    T = q_BTNH.shape[1]
+    if mask.positions_BT is not None:  # queries and keys may be in any order
+        return _block(q_BTNH, k_BSKH, v_BSKH, mask, score, (0, 0, k_BSKH.shape[1]))
+    size, blocks = max(_SMALLEST_BLOCK, -(-T // _MOST_BLOCKS)), []
+    for start in range(0, T, size):
+        stop, first = min(start + size, T), 0 if mask.window is None else max(0, start - mask.window + 1)
+        queries, keys = slice(start, stop), slice(first, stop)
+        here = Mask(mask.window, None, jnp.arange(start, stop)[None], jnp.arange(first, stop)[None])
+        if mask.segments_BT is not None:
+            here = here._replace(segments_BT=mask.segments_BT[:, queries], key_segments_BS=mask.segments_BT[:, keys])
+        blocks.append(_block(q_BTNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], here, score, (start, first, T)))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def _block(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score, place: tuple[int, int, int]
+) -> jax.Array:
+    """Attention of some queries of a row to some of its keys. `place` is (the first of these queries, the first of
+    these keys, the number of all keys of the row)."""
     B, T, N, H = q_BTNH.shape
     s_BKGTS = scores(q_BTNH, k_BSKH, mask, score)
     # softmax, divided by its sum after the product with v instead of before: fewer passes over [T, S], and none in the
     # backward pass, where the sum's gradient comes from [T, H] (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
     p_BKGTS = jnp.exp(s_BKGTS - jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True)))
-    sum_BTKG = jnp.einsum("BKGTS->BTKG", p_BKGTS)
-    p_BKGTS = p_BKGTS if score.dropout is None else score.dropout.apply(p_BKGTS)
-    y_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
-    return (y_BTKGH / sum_BTKG[..., None]).astype(v_BSKH.dtype).reshape(B, T, N, H)
+    sum_BKGT = jnp.sum(p_BKGTS, axis=-1)
+    p_BKGTS = p_BKGTS if score.dropout is None else score.dropout.apply(p_BKGTS, *place)
+    v_BKSH = v_BSKH.swapaxes(1, 2)
+    y_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", p_BKGTS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    y_BKGTH = (y_BKGTH / sum_BKGT[..., None]).astype(v_BSKH.dtype)
+    return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _refuses_nothing(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:

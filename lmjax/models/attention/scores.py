@@ -60,8 +60,9 @@ def scores(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask, score: Score) -> ja
     """How each query compares with each key, float32 [B, K, G, T, S]; the lowest number where it may not see it."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    q_BTKGH = (q_BTNH * score.scale).reshape(B, T, K, N // K, H)
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    q_BKGTH = (q_BTNH * score.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    # Heads in front first: left to a product over axes in the middle, XLA's CPU backend copies more and larger arrays.
+    s_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BSKH.swapaxes(1, 2), preferred_element_type=jnp.float32)
     s_BKGTS = softcap(s_BKGTS, score.softcap)
     if score.slopes_N is not None:
         slopes_KG = score.slopes_N.reshape(K, N // K)
