@@ -83,10 +83,26 @@ def _max(logits_BTV: jax.Array) -> jax.Array:
 def _of_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     axes = mesh_axes("vocab")
     if not axes:
-        return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        return _picked(logits_BTV, targets_BT)
     V = logits_BTV.shape[-1]
     ids_V = V * jax.lax.axis_index(axes) + jnp.arange(V)
     return jax.lax.psum(jnp.sum(jnp.where(targets_BT[..., None] == ids_V, logits_BTV, 0), axis=-1), axes)
+
+
+def _picked(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """logits[target], [B, T]. Its gradient is a comparison, which XLA merges into the pass that makes the logits'
+    gradient, where that of an index would be a scatter into an array of zeros of their size."""
+
+    @jax.custom_vjp
+    def picked(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+    def backward(targets_BT: jax.Array, gradient_BT: jax.Array) -> tuple[jax.Array, None]:
+        ids_V = jnp.arange(logits_BTV.shape[-1])
+        return jnp.where(targets_BT[..., None] == ids_V, gradient_BT[..., None], 0), None
+
+    picked.defvjp(lambda logits_BTV, targets_BT: (picked(logits_BTV, targets_BT), targets_BT), backward)
+    return picked(logits_BTV, targets_BT)
 
 
 def _all_gathered(logits_BTV: jax.Array) -> jax.Array:

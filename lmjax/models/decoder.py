@@ -218,7 +218,7 @@ def hidden(
     real_BT = constrain(jnp.broadcast_to(all_positions_BT >= 0, tokens_BT.shape), "batch", "time")
     scalars = config_scalars(cfg) if scalars is None else scalars
     rates = {name: scalars[name] for name in DROPOUTS}
-    inputs = LayerInputs(rotations(cfg, all_positions_BT), positions_BT, real_BT, segments_BT, keys_B, rates)
+    inputs = LayerInputs(rotations(cfg, positions_BT, T), positions_BT, real_BT, segments_BT, keys_B, rates)
     x_BTD = embed_tokens(params, tokens_BT, all_positions_BT, inputs, spec, cfg)
     new_cache, tallies = [], {}
     for segment in range(len(cfg.segments)):
@@ -348,9 +348,9 @@ def unembed(params: Params, x: jax.Array, *, spec: Spec, cfg: ModelConfig) -> ja
     # A tied head is declared as "embed". Its params may have an "unembed" all the same: `unstack` makes one on CPU.
     weight: Weight = spec["embed" if cfg.tied else "unembed"]
     name = "unembed" if "unembed" in params else "embed"
-    w = as_array(weight, params[name])
-    w_DV = cast(weight, w if name == "unembed" else w.T, cfg.dtype)
-    logits = linear(times(x, cfg.logit_scale * weight.scaling.logits), w_DV, dtype=jnp.float32)
+    w = cast(weight, as_array(weight, params[name]), cfg.dtype)
+    scaled_x = times(x, cfg.logit_scale * weight.scaling.logits)
+    logits = linear(scaled_x, w, rows_out=name == "embed", dtype=jnp.float32)
     return softcap(logits, cfg.logit_softcap)
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.devices.mesh import constrain
+from lmjax.devices.mesh import constrain, current_mesh
+from lmjax.devices.rows import token_order
 from lmjax.models.config import ModelConfig, RopeConfig
 
 
@@ -63,21 +64,35 @@ def rope_magnitude(cfg: RopeConfig, *, local: bool) -> float:
     return cfg.attention_factor or 0.1 * math.log(max(cfg.factor, 1.0)) + 1
 
 
-def rotation(positions_BT: jax.Array, frequencies: np.ndarray, magnitude: float = 1.0) -> Rotation:
-    angles = positions_BT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    return Rotation(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
+_LARGEST_TABLE = 1 << 20
+"""Angles of a row that are made part of a program."""
 
 
-def rotations(cfg: ModelConfig, positions_BT: jax.Array) -> dict[str, Rotation]:
-    """The rotary angles of each kind of mixer; none for a model without rotary positions."""
+def rotation(positions_BT: jax.Array | np.ndarray, frequencies: np.ndarray, magnitude: float = 1.0) -> Rotation:
+    """Positions that are known, a NumPy array, give constants. From traced ones XLA's CPU backend computes sines and
+    cosines anew wherever they are read, which takes longer than the rotation."""
+    xp = np if isinstance(positions_BT, np.ndarray) else jnp
+    angles = positions_BT[..., None, None].astype(np.float32) * frequencies.astype(np.float32)
+    return Rotation(*(jnp.asarray(table, jnp.float32) * magnitude for table in (xp.cos(angles), xp.sin(angles))))
+
+
+def rotations(cfg: ModelConfig, positions_BT: jax.Array | None, T: int) -> dict[str, Rotation]:
+    """The rotary angles of each kind of mixer, by default of a row of T tokens; none for a model without rotary
+    positions."""
     if cfg.position != "rope":
         return {}
-    positions_BT = constrain(positions_BT, "batch" if len(positions_BT) > 1 else None, "time")
+    order_BT: jax.Array | np.ndarray
+    if positions_BT is not None:
+        order_BT = constrain(positions_BT, "batch" if len(positions_BT) > 1 else None, "time")
+    elif current_mesh() is None and T * cfg.dims["head_dim"] // 2 <= _LARGEST_TABLE:
+        order_BT = np.arange(T)[None]
+    else:
+        order_BT = constrain(token_order(T)[None], None, "time")
 
     def of_kind(kind: str) -> Rotation:
         local = kind == "local"
         frequencies = rope_frequencies(cfg.rope, cfg.dims["head_dim"], local=local)
-        return rotation(positions_BT, frequencies, rope_magnitude(cfg.rope, local=local))
+        return rotation(order_BT, frequencies, rope_magnitude(cfg.rope, local=local))
 
     return {kind: of_kind(kind) for kind in dict.fromkeys(cfg.pattern)}
 
