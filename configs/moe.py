@@ -30,7 +30,6 @@ def get_config(arm: str = "moe") -> ConfigDict:
     config.model.activation = "relu_squared"
     config.model.qk_norm = True
     config.model.residual_init_scale = 0.0
-    config.model.unroll = 1.0
     ARMS[arm](config)
 
     config.optimizer.name = "muon"

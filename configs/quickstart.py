@@ -28,7 +28,6 @@ def get_config() -> ConfigDict:
     config.model.activation = "relu_squared"
     config.model.qk_norm = True
     config.model.residual_init_scale = 0.0
-    config.model.unroll = 1.0
 
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1.5e-2

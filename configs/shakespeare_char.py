@@ -44,7 +44,6 @@ def cpu(config: ConfigDict) -> None:
     config.model.norm_epsilon = 1e-5
     config.model.activation = "gelu_exact"
     config.model.init_std = 0.02
-    config.model.unroll = 1.0
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.b2 = 0.99

@@ -86,7 +86,6 @@ def make_config(optimizer: str, shape: Shape, out: Path) -> Config:
         mlp=4 * WIDTH,
         parametrization=shape.parametrization,
         logit_scale=LOGIT_SCALE,
-        unroll=1.0,
         base=BaseConfig() if standard else BaseConfig(embed=WIDTH, layers=LAYERS),
     )
     return Config(

@@ -45,7 +45,6 @@ def get_config(how: str = "apart") -> ConfigDict:
 
     config.model.activation = "relu_squared"
     config.model.qk_norm = True
-    config.model.unroll = 1.0
 
     config.optimizer.name = "muon"  # so few updates teach AdamW's larger models little
     config.optimizer.schedule.final_fraction = 0.0

@@ -397,6 +397,16 @@ def test_impossible_shapes_are_refused(settings: dict[str, Any], message: str) -
         ModelConfig(vocab=7, **settings)
 
 
+@pytest.mark.parametrize(
+    ("changes", "scanned"),
+    [({}, False), ({"unroll": 0.0}, True), ({"remat": "full"}, True), ({"layers": 17}, True), ({"unroll": 0.5}, True)],
+)
+def test_few_layers_are_unrolled(changes: dict[str, Any], scanned: bool) -> None:
+    model = decoder.build(ModelConfig(**{"vocab": 7, "embed": 4, "heads": 2, "mlp": 4, "layers": 4} | changes))
+    program = jax.jit(model.hidden).lower(abstract(model.spec), np.zeros((1, 8), np.int32)).as_text()
+    assert ("stablehlo.while" in program) == scanned
+
+
 def test_a_model_needs_a_vocabulary() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab is not set"):
         decoder.build(ModelConfig())
