@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax.devices.mesh import current_mesh
+from lmjax.models.product import product
 
 
 def linear(
@@ -83,7 +85,11 @@ def _dot(x: jax.Array, w: jax.Array, x_in: tuple[int, ...], w_in: tuple[int, ...
         axes = [axis for i, axis in enumerate(_mesh_axes(x)) if i not in x_in]
         axes += [axis for i, axis in enumerate(_mesh_axes(w)) if i not in w_in]
         out = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*axes))
-    return jax.lax.dot_general(x, w, ((x_in, w_in), ((), ())), preferred_element_type=dtype, out_sharding=out)
+
+    def dot(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+        return jax.lax.dot_general(x, w, ((x_in, w_in), ((), ())), preferred_element_type=dtype, out_sharding=out)
+
+    return product(dot, x, w) if dtype == jnp.float32 else dot(x, w, dtype)
 
 
 def _mesh_axes(x: jax.Array) -> tuple[Any, ...]:

@@ -1,7 +1,9 @@
 """From a task to a step: what a config's numbers decide of the program, and what they do not."""
 
 import functools
+import re
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -115,3 +117,14 @@ def test_they_train_differently(settings: dict[str, float]) -> None:
         after.append(step(state, {}, batch)[0].params)
     same = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), *after)
     assert not all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tied": False, "heads": 4, "kv_heads": 2}, {"loss__chunk": 8}, {"unroll": 0.0}]
+)
+def test_a_step_in_16_bits_multiplies_no_float32_matrices(changes: dict[str, Any]) -> None:
+    """In head, attention and everything else, forward and backward: accelerators have no fast units for them."""
+    cfg = changed(dtype="bfloat16", **changes)
+    text = program(replace(cfg, model=replace(cfg.model, moe=MoeConfig())))
+    factors = re.findall(r"dot_general.* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", text)
+    assert len(factors) > 20 and {*factors} == {("bf16", "bf16")}

@@ -22,6 +22,7 @@ from lmjax.devices.rows import token_order
 from lmjax.errors import ConfigError
 from lmjax.models.attention.ring import ring
 from lmjax.models.attention.scores import Mask, Score, distance, scores, visible
+from lmjax.models.product import einsum
 
 _HEADS, _KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
 _NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
@@ -69,7 +70,7 @@ def _block(
     sum_BKGT = jnp.sum(p_BKGTS, axis=-1)
     p_BKGTS = p_BKGTS if score.dropout is None else score.dropout.apply(p_BKGTS, *place)
     v_BKSH = v_BSKH.swapaxes(1, 2)
-    y_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", p_BKGTS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    y_BKGTH = einsum("BKGTS,BKSH->BKGTH", p_BKGTS.astype(v_BKSH.dtype), v_BKSH)
     y_BKGTH = (y_BKGTH / sum_BKGT[..., None]).astype(v_BSKH.dtype)
     return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

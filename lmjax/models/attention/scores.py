@@ -8,6 +8,7 @@ import numpy as np
 
 from lmjax.models.activations import softcap
 from lmjax.models.dropout import PairDropout
+from lmjax.models.product import einsum
 
 
 class Mask(NamedTuple):
@@ -62,7 +63,7 @@ def scores(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask, score: Score) -> ja
     S, K = k_BSKH.shape[1:3]
     q_BKGTH = (q_BTNH * score.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     # Heads in front first: left to a product over axes in the middle, XLA's CPU backend copies more and larger arrays.
-    s_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BSKH.swapaxes(1, 2), preferred_element_type=jnp.float32)
+    s_BKGTS = einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BSKH.swapaxes(1, 2))
     s_BKGTS = softcap(s_BKGTS, score.softcap)
     if score.slopes_N is not None:
         slopes_KG = score.slopes_N.reshape(K, N // K)
