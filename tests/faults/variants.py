@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-_COPIED = ("lmjax", "launch", "tests", "configs", "pyproject.toml")
+_COPIED = ("lmjax", "launch", "analysis", "tests", "configs", "pyproject.toml")
 
 
 class Variant(NamedTuple):
@@ -399,6 +399,10 @@ def main(groups: Sequence[str]) -> int:
         return 2
     caught = tried = 0
     for group in groups or VARIANTS:
+        first = VARIANTS[group][0]
+        if is_noticed(first._replace(new=first.old)):
+            print(f"{group}: {first.test} fails in a copy of the code in which nothing is broken", flush=True)
+            return 1
         for variant in VARIANTS[group]:
             begin = time.monotonic()
             noticed, tried = is_noticed(variant), tried + 1
