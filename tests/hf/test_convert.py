@@ -16,7 +16,7 @@ from lmjax import __main__ as program
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.data.tokenizers.load import train_tokenizer
-from lmjax.errors import CheckpointError, ConfigError, LmjaxError
+from lmjax.errors import CheckpointError, ConfigError, LmjaxError, visible
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate
 from lmjax.hf.imported import CONFIG, Imported, read_checkpoint, write_checkpoint
@@ -260,9 +260,9 @@ def test_chat_answers_the_rendered_conversation(workdir: Path, capsys: pytest.Ca
     answers = [one.text for one in generate(trained.model, trained.params, trained.tokenizer, read, cfg)]
     for system, answer in zip((["--system=Be brief."], []), answers, strict=True):
         assert lmjax("generate", f"--workdir={workdir}", "--chat", "--prompt=Hi", *system, *settings) == 0
-        assert capsys.readouterr().out == answer + "\n"
+        assert capsys.readouterr().out == visible(answer) + "\n"
     assert lmjax("generate", f"--workdir={workdir}", "--chat", "--prompt=Hi", "--prompt=Hi", *settings) == 0
-    assert capsys.readouterr().out == f"--- 'Hi'\n{answers[1]}\n" * 2
+    assert capsys.readouterr().out == f"--- 'Hi'\n{visible(answers[1])}\n" * 2
     with pytest.raises(ConfigError, match="--chat needs something to answer"):
         lmjax("generate", f"--workdir={workdir}", "--chat")
 
