@@ -108,7 +108,9 @@ def _compile_alike() -> None:
     compiler: Any = compilers
     if hasattr(cache_key, "_hash_accelerator_config") and hasattr(cache_key, "_hash_devices"):
         cache_key._hash_accelerator_config = cache_key._hash_devices
-    compiled = compiler.compile_or_get_cached
+    compiled = getattr(compiler, "compile_or_get_cached", None)
+    if compiled is None:
+        return
 
     def together(backend: Any, module: Any, devices: Any, *rest: Any, **named: Any) -> Any:
         made = compiled(backend, module, devices, *rest, **named)
