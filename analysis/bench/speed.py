@@ -1,10 +1,12 @@
 """Tokens per second of the train step and of generation, beside PyTorch where it is installed.
 
-    python -m analysis.bench.speed [--configs quickstart mini_gpt] [--only train|generate] [--repeats 5] [--dtype X]
+    python -m analysis.bench [--configs quickstart mini_gpt] [--only train|generate] [--repeats 5] [--dtype X]
+        [--no-dropout] [--json FILE]
 
-It runs on whatever device JAX finds. Peers are optional: with `torch` a plain GPT of the same shape is trained, eager
-and compiled, and with `transformers`, too, its GPT-2 generates; both alternate with lmjax in one process, so that
-whatever else the machine does falls on all of them.
+It runs on whatever device JAX finds. A plain JAX step of the same shape is trained beside lmjax where it can be: with
+AdamW, in float32, without dropout (`--no-dropout` takes it from all). Other peers are optional: with `torch` a plain
+GPT of the same shape is trained, eager and compiled, and with `transformers`, too, its GPT-2 generates. All alternate
+with lmjax in one process, so that whatever else the machine does falls on all of them.
 
 Convention: a train step is loss, gradient, clipping and update on random tokens that are already on the device, the
 batch's inputs counted as tokens. Generation is one call, prompt included, its new tokens counted. First calls, which
@@ -18,6 +20,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import math
 import os
 import platform
@@ -36,6 +39,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
+from analysis.bench import plain_peer
 from lmjax.config import Config, load
 from lmjax.data.batch import Batch
 from lmjax.devices.chips import peak_flops
@@ -48,7 +52,7 @@ from lmjax.run.assemble import assemble, compiled_step, initial_state
 from lmjax.tasks.registry import without_data
 from lmjax.weights import initialize
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 CPU_BATCH = {"mini_gpt": 4}
 """The config's own batch takes a CPU half a minute per step."""
 PROMPT, NEW_TOKENS = 32, 64
@@ -71,6 +75,12 @@ def read_config(name: str, dtype: Literal["float32", "bfloat16"] | None) -> Conf
     model = dataclasses.replace(cfg.model, vocab=source.prepare.tokenizer.vocab, dtype=dtype or cfg.model.dtype)
     batch = CPU_BATCH.get(name, cfg.train.batch) if jax.default_backend() == "cpu" else cfg.train.batch
     return dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, batch=batch))
+
+
+def without_dropout(cfg: Config) -> Config:
+    return dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, dropout=0.0, attention_dropout=0.0, embed_dropout=0.0)
+    )
 
 
 def train_steps(cfg: Config) -> Work:
@@ -125,6 +135,7 @@ def tasks(cfg: Config, only: str | None) -> Iterator[Task]:
     if only != "generate":
         T, flops = cfg.data.seq_len, sequence_flops(decoder.build(cfg.model), cfg.data.seq_len).causal
         contenders = {"lmjax": functools.partial(train_steps, cfg)}
+        contenders["plain JAX"] = functools.partial(plain_peer.train_steps, cfg)
         if peer:
             contenders["PyTorch"] = functools.partial(peer.train_steps, cfg, compiled=False)
             contenders["PyTorch, compiled"] = functools.partial(peer.train_steps, cfg, compiled=True)
@@ -274,20 +285,32 @@ def main() -> None:
     parser.add_argument("--only", choices=["train", "generate"])
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each contender in each round")
+    parser.add_argument("--no-dropout", action="store_true")
+    parser.add_argument("--json", type=Path, help="write every round's figures here")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of activations; default: the config's")
     arguments = parser.parse_args()
 
     load_before = load_average()
     configs = {name: read_config(name, arguments.dtype) for name in arguments.configs}
+    if arguments.no_dropout:
+        configs = {name: without_dropout(cfg) for name, cfg in configs.items()}
+    records = []
     print(f"{device()}; medians of {arguments.repeats} alternating rounds.\n")
     print("\n".join(shape(name, cfg) for name, cfg in configs.items()) + "\n")
     print(line(COLUMNS))
     print(line(["---"] * len(COLUMNS)))
     for name, cfg in configs.items():
         for task in tasks(cfg, arguments.only):
-            for row in rows(name, task, measure(task, arguments.repeats, arguments.seconds)):
+            timings = measure(task, arguments.repeats, arguments.seconds)
+            records += [{"config": name, "work": task.name, "by": by, **t._asdict()} for by, t in timings.items()]
+            for row in rows(name, task, timings):
                 print(line(row), flush=True)
     print("\n" + circumstances(load_before))
+    if arguments.json:
+        about = {"device": device(), "circumstances": circumstances(load_before), **start_up.git_revision()}
+        shapes = [shape(name, cfg) for name, cfg in configs.items()]
+        convention = "tokens per second of wall and of CPU time, round by round; first calls in seconds"
+        arguments.json.write_text(json.dumps({**about, "convention": convention, "shapes": shapes, "rounds": records}))
 
 
 if __name__ == "__main__":
