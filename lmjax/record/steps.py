@@ -22,7 +22,7 @@ RUN_ID = "wandb_id"
 def find_step(path: epath.PathLike, step: int | None = None) -> epath.Path:
     """The directory of a sealed step: of `step` or the newest one in a run's workdir or checkpoints directory, or
     `path` itself. Raises CheckpointError when there is none."""
-    path = epath.Path(path).resolve()
+    path = files.absolute(path)
     if step is None and seal.is_sealed(path):
         return path
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
@@ -67,7 +67,7 @@ def verify(path: epath.PathLike) -> list[str]:
 
     A step that was never sealed counts for nothing. Raises CheckpointError when there is nothing to verify.
     """
-    path = epath.Path(path).resolve()
+    path = files.absolute(path)
     if seal.is_sealed(path):
         return list(_problems(path))
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
