@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 from lmjax.record.buckets import SETTINGS, insist, or_nothing
@@ -9,8 +10,6 @@ from lmjax.record.buckets import SETTINGS, insist, or_nothing
 
 class Bucket(S3FileSystem):
     """Raises StorageError where the store, not what it answers, is the trouble."""
-
-    retries = 1  # the tries are all those of `insist`
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**SETTINGS | {"config_kwargs": {"retries": {"total_max_attempts": 1}}} | settings)
@@ -22,3 +21,5 @@ class Bucket(S3FileSystem):
         request = super()._call_s3
         place = "/".join(filter(None, (words.get("Bucket"), words.get("Key") or words.get("Prefix"))))
         return await insist(f"s3://{place}", lambda: request(method, *args, **words))
+
+    call_s3 = sync_wrapper(_call_s3)  # which files upload by

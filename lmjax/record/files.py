@@ -190,6 +190,13 @@ def fetch(source: epath.Path, target: epath.Path, expected_hash: str) -> None:
             raise DataError(f"{source} is damaged: its hash is not the manifest's; prepare the data set again")
 
 
+def copy_in_bucket(source: epath.Path, target: epath.Path) -> None:
+    """Copy an object, or all below a name, within a store, which sends nothing here."""
+    system, below = fsspec.url_to_fs(os.fspath(source))
+    for name in system.find(below):
+        system.cp_file(name, system._strip_protocol(os.fspath(target)) + name.removeprefix(below))
+
+
 def stamp(path: epath.Path) -> str:
     """A file's size and times: as long as they are the same, nobody has written to it."""
     with reporting(path):

@@ -107,7 +107,14 @@ def sealed_steps(directory: epath.Path) -> list[epath.Path]:
 
 
 def set_aside(path: epath.Path, why: str) -> epath.Path:
-    return path.rename(path.parent / f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}")
+    """Give a step, or a file, another name that says why. In a bucket it is copied, then deleted, seal first: a kill in
+    between leaves both, and it is set aside again."""
+    aside = path.parent / f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
+    if not files.is_remote(path):
+        return path.rename(aside)
+    files.copy_in_bucket(path, aside)
+    delete(path)
+    return aside
 
 
 def delete(path: epath.Path) -> None:

@@ -16,15 +16,19 @@ from collections.abc import Iterator
 
 SECONDS = 0.5
 """How long a slow one is held."""
+WEATHER = ("503", "reset", "reply lost", "slow")
+OUTAGE = ("503", "reset")
+"""What befalls requests, none of which is done in an outage."""
 
 
 class Storm:
-    """`share` of the requests fail: an answer of 503, a reset before or after the request is done, or a wait."""
+    """`share` of the requests meet one of the `fates`: a 503, a reset before or after the request is done, a wait."""
 
     def __init__(self, target: str, share: float, seed: int = 0) -> None:
         self.target, self.share, self.seed = target, share, seed
         self.befallen: collections.Counter[str] = collections.Counter()
         self.seen: collections.Counter[str] = collections.Counter()
+        self.fates = WEATHER
         self.only = ""
         """What a request's line must hold for the storm to touch it."""
         self._lock = threading.Lock()
@@ -35,7 +39,7 @@ class Storm:
             chance = random.Random(f"{self.seed} {line} {self.seen[line]}")
             fate = "pass"
             if self.only in line and chance.random() < self.share:
-                fate = chance.choice(["503", "reset", "reply lost", "slow"])
+                fate = chance.choice(self.fates)
             self.befallen[fate] += 1
             return fate
 

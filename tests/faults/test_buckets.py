@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.faults import storm
-from tests.faults.black_box import Result, hashes, lmjax, train
+from tests.faults.black_box import CONFIG, Result, finished, hashes, lmjax, start, train, wait_for
 from tests.faults.storm import Storm
 
 SHARE = 0.3
@@ -77,6 +77,11 @@ class Store(NamedTuple):
         with urllib.request.urlopen(f"http://{self.server}/storage/v1/b/bucket/o/{quoted}?alt=media") as reply:
             return reply.read()
 
+    def put(self, name: str, content: bytes) -> None:
+        query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+        request = urllib.request.Request(f"http://{self.server}/upload/storage/v1/b/bucket/o?{query}", content)
+        urllib.request.urlopen(request).close()
+
 
 @pytest.fixture
 def store() -> Iterator[Store]:
@@ -111,7 +116,7 @@ def test_a_run_in_a_bucket_killed_and_resumed_is_the_run_on_disk(store: Store, c
 def test_a_run_in_a_storm_is_the_run_on_disk(store: Store, corpus: Path, whole: Path) -> None:
     store.storm.share = SHARE
     ended = store.train(corpus).done()
-    assert all(store.storm.befallen[fate] > 10 for fate in ("503", "reset", "reply lost", "slow")), store.storm.befallen
+    assert all(store.storm.befallen[fate] > 10 for fate in storm.WEATHER), store.storm.befallen
     assert "Traceback" not in ended.err
     store.storm.share = 0.0
     assert hashes("gs://bucket/run", **store.environment) == hashes(whole)
@@ -120,14 +125,15 @@ def test_a_run_in_a_storm_is_the_run_on_disk(store: Store, corpus: Path, whole: 
 
 @google
 @pytest.mark.slow
-@pytest.mark.parametrize("only", ["", "checkpoints", "config.json", "LMJAX_MANIFEST"])
+@pytest.mark.parametrize("only", ["", "LMJAX_MANIFEST"])
 def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
     only: str, store: Store, corpus: Path, whole: Path
 ) -> None:
     """It is an error that names the object; nothing is deleted, set aside or begun from step 0."""
-    assert store.train(corpus, LMJAX_FAULTS="kill@step:7").code == -9
+    assert store.train(corpus, LMJAX_FAULTS="kill@checkpoint.before_seal:2").code == -9
     before = store.objects()
-    store.storm.share, store.storm.only = 1.0, only
+    assert "run/checkpoints/4/LMJAX_MANIFEST.json" in before
+    store.storm.share, store.storm.fates, store.storm.only = 1.0, storm.OUTAGE, only
     ended = store.train(corpus)
     ended.refused(4, "storage: gs://bucket/run", only)
     assert "step 1/12" not in ended.out
@@ -135,6 +141,35 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(
     store.storm.share = 0.0
     store.train(corpus).done()
     assert hashes("gs://bucket/run", **store.environment) == hashes(whole)
+
+
+@google
+@pytest.mark.slow
+def test_a_damaged_step_is_set_aside_and_made_again(store: Store, corpus: Path, whole: Path) -> None:
+    store.train(corpus).done()
+    name = next(name for name in store.objects() if name.startswith("run/checkpoints/12/state/d/"))
+    content = store.content(name)
+    store.put(name, content[:-1] + bytes([content[-1] ^ 1]))
+    assert "is damaged" in store.train(corpus).done().err
+    aside = [name for name in store.objects() if name.startswith("run/checkpoints/12.corrupt-")]
+    assert len(aside) == len([name for name in store.objects() if name.startswith("run/checkpoints/12/")])
+    assert hashes("gs://bucket/run", **store.environment) == hashes(whole)
+
+
+@google
+@pytest.mark.slow
+def test_of_two_runs_the_later_takes_over(store: Store, corpus: Path) -> None:
+    often = [f"--config.{name}=1000000" for name in ("train.steps", "train.evaluate_every", "checkpoint.every")]
+    command = ("train", f"--config={CONFIG}:{corpus}", "--workdir=gs://bucket/run", *often)
+    earlier = start(*command, **store.environment)
+    wait_for(lambda: "run/.lease" in store.objects(), earlier)
+    word = store.content("run/.lease")
+    later = start(*command, **store.environment)
+    wait_for(lambda: store.content("run/.lease") != word, later)
+    finished(earlier).refused(6, "another attempt has begun", "gs://bucket/run/.lease")
+    assert later.poll() is None
+    later.terminate()
+    assert finished(later).code == 75
 
 
 @google
