@@ -26,6 +26,7 @@ from launch import cell, job, local, manifest, page, stack, status
 from launch.engines import ENGINES
 from lmjax.errors import BUG, DONE, ConfigError
 from lmjax.process import ending
+from lmjax.record import buckets
 
 WATCH_SECONDS = 10.0
 
@@ -38,6 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> int:
+    buckets.register()
     ours, command = _split(argv)
     overrides = [word.removeprefix("--config.") for word in ours if word.startswith("--config.")]
     arguments, unknown = _parser().parse_known_args([word for word in ours if not word.startswith("--config.")])

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from lmjax import commands
 from lmjax.errors import ConfigError
 from lmjax.process import ending, start_up
+from lmjax.record import buckets
 
 # Arguments --------------------------------------------------------------------------------------------------------
 
@@ -288,6 +289,7 @@ def main() -> NoReturn:
     argv = sys.argv[1:]
 
     def command() -> int:
+        buckets.register()
         arguments, *others = map(parse, split_runs(argv))
         if arguments.command in ("train", "evaluate", "generate"):
             start_up.tune_allocator()

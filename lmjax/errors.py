@@ -35,6 +35,16 @@ class CheckpointError(LmjaxError):
     exit_code = 4
 
 
+class StorageError(Exception):
+    """A bucket that did not answer, however often it was asked.
+
+    Neither a ValueError, as those above are, nor an OSError: whoever catches these takes them for damage or absence,
+    and nothing is known of what lies there.
+    """
+
+    exit_code = CheckpointError.exit_code
+
+
 class NumericalError(LmjaxError):
     """Training produced too many non-finite updates in a row."""
 

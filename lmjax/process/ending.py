@@ -13,7 +13,18 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from lmjax.errors import BUG, DONE, PREEMPTED, CheckpointError, ConfigError, LmjaxError, StallError, one_line, visible
+from lmjax.errors import (
+    BUG,
+    DONE,
+    PREEMPTED,
+    CheckpointError,
+    ConfigError,
+    LmjaxError,
+    StallError,
+    StorageError,
+    one_line,
+    visible,
+)
 from lmjax.process import faults, group, messages
 from lmjax.process.redact import hide
 
@@ -42,7 +53,7 @@ def run_main(function: Callable[[], int | None], *, debug: bool) -> NoReturn:
 
 def explained(error: BaseException) -> tuple[int, str]:
     """The exit code that an error ends a run with, and what is said of it; the traceback of a bug is kept in a file."""
-    if isinstance(error, LmjaxError):
+    if isinstance(error, LmjaxError | StorageError):
         return error.exit_code, one_line(error)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"

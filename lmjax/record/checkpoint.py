@@ -62,7 +62,7 @@ class Checkpoints:
     ) -> None:
         """`may_write` raises StallError once nothing is to be written any more."""
         self._may_write = may_write
-        self.directory = epath.Path(directory).resolve()
+        self.directory = files.absolute(directory)
         self.last_step: int | None = None
         """The step last saved or restored by this object."""
         self.sealed_step: int | None = None
@@ -210,7 +210,8 @@ class Checkpoints:
 
     def _failed(self, path: epath.Path, manifest: Manifest, error: Exception) -> CheckpointError:
         """What a save raises that failed, its files gone: they would keep a full disk full."""
-        if group.processes() == 1:  # others may be writing still: then the next save clears up
+        alone = group.processes() == 1  # others may be writing still: then the next save clears up
+        if alone and not files.is_remote(path):
             for _ in range(_CLEARINGS):  # TensorStore's threads go on for a moment, and make directories anew
                 with contextlib.suppress(OSError):
                     delete(path)

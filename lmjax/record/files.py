@@ -6,10 +6,12 @@ import hashlib
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import BinaryIO
 
+import fsspec
 from etils import epath
 
 from lmjax.errors import DataError
@@ -39,6 +41,11 @@ def locate(path: str | os.PathLike[str]) -> epath.Path:
 def is_remote(path: epath.Path) -> bool:
     """Whether `path` is in a bucket."""
     return "://" in os.fspath(path)
+
+
+def absolute(path: str | os.PathLike[str]) -> epath.Path:
+    """`path` from the root on; one in a bucket is (epath would put it below the current directory)."""
+    return epath.Path(path) if is_remote(epath.Path(path)) else epath.Path(path).resolve()
 
 
 @contextlib.contextmanager
@@ -86,11 +93,18 @@ def write_atomically(path: epath.Path, *parts: str | bytes | memoryview) -> None
 
 @contextlib.contextmanager
 def drafted(path: epath.Path) -> Iterator[BinaryIO]:
-    """A new local file that takes the name `path` when the body ends well, and goes when it does not. Raises OSError.
+    """A new file that takes the name `path` when the body ends well, and goes when it does not. Raises OSError.
 
     What lies at the draft's own name is a draft that a kill left, and gives way; somebody's symbolic link is refused:
     to write would be to write over what it points to.
     """
+    if is_remote(path):
+        with tempfile.NamedTemporaryFile() as here:
+            with open(here.name, "wb") as file:
+                yield file
+            system, name = fsspec.url_to_fs(os.fspath(path))
+            system.put_file(here.name, name)
+        return
     draft = path.parent / (path.name + ".tmp")
     if os.path.islink(draft):
         raise OSError(errno.ELOOP, "a symbolic link stands where this is to be written; remove it", os.fspath(draft))
@@ -174,6 +188,13 @@ def fetch(source: epath.Path, target: epath.Path, expected_hash: str) -> None:
     with reporting(target, "write"), naming(target, size), drafted(target) as file:
         if hash_file(source, copy_to=file) != expected_hash:
             raise DataError(f"{source} is damaged: its hash is not the manifest's; prepare the data set again")
+
+
+def copy_in_bucket(source: epath.Path, target: epath.Path) -> None:
+    """Copy an object, or all below a name, within a store, which sends nothing here."""
+    system, below = fsspec.url_to_fs(os.fspath(source))
+    for name in system.find(below):
+        system.cp_file(name, system._strip_protocol(os.fspath(target)) + name.removeprefix(below))
 
 
 def stamp(path: epath.Path) -> str:

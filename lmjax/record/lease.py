@@ -9,7 +9,7 @@ import time
 
 from etils import epath
 
-from lmjax.errors import StallError
+from lmjax.errors import StallError, StorageError
 from lmjax.process import group
 from lmjax.record import files
 
@@ -45,7 +45,7 @@ class Lease:
         try:
             if self._holds():
                 self._path.unlink()
-        except OSError:
+        except (OSError, StorageError):
             pass  # then there is nothing to be written to, either
 
     def _holds(self) -> bool:

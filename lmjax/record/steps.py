@@ -22,7 +22,7 @@ RUN_ID = "wandb_id"
 def find_step(path: epath.PathLike, step: int | None = None) -> epath.Path:
     """The directory of a sealed step: of `step` or the newest one in a run's workdir or checkpoints directory, or
     `path` itself. Raises CheckpointError when there is none."""
-    path = epath.Path(path).resolve()
+    path = files.absolute(path)
     if step is None and seal.is_sealed(path):
         return path
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
@@ -67,7 +67,7 @@ def verify(path: epath.PathLike) -> list[str]:
 
     A step that was never sealed counts for nothing. Raises CheckpointError when there is nothing to verify.
     """
-    path = epath.Path(path).resolve()
+    path = files.absolute(path)
     if seal.is_sealed(path):
         return list(_problems(path))
     directory = path / "checkpoints" if (path / "checkpoints").exists() else path
@@ -107,7 +107,14 @@ def sealed_steps(directory: epath.Path) -> list[epath.Path]:
 
 
 def set_aside(path: epath.Path, why: str) -> epath.Path:
-    return path.rename(path.parent / f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}")
+    """Give a step, or a file, another name that says why. In a bucket it is copied, then deleted, seal first: a kill in
+    between leaves both, and it is set aside again."""
+    aside = path.parent / f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
+    if not files.is_remote(path):
+        return path.rename(aside)
+    files.copy_in_bucket(path, aside)
+    delete(path)
+    return aside
 
 
 def delete(path: epath.Path) -> None:

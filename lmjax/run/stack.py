@@ -28,6 +28,7 @@ from lmjax.metrics import Metrics
 from lmjax.process import ending, labels, start_up
 from lmjax.process.redact import hide
 from lmjax.process.signals import Preemption, Watchdog
+from lmjax.record import files
 from lmjax.run import assemble, run
 from lmjax.run.assemble import Experiment
 from lmjax.run.run import Options, Runtime
@@ -76,7 +77,7 @@ def train(members: Sequence[Member], share: "Callable[[Iterable[int]], SharedSte
 def check(members: Sequence[Member]) -> None:
     for member in members:
         check_together(member.cfg, members[0].cfg)
-    places = Counter(member.workdir.resolve() for member in members)
+    places = Counter(files.absolute(member.workdir) for member in members)
     place, times = places.most_common(1)[0]
     if times > 1:
         raise ConfigError(f"--workdir={place} is that of {times} runs; give each its own")

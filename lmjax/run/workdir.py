@@ -28,6 +28,10 @@ SUMMARY_FORMAT = 1
 _LOCATION = re.compile(r"data\.sources\.[^.]+\.(path|prepare\.inputs)")
 """Settings that say where data lie, not what they are."""
 _SEALED = ".sealed"
+_BUCKET_NOTE = (
+    "note: {} is in a bucket: no lock keeps a second run out (it takes over, and this one ends with 6 half a minute "
+    "later), and metrics and ledger are uploaded with each checkpoint, not line by line"
+)
 _ORIGINS = ("train.init_from", "train.branch_from")
 # A resumed run must mean the same run. How often it looks, saves and reports, and on what machine, may change.
 _FIXED = (
@@ -77,6 +81,11 @@ def locate(workdir: epath.PathLike) -> epath.Path:
     """The directory. Raises ConfigError for a bucket whose package is missing, and for a directory that is not a run's
     but has files under the names that a run writes: they are somebody's own."""
     path = epath.Path(workdir)
+    if os.fspath(path).startswith("s3://"):  # TensorStore could; Orbax takes the path for a relative one
+        raise ConfigError(
+            f"--workdir={workdir}: Orbax writes checkpoints to disks and gs://, not to s3://, where only data may be; "
+            "use a disk that all machines share"
+        )
     try:
         found = [name for name in _WRITTEN if (path / name).exists()]
     except ImportError as error:
@@ -214,6 +223,8 @@ def lock(workdir: epath.Path, patience: float = 120.0) -> Iterator[None]:
         if group.is_leader():
             with _writing(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
+                if files.is_remote(workdir):
+                    print(_BUCKET_NOTE.format(workdir), flush=True)
                 notice = f"another process trains in {workdir}; waiting up to {patience:.0f} s for it to end"
                 free = stack.enter_context(files.lock(workdir / ".lock", patience, notice))
         if not group.broadcast("whether the work directory is free", free):

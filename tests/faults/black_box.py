@@ -74,7 +74,7 @@ def lmjax(*words: Any, cwd: Path = ROOT, limits: tuple[tuple[int, int], ...] = (
     return _server().run(request)
 
 
-def train(corpus: Path, workdir: Path, *words: str, **environment: str) -> Result:
+def train(corpus: Path, workdir: Path | str, *words: str, **environment: str) -> Result:
     return lmjax("train", f"--config={CONFIG}:{corpus}", f"--workdir={workdir}", *words, **environment)
 
 
@@ -116,10 +116,10 @@ def copied(directory: Path, target: Path) -> Path:
     return target
 
 
-def hashes(workdir: Path, step: int | None = None) -> list[str]:
+def hashes(workdir: Path | str, step: int | None = None, **environment: str) -> list[str]:
     """What `lmjax inspect --hash` says of the contents of each part of a checkpoint."""
     words = [] if step is None else [f"--step={step}"]
-    lines = lmjax("inspect", workdir, "--hash", *words).done().out.splitlines()
+    lines = lmjax("inspect", workdir, "--hash", *words, **environment).done().out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.split()[:1] == ["part"])
     return [line for line in lines[start : lines.index("", start)] if line.split()[0] != "hyper"]
 

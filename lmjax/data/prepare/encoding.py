@@ -22,6 +22,7 @@ from lmjax.data.store.shards import token_dtype
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
+from lmjax.record import buckets
 
 Unknown = Literal["error", "replace", "skip"]
 """What becomes of a text that the tokenizer cannot represent: see `PrepareConfig.unknown`."""
@@ -214,6 +215,7 @@ def _read_exactly(stream: IO[bytes], size: int) -> bytes:
 
 def _serve(directory: str, unknown: Unknown) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it stops its workers
+    buckets.register()
     tokenizer = load_tokenizer(directory)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:

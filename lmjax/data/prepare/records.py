@@ -121,5 +121,5 @@ def remove(directory: epath.Path) -> None:
         for file in records.iterdir():
             if _RECORDS.fullmatch(file.name):
                 file.unlink()
-        if not any(records.iterdir()):
+        if records.exists() and not any(records.iterdir()):  # in a bucket it went with the last of them
             records.rmdir()
