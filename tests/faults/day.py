@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         same = hashes(disturbed.workdir) == hashes(undisturbed.workdir)
         verified = lmjax("verify", disturbed.workdir)
     counted = ", ".join(f"{count} x {what}" for what, count in sorted(happened.items()))
-    print(f"{n_steps} steps in {sum(happened.values()) + 1} attempts: {counted}")
+    print(f"{n_steps} steps: {counted}")
     print(f"the same bits: {same}; lmjax verify: exit code {verified.code} {verified.last}")
     print(f"goodput {seconds / spent:.2f}: {seconds:.0f} s undisturbed, {spent:.0f} s disturbed")
     return 0 if same and verified.code == 0 else 1
@@ -116,19 +116,16 @@ def live(day: Day, rng: random.Random) -> tuple[float, collections.Counter[str]]
     """Start the run until it is done. Returns the seconds of all attempts, and what happened how often."""
     spent, happened = 0.0, collections.Counter[str]()
     while True:
-        kind = rng.choice((*FAULTS, FLIP))
-        if kind == FLIP:
-            kind, faults = (FLIP if day.flip(rng) else "nothing"), ""
+        flipped = rng.random() < 1 / len(FAULTS) and day.flip(rng)
+        kind, place = rng.choice(FAULTS), rng.randrange(2)
         soon = day.reached + rng.randint(1, max(2, day.n_steps // 8))
-        if kind.endswith("@step"):
-            faults = f"{kind}:{soon}:{rng.randrange(2)}"
-        elif "@" in kind:
-            faults = f"{kind}:{rng.randint(1, 3)}:{rng.randrange(2)}"
+        due = soon if kind.endswith("@step") else rng.randint(1, 3)
+        faults = f"{kind}:{due}:{place}"
         code, said, seconds = day.start(faults)
         spent += seconds
-        print(
-            f"{seconds:5.0f} s  {faults or kind:32}  exit code {code:3}, step {day.reached}: {said[:150]}", flush=True
-        )
+        what = f"{faults}, {FLIP}" if flipped else faults
+        print(f"{seconds:5.0f} s  exit code {code:3}, step {day.reached:6}  {what}: {said[-150:]}", flush=True)
+        happened[FLIP] += flipped
         if code == 0:
             return spent, happened
         assert code in AGAIN or code < 0, said
