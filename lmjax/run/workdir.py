@@ -245,7 +245,10 @@ def held(workdir: epath.Path) -> Iterator[Lease]:
         return "; no step is sealed yet" if last is None else f"; the last good step is {last.name}"
 
     with ending.last_word(give_up):
-        yield lease
+        try:
+            yield lease
+        except StallError as error:
+            raise StallError(f"{error}{give_up()}") from error
 
 
 def make_workdir(workdir: epath.Path) -> None:
