@@ -103,14 +103,8 @@ _last_words: list[Callable[[], str]] = []
 def last_word(word: Callable[[], str]) -> Iterator[None]:
     """What else is done, and said at the end of the last line, when this process gives the others up, meanwhile."""
     _last_words.append(word)
-    try:
-        yield
-    except StallError:
-        raise  # is about to be said
-    except BaseException:
-        _last_words.remove(word)
-        raise
-    _last_words.remove(word)
+    yield
+    _last_words.remove(word)  # not after an error, which may turn out to be that others are lost
 
 
 def _within(seconds: float, word: Callable[[], str]) -> str:

@@ -245,10 +245,7 @@ def held(workdir: epath.Path) -> Iterator[Lease]:
         return "; no step is sealed yet" if last is None else f"; the last good step is {last.name}"
 
     with ending.last_word(give_up):
-        try:
-            yield lease
-        except StallError as error:
-            raise StallError(f"{error}{give_up()}") from error
+        yield lease
 
 
 def make_workdir(workdir: epath.Path) -> None:
