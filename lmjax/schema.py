@@ -30,6 +30,12 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+def first_problem(error: pydantic.ValidationError) -> str:
+    """`sources.a.cursor: Input should be a valid integer`: what first does not fit, and where."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'as a whole'}: {first['msg']}"
+
+
 def validated(cls: type[T], values: Mapping[str, Any], where: str = "", *, strict: bool = False) -> T:
     """A config object of nested plain values. Raises ConfigError naming the first key that does not fit.
 

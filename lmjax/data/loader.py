@@ -18,7 +18,7 @@ from lmjax.data.store.shards import TokenSplit
 from lmjax.data.windows import Windows, as_batch
 from lmjax.errors import CheckpointError, DataError
 from lmjax.record import files
-from lmjax.schema import NonNegativeInt, PositiveInt
+from lmjax.schema import NonNegativeInt, PositiveInt, first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -205,10 +205,8 @@ def _checked_state(at: Mapping[str, Any]) -> LoaderState:
     try:
         return pydantic.TypeAdapter(LoaderState).validate_python(at, strict=True)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise CheckpointError(
-            f"the checkpoint does not say where its run was in the data: {where}: {first['msg']}; use another step"
+            f"the checkpoint does not say where its run was in the data: {first_problem(error)}; use another step"
         ) from None
 
 

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from lmjax.devices.chips import peak_flops
 from lmjax.errors import CheckpointError
-from lmjax.schema import NonNegativeFloat, NonNegativeInt
+from lmjax.schema import NonNegativeFloat, NonNegativeInt, first_problem
 from lmjax.tasks.task import Source, Task
 from lmjax.train.accounting import Accounting, Cost
 
@@ -48,10 +48,8 @@ def check_meta(meta: Mapping[str, Any], step: int) -> None:
     try:
         pydantic.TypeAdapter(Meta).validate_python(meta, strict=True)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
         raise CheckpointError(
-            f"the checkpoint of step {step} is not that of a run: meta.{'.'.join(map(str, first['loc']))}: "
-            f"{first['msg']}; use another step"
+            f"the checkpoint of step {step} is not that of a run: meta.{first_problem(error)}; use another step"
         ) from None
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lmjax.errors import DataError
 from lmjax.record import files, formats
-from lmjax.schema import NonNegativeInt, PositiveInt, config_class
+from lmjax.schema import NonNegativeInt, PositiveInt, config_class, first_problem
 
 FORMAT: Literal[1] = 1
 FILE = "manifest.json"
@@ -144,11 +144,8 @@ def read_manifest(directory: epath.Path) -> Manifest:
     except DataError:
         raise
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"{path} is not a manifest of format {FORMAT}: {where or 'as a whole'}: {first['msg']}; prepare again"
-        ) from error
+        problem = first_problem(error)
+        raise DataError(f"{path} is not a manifest of format {FORMAT}: {problem}; prepare again") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); restore it or prepare the data set again") from error
     return manifest
