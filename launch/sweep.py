@@ -36,6 +36,7 @@ TARGET_RATIO = 10
 def launch(arguments: argparse.Namespace) -> int:
     if arguments.nodes < 1:
         raise ConfigError(f"--nodes={arguments.nodes} must be at least 1")
+    files.check_takes_checkpoints(arguments.out, "--out")
     cells = load_cells(arguments.config, arguments.cells, arguments.overrides, bracket=arguments.bracket)
     on = price.accelerator(arguments.accelerator, share_of_peak=arguments.share_of_peak, dollars=arguments.dollars)
     target = ahead.target(on) if arguments.compile else None

@@ -23,7 +23,6 @@ FAMILIES = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 """Of TPU, as SkyPilot names them."""
 RESTARTS_ON_ERRORS = 10
 _ENVIRONMENT = "$HOME/lmjax"
-_EXTRAS = {"gs": "gcp", "s3": "aws"}
 WAITS = False
 
 
@@ -77,7 +76,7 @@ def stop(name: str, directory: str, jobs: Sequence[Job]) -> int:
 def task(directory: str, job: Job, on: Machines, hardware: Hardware, infra: str | None) -> dict[str, Any]:
     """The task of a cell, as `sky jobs launch` reads it."""
     accelerators = _accelerators(on)
-    extras = [*({"tpu"} if on.shape else {"cuda"} if on.kind else set()), _EXTRAS[directory.partition("://")[0]]]
+    extras = ["gcp"] if on.kind is None else ["tpu" if on.shape else "cuda", "gcp"]
     return {
         "name": job.name,
         "workdir": ".",

@@ -1,5 +1,6 @@
 """Who this process is among several: from flags, a TPU's metadata, SkyPilot or Slurm."""
 
+import ipaddress
 import os
 import re
 import urllib.error
@@ -25,6 +26,10 @@ class Cluster(NamedTuple):
     local_devices: tuple[int, ...] | None = None
     """The GPUs of this process, where several processes share a machine that shows all of its GPUs to each."""
 
+    @property
+    def port(self) -> int:
+        return int(self.coordinator.rpartition(":")[2])
+
 
 def detect(environment: Mapping[str, str]) -> Cluster | None:
     """This process's place, or None if it is alone. The first of these that names several processes counts:
@@ -45,6 +50,21 @@ def detect(environment: Mapping[str, str]) -> Cluster | None:
         if cluster is not None and cluster.processes > 1:
             return _checked(cluster)
     return None
+
+
+def listening_address(environment: Mapping[str, str], cluster: Cluster) -> str:
+    """The IP address that process 0 listens at: LMJAX_LISTEN; else that of a coordinator that is this machine itself,
+    such as localhost, which nobody else reaches; else `::`, all that the machine has.
+
+    Raises ConfigError for what is no IP address.
+    """
+    host = cluster.coordinator.rpartition(":")[0].strip("[]")
+    loopback = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
+    address = environment.get("LMJAX_LISTEN") or loopback.get(host, "::")
+    try:
+        return str(ipaddress.ip_address(address))
+    except ValueError:
+        raise ConfigError(f"LMJAX_LISTEN={address!r} is not an IP address of this machine, such as 10.0.0.1") from None
 
 
 def _from_flags(environment: Mapping[str, str]) -> Cluster | None:

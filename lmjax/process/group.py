@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from lmjax.errors import ConfigError, StallError, one_line
 from lmjax.process import messages, start_up
-from lmjax.process.cluster import Cluster, detect, tpu_metadata
+from lmjax.process.cluster import Cluster, detect, listening_address, tpu_metadata
 from lmjax.process.lifeline import Lifeline
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,10 @@ def start(environment: Mapping[str, str], *, timeout: float, on_loss: Callable[[
     messages.show_warnings(f"lmjax: {name()}")
     say(f"coordinator {cluster.coordinator} (from {cluster.source})")
     begin = time.monotonic()
-    _lifeline = Lifeline(cluster.coordinator, cluster.process, cluster.processes, timeout, start_up.program())
+    listen = listening_address(environment, cluster)
+    _lifeline = Lifeline(cluster.coordinator, cluster.process, cluster.processes, timeout, start_up.program(), listen)
     _lifeline.watch(on_loss, say)
-    _connect(cluster, timeout)
+    _connect(cluster, timeout, listen)
 
     import jax
 
@@ -73,7 +74,7 @@ def _warn_outside_srun(environment: Mapping[str, str]) -> None:
         logger.warning("this Slurm job has %s tasks, but this process was not started by srun: it runs alone", tasks)
 
 
-def _connect(cluster: Cluster, timeout: float) -> None:
+def _connect(cluster: Cluster, timeout: float, listen: str) -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from signals.Preemption
@@ -89,6 +90,7 @@ def _connect(cluster: Cluster, timeout: float) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=max(1, round(timeout)),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        coordinator_bind_address=f"[{listen}]:{cluster.port}" if ":" in listen else f"{listen}:{cluster.port}",
     )
     if jax.default_backend() == "cpu":
         _compile_alike()

@@ -31,11 +31,14 @@ class Lifeline:
     """Raises StallError when process 0 is not reached, or not everybody came, within `timeout` seconds, or process 0
     ends meanwhile, and ConfigError when the processes contradict each other."""
 
-    def __init__(self, address: str, process: int, processes: int, timeout: float, program: str = "") -> None:
-        """`program` names what runs, versions and all: it must be the same at all processes."""
+    def __init__(
+        self, address: str, process: int, processes: int, timeout: float, program: str = "", listen: str = "::"
+    ) -> None:
+        """`program` names what runs, versions and all: it must be the same at all processes. Process 0 listens at the
+        IP address `listen`, by default at all that the machine has."""
         self._closed = threading.Event()
         if process == 0:
-            self._lines = _call_the_roll(address, processes, timeout, program)
+            self._lines = _call_the_roll(address, processes, timeout, program, listen)
         else:
             self._lines = {0: _answer(address, process, processes, timeout, program)}
         for line in self._lines.values():
@@ -93,11 +96,11 @@ class Lifeline:
 # The roll call ----------------------------------------------------------------------------------------------------
 
 
-def _call_the_roll(address: str, processes: int, timeout: float, program: str) -> dict[int, socket.socket]:
+def _call_the_roll(address: str, processes: int, timeout: float, program: str, listen: str) -> dict[int, socket.socket]:
     """Process 0: wait for all others, then let them go at once."""
     lines: dict[int, socket.socket] = {}
     end = time.monotonic() + timeout
-    with _listen(int(address.rpartition(":")[2]), processes) as listener:
+    with _listen(listen, int(address.rpartition(":")[2]), processes) as listener:
         while len(lines) < processes - 1:
             listener.settimeout(max(0.01, end - time.monotonic()))
             try:
@@ -135,14 +138,16 @@ def _present(lines: dict[int, socket.socket]) -> dict[int, socket.socket]:
     return {process: line for process, line in lines.items() if is_open(line)}
 
 
-def _listen(port: int, processes: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
+def _listen(host: str, port: int, processes: int) -> socket.socket:
+    both = host == "::" and socket.has_dualstack_ipv6()
+    host = "" if host == "::" else host  # as some machines have no IPv6
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
-        return socket.create_server(("", port), family=family, backlog=processes, dualstack_ipv6=both)
+        return socket.create_server((host, port), family=family, backlog=processes, dualstack_ipv6=both)
     except OSError as error:
+        where, what = (f"{host}, port {port}", "LMJAX_LISTEN or ") if host else (f"port {port}", "")
         raise StallError(
-            f"process 0 cannot listen on port {port} ({error.strerror}); choose another --coordinator port"
+            f"process 0 cannot listen on {where} ({error.strerror}); choose another {what}--coordinator port"
         ) from None
 
 

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import fsspec
 from etils import epath
 
-from lmjax.errors import DataError
+from lmjax.errors import ConfigError, DataError
 
 _EXTRAS = {"gs": "gcp", "s3": "aws"}
 DIGEST_BYTES = 32
@@ -36,6 +36,15 @@ def locate(path: str | os.PathLike[str]) -> epath.Path:
         with reporting(located):
             located.exists()
     return located
+
+
+def check_takes_checkpoints(path: str | os.PathLike[str], flag: str) -> None:
+    """Raise ConfigError for a bucket that Orbax takes for a relative path, though TensorStore knows it."""
+    if os.fspath(path).startswith("s3://"):
+        raise ConfigError(
+            f"{flag}={os.fspath(path)}: Orbax writes checkpoints to disks and gs://, not to s3://, where only data may "
+            "be; use a disk that all machines share"
+        )
 
 
 def is_remote(path: epath.Path) -> bool:

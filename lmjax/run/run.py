@@ -34,6 +34,7 @@ from lmjax.run.workdir import (
     check_not_lost,
     check_unchanged,
     finished_step,
+    has_report,
     held,
     identity,
     locate,
@@ -95,11 +96,15 @@ def run(
     workdir = locate(workdir)
     check_agreed(cfg)
     cfg = with_pinned_start(workdir, cfg)
-    if is_finished(workdir, cfg, options) and has_report(workdir):
+    if is_finished(workdir, cfg, options) and has_report(workdir) and has_files(workdir, cfg):
         return say_finished(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(workdir))
         if is_finished(workdir, cfg, options):  # by the run that was waited for, or by one that died over its report
+            if not has_files(workdir, cfg):
+                task = (make_task or TASKS[cfg.task].task)(cfg)
+                if group.is_leader():
+                    task.write_files(workdir)
             if not has_report(workdir) and group.is_leader():
                 write_report(workdir, defaults=dataclasses.asdict(Config()))
             return say_finished(workdir)
@@ -124,10 +129,8 @@ def is_finished(workdir: epath.Path, cfg: Config, options: Options) -> bool:
     return step >= cfg.train.steps
 
 
-def has_report(workdir: epath.Path) -> bool:
-    """Whether report and plot are there: a kill or a full disk may have come between."""
-    found = all(path.exists() and path.stat().length for path in (workdir / "report.md", workdir / "loss.png"))
-    return group.broadcast("whether there is a report", found)
+def has_files(workdir: epath.Path, cfg: Config) -> bool:
+    return group.broadcast("whether the task's files are there", TASKS[cfg.task].has_files(workdir))
 
 
 def say_finished(workdir: epath.Path) -> int:

@@ -81,11 +81,7 @@ def locate(workdir: epath.PathLike) -> epath.Path:
     """The directory. Raises ConfigError for a bucket whose package is missing, and for a directory that is not a run's
     but has files under the names that a run writes: they are somebody's own."""
     path = epath.Path(workdir)
-    if os.fspath(path).startswith("s3://"):  # TensorStore could; Orbax takes the path for a relative one
-        raise ConfigError(
-            f"--workdir={workdir}: Orbax writes checkpoints to disks and gs://, not to s3://, where only data may be; "
-            "use a disk that all machines share"
-        )
+    files.check_takes_checkpoints(path, "--workdir")
     try:
         found = [name for name in _WRITTEN if (path / name).exists()]
     except ImportError as error:
@@ -318,6 +314,12 @@ def summary_step(path: epath.Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         logger.warning("%s is damaged (%s); it is made again from the newest checkpoint", path, type(error).__name__)
         return None
+
+
+def has_report(workdir: epath.Path) -> bool:
+    """Whether report and plot are there: a kill or a full disk may have come between."""
+    found = all(path.exists() and path.stat().length for path in (workdir / "report.md", workdir / "loss.png"))
+    return group.broadcast("whether there is a report", found)
 
 
 def note_sealed(workdir: epath.Path) -> None:

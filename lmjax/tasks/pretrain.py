@@ -13,6 +13,7 @@ from lmjax.config import Config
 from lmjax.data.loader import Loader
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.dataset import Dataset, open_sources
+from lmjax.data.tokenizers.load import saved_hash
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.data.windows import as_batch
 from lmjax.errors import CheckpointError, ConfigError, DataError
@@ -97,6 +98,14 @@ def save_tokenizer(tokenizer: Tokenizer, workdir: epath.Path) -> None:
         tokenizer.save(workdir / "tokenizer")
     except DataError as error:
         raise CheckpointError(f"storage: {error}; free or mend it and run again") from error
+
+
+def has_tokenizer(workdir: epath.Path) -> bool:
+    """Whether the tokenizer of a work directory is there and undamaged."""
+    try:
+        return bool(saved_hash(workdir / "tokenizer"))
+    except DataError:
+        return False
 
 
 # Data -------------------------------------------------------------------------------------------------------------

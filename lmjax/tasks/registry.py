@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from etils import epath
+
 from lmjax.config import Config
 from lmjax.tasks import pretrain
 from lmjax.tasks.task import Task
@@ -15,10 +17,12 @@ class Kind(NamedTuple):
     """What a run trains: data and all."""
     without_data: Callable[[Config], Task]
     """The same as far as it is known without data: enough to compile, to plan and to price it."""
+    has_files: Callable[[epath.Path], bool]
+    """Whether what `Task.write_files` writes is in a work directory, whole."""
 
 
 TASKS: dict[str, Kind] = {
-    "pretrain": Kind(pretrain.pretrain, pretrain.without_data),
+    "pretrain": Kind(pretrain.pretrain, pretrain.without_data, pretrain.has_tokenizer),
 }
 
 

@@ -1,5 +1,6 @@
 """Several processes, one of which dies, stands still, has no room or is another version: the others end and say so."""
 
+import ipaddress
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from tests.faults.black_box import CONFIG, ENVIRONMENT, ROOT, Result, finished, hashes, lmjax, start, train, wait_for
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 SETTINGS = ("--config.model.vocab=264", "--config.data.prefetch=1")
 
 
@@ -64,6 +66,37 @@ def test_a_process_that_stands_still_is_given_up_and_writes_no_more(corpus: Path
     assert "process 1 has been silent for 30 s" in last_line(result, 0)
     assert last_line(result, 0).endswith("the last good step is 4") and last_line(result, 1)
     assert contents(workdir) == before
+
+
+# Sockets --------------------------------------------------------------------------------------------------------------
+
+
+def test_processes_of_one_machine_listen_at_none_of_its_other_addresses(corpus: Path, tmp_path: Path) -> None:
+    """Nor at all of them. Gloo takes the address of the machine's name."""
+    running = launch(corpus, tmp_path / "run", LMJAX_FAULTS="pause@step:3")
+    wait_for(lambda: (tmp_path / "run" / "ledger.jsonl").exists(), running)
+    found = {address for pid in _children(running.pid) for address in _listening(pid)}
+    finished(running).done()
+    assert any(address.is_loopback for address in found)
+    assert not any(address.is_unspecified for address in found), found
+
+
+def _listening(pid: int) -> set[Address]:
+    """The addresses of the TCP sockets at which a process listens."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+    rows = [
+        row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {_address(row[1]) for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def _address(text: str) -> Address:
+    """`0100007F:1F90` as the kernel writes it, words in this machine's order: `127.0.0.1`."""
+    words = text.partition(":")[0]
+    packed = b"".join(int(words[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(words), 8))
+    address = ipaddress.ip_address(packed)
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _children(parent: int) -> list[int]:

@@ -51,6 +51,17 @@ def test_a_finished_run_mends_them_too(corpus: Path, whole: Path, tmp_path: Path
     assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("how", few(["absent", *DAMAGED], ["absent"]))
+def test_a_finished_run_mends_its_tokenizer(corpus: Path, whole: Path, tmp_path: Path, how: str) -> None:
+    workdir, name = copied(whole, tmp_path / "run"), "tokenizer/tokenizer.description.json"
+    if how == "absent":
+        shutil.rmtree(workdir / "tokenizer")
+    else:
+        (workdir / name).write_bytes(DAMAGED[how])
+    train(corpus, workdir).done()
+    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_a_config_that_is_damaged_lets_no_other_run_in(corpus: Path, cut: Path) -> None:
     (cut / "config.json").write_bytes(DAMAGED["binary"])
     train(corpus, cut, "--config.train.seed=1").refused(2, "another config")

@@ -29,7 +29,7 @@ CASES = {
     ),
     "gke-gpu": Case(gke, "gs://mine/first", Hardware("H100-16", nodes=2), ("--image=img:1",)),
     "skypilot-tpu": Case(skypilot, "gs://mine/first", Hardware("v5e-16", spot=True)),
-    "skypilot-gpu": Case(skypilot, "s3://mine/first", Hardware("H100-16", nodes=2), ("--infra=aws/us-east-1",)),
+    "skypilot-gpu": Case(skypilot, "gs://mine/first", Hardware("H100-16", nodes=2), ("--infra=aws/us-east-1",)),
 }
 
 

@@ -195,6 +195,7 @@ def test_another_sweep_is_refused_and_extended_when_asked(corpus: Path, trained:
         (["--accelerator=v5e-16"], "cell 0: mesh.data=16 does not divide train.batch"),
         (["--config.train.stepz=1"], "unknown key 'stepz'"),
         (["--nodes=0"], "--nodes=0"),
+        (["--out=s3://mine/first"], "Orbax writes checkpoints to disks and gs://, not to s3://"),
         (["--jobs=0"], "--jobs=0 must be at least 1"),
         (["--share-of-peak=2"], "--share-of-peak"),
     ],

@@ -15,7 +15,7 @@ import pytest
 
 from lmjax.errors import ConfigError
 from lmjax.process import cluster
-from lmjax.process.cluster import Cluster, detect, tpu_metadata
+from lmjax.process.cluster import Cluster, detect, listening_address, tpu_metadata
 from lmjax.record import inspect, steps
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.config import CheckpointConfig
@@ -90,6 +90,29 @@ def test_a_process_knows_its_place(environment: dict[str, str], expected: tuple[
 def test_half_an_environment_is_refused(environment: dict[str, str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         detect(environment)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "listen", "expected"),
+    [
+        ("n0.cluster:1234", "", "::"),
+        ("10.0.0.1:1234", "", "::"),
+        ("localhost:1234", "", "127.0.0.1"),  # nobody else could reach it
+        ("[::1]:1234", "", "::1"),
+        ("n0.cluster:1234", "10.0.0.7", "10.0.0.7"),
+        ("localhost:1234", "0.0.0.0", "0.0.0.0"),
+        ("n0.cluster:1234", "n0.cluster", None),
+    ],
+)
+def test_process_0_listens_where_it_is_told(coordinator: str, listen: str, expected: str | None) -> None:
+    environment = FLAGS | {"LMJAX_COORDINATOR": coordinator, "LMJAX_LISTEN": listen}
+    cluster = detect(environment)
+    assert cluster is not None
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"LMJAX_LISTEN='n0\.cluster' is not an IP address of this machine"):
+            listening_address(environment, cluster)
+    else:
+        assert listening_address(environment, cluster) == expected
 
 
 @pytest.fixture
