@@ -20,8 +20,8 @@ from lmjax.errors import ConfigError, DataError
 from lmjax.optim import optimizers
 from lmjax.optim.config import OptimizerConfig
 from lmjax.plan import search, topology
+from lmjax.registry import without_data
 from lmjax.run import assemble, dry_run
-from lmjax.tasks.registry import without_data
 from lmjax.tasks.task import Task
 from lmjax.train.accounting import Cost
 from lmjax.weights import Counts, Weight, abstract, by_path, count

@@ -60,7 +60,7 @@ class Config:
     hyperparameters: Annotated[str | None, AfterValidator(_rule_or_law)] = None
     """The rule, or the file `*.json` of laws fitted to one's own sweep, that sets what neither the config file nor the
     command line sets: learning rate, schedule, decay, and with train.tokens the batch (docs/hyperparameters.md)."""
-    task: Annotated[str, one_of(names_in("lmjax.tasks.registry", "TASKS"))] = "pretrain"
+    task: Annotated[str, one_of(names_in("lmjax.registry", "TASKS"))] = "pretrain"
     """What is trained."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

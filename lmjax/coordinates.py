@@ -22,7 +22,7 @@ from lmjax.models.config import BaseConfig, ModelConfig, reshaped
 from lmjax.models.model import Model
 from lmjax.optim import optimizers
 from lmjax.optim.config import hyper
-from lmjax.tasks.registry import without_data
+from lmjax.registry import without_data
 from lmjax.train.objective import scalar_arrays
 from lmjax.train.state import TrainState, zero_counters
 from lmjax.train.step import make_step

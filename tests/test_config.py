@@ -279,7 +279,7 @@ def test_mistakes_in_a_config_are_found_without_jax(arguments: list[str], tmp_pa
         ("lmjax.models.architectures", "ARCHITECTURES"),
         ("lmjax.models.mixers", "MIXERS"),
         ("lmjax.data.mixture", "MIXTURES"),
-        ("lmjax.tasks.registry", "TASKS"),
+        ("lmjax.registry", "TASKS"),
     ],
 )
 def test_names_in_the_source_are_those_of_the_registry(module: str, registry: str) -> None:

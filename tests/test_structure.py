@@ -22,7 +22,7 @@ from lmjax.optim.config import OptimizerConfig, ScheduleConfig
 from lmjax.optim.hyperparameters import RULES
 from lmjax.optim.rules import OPTIMIZERS
 from lmjax.optim.schedules import SCHEDULES
-from lmjax.tasks.registry import TASKS
+from lmjax.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lmjax").rglob("*.py"))
@@ -40,6 +40,8 @@ FLOORS: list[set[str]] = [
     {"evaluate", "train"},
     {"config"},
     {"tasks", "cells"},
+    {"finetune"},
+    {"registry"},
     {"run"},
     {"plan", "coordinates"},
     {"commands"},

@@ -19,8 +19,8 @@ from lmjax.devices.config import MeshConfig
 from lmjax.devices.mesh import LAYOUTS
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.plan.collectives import collectives
+from lmjax.registry import without_data
 from lmjax.run import assemble
-from lmjax.tasks.registry import without_data
 from lmjax.train.config import TrainConfig
 
 SIZES: dict[str, Any] = {"vocab": 1024, "layers": 4, "embed": 128, "heads": 8, "gated": True, "tied": False}

@@ -17,8 +17,8 @@ from lmjax.models.config import ModelConfig
 from lmjax.models.flops import matrix_products
 from lmjax.models.pipeline import Schedule
 from lmjax.plan.collectives import collectives
+from lmjax.registry import without_data
 from lmjax.run import assemble
-from lmjax.tasks.registry import without_data
 from lmjax.train.config import TrainConfig
 
 ROWS, LAYERS, EMBED, MLP = 2, 8, 256, 1024

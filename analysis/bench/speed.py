@@ -48,8 +48,8 @@ from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate_ids
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
+from lmjax.registry import without_data
 from lmjax.run.assemble import assemble, compiled_step, initial_state
-from lmjax.tasks.registry import without_data
 from lmjax.weights import initialize
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -41,9 +41,9 @@ from analysis.bench.speed import random_batch
 from lmjax.config import Config, load
 from lmjax.devices.place import shard_batch
 from lmjax.metrics import finish
+from lmjax.registry import without_data
 from lmjax.run import assemble
 from lmjax.run.stack import SharedStep, SideBySide, Stacked
-from lmjax.tasks.registry import without_data
 
 CONFIG = "configs/sweeps/cpu_isoflop.py"
 SHAPE = ("model.embed=128", "model.layers=4", "model.heads=2", "model.mlp=512")

@@ -26,9 +26,9 @@ from lmjax.models.flops import sequence_flops
 from lmjax.models.remat import REMAT
 from lmjax.plan.step import Plan, make_plan
 from lmjax.plan.topology import Topology
+from lmjax.registry import without_data
 from lmjax.run import assemble
 from lmjax.schema import validated
-from lmjax.tasks.registry import without_data
 from lmjax.weights import count
 
 SEARCHED = (*(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)), "train.microbatches", "model.remat")

@@ -19,9 +19,9 @@ from lmjax.plan.collectives import Collective, collectives
 from lmjax.plan.memory import Buffer, Memory
 from lmjax.plan.roofline import Estimate, Work
 from lmjax.plan.topology import Topology
+from lmjax.registry import without_data
 from lmjax.run import assemble
 from lmjax.run.assemble import Experiment
-from lmjax.tasks.registry import without_data
 from lmjax.train.accounting import Cost
 from lmjax.train.state import TrainState
 from lmjax.weights import Counts, count

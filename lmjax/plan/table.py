@@ -9,8 +9,8 @@ from lmjax.devices.chips import GIB, PRICES_FROM
 from lmjax.plan.collectives import by_kind
 from lmjax.plan.search import Search, changes
 from lmjax.plan.step import Plan
+from lmjax.registry import without_data
 from lmjax.run import dry_run
-from lmjax.tasks.registry import without_data
 
 _MEMORY = {
     "params": "params, float32",

@@ -10,8 +10,8 @@ from lmjax.data.store.manifest import Manifest
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.errors import ConfigError
 from lmjax.record import files
+from lmjax.registry import without_data
 from lmjax.run import assemble, branch
-from lmjax.tasks.registry import without_data
 from lmjax.tasks.start import check_origin
 from lmjax.tasks.task import Task
 from lmjax.train.accounting import Cost

@@ -22,10 +22,10 @@ from lmjax.process import group
 from lmjax.record import files, steps
 from lmjax.record.checkpoint import restore_parts
 from lmjax.record.trees import leaves_by_path
+from lmjax.registry import TASKS
 from lmjax.run import assemble, rollback
 from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress
-from lmjax.tasks.registry import TASKS
 from lmjax.train.state import TrainState
 from lmjax.train.step import accumulate, sample_keys
 from lmjax.weights import map_weights

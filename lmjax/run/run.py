@@ -25,6 +25,7 @@ from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.lease import Lease
 from lmjax.record.report import write_report
 from lmjax.record.tracking import Status
+from lmjax.registry import TASKS
 from lmjax.run import assemble, branch, feed, replay, rollback
 from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress, check_meta
@@ -46,7 +47,6 @@ from lmjax.run.workdir import (
     summary_step,
     with_pinned_start,
 )
-from lmjax.tasks.registry import TASKS
 from lmjax.tasks.task import Task
 from lmjax.train.loop import Hook, MetricsLogger, train
 from lmjax.train.state import TrainState

@@ -16,7 +16,7 @@ from lmjax.evaluate.likelihood import Evaluation
 from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split
 from lmjax.models.model import Model
 from lmjax.record import checkpoint
-from lmjax.tasks.registry import without_data
+from lmjax.registry import without_data
 from lmjax.weights import Params, abstract
 
 

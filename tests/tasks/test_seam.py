@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 from lmjax import config as configs
+from lmjax import registry
 from lmjax.config import Config
 from lmjax.devices.rows import axes
 from lmjax.errors import DONE, PREEMPTED, ConfigError
@@ -31,7 +32,6 @@ from lmjax.record.tracking import read_jsonl
 from lmjax.run import run
 from lmjax.run.convert import to_hf
 from lmjax.run.trained import evaluate_trained, load_trained
-from lmjax.tasks import registry
 from lmjax.tasks.pretrain import open_data, pretrain, with_data, with_tokenizer_vocab, without_data
 from lmjax.tasks.start import drawn
 from lmjax.tasks.task import Frozen, Language, Task
