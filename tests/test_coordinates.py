@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 replace = dataclasses.replace
 
 BASE, WIDE = 64, 512  # the ends of what `lmjax coordinates` is asked for: what is small by chance fades in between
+FEW, MANY = 8, 32  # seeds: where a few say that a site does not keep its size, many say whether that was chance
 SIZES = {"vocab": 61, "context": 8, "layers": 1, "embed": BASE, "heads": 4, "head_dim": None, "mlp": 96}
 SIZES |= {"embed_init_std": 0.005}  # a tied head's, too: random logits would hide what updates do to them
 # Rates at which ten updates change activations by about as much as they are.
@@ -53,27 +54,37 @@ def parametrized(cfg: ModelConfig, name: str = "mup") -> ModelConfig:
     return replace(cfg, parametrization=name, base=BaseConfig(**sizes))
 
 
-def run(model: ModelConfig, optimizer: str, **settings: Any) -> Sizes:
+def run(model: ModelConfig, optimizer: str, seeds: int, **settings: Any) -> Sizes:
     """Without clipping, which would hide a gradient that is too large."""
     settings = {"learning_rate": RATES[optimizer], "clip_norm": None, **settings}
     data = DataConfig(seq_len=model.context)
-    return measure(Config(model=model, data=data, optimizer=OptimizerConfig(name=optimizer, **settings)), seeds=8)
+    return measure(Config(model=model, data=data, optimizer=OptimizerConfig(name=optimizer, **settings)), seeds=seeds)
 
 
 @functools.cache
-def at_base(model: ModelConfig, optimizer: str, settings: tuple[tuple[str, Any], ...]) -> Sizes:
+def at_base(model: ModelConfig, optimizer: str, seeds: int, settings: tuple[tuple[str, Any], ...]) -> Sizes:
     """At the base every factor is 1, whatever the table says."""
-    return run(model, optimizer, **dict(settings))
+    return run(model, optimizer, seeds, **dict(settings))
 
 
-def check(model: ModelConfig, optimizer: str, *, larger_heads: bool = False, **settings: Any) -> list[Slopes]:
+def check(
+    model: ModelConfig, optimizer: str, seeds: int = FEW, *, larger_heads: bool = False, **settings: Any
+) -> list[Slopes]:
     wide = at_width(model, WIDE, larger_heads=larger_heads)
-    measured = [at_base(model, optimizer, tuple(settings.items())), run(wide, optimizer, **settings)]
+    measured = [at_base(model, optimizer, seeds, tuple(settings.items())), run(wide, optimizer, seeds, **settings)]
     return slopes((BASE, WIDE), measured)
 
 
 def failing(found: list[Slopes]) -> list[Slopes]:
     return [one for one in found if not one.holds]
+
+
+def assert_all_hold(model: ModelConfig, optimizer: str, **settings: Any) -> None:
+    found = check(model, optimizer, **settings)
+    if failing(found):
+        found = check(model, optimizer, MANY, **settings)
+    assert len(found) > 12
+    assert not failing(found), table(failing(found))
 
 
 # The table holds --------------------------------------------------------------------------------------------------
@@ -86,16 +97,13 @@ ALL = [(name, optimizer) for name in FAMILIES for optimizer in OPTIMIZERS]
     ("name", "optimizer"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in ALL]
 )
 def test_every_site_keeps_its_size(name: str, optimizer: str) -> None:
-    found = check(family(name), optimizer)
-    assert len(found) > 12
-    assert not failing(found), table(failing(found))
+    assert_all_hold(family(name), optimizer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_larger_heads_too(optimizer: str) -> None:
-    found = check(DENSE, optimizer, larger_heads=True)
-    assert not failing(found), table(failing(found))
+    assert_all_hold(DENSE, optimizer, larger_heads=True)
 
 
 @pytest.mark.slow
