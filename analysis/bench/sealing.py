@@ -29,8 +29,8 @@ from lmjax.config import load
 from lmjax.devices.place import shard_batch
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.config import CheckpointConfig
+from lmjax.registry import without_data
 from lmjax.run import assemble
-from lmjax.tasks.registry import without_data
 
 QUIET_STEPS = 10
 SHAPE = ("model.dtype=float32", "train.batch=1", "data.seq_len=256")
