@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from lmjax import __main__
 from lmjax.models.config import ModelConfig, MoeConfig, RopeConfig
 
 # A property holds however busy the machine is.
@@ -114,6 +115,30 @@ def cfgs() -> dict[str, ModelConfig]:
 def cfg(request: pytest.FixtureRequest) -> ModelConfig:
     """Each family in turn."""
     return FAMILIES[request.param]
+
+
+STORIES = Path(__file__).parents[2] / "shared" / "data" / "checkpoints" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory that the command makes of stories260K, a Llama that others trained."""
+    if not STORIES.is_dir():
+        pytest.skip(f"no trained model at {STORIES}")
+    workdir = tmp_path_factory.mktemp("stories") / "run"
+    files = {"from-llama2c": STORIES / "stories260K.bin", "tokenizer": STORIES / "tok512.bin", "workdir": workdir}
+    arguments = __main__.parse(["convert", *(f"--{name}={value}" for name, value in files.items())])
+    assert arguments.function(arguments) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def exported_stories(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as transformers reads it."""
+    out = tmp_path_factory.mktemp("exported") / "stories"
+    arguments = __main__.parse(["convert", "--to-hf", f"--workdir={stories}", f"--out={out}"])
+    assert arguments.function(arguments) == 0
+    return out
 
 
 @pytest.fixture

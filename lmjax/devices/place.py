@@ -63,13 +63,18 @@ def on_host(mesh: jax.sharding.Mesh | None, batch: AnyBatch) -> AnyBatch:
     """A whole batch as numpy, its tokens in their own order. All processes call it together."""
 
     def fetch(names: str, x: jax.Array) -> np.ndarray:
-        whole = np.asarray(replicate(mesh, x).addressable_data(0))
+        rows = whole(mesh, x)
         if mesh is None or "time" not in names.split():
-            return whole
+            return rows
         axis = names.split().index("time")
-        return np.take(whole, np.argsort(time_order(whole.shape[axis], mesh.shape["context"])), axis)
+        return np.take(rows, np.argsort(time_order(rows.shape[axis], mesh.shape["context"])), axis)
 
     return map_arrays(fetch, batch)
+
+
+def whole(mesh: jax.sharding.Mesh | None, x: jax.Array) -> np.ndarray:
+    """An array of the devices on the host. All processes call it together."""
+    return np.asarray(replicate(mesh, x).addressable_data(0))
 
 
 @functools.cache

@@ -72,12 +72,17 @@ def evaluate(
 @functools.partial(jax.jit, static_argnames=("hidden", "unembed", "head", "chunk"))
 def _score(params: Params, batch: Batch, *, hidden, unembed, head, chunk: int) -> jax.Array:
     """Sums of every row, [B, 3]: -log p, tokens predicted, weights."""
-    with jax.default_matmul_precision("highest"):
-        x_BTD, _, _ = hidden(params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
-        logprobs_BT, correct_BT = token_logprobs(unembed, head(params), x_BTD, batch.targets_BT, chunk=chunk)
+    logprobs_BT, correct_BT = token_scores(params, batch, hidden=hidden, unembed=unembed, head=head, chunk=chunk)
     columns = (-logprobs_BT, correct_BT, jnp.ones_like(logprobs_BT))
     sums_B3 = jnp.stack([jnp.sum(column_BT * batch.weights_BT, axis=1) for column_BT in columns], axis=1)
     return constrain(sums_B3, None, None)
+
+
+def token_scores(params: Params, batch: Batch, *, hidden, unembed, head, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(log p of every target, whether no token was more probable), both float32 [B, T], whatever their weights."""
+    with jax.default_matmul_precision("highest"):
+        x_BTD, _, _ = hidden(params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
+        return token_logprobs(unembed, head(params), x_BTD, batch.targets_BT, chunk=chunk)
 
 
 def _summarize(sums_B3: np.ndarray, n_tokens: int, n_bytes: int) -> Evaluation:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.data.tokenizers.tokenizer import Tokenizer
-from lmjax.devices.place import use_mesh
+from lmjax.devices.place import use_mesh, whole
 from lmjax.errors import ConfigError, DataError
 from lmjax.generate.beam import beam_search
 from lmjax.generate.config import GenerateConfig
@@ -97,7 +97,7 @@ def generate_ids(
         if cfg.beams > 1:
             ids_BZ, _ = beam_search(parts, params, tokens_BT, lengths_B, stop_ids, cfg=program)
         else:
-            keys_B = row_keys(cfg.seed, len(prompts))
+            keys_B = row_keys(cfg.seed, range(len(prompts)))
             ids_BZ = _decode(parts, params, tokens_BT, lengths_B, keys_B, stop_ids, cfg=program)
         return np.asarray(group.wait_on_cpu(ids_BZ)).tolist()
 
@@ -115,15 +115,35 @@ def stream(
 
     Raises ConfigError as `generate`, and for beam search, whose text is known only at the end.
     """
+    chunks = stream_ids(model, params, tokenizer, [_read(prompt, tokenizer)], cfg, chunk=chunk)
+    return _spell((ids for (ids,) in chunks), tokenizer, tokenizer.prefix if _opens(prompt) else b"")
+
+
+def stream_ids(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    cfg: GenerateConfig,
+    *,
+    chunk: int,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[list[list[int]]]:
+    """The new ids of every prompt in pieces, as `generate` finds them: a row that has ended gets no more.
+
+    `numbers` name the rows' random draws (default: their places), so that a row draws the same in any company. Raises
+    what `stream` does, before anything is written.
+    """
     assert chunk > 0, chunk
     if cfg.beams > 1:
         raise ConfigError(f"beam search (beams={cfg.beams}) cannot stream; set beams=1")
-    tokens_BT, lengths_B = _pad([_read(prompt, tokenizer)], tokenizer.endoftext_id)
+    tokens_BT, lengths_B = _pad(prompts, tokenizer.endoftext_id)
     _check(model.spec, tokens_BT, int(lengths_B.max()), cfg.tokens)
     mesh = auto_mesh()
     params = decoding_weights(model, params, mesh)
-    chunks = _stream_ids(model, params, mesh, tokenizer, tokens_BT, lengths_B, cfg, chunk)
-    return _spell(chunks, tokenizer, tokenizer.prefix if _opens(prompt) else b"")
+    with use_mesh(mesh):
+        keys_B = row_keys(cfg.seed, range(len(prompts)) if numbers is None else numbers)
+    return _stream_ids(model, params, mesh, tokenizer, (tokens_BT, lengths_B, keys_B), cfg, chunk)
 
 
 def _stream_ids(
@@ -131,27 +151,27 @@ def _stream_ids(
     params: Params,
     mesh: jax.sharding.Mesh | None,
     tokenizer: Tokenizer,
-    tokens_BT: np.ndarray,
-    lengths_B: np.ndarray,
+    rows: tuple[np.ndarray, np.ndarray, jax.Array],
     cfg: GenerateConfig,
     chunk: int,
-) -> Iterator[list[int]]:
+) -> Iterator[list[list[int]]]:
     parts, program = functions(model, tokenizer.vocab_size), _program(cfg)
     stops = _stops(tokenizer) if cfg.stop_at_endoftext else ()
     stop_ids = _stop_array(stops, cfg)
     with use_mesh(mesh):
-        keys_1 = row_keys(cfg.seed, 1)
-        state = group.wait_on_cpu(_start(parts, params, tokens_BT, lengths_B, keys_1, stop_ids, cfg=program))
-    ids, count = np.asarray(state.token_B).tolist(), 1
+        state = group.wait_on_cpu(_start(parts, params, *rows, stop_ids, cfg=program))
+        ids_BZ = whole(mesh, state.token_B)[:, None]
+    count, done = 1, [False] * len(ids_BZ)
     while True:
-        kept = _until(ids, stops)
+        kept = [[] if ended else _until(ids, stops) for ended, ids in zip(done, ids_BZ.tolist(), strict=True)]
+        done = [ended or len(ids) < ids_BZ.shape[1] for ended, ids in zip(done, kept, strict=True)]
         yield kept
-        if len(kept) < len(ids) or count == cfg.tokens:
+        if all(done) or count == cfg.tokens:
             return
         with use_mesh(mesh):  # and left before the caller goes on
             state, ids_BZ = group.wait_on_cpu(_advance(parts, params, state, stop_ids, cfg=program, tokens=chunk))
-        ids = np.asarray(ids_BZ)[0, : cfg.tokens - count].tolist()
-        count += len(ids)
+            ids_BZ = whole(mesh, ids_BZ)[:, : cfg.tokens - count]
+        count += ids_BZ.shape[1]
 
 
 def _spell(chunks: Iterable[list[int]], tokenizer: Tokenizer, prefix: bytes) -> Iterator[str]:
@@ -273,13 +293,13 @@ def _decode(
 # On the host ------------------------------------------------------------------------------------------------------
 
 
-def row_keys(seed: int, rows: int) -> jax.Array:
-    """One key per row, by its place among the prompts. `seed` has up to 64 bits."""
+def row_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
+    """One key per row, by its number, such as its place among the prompts. `seed` has up to 64 bits."""
     high, low = divmod(seed, 1 << 32)
     key = jax.random.key(low)  # which takes 32 bits, and of more only the lowest
     if high:
         key = jax.random.fold_in(key, high)
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(numbers))
 
 
 def _program(cfg: GenerateConfig) -> GenerateConfig:
@@ -329,15 +349,21 @@ def _bucket(length: int) -> int:
 
 
 def _check(spec: Spec, tokens_BT: np.ndarray, prompt: int, tokens: int) -> None:
-    """Learned positions end with their table, all others go on; a table of tokens may have fewer than a tokenizer."""
+    """Learned positions end with their table, all others go on."""
+    check_ids(spec, int(tokens_BT.max()))
     for weight in by_path(spec).values():
-        if weight.in_axes == ("vocab",) and tokens_BT.max() >= weight.shape[0]:
-            raise DataError(
-                f"a prompt has token {tokens_BT.max()}, and the model's table only {weight.shape[0]} rows; leave that "
-                "symbol out, or use the tokenizer that the model was trained with"
-            )
         if weight.in_axes == ("context",):
             _check_positions(prompt, tokens, context=weight.shape[0])
+
+
+def check_ids(spec: Spec, highest: int) -> None:
+    """Raise DataError where the model's table of tokens has no row for an id: a tokenizer may have more."""
+    for weight in by_path(spec).values():
+        if weight.in_axes == ("vocab",) and highest >= weight.shape[0]:
+            raise DataError(
+                f"a prompt has token {highest}, and the model's table only {weight.shape[0]} rows; leave that "
+                "symbol out, or use the tokenizer that the model was trained with"
+            )
 
 
 def _check_positions(prompt: int, tokens: int, *, context: int) -> None:

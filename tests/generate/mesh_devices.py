@@ -85,7 +85,7 @@ def small(layout: str) -> tuple[jax.sharding.Mesh, Any]:
     with jax.set_mesh(mesh):
         auto = auto_mesh()
         params = decoding_weights(model, jax.device_put(params, shardings(model.spec, mesh)), auto)
-    prompts = (np.ones((8, 2), np.int32), np.ones(8, np.int32), decode.row_keys(0, 8), np.array([END]))
+    prompts = (np.ones((8, 2), np.int32), np.ones(8, np.int32), decode.row_keys(0, range(8)), np.array([END]))
     return auto, (functions(model, V), params, *prompts)
 
 

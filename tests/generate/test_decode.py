@@ -125,7 +125,7 @@ def test_equal_prompts_and_seeds_draw_different_texts() -> None:
 
 def test_all_bits_of_a_seed_count() -> None:
     seeds = [0, 1, 5, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1]
-    keys = [tuple(np.asarray(jax.random.key_data(decode.row_keys(seed, 1))).ravel()) for seed in seeds]
+    keys = [tuple(np.asarray(jax.random.key_data(decode.row_keys(seed, range(1)))).ravel()) for seed in seeds]
     assert len(set(keys)) == len(seeds)
     for seed, key in zip(seeds[:5], keys, strict=False):  # as they always were
         np.testing.assert_array_equal(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 0)), key)
@@ -155,7 +155,7 @@ def test_the_loop_stops_when_all_rows_have_ended() -> None:
     model, params = ending_model("f")
     parts, cfg = decode.functions(model, TOKENIZER.vocab_size), GenerateConfig(tokens=50, temperature=0)
     prompts_BT, lengths_B = np.array([[ord("e")], [ord("a")]], np.int32), np.ones(2, np.int32)
-    state = decode.start(parts, model.unstack(params), prompts_BT, lengths_B, decode.row_keys(0, 2), STOPS, cfg)
+    state = decode.start(parts, model.unstack(params), prompts_BT, lengths_B, decode.row_keys(0, range(2)), STOPS, cfg)
     state, _ = decode.advance(parts, model.unstack(params), state, STOPS, cfg, 49)
     assert int(state.count) == 6  # b c d e f end
 

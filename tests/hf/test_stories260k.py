@@ -14,19 +14,7 @@ from lmjax.data.prepare.prepare import prepare
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate, stream
 from lmjax.run.trained import load_trained
-
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "checkpoints" / "stories260K"
-
-
-@pytest.fixture(scope="module")
-def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work directory that the command makes of stories260K."""
-    if not STORIES.is_dir():
-        pytest.skip(f"no trained model at {STORIES}")
-    workdir = tmp_path_factory.mktemp("stories") / "run"
-    files = {"from-llama2c": STORIES / "stories260K.bin", "tokenizer": STORIES / "tok512.bin", "workdir": workdir}
-    assert run("convert", **files) == 0
-    return workdir
+from tests.conftest import STORIES
 
 
 def run(command: str, **options: Any) -> int:
@@ -77,13 +65,11 @@ def test_the_mean_loss_is_that_of_the_reference(stories: Path, tmp_path: Path, c
     assert abs(loss - reference()["mean_nll_per_token"]) < 1e-5
 
 
-def test_transformers_tells_the_same_story(stories: Path, tmp_path: Path) -> None:
+def test_transformers_tells_the_same_story(exported_stories: Path) -> None:
     """Exported, with its tokenizer: the published story by `model.generate`."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    arguments = __main__.parse(["convert", "--to-hf", f"--workdir={stories}", f"--out={tmp_path / 'out'}"])
-    assert arguments.function(arguments) == 0
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported_stories)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported_stories)
     ids = tokenizer("", return_tensors="pt")["input_ids"]
     assert ids.tolist() == [[1]]
     with torch.no_grad():

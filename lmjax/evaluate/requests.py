@@ -1,0 +1,309 @@
+"""What a model says of continuations given contexts: their log-likelihoods, or continuations of its own.
+
+Requests are sorted by length and scored in batches of a few shapes, so programs are few and little is padding. Rows are
+independent of each other and sums are taken on the host in float64, so a result depends neither on the batch size nor
+on the requests beside it, but for the rounding of float32 products.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import numpy as np
+
+from lmjax.data.batch import Batch
+from lmjax.data.tokenizers.tokenizer import Tokenizer
+from lmjax.devices.mesh import shards
+from lmjax.devices.place import local_rows, on_host, shard_batch, use_mesh
+from lmjax.devices.rows import axes
+from lmjax.errors import ConfigError, DataError
+from lmjax.evaluate.likelihood import token_scores
+from lmjax.generate.config import GenerateConfig
+from lmjax.generate.decode import check_ids, stream_ids
+from lmjax.models.model import Model
+from lmjax.process.group import wait_on_cpu
+from lmjax.weights import Params
+
+_CHUNK = 256  # positions of a row whose logits exist at a time
+_LEAST = 16  # tokens of the shortest rows
+
+
+class Scorer(NamedTuple):
+    """A language model that answers requests, and how."""
+
+    model: Model
+    """Computing in float32: what every reported number is measured with."""
+    params: Params
+    tokenizer: Tokenizer
+    context: int
+    """Most tokens that it reads at once. Of a longer row the first ones are left out."""
+    batch: int = 16
+    """Rows at a time: changes speed, not results."""
+    mesh: jax.sharding.Mesh | None = None
+    on_batch: Callable[[], None] = lambda: None
+    """Called as each batch begins; it may raise to leave off."""
+
+
+class Request(NamedTuple):
+    """A continuation and what comes before it, as token ids; neither is empty."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+    bytes: int
+    """Of the continuation's text."""
+
+
+class Likelihood(NamedTuple):
+    """How probable a model finds a continuation."""
+
+    logprob: float
+    """The sum of log p over its tokens, nats."""
+    greedy: bool
+    """Whether each of its tokens is the most probable one, so that greedy decoding would write it; ties count."""
+    tokens: int
+    bytes: int
+    unread: int = 0
+    """Tokens of the context that did not fit into what the model reads."""
+
+
+# Text to requests -------------------------------------------------------------------------------------------------
+
+
+def read(tokenizer: Tokenizer, text: str) -> list[int]:
+    """What a model reads before it goes on with `text`: its begin symbol, if it has one; endoftext for an empty one."""
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+    return (begin + tokenizer.encode(text)) or [tokenizer.endoftext_id]
+
+
+def request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+    """Two texts, cut where the tokens of both together part from those of the context alone.
+
+    That is the rule of EleutherAI's harness: spaces that end the context belong to the continuation, since tokens carry
+    the space before a word. Where a token would span the cut, the continuation begins with that token.
+
+    Raises DataError for a continuation without tokens, and what encoding does.
+    """
+    stripped = context.rstrip()
+    both, alone = tokenizer.encode(context + continuation), tokenizer.encode(stripped) if stripped else []
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(both, alone, strict=False)))
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+    if not continuation or shared == len(both):
+        raise DataError(f"the continuation {continuation!r} of {context[-40:]!r} has no tokens; give it some text")
+    return Request((begin + both[:shared]) or [tokenizer.endoftext_id], both[shared:], len(continuation.encode()))
+
+
+def windows(tokenizer: Tokenizer, text: str, *, context: int, stride: int) -> list[Request]:
+    """A whole text as requests that score each of its tokens once, in rows of at most `context` tokens.
+
+    The first window reads the begin symbol (or endoftext) and scores `context` tokens; each later one scores the next
+    `stride`, with as many before them as fit. A smaller stride leaves more context to each token and takes more rows;
+    stride = context is what EleutherAI's harness does. The first request counts the bytes of the text.
+    """
+    assert 0 < stride <= context, (stride, context)
+    begin_id = tokenizer.endoftext_id if tokenizer.begin_id is None else tokenizer.begin_id
+    ids = [begin_id, *tokenizer.encode(text)]
+    if len(ids) == 1:
+        raise DataError("an empty text has no token to score; leave it out")
+    ends = [*range(min(context, len(ids) - 1), len(ids) - 1, stride), len(ids) - 1]
+    starts = [0, *ends[:-1]]
+    sizes = [len(text.encode()), *itertools.repeat(0, len(ends) - 1)]
+    return [
+        Request(ids[max(0, end - context) : start + 1], ids[start + 1 : end + 1], size)
+        for start, end, size in zip(starts, ends, sizes, strict=True)
+    ]
+
+
+# Likelihoods ------------------------------------------------------------------------------------------------------
+
+
+def log_likelihoods(scorer: Scorer, requests: Sequence[Request]) -> list[Likelihood]:
+    """How probable each continuation is, in the order of the requests. All processes call it together.
+
+    Raises DataError for a continuation that is longer than what the model reads, or has an id that it does not know.
+    """
+    if not requests:
+        return []
+    _check(scorer, requests)
+    model, found = scorer.model, dict[int, Likelihood]()
+    score = functools.partial(_scores, hidden=model.hidden, unembed=model.unembed, head=model.head)
+    pending: tuple[list[int], Any] | None = None
+    with use_mesh(scorer.mesh):
+        for places, batch in _batches(scorer, requests):
+            scorer.on_batch()
+            dispatched = wait_on_cpu(score(scorer.params, _placed(scorer.mesh, batch)))
+            if pending is not None:  # read the batch before while the device works on this one
+                found |= _collected(scorer, requests, *pending)
+            pending = places, dispatched
+        if pending is not None:
+            found |= _collected(scorer, requests, *pending)
+    return [found[place] for place in range(len(requests))]
+
+
+def _check(scorer: Scorer, requests: Sequence[Request]) -> None:
+    assert all(len(one.context) and len(one.continuation) for one in requests)
+    check_ids(scorer.model.spec, max(max(*one.context, *one.continuation) for one in requests))
+    longest = max(len(one.continuation) for one in requests)
+    if longest > scorer.context:
+        raise DataError(
+            f"a continuation of {longest} tokens is longer than the {scorer.context} that the model reads at once; "
+            "shorten it, or score it by windows"
+        )
+
+
+def _placed(mesh: jax.sharding.Mesh | None, batch: Batch) -> Batch:
+    size = len(batch.ids_B)
+    rows = local_rows(mesh, size)
+    return shard_batch(jax.tree.map(lambda x: x[rows], batch), mesh, size)
+
+
+@flax.struct.dataclass
+class _Scores:
+    logprobs_BT: Any = axes("batch time")
+    correct_BT: Any = axes("batch time")
+
+
+@functools.partial(jax.jit, static_argnames=("hidden", "unembed", "head"))
+def _scores(params: Params, batch: Batch, *, hidden, unembed, head) -> _Scores:
+    return _Scores(*token_scores(params, batch, hidden=hidden, unembed=unembed, head=head, chunk=_CHUNK))
+
+
+def _batches(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[list[int], Batch]]:
+    """(which requests, their rows): the longest first, so that what does not fit into memory fails at once."""
+    lengths = [min(len(one.context) + len(one.continuation) - 1, scorer.context) for one in requests]
+    order = sorted(range(len(requests)), key=lambda place: -lengths[place])
+    B = _up(scorer.batch, shards("batch"))
+    unit = math.lcm(shards("residual_time"), 2 * shards("time") if shards("time") > 1 else 1)
+    for low in range(0, len(order), B):
+        places = order[low : low + B]
+        T = _up(min(_bucket(lengths[places[0]]), scorer.context), unit)
+        tokens_BT, targets_BT, weights_BT = (np.zeros((B, T), kind) for kind in (np.int32, np.int32, np.float32))
+        for row, place in enumerate(places):
+            ids, length = [*requests[place].context, *requests[place].continuation], lengths[place]
+            tokens_BT[row, :length], targets_BT[row, :length] = ids[-length - 1 : -1], ids[-length:]
+            weights_BT[row, length - len(requests[place].continuation) : length] = 1
+        yield places, Batch(tokens_BT, targets_BT, weights_BT, np.arange(B, dtype=np.int32))
+
+
+def _collected(
+    scorer: Scorer, requests: Sequence[Request], places: list[int], scores: _Scores
+) -> dict[int, Likelihood]:
+    fetched, found = on_host(scorer.mesh, scores), {}
+    for row, place in enumerate(places):
+        one = requests[place]
+        total = len(one.context) + len(one.continuation) - 1
+        end = min(total, scorer.context)
+        scored = slice(end - len(one.continuation), end)
+        found[place] = Likelihood(
+            logprob=float(fetched.logprobs_BT[row, scored].sum(dtype=np.float64)),
+            greedy=bool(fetched.correct_BT[row, scored].all()),
+            tokens=len(one.continuation),
+            bytes=one.bytes,
+            unread=max(0, total - scorer.context),
+        )
+    return found
+
+
+def _bucket(length: int) -> int:
+    """The next power of two, or 1.5 times one: a few sizes, of which at most a third is padding."""
+    power = max(_LEAST, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 and power > _LEAST else power
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def rolling(scorer: Scorer, texts: Sequence[str], *, stride: int) -> list[Likelihood]:
+    """The likelihood of every text as a whole, by `windows` of what the model reads. Raises what `windows` does."""
+    cut = [windows(scorer.tokenizer, text, context=scorer.context, stride=stride) for text in texts]
+    scores = iter(log_likelihoods(scorer, list(itertools.chain.from_iterable(cut))))
+    return [_joined(list(itertools.islice(scores, len(of_text)))) for of_text in cut]
+
+
+def _joined(parts: Sequence[Likelihood]) -> Likelihood:
+    return Likelihood(
+        logprob=math.fsum(part.logprob for part in parts),
+        greedy=all(part.greedy for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        bytes=sum(part.bytes for part in parts),
+    )
+
+
+# Continuations ----------------------------------------------------------------------------------------------------
+
+
+def continuations(
+    scorer: Scorer,
+    prompts: Sequence[str],
+    cfg: GenerateConfig,
+    *,
+    stop: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, up to the first of the `stop` strings, or to the end of its text.
+
+    A prompt that leaves no room for `cfg.tokens` loses its beginning. `numbers` name the draws of each prompt (default:
+    its place), so that what is sampled does not depend on the batch size. Raises ConfigError where `cfg.tokens` leaves
+    no room for a prompt.
+    """
+    room = scorer.context - cfg.tokens
+    if room < 1:
+        raise ConfigError(
+            f"tokens={cfg.tokens} new ones leave no room for a prompt in the {scorer.context} tokens that the model "
+            f"reads at once; ask for at most {scorer.context - 1}"
+        )
+    rows = [read(scorer.tokenizer, prompt)[-room:] for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    names, found = range(len(rows)) if numbers is None else numbers, dict[int, str]()
+    for low in range(0, len(order), scorer.batch):
+        scorer.on_batch()
+        places = order[low : low + scorer.batch]
+        padded = places + places[-1:] * (scorer.batch - len(places))  # one shape, one program
+        found |= _continued(
+            scorer, [rows[place] for place in padded], cfg, stop, [names[place] for place in padded], places
+        )
+    return [found[place].removeprefix(_opening(scorer, prompt)) for place, prompt in enumerate(prompts)]
+
+
+def _continued(
+    scorer: Scorer,
+    rows: Sequence[Sequence[int]],
+    cfg: GenerateConfig,
+    stop: Sequence[str],
+    numbers: Sequence[int],
+    places: Sequence[int],
+) -> dict[int, str]:
+    """The texts of one batch: it goes on until each of its rows has come to a stop string, or to its end."""
+    ids: list[list[int]] = [[] for _ in rows]
+    texts: list[str] = []
+    with use_mesh(scorer.mesh):
+        pieces = stream_ids(scorer.model, scorer.params, scorer.tokenizer, rows, cfg, chunk=_PIECE, numbers=numbers)
+        for piece in pieces:
+            for written, new in zip(ids, piece, strict=True):
+                written += new
+            texts = [_spelled(scorer, written) for written in ids]
+            width = max(map(len, piece))  # of rows whose text has not ended
+            if all(len(new) < width or until(text, stop) != text for new, text in zip(piece, texts, strict=True)):
+                break
+    return {place: until(text, stop) for place, text in zip(places, texts, strict=False)}
+
+
+_PIECE = 16  # tokens between looks for stop strings
+
+
+def _spelled(scorer: Scorer, ids: Sequence[int]) -> str:
+    return scorer.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def _opening(scorer: Scorer, prompt: str) -> str:
+    """What decoding takes away from a text that nothing precedes."""
+    return "" if prompt else scorer.tokenizer.prefix.decode()
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the `stop` strings."""
+    return text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))]
