@@ -118,8 +118,9 @@ def _train_arguments(sub: Parser) -> None:
     sub.add_argument("--dry-run", action="store_true", help="print size, FLOPs, memory and tokens, then stop")
     sub.add_argument(
         "--init-from",
-        metavar="WORKDIR[@STEP]",
-        help="start from another run's weights, with a fresh optimizer; the same as --config.train.init_from",
+        metavar="WORKDIR[@STEP]|DIR",
+        help="start from the weights of another run, or of a Hugging Face directory, with a fresh optimizer; the same "
+        "as --config.train.init_from",
     )
     sub.add_argument("--profile", type=step_range, metavar="FIRST:LAST", help="trace these steps with the profiler")
     sub.add_argument("--allow-config-change", action="store_true", help="resume although the config differs")

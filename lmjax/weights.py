@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmjax.errors import ConfigError
 
@@ -156,6 +156,16 @@ def map_weights(function: Callable[..., Any], spec: Spec, *trees: Any) -> Any:
 def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The tree as one flat dict, `{"segments/0/0/attention/query": leaf}`."""
     return flatten_dict(dict(tree), sep="/")
+
+
+def nested(leaves: Mapping[str, Any]) -> Any:
+    """The inverse of `by_path`."""
+    return unflatten_dict(dict(leaves), sep="/")
+
+
+def part(tree: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
+    """The leaves of a nested dict at the paths that another one has."""
+    return {name: part(tree[name], one) if isinstance(one, Mapping) else tree[name] for name, one in like.items()}
 
 
 def merge(base: Params, more: Params) -> Params:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import CheckpointError
-from lmjax.hf.config_json import read_config, read_json, write_config
+from lmjax.hf.config_json import Family, read_config, read_json, write_config
 from lmjax.hf.families import family_for, family_of
 from lmjax.hf.params import read_params, write_params
 from lmjax.hf.tokenizer_files import read_tokenizer, tokenizer_files
@@ -35,11 +35,16 @@ def read_checkpoint(directory: Path) -> Imported:
     Raises ConfigError for a config.json that is not wholly understood, CheckpointError for tensors that are not the
     ones it describes, DataError for a tokenizer that cannot be used.
     """
-    values = read_json(directory / CONFIG)
-    family = family_of(values, str(directory / CONFIG))
-    cfg = read_config(values, family, str(directory / CONFIG))
+    cfg, family = read_model(directory)
     tokenizer, files = read_tokenizer(directory, cfg)
     return Imported(cfg, read_params(directory, family, cfg), tokenizer, files)
+
+
+def read_model(directory: Path) -> tuple[ModelConfig, Family]:
+    """The model that a checkpoint's config.json describes, and its family. Raises ConfigError as above."""
+    values = read_json(directory / CONFIG)
+    family = family_of(values, str(directory / CONFIG))
+    return read_config(values, family, str(directory / CONFIG)), family
 
 
 def write_checkpoint(

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from lmjax.errors import CheckpointError
 from lmjax.hf.config_json import Family
@@ -21,7 +20,7 @@ from lmjax.hf.shards import DTYPES, Stored, list_tensors, read_tensors, write_te
 from lmjax.hf.tensors import Expected, expected, join, split
 from lmjax.models.config import ModelConfig
 from lmjax.models.decoder import weights
-from lmjax.weights import Params, Weight, by_path
+from lmjax.weights import Params, Weight, by_path, nested
 
 HEAD = "lm_head.weight"
 # What old checkpoints hold beside what is learned: rotary frequencies, and GPT-2's causal mask.
@@ -29,7 +28,28 @@ _BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
 
 
 def read_params(directory: Path, family: Family, cfg: ModelConfig, shardings: Any = None) -> Params:
-    """The params of a checkpoint, laid out by `shardings` (a tree like the params; default: all on the first device).
+    """The params of a checkpoint, laid out by `shardings`: a tree like the params, or a part of it, and then only that
+    is read (default: all on the first device).
+
+    Raises what `check_tensors` does.
+    """
+    found, wanted = check_tensors(directory, family, cfg)
+    weight_of = by_path(weights(cfg))
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = by_path(shardings) if shardings is not None else dict.fromkeys(weight_of, single)
+    leaves = {path: _Leaf(weight_of[path], one) for path, one in sharding.items()}
+    needed = [name for name, one in wanted.items() if any(place.path in leaves for place in one.places)]
+    for name, x in read_tensors({name: found[name] for name in needed}):
+        one = wanted[name]
+        for place, part in zip(one.places, split(one, x), strict=True):
+            if place.path in leaves:
+                leaves[place.path].put(part, place.entry)
+    params: Params = nested({path: leaf.array() for path, leaf in leaves.items()})
+    return params
+
+
+def check_tensors(directory: Path, family: Family, cfg: ModelConfig) -> tuple[dict[str, Stored], dict[str, Expected]]:
+    """The tensors of a checkpoint by their full names, as they are stored and as the model has them.
 
     Raises CheckpointError for a tensor that is missing, unknown, of another shape, or of a type that is no weight's.
     """
@@ -45,14 +65,7 @@ def read_params(directory: Path, family: Family, cfg: ModelConfig, shardings: An
     _compare(directory, family, found, wanted, allowed={HEAD} if repeats_head else set())
     if repeats_head:
         _check_repeated_head(directory, found, wanted)
-    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sharding = by_path(shardings) if shardings is not None else dict.fromkeys(by_path(spec), single)
-    leaves = {path: _Leaf(weight, sharding[path]) for path, weight in by_path(spec).items()}
-    for name, x in read_tensors({name: found[name] for name in wanted}):
-        one = wanted[name]
-        for place, part in zip(one.places, split(one, x), strict=True):
-            leaves[place.path].put(part, place.entry)
-    return unflatten_dict({path: leaf.array() for path, leaf in leaves.items()}, sep="/")
+    return found, wanted
 
 
 def write_params(

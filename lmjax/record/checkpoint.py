@@ -271,25 +271,34 @@ def _reason(error: Exception) -> str:
 
 
 def restore_parts(
-    path: epath.PathLike, parts: Mapping[str, Any], *, step: int | None = None
+    path: epath.PathLike, parts: Mapping[str, Any], *, step: int | None = None, whole: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """`(parts, meta, step)`: top-level parts of a saved state, as in `restore_parts(workdir, {"params": abstract})`.
 
-    `path` is as in `find_step`. Nothing is renamed: a damaged or different checkpoint is a CheckpointError, because
-    a number that is reported must not silently come from another step.
+    `path` is as in `find_step`. The parts are those saved, leaf by leaf, or some of their leaves if not `whole`.
+    Nothing is renamed: a damaged or different checkpoint is a CheckpointError, because a number that is reported must
+    not silently come from another step.
     """
     found = find_step(path, step)
     manifest = read_verified(found, hash_files=True)
     saved = {name: leaf for name, leaf in manifest["leaves"].items() if name.split("/")[0] in parts}
+    if not whole:
+        wanted = leaves_by_path(dict(parts))
+        saved = {name: leaf for name, leaf in saved.items() if name in wanted}
     return load_tree(found, manifest, dict(parts), saved=saved), manifest["meta"], manifest["step"]
 
 
-def restore_weights(path: epath.PathLike, abstract: Any, *, step: int | None = None) -> tuple[Any, int]:
-    """`(weights, step)`: those that a checkpoint delivers, the average where its run kept one. Raises as above."""
+def restore_weights(
+    path: epath.PathLike, abstract: Any, *, step: int | None = None, whole: bool = True
+) -> tuple[Any, dict[str, Any], int]:
+    """`(weights, meta, step)`: the weights that a checkpoint delivers, the average where its run kept one.
+
+    Raises as above.
+    """
     found = find_step(path, step)
     part = weights_part(seal.read(found)[0])
-    parts, _, number = restore_parts(found, {part: abstract})
-    return parts[part], number
+    parts, meta, number = restore_parts(found, {part: abstract}, whole=whole)
+    return parts[part], meta, number
 
 
 def weights_part(manifest: Manifest) -> str:

@@ -12,7 +12,6 @@ from lmjax.errors import ConfigError
 from lmjax.record import files
 from lmjax.registry import without_data
 from lmjax.run import assemble, branch
-from lmjax.tasks.start import check_origin
 from lmjax.tasks.task import Task
 from lmjax.train.accounting import Cost
 from lmjax.weights import count
@@ -26,8 +25,7 @@ def describe(cfg: Config) -> Iterator[str]:
     manifests = read_manifests(cfg)
     cfg = with_vocab(cfg, manifests)
     task = without_data(cfg)
-    if cfg.train.init_from is not None:
-        check_origin(cfg.train.init_from, task.spec)
+    task.start.check()
     if cfg.train.branch_from is not None:
         branch.check(cfg)
     experiment = assemble.assemble(task)

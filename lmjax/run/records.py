@@ -62,6 +62,7 @@ class Records:
                 "D": whole.tokens,
                 "C": whole.flops_causal,
                 **self.task.about,
+                **({} if cfg.train.init_from is None else {"start": self.task.start.digest()}),
                 "environment": start_up.environment(),
             }
         )

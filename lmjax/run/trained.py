@@ -44,7 +44,7 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
         raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(task.spec))
-    params, found = checkpoint.restore_weights(workdir, shapes, step=step)
+    params, _, found = checkpoint.restore_weights(workdir, shapes, step=step)
     frozen: Params = {}
     if task.frozen is not None:
         shardings = jax.tree.map(lambda _: single, abstract(task.frozen.spec))

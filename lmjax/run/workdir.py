@@ -106,7 +106,7 @@ def _is_ours(workdir: epath.Path) -> bool:
 
 
 def with_pinned_start(workdir: epath.Path, cfg: Config) -> Config:
-    """The config whose `train.init_from` names the step that this run's first attempt found, where it names none."""
+    """The config whose `train.init_from` names the step, or the hash, that this run's first attempt found."""
     given = cfg.train.init_from
     if not given or (found := _saved_config(workdir)) is None:
         return cfg

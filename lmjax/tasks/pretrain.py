@@ -26,7 +26,7 @@ from lmjax.models import architectures
 from lmjax.models.flops import sequence_flops
 from lmjax.process import group
 from lmjax.schema import validated
-from lmjax.tasks.start import drawn, from_run, pinned
+from lmjax.tasks.start import drawn, pinned, read_from
 from lmjax.tasks.task import Evaluate, Language, Task
 from lmjax.train.accounting import Cost
 from lmjax.train.config import SampleConfig
@@ -52,7 +52,7 @@ def pretrain(cfg: Config) -> Task:
 def without_data(cfg: Config, tokenizer_hash: str | None = None) -> Task:
     """The task as far as it is known without data: enough to compile it, to plan, and to train on batches at hand.
 
-    A run that the weights come from must have the tokenizer of this hash, if it is given.
+    What the weights come from must have the tokenizer of this hash, if it is given.
     """
     model, init_from = architectures.build(cfg.model, microbatches=cfg.train.microbatches), cfg.train.init_from
     rows_BU = np.zeros((cfg.train.batch, cfg.data.seq_len + 1), np.int32)  # of which only shape and type count
@@ -60,7 +60,7 @@ def without_data(cfg: Config, tokenizer_hash: str | None = None) -> Task:
     return Task(
         cfg=cfg,
         spec=model.spec,
-        start=drawn(model.start) if init_from is None else from_run(init_from, model.spec, tokenizer_hash),
+        start=drawn(model.start) if init_from is None else read_from(init_from, cfg.model, model.spec, tokenizer_hash),
         objective=language_model(model, cfg.train.loss),
         batch=as_batch(rows_BU, rows_BU, np.arange(cfg.train.batch), cfg.data.documents),
         cost=Cost(1, cfg.data.seq_len, flops.six_nd, flops.causal, flops.full),

@@ -1,29 +1,48 @@
-"""Where weights come from at the start of a run: drawn anew, or read from another run."""
+"""Where weights come from at the start of a run: drawn anew, or read from another run or a Hugging Face checkpoint."""
 
+import dataclasses
+import json
 import logging
+import os
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from lmjax.data.tokenizers.load import saved_hash
 from lmjax.errors import ConfigError
-from lmjax.record import checkpoint, seal
+from lmjax.hf import imported
+from lmjax.hf.config_json import differences
+from lmjax.hf.params import check_tensors, read_params
+from lmjax.models.config import ModelConfig
+from lmjax.record import checkpoint, files, seal
 from lmjax.record.steps import origin_checkpoint, parse_origin
 from lmjax.record.trees import leaves_by_path, shape_dtype
-from lmjax.weights import Params, Spec, abstract
+from lmjax.weights import Params, Spec, abstract, part
 
 logger = logging.getLogger(__name__)
 _SETTING = "train.init_from"
 
 
-class Start(Protocol):
-    def __call__(self, key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
-        """Every weight's first value, float32, laid out by a tree of shardings. Called in the mesh.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The first values of weights, float32, each laid out by its sharding.
 
-        `scalars` are the task's: numbers, or traced arrays where many runs start at once.
-        """
+    `start(key, scalars, shardings)` is called in the mesh. `shardings` is a tree like the weights, or a part of it, and
+    then only those are made. `scalars` are the task's: numbers, or traced arrays where many runs start at once.
+    """
+
+    make: Callable[[jax.Array, Mapping[str, Any], Any], Params]
+    check: Callable[[], None] = lambda: None
+    """Raises ConfigError or CheckpointError for weights that are not there, or are not this model's: before a step."""
+    digest: Callable[[], str | None] = lambda: None
+    """Names the values by a hash of the files that hold them, wherever they lie; None for what is drawn, or is gone."""
+
+    def __call__(self, key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
+        return self.make(key, scalars, shardings)
 
 
 def drawn(initial: Callable[[jax.Array, Mapping[str, Any]], Params]) -> Start:
@@ -34,10 +53,24 @@ def drawn(initial: Callable[[jax.Array, Mapping[str, Any]], Params]) -> Start:
 
     def start(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-        draw = jax.jit(lambda key: initial(key, scalars), out_shardings=shardings, compiler_options=options)
-        return draw(key)
 
-    return start
+        def asked_for(key: jax.Array) -> Params:
+            return part(initial(key, scalars), shardings)
+
+        return jax.jit(asked_for, out_shardings=shardings, compiler_options=options)(key)
+
+    return Start(start)
+
+
+def read_from(init_from: str, model: ModelConfig, spec: Spec, tokenizer_hash: str | None = None) -> Start:
+    """The weights of what `train.init_from` names, another run or a Hugging Face directory; nothing else of it."""
+    found = hugging_face(init_from)
+    if found is not None:
+        return from_hugging_face(found, model, tokenizer_hash)
+    return from_run(init_from, spec, tokenizer_hash)
+
+
+# From a run -------------------------------------------------------------------------------------------------------
 
 
 def from_run(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> Start:
@@ -49,13 +82,29 @@ def from_run(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> S
     def start(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
         saved = check_origin(init_from, spec, tokenizer_hash)
         shapes = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract(spec), shardings
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            part(abstract(spec), shardings),
+            shardings,
         )
-        params, _ = checkpoint.restore_weights(saved, shapes)
+        params, _, _ = checkpoint.restore_weights(saved, shapes, whole=False)
         print(f"starting from the weights of {saved}")
         return params
 
-    return start
+    def check() -> None:
+        check_origin(init_from, spec, tokenizer_hash)
+
+    def digest() -> str | None:
+        try:
+            manifest, problems = seal.read(origin_checkpoint(_SETTING, init_from))
+        except ConfigError:
+            return None
+        return (
+            None
+            if problems
+            else files.hash_bytes(json.dumps(manifest["files"], sort_keys=True).encode(), digest_size=16)
+        )
+
+    return Start(start, check, digest)
 
 
 def check_origin(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> epath.Path:
@@ -87,6 +136,82 @@ def check_origin(init_from: str, spec: Spec, tokenizer_hash: str | None = None) 
 
 
 def pinned(init_from: str) -> str:
-    """`WORKDIR@STEP`, with the newest step where none is given: a restart must start from the same weights."""
+    """`WORKDIR@STEP`, with the newest step where none is given: a restart must start from the same weights. For a
+    Hugging Face directory, `DIR@HASH`."""
+    found = hugging_face(init_from)
+    if found is not None:
+        return f"{found.path}@{found.digest or hash_weights(found.path)}"
     workdir, step = parse_origin(_SETTING, init_from)
     return f"{workdir}@{origin_checkpoint(_SETTING, init_from).name if step is None else step}"
+
+
+# From a Hugging Face directory ------------------------------------------------------------------------------------
+
+
+class HuggingFace(NamedTuple):
+    """A directory of a Hugging Face checkpoint."""
+
+    path: Path
+    digest: str | None
+    """The hash of the weights that are meant."""
+
+
+def hugging_face(init_from: str) -> HuggingFace | None:
+    """`DIR` that has files of weights and is no run, or `DIR@HASH`; None for what is neither."""
+    if (known := re.fullmatch(r"(.+)@([0-9a-f]{32})", init_from)) is not None:
+        return HuggingFace(Path(known[1]), known[2])
+    directory = Path(os.fspath(files.locate(init_from))) if init_from and "://" not in init_from else None
+    if directory is None or (directory / "checkpoints").exists() or not any(directory.glob("*.safetensors")):
+        return None
+    return HuggingFace(directory, None)
+
+
+def from_hugging_face(origin: HuggingFace, model: ModelConfig, tokenizer_hash: str | None = None) -> Start:
+    """The weights of a Hugging Face checkpoint.
+
+    Starting raises ConfigError for one that is of another model, has other weights than those of the hash, or is of
+    another tokenizer, and CheckpointError for tensors that are not those of its config.json.
+    """
+    directory = origin.path
+
+    def check() -> None:
+        if origin.digest not in (None, hash_weights(directory)):
+            raise ConfigError(f"{_SETTING}={directory} no longer holds the weights that this run started from")
+        theirs, family = imported.read_model(directory)
+        lost = differences(model, theirs)
+        if model.position != "learned":  # how long sequences may be is then no matter of the weights
+            lost.pop("context", None)
+        for name, (here, there) in lost.items():
+            raise ConfigError(
+                f"{_SETTING}={directory}: model.{name} is {there!r} there, {here!r} here; set what it has"
+            )
+        check_tensors(directory, family, theirs)
+        _check_its_tokenizer(directory, theirs, tokenizer_hash)
+
+    def start(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
+        check()
+        theirs, family = imported.read_model(directory)
+        params = read_params(directory, family, theirs, shardings)
+        print(f"starting from the weights of {directory}")
+        return params
+
+    return Start(start, check, lambda: origin.digest or hash_weights(directory))
+
+
+def hash_weights(directory: Path) -> str:
+    """A hash of a directory's files of weights, by name."""
+    found = {path.name: files.hash_file(epath.Path(path)) for path in sorted(directory.glob("*.safetensors"))}
+    return files.hash_bytes(json.dumps(found).encode(), digest_size=16)
+
+
+def _check_its_tokenizer(directory: Path, model: ModelConfig, tokenizer_hash: str | None) -> None:
+    if tokenizer_hash is None:
+        return
+    tokenizer, _ = imported.read_tokenizer(directory, model)
+    if tokenizer is None:
+        logger.warning("%s=%s has no tokenizer; it is taken to be that of the data", _SETTING, directory)
+    elif tokenizer.hash != tokenizer_hash:
+        raise ConfigError(
+            f"{_SETTING}={directory} was trained with another tokenizer than the data's; prepare them with "
+            f"--tokenizer-file={directory}/tokenizer.json --endoftext='{tokenizer.endoftext}'"
+        )

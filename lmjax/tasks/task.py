@@ -1,8 +1,8 @@
 """The seam between what is trained and the run that trains it.
 
-`run/` trains a task by what stands here alone. To make one it asks lmjax/registry.py, and a dry run asks start.py
-whether the weights to start from fit. A wrapper, such as low-rank adapters, is a function from a Task to a Task;
-another kind of training is another function from a config to a Task, and a line in lmjax/registry.py.
+`run/` trains a task by what stands here alone; to make one it asks lmjax/registry.py. A wrapper, such as low-rank
+adapters, is a function from a Task to a Task; another kind of training is another function from a config to a Task, and
+a line in lmjax/registry.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -45,7 +45,8 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of initial weights and dropout."""
     init_from: str | None = None
-    """A run whose weights this one starts from, `WORKDIR` or `WORKDIR@STEP`; all else of it starts anew."""
+    """What this run's weights start from: another run, `WORKDIR` or `WORKDIR@STEP`, or the directory of a Hugging Face
+    checkpoint of this model; all else starts anew."""
     branch_from: str | None = None
     """A run whose first steps are this one's, too, `WORKDIR@STEP`: same settings but for steps and schedule, which give
     the same learning rates up to there (docs/branches.md)."""

@@ -253,7 +253,9 @@ def test_adapters_are_read_with_what_they_stand_on(
 ) -> None:
     """A work directory of adapters alone scores as the run itself did, and is exported as one dense model."""
     cfg = configs.load(f"{CONFIG}:{corpus}", [*SETTINGS, "model.gated=True", "train.sample.prompts=()"])
-    kind = registry.Kind(lambda cfg: lora(pretrain(cfg)), lambda cfg: lora(without_data(cfg)))
+    kind = registry.TASKS[cfg.task]._replace(
+        task=lambda cfg: lora(pretrain(cfg)), without_data=lambda cfg: lora(without_data(cfg))
+    )
     monkeypatch.setitem(registry.TASKS, cfg.task, kind)
     assert run.run(cfg, tmp_path / "run", run.Options(), kind.task) == DONE
     trained, sources = load_trained(tmp_path / "run"), cfg.data.sources
