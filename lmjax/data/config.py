@@ -20,7 +20,8 @@ class TokenizerConfig:
     """SentencePiece trained here (bpe, unigram), raw bytes, the characters that occur (in any document, those for
     validation included), or a file."""
     vocab: Annotated[int, Field(gt=0, lt=2**31)] = 32_000
-    """Vocabulary size of the trained kinds, the 256 bytes and three symbols included."""
+    """Vocabulary size of the trained kinds, the 256 bytes and three symbols included; a text too short for it gives as
+    many as it can."""
     sample_bytes: PositiveInt = 100_000_000
     """Text that bpe and unigram learn from: a random sample of passages of the training documents.
     Learning takes about 0.15 s (bpe) or 5 s (unigram) per million bytes."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -164,11 +165,12 @@ def test_a_half_made_data_set_of_another_recipe_is_left_alone(tmp_path, numbered
     assert files_of(target) == files_of(tmp_path / "fresh")
 
 
-def test_a_recipe_that_failed_is_mended_and_run_again(tmp_path, capsys):
+def test_a_recipe_that_was_interrupted_is_changed_and_run_again(tmp_path, capsys, monkeypatch):
     """Where no shard is finished, nothing is lost: the beginning of the other recipe makes way, and that is said."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n{"text": "two"}\n')
     cfg = PrepareConfig(inputs=(f"{tmp_path}/*.jsonl",), tokenizer=BYTES, valid_fraction=0, workers=1)
-    with pytest.raises(DataError, match="invalid UTF-8"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lmjax.data.prepare.prepare._encode", lambda *_: signal.raise_signal(signal.SIGINT))
         prepare(cfg, tmp_path / "data", progress=False)
     mended = dataclasses.replace(cfg, invalid_utf8="skip", tokenizer=TokenizerConfig(kind="chars"))
     prepare(mended, tmp_path / "data", progress=False)
@@ -293,6 +295,53 @@ def test_of_few_documents_the_end_of_each_is_for_validation(tmp_path, capsys, co
     assert [first + last for first, last in zip(*parts, strict=True)] == texts
     assert all(len(last) == pytest.approx(0.05 * len(text), abs=1) for last, text in zip(parts[1], texts, strict=True))
     assert prepare(cfg, tmp_path / "data").fingerprint == manifest.fingerprint  # the same recipe still
+
+
+def test_one_short_text_is_prepared_as_it_is(tmp_path, capsys):
+    """With the default vocabulary, of which it can give a part."""
+    text = "".join(f"Line {number} of a short text, {number * 7 % 13}.\n" for number in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    manifest = prepare(PrepareConfig(inputs=(str(tmp_path / "a.txt"),), workers=1), tmp_path / "data")
+    assert 256 < manifest.vocab_size < TokenizerConfig().vocab == 32_000
+    assert f"more than this text can give: at most {manifest.vocab_size}" in capsys.readouterr().err
+    assert sum(split.text_bytes for split in manifest.splits.values()) == len(text)
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("content", "recipe"),
+    [
+        (b"\xff", {}),
+        (b"a b", {"tokenizer": TokenizerConfig(vocab=100)}),
+        (b"a b c", {"split": "tail", "document_separator": " "}),
+        (b"a" * 9 + b"\nb\xff", {"document_separator": "\n", "valid_fraction": 0.0}),
+    ],
+)
+def test_what_fails_before_its_first_shard_leaves_nothing(tmp_path, content, recipe, there):
+    (tmp_path / "a.txt").write_bytes(content)
+    target = tmp_path / "data"
+    if there:
+        target.mkdir()
+        (target / "notes.md").write_text("mine")
+    cfg = PrepareConfig(inputs=(str(tmp_path / "a.txt"),), workers=1, **({"tokenizer": BYTES} | recipe))
+    with pytest.raises(DataError):
+        prepare(cfg, target, progress=False)
+    assert [path.name for path in target.rglob("*")] == ["notes.md"] if there else not target.exists()
+
+
+def test_what_fails_later_keeps_its_shards(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a" * 2_000_000 + b"\n" + b"b" * 10 + b"\n\xff")
+    cfg = PrepareConfig(
+        inputs=(str(tmp_path / "a.txt"),),
+        tokenizer=BYTES,
+        document_separator="\n",
+        valid_fraction=0.0,
+        shard_tokens=1000,
+        workers=1,
+    )
+    with pytest.raises(DataError, match="invalid UTF-8"):
+        prepare(cfg, tmp_path / "data", progress=False)
+    assert (tmp_path / "data" / "preparing" / "train-00000.json").exists()
 
 
 @pytest.mark.parametrize(

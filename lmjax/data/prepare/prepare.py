@@ -2,18 +2,20 @@
 
 The directory is finished when it holds a manifest, which is written last. Until then `preparing/` holds the recipe and
 a record of each finished shard; a run that was killed goes on after the last of them, and its result is the same byte
-for byte. Nothing is written over or deleted in a directory but what these records say was made by this recipe.
+for byte. One that fails before its first shard leaves nothing behind. Nothing is written over or deleted in a directory
+but what these records say was made by this recipe.
 """
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from etils import epath
 
-from lmjax.data.config import PrepareConfig
+from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.prepare import records
 from lmjax.data.prepare.clean import describe
 from lmjax.data.prepare.corpus import Division, Omitted, Split, Text, documents_needed, read_corpus, sample_passages
@@ -31,10 +33,11 @@ from lmjax.data.store.manifest import (
 )
 from lmjax.data.store.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, unlisted, write_shard
 from lmjax.data.tokenizers.load import load_tokenizer, train_tokenizer
+from lmjax.data.tokenizers.pieces import VocabularyError
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 from lmjax.process.faults import fault
-from lmjax.record.files import has_size, hash_file, locate, locked, read_bytes, reporting, write_bytes
+from lmjax.record.files import has_size, hash_file, locate, read_bytes, reporting, write_bytes
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
 _BATCH_CHARS = 1 << 20  # what one request to a worker holds at least
@@ -52,9 +55,7 @@ def prepare(cfg: PrepareConfig, path: str | os.PathLike[str], *, progress: bool 
         return _finished(cfg, directory)
     files = list_inputs(cfg.inputs)
     _check_given_tokenizer(cfg)
-    with reporting(directory, "write"):
-        (directory / records.FOLDER).mkdir(parents=True, exist_ok=True)
-    with locked(directory / records.FOLDER):
+    with reporting(directory, "write"), records.folder(directory):
         if (directory / FILE).exists():  # another process made it while this one waited
             return _finished(cfg, directory)
         return _make(cfg, directory, files, progress)
@@ -103,9 +104,9 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
     omitted = Omitted()
     with showing(sum(file.size for file in files), progress) as shown:
         _encode(cfg, directory, files, how, writers, omitted, shown)
+    _check_splits(cfg, writers)
     for writer in writers.values():
         writer.close()
-    _check_splits(cfg, writers)
     manifest = Manifest(
         dtype=token_dtype(tokenizer.vocab_size),
         vocab_size=tokenizer.vocab_size,
@@ -138,12 +139,21 @@ def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile
         sample = (
             sample_passages(texts, cfg.tokenizer.sample_bytes, cfg.seed) if learns else (item.text for item in texts)
         )
-        train_tokenizer(cfg.tokenizer, sample).save(home)
+        _train_tokenizer(cfg.tokenizer, list(sample) if learns else sample).save(home)
         write_bytes(marker, b"{}")
     tokenizer = load_tokenizer(home)
     if cfg.tokenizer.kind == "file" and train_tokenizer(cfg.tokenizer, ()).hash != tokenizer.hash:
         raise DataError(f"{cfg.tokenizer.path} changed since {directory} was begun; delete that directory")
     return tokenizer
+
+
+def _train_tokenizer(cfg: TokenizerConfig, sample: Iterable[str]) -> Tokenizer:
+    """The tokenizer; where the sample is too short for so many tokens, of as many as it can give, which is said."""
+    try:
+        return train_tokenizer(cfg, sample)
+    except VocabularyError as error:
+        print(f"note: {error}, and so many it is", file=sys.stderr)
+        return train_tokenizer(dataclasses.replace(cfg, vocab=error.most), sample)
 
 
 def _ignore(n_bytes: int) -> None:
@@ -247,6 +257,11 @@ class _Writer:
         if self._tokens >= self._shard_tokens:
             self.close()
 
+    @property
+    def count(self) -> int:
+        """Documents, those of the shards and those that wait for the next one."""
+        return sum(shard.documents for shard in self.shards) + len(self._documents)
+
     def close(self) -> None:
         """Write what there is as a shard, its record last."""
         if not self._documents:
@@ -307,7 +322,7 @@ def _say_what_was_done(manifest: Manifest, cfg: PrepareConfig, how: Division) ->
 
 
 def _check_splits(cfg: PrepareConfig, writers: dict[Split, _Writer]) -> None:
-    counts = {split: sum(shard.documents for shard in writer.shards) for split, writer in writers.items()}
+    counts = {split: writer.count for split, writer in writers.items()}
     total = sum(counts.values())
     if total == 0:
         raise DataError(f"no text in {', '.join(cfg.inputs)}: every document is empty or was skipped")

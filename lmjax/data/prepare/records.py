@@ -4,10 +4,12 @@ They lie in `preparing/` until the manifest is written. Before the first of them
 that `prepare` writes: whatever has such a name later was made by it.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -17,9 +19,9 @@ from lmjax.data.prepare.corpus import division
 from lmjax.data.prepare.sources import InputFile, contents, stamps
 from lmjax.data.store.manifest import FILE
 from lmjax.data.store.shards import TOKENIZER
-from lmjax.errors import DataError
+from lmjax.errors import DataError, LmjaxError
 from lmjax.record import formats
-from lmjax.record.files import hash_bytes, read_bytes, reporting, write_bytes
+from lmjax.record.files import hash_bytes, locked, read_bytes, reporting, write_bytes
 
 FOLDER = "preparing"
 TOKENIZER_DONE = "tokenizer.json"
@@ -112,6 +114,35 @@ def _foreign(directory: epath.Path) -> str | None:
     found = [f"{FOLDER}/{file.name}" for file in records if file.name not in begun or file.stat().length]
     found += [file.name for file in directory.iterdir() if _OURS.fullmatch(file.name)]
     return min(found, default=None)
+
+
+@contextlib.contextmanager
+def folder(directory: epath.Path) -> Iterator[None]:
+    """`preparing/`, made and kept to this process. What fails before its first shard is done leaves nothing behind."""
+    new = not directory.exists()
+    (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+    with locked(directory / FOLDER):
+        try:
+            yield
+        except LmjaxError:
+            _give_up(directory)
+            if new and directory.exists() and not any(directory.iterdir()):
+                directory.rmdir()
+            raise
+
+
+def _give_up(directory: epath.Path) -> None:
+    """Take away a beginning. What no readable recipe says is ours stays, and so does what has come to a shard."""
+    path = directory / FOLDER / _RECIPE
+    if not path.exists():
+        if _foreign(directory) is None:
+            remove(directory)
+    elif not any(_SHARD.fullmatch(file.name) for file in (directory / FOLDER).iterdir()):
+        with contextlib.suppress(DataError):
+            _read_recipe(path)
+            for file in [file for file in directory.iterdir() if _OURS.fullmatch(file.name)]:
+                file.rmtree() if file.is_dir() else file.unlink()
+            remove(directory)
 
 
 def remove(directory: epath.Path) -> None:

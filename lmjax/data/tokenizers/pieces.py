@@ -128,12 +128,20 @@ class SentencePieceTokenizer(Tokenizer):
         return [spelled(index) for index in range(self.vocab_size)]
 
 
+class VocabularyError(DataError):
+    """A vocabulary larger than the text can give: `most`."""
+
+    def __init__(self, vocab: int, most: int):
+        super().__init__(f"tokenizer.vocab={vocab} is more than this text can give: at most {most}")
+        self.most = most
+
+
 def train_sentencepiece(cfg: TokenizerConfig, texts: Iterable[str]) -> SentencePieceTokenizer:
     """A lossless model learned from the texts, line by line.
 
     No normalization and no added or trimmed space; every byte has a piece to fall back to; newline and tab are symbols,
     so a piece never crosses a line; runs of spaces may become pieces, which keeps indented text short. Raises
-    DataError if the texts cannot give `cfg.vocab` pieces.
+    VocabularyError if the texts cannot give `cfg.vocab` pieces, DataError if they need more or there are none.
     """
     import sentencepiece
 
@@ -159,7 +167,7 @@ def train_sentencepiece(cfg: TokenizerConfig, texts: Iterable[str]) -> SentenceP
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise DataError(_training_failure(cfg, str(error))) from error
+        raise _training_failure(cfg, str(error)) from error
     return SentencePieceTokenizer(model.getvalue(), ENDOFTEXT)
 
 
@@ -170,14 +178,14 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield from sections(line)
 
 
-def _training_failure(cfg: TokenizerConfig, reason: str) -> str:
+def _training_failure(cfg: TokenizerConfig, reason: str) -> DataError:
     if high := re.search(r"Vocabulary size too high .*<= (\d+)", reason):
-        return f"tokenizer.vocab={cfg.vocab} is more than this text can give: at most {high[1]}"
+        return VocabularyError(cfg.vocab, int(high[1]))
     if low := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
-        return f"tokenizer.vocab={cfg.vocab} is too small for the characters of this text: at least {low[1]}"
+        return DataError(f"tokenizer.vocab={cfg.vocab} is too small for the characters of this text: at least {low[1]}")
     if "sentences_.empty()" in reason:
-        return NO_TEXT
-    return f"SentencePiece could not train ({cfg.kind}, vocab {cfg.vocab}): {reason.splitlines()[0]}"
+        return DataError(NO_TEXT)
+    return DataError(f"SentencePiece could not train ({cfg.kind}, vocab {cfg.vocab}): {reason.splitlines()[0]}")
 
 
 def _processor(model: bytes, name: str) -> "sentencepiece.SentencePieceProcessor":  # type: ignore[name-defined]  # noqa: F821
