@@ -5,6 +5,7 @@ independent of each other and sums are taken on the host in float64, so a result
 on the requests beside it, but for the rounding of float32 products.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -23,7 +24,8 @@ from lmjax.devices.rows import axes
 from lmjax.errors import ConfigError, DataError
 from lmjax.evaluate.likelihood import token_scores
 from lmjax.generate.config import GenerateConfig
-from lmjax.generate.decode import check_ids, stream_ids
+from lmjax.generate.decode import before_stop, stop_tokens
+from lmjax.generate.writer import Writer, check_ids
 from lmjax.models.model import Model
 from lmjax.process.group import wait_on_cpu
 from lmjax.weights import Params
@@ -256,40 +258,29 @@ def continuations(
             f"tokens={cfg.tokens} new ones leave no room for a prompt in the {scorer.context} tokens that the model "
             f"reads at once; ask for at most {scorer.context - 1}"
         )
-    rows = [read(scorer.tokenizer, prompt)[-room:] for prompt in prompts]
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-    names, found = range(len(rows)) if numbers is None else numbers, dict[int, str]()
-    for low in range(0, len(order), scorer.batch):
-        scorer.on_batch()
-        places = order[low : low + scorer.batch]
-        padded = places + places[-1:] * (scorer.batch - len(places))  # one shape, one program
-        found |= _continued(
-            scorer, [rows[place] for place in padded], cfg, stop, [names[place] for place in padded], places
-        )
-    return [found[place].removeprefix(_opening(scorer, prompt)) for place, prompt in enumerate(prompts)]
-
-
-def _continued(
-    scorer: Scorer,
-    rows: Sequence[Sequence[int]],
-    cfg: GenerateConfig,
-    stop: Sequence[str],
-    numbers: Sequence[int],
-    places: Sequence[int],
-) -> dict[int, str]:
-    """The texts of one batch: it goes on until each of its rows has come to a stop string, or to its end."""
-    ids: list[list[int]] = [[] for _ in rows]
-    texts: list[str] = []
+    tokenizer = scorer.tokenizer
+    ids: list[list[int]] = [[] for _ in prompts]
+    texts = ["" for _ in prompts]
     with use_mesh(scorer.mesh):
-        pieces = stream_ids(scorer.model, scorer.params, scorer.tokenizer, rows, cfg, chunk=_PIECE, numbers=numbers)
-        for piece in pieces:
-            for written, new in zip(ids, piece, strict=True):
-                written += new
-            texts = [_spelled(scorer, written) for written in ids]
-            width = max(map(len, piece))  # of rows whose text has not ended
-            if all(len(new) < width or until(text, stop) != text for new, text in zip(piece, texts, strict=True)):
-                break
-    return {place: until(text, stop) for place, text in zip(places, texts, strict=False)}
+        writer = Writer(
+            scorer.model,
+            scorer.params,
+            [read(tokenizer, prompt)[-room:] for prompt in prompts],
+            dataclasses.replace(cfg, rows=scorer.batch),
+            endoftext=tokenizer.endoftext_id,
+            vocab=tokenizer.vocab_size,
+            stops=stop_tokens(tokenizer),
+            numbers=numbers,
+        )
+        while writer.is_writing:
+            scorer.on_batch()
+            for place, new in writer.write(_PIECE):
+                ids[place] += before_stop(new, stop_tokens(tokenizer) if cfg.stop_at_endoftext else ())
+                spelled = _spelled(scorer, ids[place])
+                texts[place] = until(spelled, stop)
+                if texts[place] != spelled:
+                    writer.end(place)
+    return [text.removeprefix(_opening(scorer, prompt)) for text, prompt in zip(texts, prompts, strict=True)]
 
 
 _PIECE = 16  # tokens between looks for stop strings

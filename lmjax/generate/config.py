@@ -33,6 +33,8 @@ class GenerateConfig:
     stop_at_endoftext: bool = True
     """End a row's text where the model ends the document."""
     seed: Seed = 0
+    rows: Annotated[int, Field(gt=0, le=1 << 16)] = 16
+    """Texts written at once; when one ends, the next prompt takes its row. Beam search takes all prompts at once."""
 
     temperature: Temperature = 1.0
     """Divides the logits; 0 takes the most probable token, and none is drawn."""

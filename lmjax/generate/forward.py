@@ -1,7 +1,7 @@
-"""A model one token at a time, with a cache or without one.
+"""A model that reads some tokens at a time, with a cache or without one.
 
-`prefill` reads the prompts, `step` adds one token to every row. Both return the logits of each row's next token and a
-`Memory`, whose arrays have one leading row per text: beam search reorders them.
+`prefill` reads whole prompts, `read` adds tokens to every row. Both return the logits of each row's next token and a
+`Memory`, whose arrays have one leading row per text: beam search reorders them, and a new text takes a free one.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.generate.spread import spread_rows
+from lmjax.models.attention import cache as caches
+from lmjax.models.attention.cache import LayerCache
 from lmjax.models.model import Model
 from lmjax.weights import Params
 
@@ -49,16 +51,50 @@ def prefill(
     return _logits(model, params, x_BTD, lengths_B - 1), cache
 
 
+def empty_memory(model: Functions, rows: int, length: int) -> Memory:
+    """Of rows without a token yet, each with room for `length`."""
+    if model.empty_cache is None:
+        return jnp.zeros((rows, length), jnp.int32)
+    return _by_layer(lambda x: caches.opened(x) if isinstance(x, LayerCache) else x, model.empty_cache(rows, length))
+
+
+def read(
+    model: Functions, params: Params, memory: Memory, tokens_BT: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, Memory]:
+    """Add tokens to every row, at their positions -> (float32 logits_BV of what follows the last one, memory).
+
+    A token at a negative position is padding: before a text begins, or in a row that has ended.
+    """
+    tokens_BT, positions_BT = spread_rows((tokens_BT, positions_BT))
+    if model.empty_cache is None:
+        outside = memory.shape[1]
+        columns_BT = jnp.where(positions_BT < 0, outside, positions_BT)
+        texts_BS = memory.at[jnp.arange(len(memory))[:, None], columns_BT].set(tokens_BT, mode="drop")
+        return _read_again(model, params, texts_BS, positions_BT[:, -1]), texts_BS
+    x_BTD, cache, _ = model.hidden(params, tokens_BT, positions_BT=positions_BT, cache=memory)
+    return model.unembed(params, x_BTD[:, -1])[:, : model.vocab], cache
+
+
 def step(
     model: Functions, params: Params, memory: Memory, token_B: jax.Array, position_B: jax.Array
 ) -> tuple[jax.Array, Memory]:
-    """Add one token to every row, at its position -> (float32 logits_BV of the next one, memory)."""
-    token_B, position_B = spread_rows((token_B, position_B))
-    if model.empty_cache is None:
-        texts_BT = memory.at[jnp.arange(len(token_B)), position_B].set(token_B)
-        return _read_again(model, params, texts_BT, position_B), texts_BT
-    x_B1D, cache, _ = model.hidden(params, token_B[:, None], positions_BT=position_B[:, None], cache=memory)
-    return model.unembed(params, x_B1D[:, 0])[:, : model.vocab], cache
+    """`read` of one token a row."""
+    return read(model, params, memory, token_B[:, None], position_B[:, None])
+
+
+def put_rows(memory: Memory, source_B: jax.Array, taken: Memory) -> Memory:
+    """Text `source_B[b]` of another memory of the same length in place of text b, unless negative."""
+
+    def put(old: Any, new: Any) -> Any:
+        if isinstance(old, LayerCache):
+            return caches.put_rows(old, source_B, new)
+        return jnp.where((source_B >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[source_B], old)
+
+    return _by_layer(put, memory, taken)
+
+
+def _by_layer(function: Callable[..., Any], *memories: Memory) -> Memory:
+    return jax.tree.map(function, *memories, is_leaf=lambda x: isinstance(x, LayerCache))
 
 
 def take_rows(memory: Memory, rows_B: jax.Array) -> Memory:

@@ -84,6 +84,11 @@ def spread_rows(tree: Any) -> Any:
     return _on_mesh(spread, tree)
 
 
+def row_pieces(mesh: Mesh | None) -> int:
+    """Over how many groups of devices `spread_rows` lays rows, if there are enough."""
+    return 1 if mesh is None else _pieces([*mesh_axes("batch", mesh), *mesh_axes("time", mesh)], mesh)
+
+
 def replicate(tree: Any) -> Any:
     """Give every device all of every array, so that every process can read it."""
     return _on_mesh(lambda x, _: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)

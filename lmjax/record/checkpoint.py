@@ -48,7 +48,15 @@ from lmjax.record.steps import (
     set_aside,
     step_directories,
 )
-from lmjax.record.trees import ORBAX_TURN, count_parts, leaves_by_path, load_tree, orbax, shape_dtype
+from lmjax.record.trees import (
+    ORBAX_TURN,
+    count_parts,
+    leaves_by_path,
+    load_tree,
+    orbax,
+    shape_dtype,
+    uncompressed,
+)
 
 logger = logging.getLogger(__name__)
 _CLEARINGS = 10
@@ -71,14 +79,16 @@ class Checkpoints:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "lmjax-checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any], *, value: float | None = None) -> None:
+    def save(
+        self, step: int, state: Any, meta: Mapping[str, Any], *, value: float | None = None, context: Any = None
+    ) -> None:
         """Save a pytree of jax arrays with its JSON `meta`; writing, hashing and sealing go on in the background.
 
         The arrays may be donated as soon as this returns. One save is in flight at a time: a second one first waits
         for it, and for the files of other runs that save in this process. `value` (lower is better) serves
         `keep_best`. Existing steps from `step` on belong to a branch that training went back behind; they are set
-        aside, never kept in place of the new ones. Raises CheckpointError for a failure of this save or of the one
-        before.
+        aside, never kept in place of the new ones. `context` is Orbax's, by default `trees.uncompressed`. Raises
+        CheckpointError for a failure of this save or of the one before.
         """
         self.wait()
         self._may_write()
@@ -97,7 +107,7 @@ class Checkpoints:
                 if group.is_leader():
                     self.directory.mkdir(parents=True, exist_ok=True)
                     self._clear_from(step)
-                with group.naming_lost_peers(f"checkpoint {path} was not saved"):
+                with group.naming_lost_peers(f"checkpoint {path} was not saved"), context or uncompressed():
                     response = orbax().save_async(path, leaves)  # which waits for process 0
             except StallError:
                 raise

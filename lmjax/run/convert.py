@@ -92,9 +92,9 @@ def new_workdir(workdir: str) -> epath.Path:
 def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> None:
     """The files of a run that has been trained elsewhere: a sealed checkpoint of step 0, tokenizer/, config.json."""
     checkpoints = Checkpoints(workdir / "checkpoints", Config().checkpoint)
-    with one_array_at_a_time(imported.params):
-        checkpoints.save(0, {"params": imported.params}, {"source": source})
-        checkpoints.wait()
+    context = one_array_at_a_time(imported.params)
+    checkpoints.save(0, {"params": imported.params}, {"source": source}, context=context)
+    checkpoints.wait()
     if imported.tokenizer is not None:
         save_tokenizer(imported.tokenizer, workdir)
         for name, content in imported.files.items():

@@ -15,11 +15,12 @@ from lmjax.devices import place
 from lmjax.devices.config import MeshConfig
 from lmjax.devices.mesh import make_mesh, shardings
 from lmjax.devices.place import use_mesh
-from lmjax.generate import decode
+from lmjax.generate import rows
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate, generate_ids, stream
 from lmjax.generate.forward import functions
-from lmjax.generate.spread import auto_mesh, decoding_weights
+from lmjax.generate.spread import auto_mesh
+from lmjax.generate.writer import Writer
 from lmjax.models import decoder, flax_model
 from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
@@ -78,26 +79,27 @@ alone = functools.cache(lambda cfg, rows, setting: ids(*build(cfg), rows, SETTIN
 # What it takes: first, since what follows switches XLA's optimizations off ----------------------------------------
 
 
-def small(layout: str) -> tuple[jax.sharding.Mesh, Any]:
-    """A mesh with Auto axes, and what a program takes there: a model, its weights of zeros, split, and prompts."""
+def small(layout: str) -> tuple[Any, Params, rows.Rows]:
+    """The program that writes on a mesh, and what it takes there: weights of zeros, split, and rows in use."""
     model, mesh = decoder.build(ModelConfig(vocab=V, layers=2, embed=128, heads=8, mlp=512)), make_mesh(MESHES[layout])
     params = map_weights(lambda weight: np.zeros(weight.shape, np.float32), model.spec)
     with jax.set_mesh(mesh):
-        auto = auto_mesh()
-        params = decoding_weights(model, jax.device_put(params, shardings(model.spec, mesh)), auto)
-    prompts = (np.ones((8, 2), np.int32), np.ones(8, np.int32), decode.row_keys(0, range(8)), np.array([END]))
-    return auto, (functions(model, V), params, *prompts)
+        params = jax.device_put(params, shardings(model.spec, mesh))
+        writer = Writer(model, params, [[1, 1]] * 8, GREEDY, endoftext=END, vocab=V)
+        writer.write(1)
+        params, state, auto = writer._params, writer._rows, auto_mesh()
+    inputs = (functions(model, V), params, state, np.array([END]), np.int32(6), np.int32(6), np.bool_(False))
+    with use_mesh(auto):
+        program = rows.advance.lower(*inputs, cfg=replace(GREEDY, tokens=1, rows=1, stop_at_endoftext=True)).compile()
+    return program, params, state
 
 
 def test_no_device_has_all_weights() -> None:
     """Neither before the program nor within it: all that is sent is smaller than a matrix. The cache is split, too."""
-    mesh, inputs = small("fsdp+pp")
-    total = sum(w.nbytes for w in jax.tree.leaves(inputs[1]))
-    with use_mesh(mesh):
-        program = decode._decode.lower(*inputs, cfg=GREEDY).compile()
-        state = jax.block_until_ready(decode._start(*inputs, cfg=GREEDY))
+    program, params, state = small("fsdp+pp")
+    total, cache = (sum(w.nbytes for w in jax.tree.leaves(tree)) for tree in (params, state.memory))
     memory = program.memory_analysis()
-    assert memory.argument_size_in_bytes < 1.1 * total / 8
+    assert memory.argument_size_in_bytes < 1.1 * (total + cache) / 8
     assert memory.temp_size_in_bytes < total / 4
     assert max(one.bytes for one in collectives(program.as_text())) < 4 * 128 * 128
     keys = state.memory[0][0][0].k_BKSH
@@ -105,11 +107,10 @@ def test_no_device_has_all_weights() -> None:
 
 
 def test_devices_with_all_weights_send_nothing() -> None:
-    """But the tokens at the end, and whether all rows are done."""
-    mesh, inputs = small("dp")
-    with use_mesh(mesh):
-        program = decode._decode.lower(*inputs, cfg=GREEDY).compile()
-    assert {one.shape for one in collectives(program.as_text())} == {"pred[]", f"s32[8,{GREEDY.tokens}]"}
+    """But what the host reads at the end, and whether all rows are done."""
+    program, _, _ = small("dp")
+    sent = {one.shape for one in collectives(program.as_text())}
+    assert sent == {"pred[]", "pred[8]", "s32[8]", f"s32[8,{rows.MOST_STEPS + 1}]"}
 
 
 # What comes out ---------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import pytest
 
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.errors import ConfigError, DataError
-from lmjax.generate import decode
+from lmjax.generate import rows
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate, generate_ids, stream
+from lmjax.generate.writer import Writer, row_keys
 from lmjax.models import decoder, flax_model
 from lmjax.models.config import ModelConfig
 from lmjax.models.model import Model
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.endoftext_id
-STOPS = np.array([END])
+IDS = {"endoftext": END, "vocab": TOKENIZER.vocab_size}
 SMALL = {"vocab": TOKENIZER.vocab_size, "layers": 2, "embed": 24, "heads": 4, "mlp": 40}
 SLIDING = ModelConfig(**SMALL, pattern=("local", "global"), window=4, kv_heads=2, tied=False)
 GREEDY = GenerateConfig(tokens=12, temperature=0, stop_at_endoftext=False)
@@ -125,7 +126,7 @@ def test_equal_prompts_and_seeds_draw_different_texts() -> None:
 
 def test_all_bits_of_a_seed_count() -> None:
     seeds = [0, 1, 5, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1]
-    keys = [tuple(np.asarray(jax.random.key_data(decode.row_keys(seed, range(1)))).ravel()) for seed in seeds]
+    keys = [tuple(np.asarray(jax.random.key_data(row_keys(seed, range(1)))).ravel()) for seed in seeds]
     assert len(set(keys)) == len(seeds)
     for seed, key in zip(seeds[:5], keys, strict=False):  # as they always were
         np.testing.assert_array_equal(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 0)), key)
@@ -152,12 +153,9 @@ def test_endoftext_ends_a_row_but_not_its_neighbours() -> None:
 
 
 def test_the_loop_stops_when_all_rows_have_ended() -> None:
-    model, params = ending_model("f")
-    parts, cfg = decode.functions(model, TOKENIZER.vocab_size), GenerateConfig(tokens=50, temperature=0)
-    prompts_BT, lengths_B = np.array([[ord("e")], [ord("a")]], np.int32), np.ones(2, np.int32)
-    state = decode.start(parts, model.unstack(params), prompts_BT, lengths_B, decode.row_keys(0, range(2)), STOPS, cfg)
-    state, _ = decode.advance(parts, model.unstack(params), state, STOPS, cfg, 49)
-    assert int(state.count) == 6  # b c d e f end
+    writer = Writer(*ending_model("f"), [b"e", b"a"], GenerateConfig(tokens=50, temperature=0), **IDS)
+    assert writer.write(50) == [(0, [*b"f", END]), (1, [*b"bcdef", END])]
+    assert not writer.is_writing
 
 
 def test_endoftext_can_be_an_ordinary_token() -> None:
@@ -240,13 +238,43 @@ def test_rotary_positions_go_on() -> None:
     assert len(one.ids) == 30
 
 
-def test_prompts_of_like_lengths_share_a_program() -> None:
+def test_no_length_of_prompt_or_text_compiles_anything() -> None:
+    """Nor another seed, nor whether it stops, nor how many prompts wait."""
     model, params = build()
-    cfg = dataclasses.replace(GREEDY, tokens=5, seed=3)
-    generate(model, params, TOKENIZER, ["a" * 9], cfg)
-    before = decode._decode._cache_size()
-    generate(model, params, TOKENIZER, ["a" * 16], dataclasses.replace(cfg, seed=4, stop_at_endoftext=True))
-    assert decode._decode._cache_size() == before
+    cfg = dataclasses.replace(GREEDY, tokens=5, seed=3, rows=4)
+    programs = (rows.empty_rows, rows.empty_memory, rows.read, rows.admit, rows.advance)
+    generate(model, params, TOKENIZER, ["a" * 9, "b", "c", "d"], cfg)
+    before = [program._cache_size() for program in programs]
+    stopping = dataclasses.replace(cfg, tokens=90, seed=4, stop_at_endoftext=True)
+    generate(model, params, TOKENIZER, ["a" * 150, "", *"bcdefgh"], stopping)
+    assert [program._cache_size() for program in programs] == before
+
+
+# More prompts than rows -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_texts_are_the_same_in_whatever_rows_they_are_written(temperature: float) -> None:
+    """Also around the ends of rings, behind texts that filled sliding windows."""
+    cfg = GenerateConfig(tokens=40, temperature=temperature, repetition_penalty=1.1)
+    rng = np.random.default_rng(0)
+    prompts = [bytes(rng.integers(32, 127, int(length))).decode() for length in (3, 90, 1, 200, 64, 7, 130, 30, 2)]
+    model, params = build()
+    alone = [generate(model, params, TOKENIZER, [prompt], cfg)[0] for prompt in prompts]
+    for count in (1, 2, 4):
+        together = generate(model, params, TOKENIZER, prompts, dataclasses.replace(cfg, rows=count))
+        assert together[0] == alone[0]
+        if not temperature:  # keys are those of a prompt's place
+            assert together == alone
+        else:
+            assert together == generate(model, params, TOKENIZER, prompts, cfg)
+
+
+def test_the_next_prompt_takes_a_row_as_soon_as_it_is_free() -> None:
+    writer = Writer(*ending_model("f"), [b"e", b"a", b"d"], GenerateConfig(tokens=9, temperature=0, rows=2), **IDS)
+    assert writer.write(50) == [(0, [*b"f", END]), (1, [*b"bc"])]
+    assert writer.write(50) == [(2, [*b"ef", END]), (1, [*b"def", END])]
+    assert not writer.is_writing
 
 
 # Streaming --------------------------------------------------------------------------------------------------------

@@ -35,6 +35,28 @@ def empty(batch: int, length: int, kv_heads: int, head_dim: int, dtype: str) -> 
     )
 
 
+def opened(cache: LayerCache) -> LayerCache:
+    """The cache as one that may have been written to: programs that add to it are then the same, empty or not."""
+    return cache.replace(fresh=False)  # type: ignore[attr-defined]
+
+
+def put_rows(cache: LayerCache, source_B: jax.Array, taken: LayerCache) -> LayerCache:
+    """Row `source_B[b]` of another cache in place of row b, unless negative. Its tokens go to the columns before the
+    next one, as if they had just been written, and each row's next token to the same column."""
+    shift = (cache.filled - taken.filled) % cache.positions_BS.shape[1]
+
+    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        is_taken = (source_B >= 0).reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(is_taken, jnp.roll(new, shift, axis)[source_B], old)
+
+    return LayerCache(
+        put(cache.k_BKSH, taken.k_BKSH, 2),
+        put(cache.v_BKSH, taken.v_BKSH, 2),
+        put(cache.positions_BS, taken.positions_BS, 1),
+        filled=cache.filled,
+    )
+
+
 def extend(
     cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
 ) -> tuple[LayerCache, LayerCache]:
