@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from lmjax.config import Config
-from lmjax.data.config import PrepareConfig, SourceConfig
+from lmjax.data.config import ChatConfig, PrepareConfig, SourceConfig
 
 INTRODUCTION = """# Every setting
 
@@ -50,6 +50,7 @@ def page() -> str:
         ("The run", Config(), ""),
         ("A data source", SourceConfig(path="DIRECTORY"), ""),
         ("A recipe", PrepareConfig(), "prepare."),
+        ("A recipe for conversations", ChatConfig(), "prepare.chat."),
     ]
     parts = [INTRODUCTION]
     for title, config, prefix in tables:

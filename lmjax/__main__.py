@@ -159,7 +159,7 @@ def _prepare_arguments(sub: Parser) -> None:
     sub.add_argument(
         "inputs",
         nargs="+",
-        help="files by glob (.txt .txt.gz .py .jsonl .jsonl.gz .jsonl.zst .parquet), folders, or stdlib:",
+        help="files by glob (.txt .txt.gz .py .json .jsonl .jsonl.gz .jsonl.zst .parquet), folders, or stdlib:",
     )
     sub.add_argument("--out", required=True, help="the directory to write")
     sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")
@@ -173,6 +173,19 @@ def _prepare_arguments(sub: Parser) -> None:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--shard-tokens", type=int, default=1 << 26, help="how many make a shard")
     sub.add_argument("--workers", type=int, help="processes; default: one per CPU")
+    chat = sub.add_argument_group("conversations", "JSON lines, or a .json list: docs/tuning.md")
+    chat.add_argument(
+        "--chat",
+        nargs="?",
+        const="tokenizer",
+        metavar="TEMPLATE",
+        help="write conversations by a template: instruction, alpaca, chatml, FILE.jinja; default: the tokenizer's own",
+    )
+    chat.add_argument("--score", default="responses", choices=["responses", "last", "all"], help="what is learned")
+    chat.add_argument("--headers", action="store_true", help="score what announces a response, too")
+    chat.add_argument("--no-ends", dest="ends", action="store_false", help="do not score what closes a response")
+    chat.add_argument("--longest", type=count, metavar="TOKENS", help="the most of a conversation")
+    chat.add_argument("--too-long", default="error", choices=["error", "left", "right"], help="stop, or cut it there")
     tokenizer = sub.add_argument_group("tokenizer")
     kind = tokenizer.add_mutually_exclusive_group()
     kind.add_argument("--tokenizer", default="bpe", choices=["bpe", "unigram", "bytes", "chars"])
@@ -197,7 +210,7 @@ def _evaluate_arguments(sub: Parser) -> None:
     sub.add_argument("--seq-len", type=count, help="default: as in training")
     sub.add_argument(
         "--documents",
-        choices=["joined", "separate", "alone", "cut"],
+        choices=["joined", "separate", "whole", "alone", "cut"],
         help="do they share rows: as data.documents, or each in rows of its own, or in one row, cut at its end; "
         "default: as in training, alone for a model that reads a begin symbol",
     )

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -156,8 +157,8 @@ def coordinates(arguments: Arguments) -> int:
 
 
 def prepare(arguments: Arguments) -> int:
-    """Turn text into a directory of token shards."""
-    from lmjax.data.config import PrepareConfig
+    """Turn text, or conversations, into a directory of token shards."""
+    from lmjax.data.config import ChatConfig, PrepareConfig
     from lmjax.data.prepare.prepare import prepare
 
     tokenizer = {
@@ -168,12 +169,30 @@ def prepare(arguments: Arguments) -> int:
         "endoftext": arguments.endoftext,
     }
     fields = {field.name for field in dataclasses.fields(PrepareConfig)}
-    given = {name: value for name, value in vars(arguments).items() if name in fields}
-    manifest = prepare(validated(PrepareConfig, given | {"tokenizer": tokenizer}), arguments.out)
+    given = {name: value for name, value in vars(arguments).items() if name in fields} | {"tokenizer": tokenizer}
+    if arguments.chat is not None:
+        chat = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(ChatConfig)}
+        given["chat"] = chat | {"template": arguments.chat}
+    manifest = prepare(validated(PrepareConfig, given), arguments.out)
     for name, split in manifest.splits.items():
-        print(f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} tokens")
+        if split.scored_tokens is None:
+            print(f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} tokens")
+        else:
+            print(f"{name}: {split.documents:,} conversations, {split.tokens:,} tokens, {split.scored_tokens:,} scored")
     print(f"{arguments.out}: fingerprint {manifest.fingerprint}")
+    if arguments.chat is not None:
+        _show_example(arguments.out)
     return 0
+
+
+def _show_example(path: str) -> None:
+    from lmjax.data.chat.show import shown
+    from lmjax.data.store.dataset import open_dataset
+
+    dataset, colour = open_dataset(path), sys.stdout.isatty()
+    how = "in colour" if colour else "between >> and <<"
+    print(f"--- the first conversation, what is scored {how}")
+    print(shown(dataset.split("train"), dataset.tokenizer(), colour=colour))
 
 
 def evaluate(arguments: Arguments) -> int:
@@ -248,15 +267,18 @@ def generate(arguments: Arguments) -> int:
 
 def _conversations(arguments: Arguments, tokenizer: "Tokenizer") -> list[list[int]]:
     """Each prompt as the first turn of a conversation, by the model's own template."""
-    from lmjax.hf import chat
+    from lmjax.data.chat.rendering import Renderer
+    from lmjax.data.chat.templates import load_template
 
     if not arguments.prompt:
         raise ConfigError("--chat needs something to answer: give --prompt=TEXT")
-    template = chat.load_template(f"{arguments.workdir}/tokenizer")
+    template = load_template(f"{arguments.workdir}/tokenizer")
     turns = [[{"role": "user", "content": prompt}] for prompt in arguments.prompt]
     if arguments.system is not None:
         turns = [[{"role": "system", "content": arguments.system}, *turn] for turn in turns]
-    return [tokenizer.encode_symbols(chat.render(template, turn, add_generation_prompt=True)) for turn in turns]
+    with Renderer(template) as renderer:
+        texts = [renderer.render(turn, add_generation_prompt=True).text for turn in turns]
+    return [tokenizer.encode_symbols(text) for text in texts]
 
 
 def convert(arguments: Arguments) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lmjax.errors import ConfigError
 from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, Size, config_class, names_in, one_of
@@ -36,6 +36,32 @@ class TokenizerConfig:
                               "and only `file` takes one")  # fmt: skip
         if self.endoftext is not None and self.kind != "file":
             raise ConfigError(f"tokenizer.endoftext={self.endoftext!r}: only kind `file` takes it, not {self.kind!r}")
+
+
+def _template(name: str) -> str:
+    known = [*names_in("lmjax.data.chat.templates", "TEMPLATES"), "tokenizer"]
+    if name not in known and not name.endswith(".jinja"):
+        raise ValueError(f"there is no template '{name}'; choose one of {', '.join(known)}, or a file *.jinja")
+    return name
+
+
+@config_class
+class ChatConfig:
+    """How conversations become text, and which of its tokens are scored: what a model is trained on to write."""
+
+    template: Annotated[str, AfterValidator(_template)] = "tokenizer"
+    """`instruction` (Chollet's), `alpaca`, `chatml`; `tokenizer` for the one that came with it; or a file, *.jinja."""
+    score: Literal["responses", "last", "all"] = "responses"
+    """What the assistant wrote in each of its turns, but for messages with `"weight": 0`; in the last one alone; or
+    every token, the prompts' too."""
+    headers: bool = False
+    """Score what announces a scored response, too, such as `<|im_start|>assistant`."""
+    ends: bool = True
+    """Score what closes a scored response, too: its end mark and, after the last one, the end of the document."""
+    longest: PositiveInt | None = None
+    """The most tokens of a conversation, its end included. Rows of training hold `data.seq_len` + 1."""
+    too_long: Literal["error", "left", "right"] = "error"
+    """A longer one stops it, or is cut at its left or its right (and counted)."""
 
 
 @config_class
@@ -71,6 +97,9 @@ class PrepareConfig:
     """Draws the validation documents and the tokenizer's sample."""
     shard_tokens: PositiveInt = 1 << 26
     """A shard is closed with the first document that brings it to this many tokens."""
+    chat: ChatConfig | None = None
+    """The inputs are conversations, one JSON object each (.jsonl, or a .json list): {messages}, {prompt, response} or
+    {instruction, input, response} (docs/tuning.md)."""
     workers: PositiveInt | None = None
     """Processes that encode; by default one per CPU. The result does not depend on it."""
 
@@ -81,8 +110,21 @@ class PrepareConfig:
             raise ConfigError(
                 f"prepare.valid_fraction={self.valid_fraction} is less than one document of a billion; 0 is for none"
             )
+        if self.chat is not None:
+            self._check_chat()
         if self.document_separator == "":
             raise ConfigError("prepare.document_separator is empty: give a string such as '\\n\\n', or None")
+
+    def _check_chat(self) -> None:
+        if self.tokenizer.kind not in ("file", "bytes"):
+            raise ConfigError(
+                f"prepare.chat needs a tokenizer that is there already, not tokenizer.kind={self.tokenizer.kind}; use "
+                "kind file, or bytes"
+            )
+        plain = {"normalize": "none", "newlines": "keep", "split": "document", "unknown": "error"}
+        for name, only in plain.items():
+            if getattr(self, name) != only:
+                raise ConfigError(f"prepare.{name}={getattr(self, name)} is for texts; with chat it is {only!r}")
 
 
 @config_class
@@ -116,9 +158,10 @@ class DataConfig:
     """What the sources' shares of the samples are: their weights, or weight times size."""
     seq_len: Size = 256
     """Tokens per row."""
-    documents: Literal["joined", "separate"] = "joined"
+    documents: Literal["joined", "separate", "whole"] = "joined"
     """`joined`: one stream, documents told apart by endoftext alone. `separate`: rows carry segment ids, positions
-    restart with each document, and the target that would cross into the next document has weight 0."""
+    restart with each document, and the target that would cross into the next document has weight 0. `whole`: so do
+    they, but no document is cut: as many as fit make a row, and padding fills it up."""
     seed: Seed = 0
     """Fixes the order of documents and windows in every epoch."""
     prefetch: NonNegativeInt = 8

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig
 from lmjax.data.mixture import MIXTURES, SHORTEST, Mixture, close_resolution
+from lmjax.data.packing import PackedRows
 from lmjax.data.store.dataset import Dataset, open_sources
 from lmjax.data.store.shards import TokenSplit
 from lmjax.data.windows import Windows, as_batch
@@ -59,9 +60,10 @@ class LoaderState(TypedDict):
 @dataclasses.dataclass(frozen=True)
 class _Source:
     name: str
-    windows: Windows
+    samples: Windows | PackedRows
     order: str
-    tokens: int
+    per_epoch: int
+    """Samples that an epoch of it has."""
 
 
 class Loader:
@@ -97,7 +99,7 @@ class Loader:
         self._rows = np.arange(batch_size) if rows is None else rows
         self._sources = _open_sources(cfg)
         given = [cfg.sources[source.name].weight for source in self._sources]
-        self._weights = tuple(MIXTURES[cfg.mixture](given, [source.tokens for source in self._sources]))
+        self._weights = tuple(MIXTURES[cfg.mixture](given, [source.samples.n_tokens for source in self._sources]))
         state = at if isinstance(at, int) else _checked_state(at)
         self.next_sample, self._origin = self._resume(state, allow_data_change)
         known = {} if isinstance(state, int) else state["sources"]
@@ -126,19 +128,23 @@ class Loader:
         """This process's rows of the `count` batches from sample `first` on. Raises DataError for damaged data."""
         firsts = first + np.arange(count) * self.batch_size
         samples = (firsts[:, None] + self._rows).ravel()
-        whole = as_batch(*self._read(samples), samples, self._cfg.documents)
+        tokens_BU, segments_BU, *scored = self._read(samples)
+        whole = as_batch(tokens_BU, segments_BU, samples, self._cfg.documents, *scored)
         return [_rows_of(whole, low, low + len(self._rows)) for low in range(0, len(samples), len(self._rows))]
 
-    def _read(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The rows of these samples, as their sources have them: tokens, segments and perhaps what is scored."""
         source, cursor = self._mixture.locate(samples)
         if len(self._sources) == 1:
-            return self._sources[0].windows.read(cursor)
-        tokens_BU = np.empty((len(samples), self._cfg.seq_len + 1), np.int32)
-        segments_BU = np.empty_like(tokens_BU)
+            return self._sources[0].samples.read(cursor)
+        columns: list[np.ndarray] = []
         for index in np.unique(source):
             rows = source == index
-            tokens_BU[rows], segments_BU[rows] = self._sources[index].windows.read(cursor[rows])
-        return tokens_BU, segments_BU
+            found = self._sources[index].samples.read(cursor[rows])
+            columns = columns or [np.empty((len(samples), *x.shape[1:]), x.dtype) for x in found]
+            for column, x in zip(columns, found, strict=True):
+                column[rows] = x
+        return tuple(columns)
 
     def state(self, next_sample: int) -> LoaderState:
         """What to store so that a loader goes on with sample `next_sample`, at any batch size."""
@@ -157,10 +163,7 @@ class Loader:
     def epoch(self, next_sample: int) -> dict[str, float]:
         """How often each source was seen, by name, when the samples before `next_sample` are done."""
         cursors = self._mixture.cursors(next_sample)
-        return {
-            source.name: cursor / source.windows.n_windows
-            for source, cursor in zip(self._sources, cursors, strict=True)
-        }
+        return {source.name: cursor / source.per_epoch for source, cursor in zip(self._sources, cursors, strict=True)}
 
     def recorded(self, batch: Batch) -> np.ndarray:
         """The array that the ledger keeps checksums of, int32 [B, T]."""
@@ -261,7 +264,19 @@ def _source(cfg: DataConfig, name: str, dataset: Dataset) -> _Source:
             f"data.sources.{name}.tokens={limit:,} is more than the {split.n_tokens:,} of {cfg.sources[name].path}; "
             "ask for fewer, or for all: None"
         )
+    if split.n_scored is not None and cfg.documents != "whole":
+        raise DataError(
+            f"data.sources.{name}: {cfg.sources[name].path} holds conversations, of which only some tokens are scored, "
+            f"and data.documents={cfg.documents} would cut them and score all; set task=instruct and "
+            "data.documents=whole"
+        )
     named = [_ORDER, split.hash, cfg.seq_len, cfg.seed, *([] if limit is None else [limit])]
-    order = files.hash_bytes(json.dumps(named).encode())
+    if cfg.documents == "whole":
+        packed = PackedRows(split, cfg.seq_len, cfg.seed, limit)
+        return _Source(name, packed, _named([*named, "whole"]), packed.n_rows)
     windows = Windows(split, cfg.seq_len, cfg.seed, cfg.documents, limit)
-    return _Source(name, windows, order, windows.n_tokens)
+    return _Source(name, windows, _named(named), windows.n_windows)
+
+
+def _named(what: list[Any]) -> str:
+    return files.hash_bytes(json.dumps(what).encode())

@@ -21,7 +21,7 @@ from lmjax.errors import DataError
 
 _BLOCK = 4096  # window numbers drawn at a time
 _SUBSET_SEED = 0x5B5E7  # far from the seeds that people choose for the order of epochs
-Documents = Literal["joined", "separate"]
+Documents = Literal["joined", "separate", "whole"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,17 @@ def _read_stream(
     return tokens, np.repeat(segment, lengths).reshape(tokens.shape)
 
 
-def as_batch(tokens_BU: np.ndarray, segments_BU: np.ndarray, ids_B: np.ndarray, documents: Documents) -> Batch:
-    """Windows of T + 1 tokens as T inputs and T targets; a target in another document than its input weighs 0."""
+def as_batch(
+    tokens_BU: np.ndarray,
+    segments_BU: np.ndarray,
+    ids_B: np.ndarray,
+    documents: Documents,
+    scored_BU: np.ndarray | None = None,
+) -> Batch:
+    """Rows of T + 1 tokens as T inputs and T targets.
+
+    A target in another document than its input weighs 0, and so does one that is not scored. Padding is in segment -1.
+    """
     tokens_BT = tokens_BU[:, :-1].astype(np.int32)
     targets_BT = tokens_BU[:, 1:].astype(np.int32)
     ids_B = (ids_B % (1 << 31)).astype(np.int32)
@@ -151,14 +160,18 @@ def as_batch(tokens_BU: np.ndarray, segments_BU: np.ndarray, ids_B: np.ndarray, 
         return Batch(tokens_BT, targets_BT, np.ones(tokens_BT.shape, np.float32), ids_B)
     segments_BT = np.ascontiguousarray(segments_BU[:, :-1])
     weights_BT = (segments_BU[:, 1:] == segments_BT).astype(np.float32)
+    if scored_BU is not None:
+        weights_BT *= scored_BU[:, 1:]
     return Batch(tokens_BT, targets_BT, weights_BT, ids_B, segments_BT, _positions(segments_BT))
 
 
 def _positions(segments_BT: np.ndarray) -> np.ndarray:
-    """int32, counted from where each document starts in its row (a row that opens within a document starts at 0)."""
+    """int32, counted from where each document starts in its row (a row that opens within a document starts at 0); -1
+    for padding."""
     time = np.arange(segments_BT.shape[1], dtype=np.int32)
-    begins = np.diff(segments_BT, axis=1, prepend=-1) != 0
-    return time - np.maximum.accumulate(np.where(begins, time, 0), axis=1)
+    begins = np.diff(segments_BT, axis=1, prepend=-2) != 0
+    positions_BT = time - np.maximum.accumulate(np.where(begins, time, 0), axis=1)
+    return np.where(segments_BT < 0, np.int32(-1), positions_BT)
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------

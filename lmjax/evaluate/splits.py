@@ -10,6 +10,7 @@ import jax
 
 from lmjax.data.batch import Batch
 from lmjax.data.config import DataConfig
+from lmjax.data.packing import packed_batches
 from lmjax.data.store.shards import TokenSplit
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.data.windows import document_batches, evaluation_batches
@@ -39,11 +40,16 @@ def evaluate_split(
     mesh: jax.sharding.Mesh | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score a split, or its first `limit` batches, in windows of `data.seq_len` tokens, their rows over the mesh.
+    """Score a split, or its first `limit` batches, in rows of `data.seq_len` tokens, which are spread over the mesh.
 
-    `on_batch` is called as each batch begins.
+    Rows hold windows, or whole documents as `data.documents` says; of conversations only what is scored counts, in bits
+    per byte too. `on_batch` is called as each batch begins.
     """
-    batches = evaluation_batches(split, data.seq_len, batch, data.documents, local_rows(mesh, batch))
+    rows = local_rows(mesh, batch)
+    if data.documents == "whole":
+        batches = packed_batches(split, data.seq_len, batch, rows)
+    else:
+        batches = evaluation_batches(split, data.seq_len, batch, data.documents, rows)
 
     def placed() -> Iterator[Batch]:
         for one in itertools.islice(batches, limit):
@@ -51,11 +57,11 @@ def evaluate_split(
             yield shard_batch(one, mesh, batch)
 
     with use_mesh(mesh):
-        result = evaluate(model, params, placed(), n_tokens=split.n_tokens, n_bytes=split.n_bytes)
+        result = evaluate(model, params, placed(), n_tokens=split.n_scored or split.n_tokens, n_bytes=split.n_bytes)
     return dataclasses.replace(result, digest=split.digest)
 
 
-Documents = Literal["joined", "separate", "alone", "cut"]
+Documents = Literal["joined", "separate", "whole", "alone", "cut"]
 """How documents share the rows that are scored: `data.documents`, or each in rows of its own, or in one, cut there."""
 
 

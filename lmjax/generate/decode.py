@@ -43,7 +43,7 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     cfg: GenerateConfig,
 ) -> list[Generation]:
-    """Continue every prompt: a text, or ids that are read as they are (a conversation, from hf/chat.py).
+    """Continue every prompt: a text, or ids that are read as they are (a conversation, from data/chat/).
 
     A text is read after the tokenizer's `begin_id`, if it has one; an empty text starts a document. A row ends with one
     of the tokenizer's `stop_ids`, or endoftext where it has none. Under `jax.set_mesh` rows are spread over the

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lmjax.data.chat.templates import special_tokens
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.pieces import SentencePieceTokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
@@ -15,12 +16,6 @@ logger = logging.getLogger(__name__)
 
 # Where transformers looks for the ids that end a text, in this order.
 _GENERATION = ("generation_config.json", "config.json")
-
-
-def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """`{"bos_token": "<s>", ...}` of a tokenizer_config.json, where a token is a string or an object that holds it."""
-    spelled = {name: token.get("content") if isinstance(token, dict) else token for name, token in settings.items()}
-    return {name: token for name, token in spelled.items() if name.endswith("_token") and isinstance(token, str)}
 
 
 def begin_id(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lmjax.data.chat.templates import FILE, SETTINGS, special_tokens
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.pieces import SentencePieceTokenizer
@@ -19,10 +20,9 @@ from lmjax.record.files import reporting
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = "tokenizer_config.json"
 # Kept as they are: who they are for (chat templates, other programs) reads them.
 _SYMBOLS = "special_tokens_map.json"
-KEPT = (SETTINGS, _SYMBOLS, "chat_template.jinja", "generation_config.json")
+KEPT = (SETTINGS, _SYMBOLS, FILE, "generation_config.json")
 _LARGEST_KEPT = 16 << 20
 
 
@@ -57,7 +57,7 @@ def read_tokenizer(directory: Path, cfg: ModelConfig) -> tuple[Tokenizer | None,
 
 
 def _load(directory: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
-    end = symbols.special_tokens(settings).get("eos_token")
+    end = special_tokens(settings).get("eos_token")
     for path in (directory / "tokenizer.json", directory / "tokenizer.model"):
         if path.exists():
             return load_tokenizer(path, end)

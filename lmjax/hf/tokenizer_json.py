@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lmjax.data.chat.templates import special_tokens
 from lmjax.data.tokenizers.huggingface import byte_of_character
 from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, Tokenizer
 from lmjax.errors import DataError
-from lmjax.hf.symbols import special_tokens
 
 _PROBE = "  a  b\n\tc  "  # what SentencePiece models that normalize do not keep
 _MARKER = "\u2581"

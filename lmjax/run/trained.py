@@ -9,6 +9,7 @@ from etils import epath
 
 from lmjax.config import Config, from_json
 from lmjax.data.store.dataset import check_same_tokenizer, open_dataset
+from lmjax.data.store.shards import TokenSplit
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import ConfigError
@@ -63,12 +64,10 @@ def evaluate_trained(
     seq_len: int,
     documents: Documents | None = None,
 ) -> dict[str, Evaluation]:
-    """Score a trained model on prepared data sets. Raises DataError for one of another tokenizer.
+    """Score a trained model on prepared data sets, in rows as `rows_of` has them if nothing else is said.
 
-    By default documents share rows as in training; those of a model that reads a begin symbol have rows of their own.
+    Raises DataError for a data set of another tokenizer.
     """
-    if documents is None:
-        documents = trained.cfg.data.documents if trained.tokenizer.begin_id is None else "alone"
     results = {}
     for path in paths:
         dataset = open_dataset(path, cache=trained.cfg.data.cache)
@@ -80,17 +79,30 @@ def evaluate_trained(
                 "WORKDIR/tokenizer"
             ),
         )
-        if documents == "alone" or documents == "cut":
+        content = dataset.split(split)
+        how = rows_of(trained, content) if documents is None else documents
+        if how == "alone" or how == "cut":
             results[path] = evaluate_documents(
                 trained.scorer,
                 trained.params,
-                dataset.split(split),
+                content,
                 trained.tokenizer,
                 seq_len=seq_len,
                 batch=batch,
-                whole=documents == "alone",
+                whole=how == "alone",
             )
         else:
-            data = dataclasses.replace(trained.cfg.data, seq_len=seq_len, documents=documents)
-            results[path] = evaluate_split(trained.scorer, trained.params, dataset.split(split), data, batch=batch)
+            data = dataclasses.replace(trained.cfg.data, seq_len=seq_len, documents=how)
+            results[path] = evaluate_split(trained.scorer, trained.params, content, data, batch=batch)
     return results
+
+
+def rows_of(trained: Trained, content: TokenSplit) -> Documents:
+    """How documents share rows when nothing is said: conversations are never cut; those of a model that reads a begin
+    symbol have rows of their own; all others are as in training, and cut where that was on conversations."""
+    if content.n_scored is not None:
+        return "whole"
+    if trained.tokenizer.begin_id is not None:
+        return "alone"
+    as_trained = trained.cfg.data.documents
+    return "separate" if as_trained == "whole" else as_trained

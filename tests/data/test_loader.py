@@ -89,7 +89,7 @@ def test_each_source_is_read_once_an_epoch_and_in_proportion(two_sources):
     assert abs((order == 0).sum() - 1200) <= 1
     assert all(row == next(expected["ab"[source]]) for row, source in zip(mixed, order, strict=True))
     assert loader.epoch(1600) == {
-        name: pytest.approx(share * 1600 / alone[name]._sources[0].windows.n_windows)
+        name: pytest.approx(share * 1600 / alone[name]._sources[0].per_epoch)
         for name, share in (("a", 0.75), ("b", 0.25))
     }
 
@@ -168,7 +168,7 @@ def test_a_mixture_keeps_its_resolution(cfg, two_sources):
 def test_damage_found_in_the_background_comes_out_as_our_error(two_sources):
     cfg = DataConfig(sources={"a": two_sources["a"]}, seq_len=32, prefetch=4)
     loader = Loader(cfg, batch_size=8)
-    path = loader._sources[0].windows._split.shards[0].path
+    path = loader._sources[0].samples._split.shards[0].path
     content = path.read_bytes()
     path.write_bytes(b"\1" + content[1:])  # the same size, so opening finds nothing
     with pytest.raises(DataError, match=r"train-00000.tokens: .* are damaged"):

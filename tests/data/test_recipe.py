@@ -9,7 +9,7 @@ import pytest
 
 from lmjax import config
 from lmjax.__main__ import parse
-from lmjax.data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from lmjax.data.config import ChatConfig, DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.data.store.dataset import open_dataset
 from lmjax.data.store.manifest import Manifest
 from lmjax.errors import ConfigError, LmjaxError
@@ -32,6 +32,12 @@ ARGUMENTS: dict[str, Any] = {
     "shard_tokens": ("--shard-tokens=1000", 1000),
     "workers": ("--workers=3", 3),
     "document_bytes": ("--document-bytes=1000", 1000),
+    "chat.template": ("--chat=alpaca", "alpaca"),
+    "chat.score": ("--score=last", "last"),
+    "chat.headers": ("--headers", True),
+    "chat.ends": ("--no-ends", False),
+    "chat.longest": ("--longest=500", 500),
+    "chat.too_long": ("--too-long=left", "left"),
     "tokenizer.kind": ("--tokenizer=chars", "chars"),
     "tokenizer.vocab": ("--vocab=500", 500),
     "tokenizer.sample_bytes": ("--sample-bytes=9999", 9999),
@@ -58,17 +64,20 @@ def recipe_of(*arguments: str) -> PrepareConfig:
 
 def flat(cfg: PrepareConfig) -> dict[str, Any]:
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-    tokenizer = values.pop("tokenizer")
-    return values | {f"tokenizer.{name}": value for name, value in dataclasses.asdict(tokenizer).items()}
+    groups = {group: values.pop(group) or ChatConfig() for group in ("tokenizer", "chat")}
+    return values | {
+        f"{group}.{name}": value for group, of in groups.items() for name, value in dataclasses.asdict(of).items()
+    }
 
 
 def test_every_setting_of_a_recipe_has_an_argument() -> None:
     defaults = flat(PrepareConfig())
     assert ARGUMENTS.keys() == defaults.keys()
-    assert flat(recipe_of("stdlib:")) == defaults  # and without arguments the defaults are those of the config
+    assert recipe_of("stdlib:") == PrepareConfig()  # and without arguments the defaults are those of the config
     for name, (argument, value) in ARGUMENTS.items():
         others = [] if name == "inputs" else ["stdlib:"]
-        others += ["--tokenizer-file=t.json"] if name == "tokenizer.endoftext" else []
+        others += ["--tokenizer-file=t.json"] if name.startswith(("tokenizer.endoftext", "chat.")) else []
+        others += ["--chat"] if name.startswith("chat.") and name != "chat.template" else []
         assert flat(recipe_of(argument, *others))[name] == value != defaults[name]
 
 

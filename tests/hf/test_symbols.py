@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import sentencepiece
 
+from lmjax.data.chat.templates import special_tokens
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
-from lmjax.hf.symbols import special_tokens
 from lmjax.hf.tokenizer_files import read_tokenizer, tokenizer_files
 from lmjax.models.config import ModelConfig
 

@@ -39,8 +39,9 @@ Division = Literal["document", "tail", "tails"]
 
 
 def division(files: tuple[InputFile, ...], cfg: PrepareConfig) -> Division:
-    """What `cfg.split` comes to: where no document would fall to validation, or none to training, the tail of each."""
-    if cfg.split == "tail" or not 0 < cfg.valid_fraction < 1:
+    """What `cfg.split` comes to: where no document would fall to validation, or none to training, the tail of each, but
+    not of a conversation."""
+    if cfg.chat is not None or cfg.split == "tail" or not 0 < cfg.valid_fraction < 1:
         return cfg.split
     enough = documents_needed(cfg.valid_fraction)
     cleaned = _cleaned(files, cfg, lambda n_bytes: None, Omitted())

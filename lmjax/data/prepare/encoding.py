@@ -1,28 +1,34 @@
 """Documents to token ids in parallel processes.
 
-A worker is a plain subprocess (`python -m lmjax.data.prepare.encoding TOKENIZER UNKNOWN`) that answers requests on its
-standard input and ends with it. It starts quickly, whatever the caller's main module imports, and outlives nobody.
+A worker is a plain subprocess (`python -m lmjax.data.prepare.encoding TOKENIZER UNKNOWN CHAT`) that answers requests on
+its standard input and ends with it. It starts quickly, whatever the caller's main module imports, and outlives nobody.
 Requests go round robin and answers are awaited in that order, so the result does not depend on the number of workers.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from typing import IO, Literal, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Literal, NamedTuple, cast
 
 import numpy as np
 
+from lmjax.data.chat.rendering import Renderer
+from lmjax.data.chat.scoring import encode_conversation
+from lmjax.data.chat.templates import load_template
+from lmjax.data.config import ChatConfig
 from lmjax.data.store.shards import token_dtype
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 from lmjax.record import buckets
+from lmjax.schema import validated
 
 Unknown = Literal["error", "replace", "skip"]
 """What becomes of a text that the tokenizer cannot represent: see `PrepareConfig.unknown`."""
@@ -34,50 +40,93 @@ class Encoded:
 
     tokens: np.ndarray
     """Documents end to end."""
+    scored: np.ndarray
+    """bool per token: a model is trained on to write it."""
     n_tokens: np.ndarray
     """int64 per document, endoftext included."""
     n_bytes: np.ndarray
-    """int64 per document, of its text in UTF-8."""
+    """int64 per document, of its text in UTF-8, of a conversation of what is scored."""
     exact: np.ndarray
-    """bool per document: it decodes to the text that was encoded."""
+    """bool per document: it decodes to the text that was encoded. Nothing is said of conversations, whose symbols have
+    no spelling."""
     unknown: np.ndarray
     """bool per document: the tokenizer cannot represent all of it. If it is left out for that, it has no token."""
+    truncated: np.ndarray
+    """bool per document: it was cut to the longest length."""
+
+
+class One(NamedTuple):
+    """One document, encoded: see Encoded."""
+
+    tokens: np.ndarray
+    scored: np.ndarray
+    n_bytes: int
+    exact: bool = True
+    unknown: bool = False
+    truncated: bool = False
+
+
+Encode = Callable[[str], One]
 
 
 class DocumentError(DataError):
-    """A document that the tokenizer cannot represent."""
+    """A document that cannot be encoded."""
 
     def __init__(self, index: int, reason: str):
         super().__init__(reason)
         self.index = index
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], unknown: Unknown = "error") -> Encoded:
-    """Encode the texts and check each by decoding it.
-
-    Raises DocumentError, naming a text by its index, for one that the tokenizer cannot represent, unless `unknown` says
-    to replace what it does not know, or to skip the text.
-    """
-    tokenizer.replaces_unknown = unknown == "replace"
+def encode_documents(encode: Encode, texts: Sequence[str]) -> Encoded:
+    """Encode the texts. Raises DocumentError, naming a text by its index, for one that `encode` refuses."""
     encoded = []
     for index, text in enumerate(texts):
         try:
-            encoded.append(_encode_document(tokenizer, text))
+            encoded.append(encode(text))
         except DataError as error:
-            if unknown != "skip":
-                raise DocumentError(index, str(error)) from error
-            encoded.append((np.zeros(0, token_dtype(tokenizer.vocab_size)), True))
-    tokens, exact = zip(*encoded, strict=True)
+            raise DocumentError(index, str(error)) from error
+    tokens, scored, n_bytes, exact, unknown, truncated = zip(*encoded, strict=True)
     return Encoded(
         tokens=np.concatenate(tokens),
+        scored=np.concatenate(scored),
         n_tokens=np.array([len(document) for document in tokens], np.int64),
-        n_bytes=np.array([len(text.encode("utf-8")) for text in texts], np.int64),
+        n_bytes=np.array(n_bytes, np.int64),
         exact=np.array(exact, bool),
-        unknown=np.array([len(ids) == 0 or (ids == tokenizer.unknown_id).any() for ids in tokens], bool),
+        unknown=np.array(unknown, bool),
+        truncated=np.array(truncated, bool),
     )
 
 
-def _encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]:
+@contextlib.contextmanager
+def encoder(directory: os.PathLike[str] | str, unknown: Unknown, chat: ChatConfig | None) -> Iterator[Encode]:
+    """What encodes documents by the tokenizer saved in `directory`: texts, or conversations as the config has them."""
+    tokenizer = load_tokenizer(directory)
+    if chat is None:
+        yield functools.partial(encode_text, tokenizer, unknown)
+        return
+    with Renderer(load_template(directory)) as renderer:
+        yield functools.partial(_encode_conversation, tokenizer, renderer, chat)
+
+
+def encode_text(tokenizer: Tokenizer, unknown: Unknown, text: str) -> One:
+    """A text with all its tokens scored, checked by decoding it.
+
+    Raises DataError for one that the tokenizer cannot represent, unless `unknown` says to replace what it does not
+    know, or to skip the text.
+    """
+    tokenizer.replaces_unknown = unknown == "replace"
+    n_bytes = len(text.encode("utf-8"))
+    try:
+        tokens, exact = _encode_parts(tokenizer, text)
+    except DataError:
+        if unknown != "skip":
+            raise
+        return One(np.zeros(0, token_dtype(tokenizer.vocab_size)), np.zeros(0, bool), n_bytes, unknown=True)
+    unknown_tokens = bool((tokens == tokenizer.unknown_id).any())
+    return One(tokens, np.ones(len(tokens), bool), n_bytes, exact, unknown_tokens)
+
+
+def _encode_parts(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]:
     """The document's tokens, endoftext included, and whether they decode to it."""
     dtype = token_dtype(tokenizer.vocab_size)
     parts = []
@@ -89,24 +138,34 @@ def _encode_document(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]
     return np.concatenate(parts), spelled.digest() == hashlib.blake2b(text.encode("utf-8")).digest()
 
 
+def _encode_conversation(tokenizer: Tokenizer, renderer: Renderer, chat: ChatConfig, line: str) -> One:
+    found = encode_conversation(line, tokenizer, renderer, chat)
+    tokens = np.array(found.tokens, token_dtype(tokenizer.vocab_size))
+    return One(tokens, found.scored, found.n_bytes, truncated=found.truncated)
+
+
 def encode_batches(
-    directory: os.PathLike[str], batches: Iterator[list[str]], workers: int, unknown: Unknown
+    directory: os.PathLike[str],
+    batches: Iterator[list[str]],
+    workers: int,
+    unknown: Unknown,
+    chat: ChatConfig | None = None,
 ) -> Iterator[Encoded]:
-    """`encode_documents` of each batch, in order, by the tokenizer saved in `directory`.
+    """`encode_documents` of each batch, in order, by the `encoder` of the other arguments.
 
     One worker means this process. Raises DocumentError as soon as its batch is due, DataError if a worker dies.
     """
     if workers == 1:
-        tokenizer = load_tokenizer(directory)
-        for batch in batches:
-            yield encode_documents(tokenizer, batch, unknown)
+        with encoder(directory, unknown, chat) as encode:
+            for batch in batches:
+                yield encode_documents(encode, batch)
         return
     pool: list[_Worker] = []
     try:
         first = 0  # the oldest request still unanswered
         for number, batch in enumerate(batches):
             if number < workers:
-                pool.append(_Worker(directory, unknown))
+                pool.append(_Worker(directory, unknown, chat))
             else:
                 yield pool[first % workers].receive()
                 first += 1
@@ -121,12 +180,13 @@ def encode_batches(
 class _Worker:
     """A subprocess that encodes; one request at a time, so neither side ever waits on a full pipe."""
 
-    def __init__(self, directory: os.PathLike[str], unknown: Unknown):
+    def __init__(self, directory: os.PathLike[str], unknown: Unknown, chat: ChatConfig | None):
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "TOKENIZERS_PARALLELISM": "0",
         }
-        command = [sys.executable, "-m", "lmjax.data.prepare.encoding", os.fspath(directory), unknown]
+        settings = json.dumps(None if chat is None else dataclasses.asdict(chat))
+        command = [sys.executable, "-m", "lmjax.data.prepare.encoding", os.fspath(directory), unknown, settings]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def send(self, texts: list[str]) -> None:
@@ -170,7 +230,7 @@ def _read_request(stream: IO[bytes]) -> list[str]:
 
 def _write_response(stream: IO[bytes], result: Encoded) -> None:
     header = {"documents": len(result.n_tokens), "tokens": len(result.tokens), "dtype": result.tokens.dtype.name}
-    arrays = (result.tokens, result.n_tokens, result.n_bytes, result.exact, result.unknown)
+    arrays = (getattr(result, field.name) for field in dataclasses.fields(Encoded))
     _write_frame(stream, header, *(array.tobytes() for array in arrays))
 
 
@@ -182,13 +242,15 @@ def _read_response(stream: IO[bytes]) -> Encoded:
     def array(count: int, dtype: str) -> np.ndarray:
         return np.frombuffer(_read_exactly(stream, count * np.dtype(dtype).itemsize), dtype)
 
-    documents = header["documents"]
-    return Encoded(
-        tokens=array(header["tokens"], header["dtype"]),
+    documents, tokens = header["documents"], header["tokens"]
+    return Encoded(  # in the order in which they were sent
+        tokens=array(tokens, header["dtype"]),
+        scored=array(tokens, "bool"),
         n_tokens=array(documents, "int64"),
         n_bytes=array(documents, "int64"),
         exact=array(documents, "bool"),
         unknown=array(documents, "bool"),
+        truncated=array(documents, "bool"),
     )
 
 
@@ -213,18 +275,18 @@ def _read_exactly(stream: IO[bytes], size: int) -> bytes:
     return data
 
 
-def _serve(directory: str, unknown: Unknown) -> None:
+def _serve(directory: str, unknown: Unknown, chat: ChatConfig | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it stops its workers
     buckets.register()
-    tokenizer = load_tokenizer(directory)
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
-        while True:
+    with contextlib.suppress(EOFError, BrokenPipeError), encoder(directory, unknown, chat) as encode:
+        while True:  # until the parent is gone
             texts = _read_request(sys.stdin.buffer)
             try:
-                _write_response(sys.stdout.buffer, encode_documents(tokenizer, texts, unknown))
+                _write_response(sys.stdout.buffer, encode_documents(encode, texts))
             except DocumentError as error:
                 _write_frame(sys.stdout.buffer, {"error": str(error), "document": error.index})
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], cast(Unknown, sys.argv[2]))
+    given = json.loads(sys.argv[3])
+    _serve(sys.argv[1], cast(Unknown, sys.argv[2]), None if given is None else validated(ChatConfig, given))

@@ -6,8 +6,8 @@ for byte. One that fails before its first shard leaves nothing behind. Nothing i
 but what these records say was made by this recipe.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,29 +15,22 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from etils import epath
 
+from lmjax.data.chat.templates import Template, find_template, load_template, save_template
 from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.prepare import records
 from lmjax.data.prepare.clean import describe
 from lmjax.data.prepare.corpus import Division, Omitted, Split, Text, documents_needed, read_corpus, sample_passages
-from lmjax.data.prepare.encoding import DocumentError, Encoded, encode_batches
+from lmjax.data.prepare.encoding import DocumentError, Encoded, One, encode_batches
 from lmjax.data.prepare.progress import Progress, showing
 from lmjax.data.prepare.sources import InputFile, list_inputs
-from lmjax.data.store.manifest import (
-    FILE,
-    Manifest,
-    ShardManifest,
-    SplitManifest,
-    as_json,
-    read_manifest,
-    write_manifest,
-)
-from lmjax.data.store.shards import TOKENIZER, shard_files, shard_sizes, token_dtype, unlisted, write_shard
+from lmjax.data.prepare.writer import Writer
+from lmjax.data.store.manifest import FILE, Manifest, SplitManifest, read_manifest, write_manifest
+from lmjax.data.store.shards import TOKENIZER, token_dtype, unlisted
 from lmjax.data.tokenizers.load import load_tokenizer, train_tokenizer
 from lmjax.data.tokenizers.pieces import VocabularyError
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
-from lmjax.process.faults import fault
-from lmjax.record.files import has_size, hash_file, locate, read_bytes, reporting, write_bytes
+from lmjax.record.files import locate, reporting, write_bytes
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
 _BATCH_CHARS = 1 << 20  # what one request to a worker holds at least
@@ -75,6 +68,10 @@ def _finished(cfg: PrepareConfig, directory: epath.Path) -> Manifest:
     if not differing and cfg.tokenizer.path is not None and locate(cfg.tokenizer.path).exists():
         changed = train_tokenizer(cfg.tokenizer, ()).hash != manifest.tokenizer_hash
         differing = f"{cfg.tokenizer.path} changed since" if changed else ""
+    if not differing and cfg.chat is not None:
+        with contextlib.suppress(DataError):  # it need not be there any more, either
+            changed = _template(cfg, directory).hash != manifest.template_hash
+            differing = f"the chat template {cfg.chat.template} changed since" if changed else ""
     if differing:
         raise DataError(f"{directory} was prepared differently: {differing}; use a new directory or delete this one")
     return manifest
@@ -100,13 +97,17 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
     recipe = records.begin_or_continue(cfg, directory, files)
     how: Division = recipe["division"]
     tokenizer = _tokenizer(cfg, directory, files, how)
-    writers = {split: _Writer(directory, split, cfg.shard_tokens, tokenizer.vocab_size) for split in _SPLITS}
+    writers = {
+        split: Writer(directory, split, cfg.shard_tokens, tokenizer.vocab_size, scores=cfg.chat is not None)
+        for split in _SPLITS
+    }
     omitted = Omitted()
     with showing(sum(file.size for file in files), progress) as shown:
         _encode(cfg, directory, files, how, writers, omitted, shown)
     _check_splits(cfg, writers)
     for writer in writers.values():
         writer.close()
+    template_hash = None if cfg.chat is None else load_template(directory / TOKENIZER).hash
     manifest = Manifest(
         dtype=token_dtype(tokenizer.vocab_size),
         vocab_size=tokenizer.vocab_size,
@@ -116,6 +117,7 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
         empty_documents=omitted.empty,
         invalid_documents=omitted.invalid,
         unknown_documents=sum(writer.unknown for writer in writers.values()),
+        template_hash=template_hash,
         splits={split: SplitManifest.of(tuple(writer.shards)) for split, writer in writers.items() if writer.shards},
         recipe=recipe,
     )
@@ -140,10 +142,16 @@ def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile
             sample_passages(texts, cfg.tokenizer.sample_bytes, cfg.seed) if learns else (item.text for item in texts)
         )
         _train_tokenizer(cfg.tokenizer, list(sample) if learns else sample).save(home)
+        if cfg.chat is not None:
+            save_template(_template(cfg, directory), _origin(cfg, directory), home)
         write_bytes(marker, b"{}")
     tokenizer = load_tokenizer(home)
     if cfg.tokenizer.kind == "file" and train_tokenizer(cfg.tokenizer, ()).hash != tokenizer.hash:
         raise DataError(f"{cfg.tokenizer.path} changed since {directory} was begun; delete that directory")
+    if cfg.chat is not None and _template(cfg, directory).hash != load_template(home).hash:
+        raise DataError(
+            f"the chat template {cfg.chat.template} changed since {directory} was begun; delete that directory"
+        )
     return tokenizer
 
 
@@ -156,6 +164,18 @@ def _train_tokenizer(cfg: TokenizerConfig, sample: Iterable[str]) -> Tokenizer:
         return train_tokenizer(dataclasses.replace(cfg, vocab=error.most), sample)
 
 
+def _template(cfg: PrepareConfig, directory: epath.Path) -> Template:
+    """The chat template that the recipe asks for."""
+    assert cfg.chat is not None
+    return find_template(cfg.chat.template, _origin(cfg, directory), directory / TOKENIZER)
+
+
+def _origin(cfg: PrepareConfig, directory: epath.Path) -> epath.Path:
+    """The directory that the tokenizer came from."""
+    given = directory / TOKENIZER if cfg.tokenizer.path is None else locate(cfg.tokenizer.path)
+    return given if given.is_dir() else given.parent
+
+
 def _ignore(n_bytes: int) -> None:
     pass
 
@@ -165,7 +185,7 @@ def _encode(
     directory: epath.Path,
     files: tuple[InputFile, ...],
     how: Division,
-    writers: dict[Split, "_Writer"],
+    writers: dict[Split, Writer],
     omitted: Omitted,
     progress: Progress,
 ) -> None:
@@ -178,18 +198,17 @@ def _encode(
             yield [item.text for item in batch]
 
     try:
-        for encoded in encode_batches(directory / TOKENIZER, batches(), cfg.workers or _cpu_count(), cfg.unknown):
+        workers = cfg.workers or _cpu_count()
+        for encoded in encode_batches(directory / TOKENIZER, batches(), workers, cfg.unknown, cfg.chat):
             batch = waiting.pop(0)
             _write(batch, encoded, writers)
             progress.encoded(len(batch), len(encoded.tokens))
     except DocumentError as error:
-        raise DataError(
-            f"{waiting[0][error.index].name}: {error}; "
-            "or set prepare.unknown (lmjax prepare: --unknown) to replace or skip"
-        ) from error
+        hint = "" if cfg.chat else "; or set prepare.unknown (lmjax prepare: --unknown) to replace or skip"
+        raise DataError(f"{waiting[0][error.index].name}: {error}{hint}") from error
 
 
-def _unfinished(texts: Iterator[Text], writers: dict[Split, "_Writer"]) -> Iterator[Text]:
+def _unfinished(texts: Iterator[Text], writers: dict[Split, Writer]) -> Iterator[Text]:
     done = {split: writer.resumed for split, writer in writers.items()}
     for item in texts:
         if done[item.split]:
@@ -211,94 +230,21 @@ def _batched(texts: Iterator[Text]) -> Iterator[list[Text]]:
         yield batch
 
 
-def _write(batch: list[Text], encoded: Encoded, writers: dict[Split, "_Writer"]) -> None:
+def _write(batch: list[Text], encoded: Encoded, writers: dict[Split, Writer]) -> None:
     ends = np.cumsum(encoded.n_tokens)
     for index, item in enumerate(batch):
-        tokens = encoded.tokens[ends[index] - encoded.n_tokens[index] : ends[index]]
-        unknown = bool(encoded.unknown[index])
-        writers[item.split].add(tokens, int(encoded.n_bytes[index]), bool(encoded.exact[index]), unknown)
+        mine = slice(ends[index] - encoded.n_tokens[index], ends[index])
+        exact, unknown, truncated = (
+            bool(flags[index]) for flags in (encoded.exact, encoded.unknown, encoded.truncated)
+        )
+        document = One(
+            encoded.tokens[mine], encoded.scored[mine], int(encoded.n_bytes[index]), exact, unknown, truncated
+        )
+        writers[item.split].add(document)
 
 
 def _cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Writer:
-    """Collects the documents of one split and writes a shard whenever it is full."""
-
-    def __init__(self, directory: epath.Path, split: Split, shard_tokens: int, vocab_size: int):
-        self._directory = directory
-        self._split = split
-        self._shard_tokens = shard_tokens
-        self._dtype = token_dtype(vocab_size)
-        self.shards: list[ShardManifest] = []
-        self.unknown = 0
-        """Documents that the tokenizer cannot represent in full, those of the shards included."""
-        self.resumed = 0
-        """Documents that an interrupted run is done with."""
-        self._resume()
-        self._start_shard()
-
-    def _start_shard(self) -> None:
-        self._documents: list[np.ndarray] = []
-        self._tokens = self._text_bytes = self._inexact = self._unknown = self._left_out = 0
-
-    def add(self, tokens: np.ndarray, text_bytes: int, exact: bool, unknown: bool) -> None:
-        """The next document, endoftext included; without any token it is left out, and counted."""
-        self._unknown += unknown
-        self.unknown += unknown
-        if len(tokens) == 0:
-            self._left_out += 1
-            return
-        self._documents.append(tokens)
-        self._tokens += len(tokens)
-        self._text_bytes += text_bytes
-        self._inexact += not exact
-        if self._tokens >= self._shard_tokens:
-            self.close()
-
-    @property
-    def count(self) -> int:
-        """Documents, those of the shards and those that wait for the next one."""
-        return sum(shard.documents for shard in self.shards) + len(self._documents)
-
-    def close(self) -> None:
-        """Write what there is as a shard, its record last."""
-        if not self._documents:
-            return
-        ends = np.cumsum([len(document) for document in self._documents])
-        tokens = np.concatenate(self._documents)
-        shard = write_shard(self._directory, self._name(), tokens, ends, self._text_bytes, self._inexact, self._unknown)
-        record = json.loads(as_json(shard)) | {"left_out": self._left_out}
-        write_bytes(self._record(shard.name), json.dumps(record, sort_keys=True).encode())
-        self.shards.append(shard)
-        self._start_shard()
-        fault("prepare.shard")
-
-    def _name(self) -> str:
-        return f"{self._split}-{len(self.shards):05d}"
-
-    def _record(self, name: str) -> epath.Path:
-        return self._directory / records.FOLDER / f"{name}.json"
-
-    def _resume(self) -> None:
-        """Take over the shards of an interrupted run, as long as their files are there in full."""
-        while (record := self._record(self._name())).exists():
-            values = json.loads(read_bytes(record))
-            left_out = values.pop("left_out", 0)
-            shard = ShardManifest(**values)
-            if not self._is_intact(shard):
-                break
-            self.shards.append(shard)
-            self.unknown += shard.unknown_documents
-            self.resumed += shard.documents + left_out
-
-    def _is_intact(self, shard: ShardManifest) -> bool:
-        sizes = shard_sizes(shard, self._dtype)
-        return all(
-            has_size(self._directory / name, sizes[name]) and hash_file(self._directory / name) == digest
-            for name, digest in shard_files(shard).items()
-        )
 
 
 def _say_what_was_done(manifest: Manifest, cfg: PrepareConfig, how: Division) -> None:
@@ -313,6 +259,13 @@ def _say_what_was_done(manifest: Manifest, cfg: PrepareConfig, how: Division) ->
             "tokenizer with byte fallback (kinds bpe and unigram have it) keeps every text",
             file=sys.stderr,
         )
+    if truncated := sum(split.truncated_documents for split in manifest.splits.values()):
+        assert cfg.chat is not None
+        print(
+            f"note: {truncated} of {total} conversations were cut at their {cfg.chat.too_long} to "
+            f"{cfg.chat.longest} tokens",
+            file=sys.stderr,
+        )
     if how == "tails":
         print(
             f"note: too few documents to draw some for validation (sure from {documents_needed(cfg.valid_fraction)}): "
@@ -321,7 +274,7 @@ def _say_what_was_done(manifest: Manifest, cfg: PrepareConfig, how: Division) ->
         )
 
 
-def _check_splits(cfg: PrepareConfig, writers: dict[Split, _Writer]) -> None:
+def _check_splits(cfg: PrepareConfig, writers: dict[Split, Writer]) -> None:
     counts = {split: writer.count for split, writer in writers.items()}
     total = sum(counts.values())
     if total == 0:
@@ -331,5 +284,6 @@ def _check_splits(cfg: PrepareConfig, writers: dict[Split, _Writer]) -> None:
     if counts["valid"] == 0 and cfg.valid_fraction > 0:
         raise DataError(
             f"none of the {total} documents fell to validation at prepare.valid_fraction={cfg.valid_fraction}: raise "
-            f"it (sure from {documents_needed(cfg.valid_fraction)} documents), or use prepare.split=tail for one text"
+            f"it (sure from {documents_needed(cfg.valid_fraction)} documents)"
+            + (", or 0 for none" if cfg.chat else ", or use prepare.split=tail for one text")
         )

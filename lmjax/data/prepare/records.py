@@ -27,7 +27,9 @@ FOLDER = "preparing"
 TOKENIZER_DONE = "tokenizer.json"
 _RECIPE = "recipe.json"
 _SHARD = re.compile(r"(train|valid)-\d{5,}\.json")
-_OURS = re.compile(rf"((train|valid)-\d{{5,}}\.(tokens|documents|checksums)|{re.escape(FILE)})(\.tmp)?|{TOKENIZER}")
+_OURS = re.compile(
+    rf"((train|valid)-\d{{5,}}\.(tokens|documents|checksums|scored)|{re.escape(FILE)})(\.tmp)?|{TOKENIZER}"
+)
 _RECORDS = re.compile(rf"({_SHARD.pattern}|{re.escape(TOKENIZER_DONE)}|{re.escape(_RECIPE)})(\.tmp)?|lock")
 
 

@@ -1,4 +1,4 @@
-"""Documents out of text files: .txt, JSON lines, Parquet, compressed or not, read as streams, strict about UTF-8."""
+"""Documents out of files: .txt, JSON lines and lists, Parquet, compressed or not, as streams, strict about UTF-8."""
 
 import gzip
 import hashlib
@@ -94,10 +94,11 @@ def _below(folder: Path) -> list[InputFile]:
     if links := [path.name for path in paths if path.is_symlink() and path.is_dir()]:
         logger.warning("%s: links to folders are not followed, name them: %d (%s)", folder, len(links), links[0])
     shown = [path for path in paths if path.is_file()]
-    known = [path for path in shown if _kind(path.name)]
+    # Most .json files hold settings: one is read where it is named.
+    known = [path for path in shown if _kind(path.name) and path.suffix != ".json"]
     if not known:
         raise DataError(f"no input files in {folder} and its folders; known kinds are {', '.join(_READERS)}")
-    if others := [path.suffix or path.name for path in shown if not _kind(path.name)]:
+    if others := [path.suffix or path.name for path in shown if path not in known]:
         kinds = ", ".join(sorted(set(others))[:8])
         logger.warning("%s: files of other kinds are left out: %d (%s)", folder, len(others), kinds)
     return [InputFile(epath.Path(path), os.fspath(path), path.stat().st_size) for path in known]
@@ -192,16 +193,38 @@ def _read_json_lines(file: InputFile, cfg: PrepareConfig, report: Report) -> Ite
 
 def _json_document(name: str, line: bytes, offset: int, cfg: PrepareConfig) -> Document:
     decoded = _document(name, line, offset, cfg)
-    if decoded.text is None:
+    if decoded.text is None or cfg.chat is not None:  # who encodes a conversation reads its JSON
         return decoded
+    where = f"{name} (byte {offset})"
     try:
         record = json.loads(decoded.text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} (byte {offset}): not JSON: {error}; each line must be one JSON object") from error
+        raise DataError(f"{where}: not JSON: {error}; each line must be one JSON object") from error
+    return _well_formed(name, _text_of(where, record, cfg), cfg)
+
+
+def _text_of(where: str, record: Any, cfg: PrepareConfig) -> str:
     if not isinstance(record, dict) or not isinstance(record.get(cfg.text_key), str):
         found = f"an object with {sorted(record)[:8]}" if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{name} (byte {offset}): no string under {cfg.text_key!r} but {found}; {SET_TEXT_KEY}")
-    return _well_formed(name, record[cfg.text_key], cfg)
+        raise DataError(f"{where}: no string under {cfg.text_key!r} but {found}; {SET_TEXT_KEY}")
+    return record[cfg.text_key]
+
+
+def _read_json_list(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+    (data,) = _parts(_chunks(file, report), None, lambda number: file.name, cfg.document_bytes)
+    text = _document(file.name, data, 0, cfg).text
+    try:
+        records = [] if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file.name}: not JSON: {error}; it must be a list of objects") from error
+    if not isinstance(records, list):
+        raise DataError(f"{file.name}: no list but {type(records).__name__}; it must be a list of objects")
+    for number, record in enumerate(records, 1):
+        name = f"{file.name}, item {number}"
+        if cfg.chat is not None:
+            yield Document(name, json.dumps(record))
+        else:
+            yield _well_formed(name, _text_of(name, record, cfg), cfg)
 
 
 def _read_parquet(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
@@ -243,6 +266,7 @@ _READERS: dict[str, Reader] = {
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
     ".jsonl.zst": _read_json_lines,
+    ".json": _read_json_list,
     ".parquet": _read_parquet,
 }
 

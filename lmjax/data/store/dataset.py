@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from etils import epath
 
+from lmjax.data.chat.templates import load_template
 from lmjax.data.config import DataConfig
 from lmjax.data.store.manifest import Manifest, ShardManifest, read_manifest
 from lmjax.data.store.shards import TOKENIZER, TokenSplit, shard_files, shard_sizes, unlisted
@@ -55,6 +56,8 @@ def open_dataset(path: str | os.PathLike[str], *, cache: str | None = None) -> D
         raise DataError(f"{found[0]} is not listed in the manifest; move it away, or prepare the data set again")
     if saved_hash(located / TOKENIZER) != manifest.tokenizer_hash:
         raise DataError(f"the tokenizer in {located / TOKENIZER} is not the one that the data set was made with")
+    if manifest.template_hash is not None and load_template(located / TOKENIZER).hash != manifest.template_hash:
+        raise DataError(f"the chat template in {located / TOKENIZER} is not the one that the data set was made with")
     return Dataset(located, manifest)
 
 

@@ -21,13 +21,13 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @config_class
 class ShardManifest:
-    """One shard: files `name.tokens`, `name.documents` and `name.checksums`, see `shards.py`."""
+    """One shard: files `name.tokens`, `name.documents`, `name.checksums` and perhaps `name.scored`, see `shards.py`."""
 
     name: Annotated[str, Field(pattern=r"^(train|valid)-\d{5,}$")]
     tokens: PositiveInt
     documents: PositiveInt
     text_bytes: NonNegativeInt
-    """UTF-8 bytes of the documents' text, which makes bits per byte exact."""
+    """UTF-8 bytes of the documents' text, of conversations that of the scored tokens: it makes bits per byte exact."""
     inexact_documents: NonNegativeInt
     """Documents that decode to other text than was encoded: 0 with a lossless tokenizer."""
     unknown_documents: NonNegativeInt = 0
@@ -36,6 +36,15 @@ class ShardManifest:
     tokens_hash: Hash
     documents_hash: Hash
     checksums_hash: Hash
+    scored_hash: Hash | None = None
+    scored_tokens: PositiveInt | None = None
+    """Tokens that a model is trained on to write; None where those are all of them."""
+    truncated_documents: NonNegativeInt = 0
+    """Documents that were cut to their longest length."""
+
+    def __post_init__(self) -> None:
+        if (self.scored_hash is None) != (self.scored_tokens is None):
+            raise ValueError("scored_hash and scored_tokens go together")
 
 
 @config_class
@@ -54,9 +63,20 @@ class SplitManifest:
                 raise ValueError(f"{total} is not the sum of its shards'")
 
     @property
+    def scored_tokens(self) -> int | None:
+        """Tokens that a model is trained on to write; None where those are all of them."""
+        counts = [shard.scored_tokens for shard in self.shards if shard.scored_tokens is not None]
+        return sum(counts) if counts else None
+
+    @property
+    def truncated_documents(self) -> int:
+        return sum(shard.truncated_documents for shard in self.shards)
+
+    @property
     def hash(self) -> str:
-        """Names the content: that of the token files in order."""
-        return files.hash_bytes(*(shard.tokens_hash.encode() for shard in self.shards))
+        """Names the content: that of the token files in order, and of what says which tokens are scored."""
+        hashes = [one for shard in self.shards for one in (shard.tokens_hash, shard.scored_hash) if one is not None]
+        return files.hash_bytes(*(one.encode() for one in hashes))
 
     @property
     def digest(self) -> str:
@@ -92,6 +112,8 @@ class Manifest:
     """Documents that were not UTF-8, left out as the recipe said."""
     unknown_documents: NonNegativeInt = 0
     """Documents that the tokenizer cannot represent in full, replaced in or left out as the recipe said."""
+    template_hash: Hash | None = None
+    """Of the chat template that wrote the documents, which lies beside the tokenizer: `Template.hash`."""
     splits: dict[Literal["train", "valid"], SplitManifest]
     recipe: dict[str, Any]
     """The PrepareConfig, hashes of the input files' names and sizes and of their content, how validation text was split
@@ -105,6 +127,8 @@ class Manifest:
                 raise ValueError(f"{twice} is listed twice")
             if not all(name.startswith(split) for name in names):
                 raise ValueError(f"{split} lists shards of another split")
+            if len({shard.scored_hash is None for shard in content.shards}) > 1:
+                raise ValueError(f"only some shards of {split} say which tokens are scored")
         if self.endoftext_id >= self.vocab_size:
             raise ValueError(f"endoftext_id={self.endoftext_id} is outside the vocabulary of {self.vocab_size}")
 
@@ -156,11 +180,21 @@ def as_json(shard: ShardManifest) -> str:
     return json.dumps(dataclasses.asdict(shard), sort_keys=True)
 
 
+# What earlier manifests did not have, where it says nothing: they are to keep their fingerprints.
+_LATER: dict[str, Any] = {
+    "unknown_documents": 0,
+    "scored_hash": None,
+    "scored_tokens": None,
+    "truncated_documents": 0,
+    "template_hash": None,
+}
+
+
 def _as_json(manifest: Manifest) -> dict[str, Any]:
     content = dataclasses.asdict(manifest)
-    for counts in (content, *(shard for split in content["splits"].values() for shard in split["shards"])):
-        if not counts["unknown_documents"]:  # manifests of before do not have it, and are to keep their fingerprint
-            del counts["unknown_documents"]
+    for part in (content, *(shard for split in content["splits"].values() for shard in split["shards"])):
+        for name in [name for name, nothing in _LATER.items() if name in part and part[name] == nothing]:
+            del part[name]
     return content
 
 

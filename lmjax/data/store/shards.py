@@ -1,11 +1,13 @@
 """Shards of token ids on disk, and the splits that they make up.
 
-A shard is three flat little-endian files.
+A shard is three flat little-endian files, or four.
 - `.tokens`: uint16 or uint32 ids, documents end to end, each closed by endoftext.
 - `.documents`: uint64, where each document ends, counted in tokens: opening a data set reads these, never the tokens.
 - `.checksums`: uint32, the CRC-32 of each block of 64 KiB of `.tokens`. A block is checked when it is first read, and
   again when somebody has written to the file, so damage is found before a batch is made of it, at a cost spread over
   the run (a CRC takes 1/4 ns per byte).
+- `.scored`: of conversations, a bit for each token, the first one lowest in its byte: whether a model is trained on to
+  write it. Opening a data set reads these whole, against their hash.
 """
 
 import itertools
@@ -25,7 +27,7 @@ from lmjax.record import files
 
 BLOCK_BYTES = 1 << 16
 TOKENIZER = "tokenizer"
-_FILE = re.compile(r"(train|valid)-\d{5,}\.(tokens|documents|checksums)")
+_FILE = re.compile(r"(train|valid)-\d{5,}\.(tokens|documents|checksums|scored)")
 
 # Token files are read in place.
 assert sys.byteorder == "little", "lmjax reads its little-endian shards without conversion"
@@ -49,13 +51,18 @@ def write_shard(
     text_bytes: int,
     inexact: int = 0,
     unknown: int = 0,
+    scored: np.ndarray | None = None,
+    truncated: int = 0,
 ) -> ShardManifest:
-    """Write a shard's files, each atomically, and return its record."""
+    """Write a shard's files, each atomically, and return its record. `scored` has a bool for each token, if only some
+    are what a model is trained on to write."""
     content = np.ascontiguousarray(tokens).data.cast("B")
     ends = np.asarray(document_ends, "<u8").tobytes()
     checksums = np.array([zlib.crc32(block) for block in _blocks(content)], "<u4").tobytes()
-    for suffix, data in (("tokens", content), ("documents", ends), ("checksums", checksums)):
-        files.write_bytes(directory / f"{name}.{suffix}", data)
+    bits = None if scored is None else np.packbits(scored, bitorder="little").tobytes()
+    for suffix, data in (("tokens", content), ("documents", ends), ("checksums", checksums), ("scored", bits)):
+        if data is not None:
+            files.write_bytes(directory / f"{name}.{suffix}", data)
     return ShardManifest(
         name=name,
         tokens=len(tokens),
@@ -66,6 +73,9 @@ def write_shard(
         tokens_hash=files.hash_bytes(content),
         documents_hash=files.hash_bytes(ends),
         checksums_hash=files.hash_bytes(checksums),
+        scored_hash=None if bits is None else files.hash_bytes(bits),
+        scored_tokens=None if scored is None else int(scored.sum()),
+        truncated_documents=truncated,
     )
 
 
@@ -83,6 +93,11 @@ class Shard:
         self.path = directory / f"{manifest.name}.tokens"
         self._mapped = Mapped(self.path, dtype, manifest.tokens)
         self.checksums = _read_index(directory / f"{manifest.name}.checksums", "<u4", manifest.checksums_hash)
+        self.scored = (
+            None
+            if manifest.scored_hash is None
+            else _read_index(directory / f"{manifest.name}.scored", "u1", manifest.scored_hash)
+        )
 
     @property
     def tokens(self) -> np.ndarray:
@@ -108,6 +123,8 @@ class TokenSplit:
     def __init__(self, directory: epath.Path, manifest: SplitManifest, dtype: np.dtype, vocab_size: int):
         self.n_tokens = manifest.tokens
         self.n_documents = manifest.documents
+        self.n_scored = manifest.scored_tokens
+        """Tokens that a model is trained on to write; None where those are all of them."""
         self.n_bytes = manifest.text_bytes
         self.dtype = dtype
         self.vocab_size = vocab_size
@@ -136,6 +153,20 @@ class TokenSplit:
             if not self._renew(used):  # while they were read
                 return tokens
 
+    def scored(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Which tokens of the spans, as `take` has them, a model is trained on to write, bool; by default all."""
+        if self.n_scored is None:
+            return np.ones(int(lengths.sum()), bool)
+        shard_of_span = np.searchsorted(self.shard_starts, starts, side="right") - 1
+        where = spans(starts - self.shard_starts[shard_of_span], lengths)
+        shard_of_token = np.repeat(shard_of_span, lengths)
+        found = np.empty(len(where), bool)
+        for index in np.unique(shard_of_span).tolist():
+            bits, mine = self.shards[index].scored, shard_of_token == index
+            assert bits is not None
+            found[mine] = bits[where[mine] >> 3] >> (where[mine] & 7) & 1
+        return found
+
     def _renew(self, shards: list[int]) -> bool:
         """Whether somebody has written to one of the shards: then its blocks are to be checked again."""
         written = [index for index in shards if self.shards[index].renew()]
@@ -145,7 +176,7 @@ class TokenSplit:
 
     def _gathered(self, shard_of_span: np.ndarray, inside: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         order = np.argsort(shard_of_span, kind="stable")  # shard by shard: one gather from each
-        where = _spans(inside[order], lengths[order])
+        where = spans(inside[order], lengths[order])
         found = np.empty(len(where), self.dtype)
         for shard, low, high in self._groups(shard_of_span[order], lengths[order]):
             # Every index is right by construction; "clip" spares a copy that "raise" makes.
@@ -155,7 +186,7 @@ class TokenSplit:
         if len(self.shards) == 1:
             return found
         tokens = np.empty_like(found)
-        tokens[_spans((np.cumsum(lengths) - lengths)[order], lengths[order])] = found
+        tokens[spans((np.cumsum(lengths) - lengths)[order], lengths[order])] = found
         return tokens
 
     def documents(self) -> Iterator[np.ndarray]:
@@ -204,7 +235,7 @@ def _document_starts(directory: epath.Path, manifest: SplitManifest) -> np.ndarr
     return starts
 
 
-def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The numbers of the ranges [start, start + length), end to end."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
@@ -223,6 +254,7 @@ def shard_files(shard: ShardManifest) -> dict[str, str]:
         f"{shard.name}.tokens": shard.tokens_hash,
         f"{shard.name}.documents": shard.documents_hash,
         f"{shard.name}.checksums": shard.checksums_hash,
+        **({} if shard.scored_hash is None else {f"{shard.name}.scored": shard.scored_hash}),
     }
 
 
@@ -240,4 +272,5 @@ def shard_sizes(shard: ShardManifest, dtype: str) -> dict[str, int]:
         f"{shard.name}.tokens": token_bytes,
         f"{shard.name}.documents": shard.documents * 8,
         f"{shard.name}.checksums": -(-token_bytes // BLOCK_BYTES) * 4,
+        **({} if shard.scored_hash is None else {f"{shard.name}.scored": -(-shard.tokens // 8)}),
     }

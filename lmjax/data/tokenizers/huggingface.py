@@ -67,12 +67,15 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{text[start:end][:20]!r} is unknown to the tokenizer; use one with byte fallback")
         return encoding.ids
 
-    def encode_symbols(self, text: str) -> list[int]:
+    def place_symbols(self, text: str) -> tuple[list[int], list[int]]:
         self._tokenizer.encode_special_tokens = False
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         finally:
             self._tokenizer.encode_special_tokens = True
+        # The library may leave the space of ` word` out of its range: the token begins where the one before it ends.
+        ends = [0, *(end for _, end in encoding.offsets)]
+        return encoding.ids, [min(start, end) for (start, _), end in zip(encoding.offsets, ends, strict=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [int(index) for index in ids if index != self.endoftext_id]

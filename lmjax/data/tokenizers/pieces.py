@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizers.sections import sections
-from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, NAME_ENDOFTEXT, NO_TEXT, Tokenizer, bytes_of
+from lmjax.data.tokenizers.tokenizer import (
+    ENDOFTEXT,
+    NAME_ENDOFTEXT,
+    NO_TEXT,
+    Tokenizer,
+    bytes_of,
+    characters_at,
+)
 from lmjax.errors import DataError
 
 _MARKER = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
@@ -68,31 +75,25 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._marker_ids if part == _MARKER and self._keeps_space else self._processor.encode(part)
         return ids
 
-    def encode_symbols(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in filter(None, self._symbols.split(text)):
-            if part in self._symbol_ids:
-                ids.append(self._symbol_ids[part])
-            else:
-                ids += (self._inner if ids else self._processor).encode(part)
-        return ids
+    def _place(self, part: str, *, opens: bool) -> tuple[list[int], list[int]]:
+        if self._keeps_space:
+            return super()._place(part, opens=opens)
+        pieces = (self._processor if opens else self._inner).encode(part, return_type="proto").pieces
+        last = len(part.encode("utf-8")) - 1
+        return [piece.id for piece in pieces], characters_at(part, [min(piece.begin, last) for piece in pieces])
 
     def symbol_id(self, symbol: str) -> int | None:
         """The id of a control symbol such as <s>, if the model has it."""
-        return self._symbol_ids.get(symbol)
+        return self.symbol_ids.get(symbol)
 
     def symbol(self, index: int) -> str:
         """How the symbol of an id is spelled."""
         return self._processor.id_to_piece(index)
 
     @functools.cached_property
-    def _symbol_ids(self) -> dict[str, int]:
+    def symbol_ids(self) -> dict[str, int]:
         control = [index for index in range(self.vocab_size) if self._processor.is_control(index)]
-        return {self._processor.id_to_piece(index): index for index in control}
-
-    @functools.cached_property
-    def _symbols(self) -> re.Pattern[str]:
-        return re.compile("(" + "|".join(map(re.escape, self._symbol_ids)) + ")")
+        return {self._processor.id_to_piece(index): index for index in (*control, self.endoftext_id)}
 
     @functools.cached_property
     def _inner(self) -> "sentencepiece.SentencePieceProcessor":  # type: ignore[name-defined]  # noqa: F821

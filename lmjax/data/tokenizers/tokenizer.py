@@ -12,8 +12,9 @@ import functools
 import itertools
 import json
 import os
+import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from lmjax.data.tokenizers.sections import sections
@@ -86,7 +87,41 @@ class Tokenizer(Protocol):
 
         For text that a template wrote: whoever may put text into one can write symbols, too.
         """
-        return self.encode(text)
+        return self.place_symbols(text)[0]
+
+    def place_symbols(self, text: str) -> tuple[list[int], list[int]]:
+        """`encode_symbols(text)`, and where in the text each of these tokens begins, counted in characters.
+
+        A token that holds only a part of a character begins where the character does.
+        """
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        for part in self._symbols.split(text):
+            if part in self.symbol_ids:
+                ids.append(self.symbol_ids[part])
+                starts.append(at)
+            elif part:
+                found, begins = self._place(part, opens=not ids)
+                ids += found
+                starts += [at + begin for begin in begins]
+            at += len(part)
+        return ids, starts
+
+    def _place(self, part: str, *, opens: bool) -> tuple[list[int], list[int]]:
+        """The ids of a part without symbols, and where each begins in it; `opens` where it stands before all others."""
+        ids = self.encode(part)
+        ends = itertools.accumulate(len(self.decode_bytes([index])) for index in ids)
+        return ids, characters_at(part, [0, *ends][:-1])
+
+    @property
+    def symbol_ids(self) -> Mapping[str, int]:
+        """What `encode_symbols` reads as symbols, with their ids."""
+        return {self.endoftext: self.endoftext_id}
+
+    @functools.cached_property
+    def _symbols(self) -> re.Pattern[str]:
+        return re.compile("(" + "|".join(map(re.escape, self.symbol_ids)) + ")")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
@@ -130,3 +165,11 @@ def bytes_of(ids: Sequence[int], table: Sequence[bytes]) -> bytes:
         return b"".join([table[index] for index in ids])
     except IndexError:
         raise DataError(f"token id {max(ids)} is outside the tokenizer's vocabulary of {len(table)}") from None
+
+
+def characters_at(text: str, byte_offsets: Sequence[int]) -> list[int]:
+    """Which character of the text each of these bytes of its UTF-8 belongs to; all of them lie in it."""
+    if text.isascii():
+        return list(byte_offsets)
+    character_of_byte = [index for index, character in enumerate(text) for _ in character.encode("utf-8")]
+    return [character_of_byte[offset] for offset in byte_offsets]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from lmjax.data.chat.rendering import render
+from lmjax.data.chat.templates import Template, load_template
 from lmjax.errors import DataError
-from lmjax.hf.chat import Template, load_template, render
 
 pytest.importorskip("jinja2")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -154,7 +155,7 @@ def test_hostile_and_broken_templates_fail_in_one_line(
     source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lmjax.hf.chat._SECONDS", 2)
+    monkeypatch.setattr("lmjax.data.chat.rendering._SECONDS", 2)
     with pytest.raises(DataError, match=message) as caught:
         render(template(source), [{"role": "user", "content": "x"}])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 and "DIR" in str(caught.value)

@@ -1,0 +1,200 @@
+"""Which tokens of a conversation a model is trained on to write.
+
+Where a template marks what the assistant wrote, those marks say it. Of a template without marks it is the difference of
+two renderings: with the response, and without it but ready for it, as `lmjax generate --chat` reads a prompt.
+
+    <|im_start|>user  Hi<|im_end|>  <|im_start|>assistant   Hello.  <|im_end|>
+                                    header                  start   body      end
+
+That holds where each rendering begins with the one before. A template that writes earlier turns in other words once
+there are later ones is refused: nothing else tells what of it the assistant wrote.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmjax.data.chat.conversation import Conversation, read_conversation
+from lmjax.data.chat.rendering import Renderer
+from lmjax.data.config import ChatConfig
+from lmjax.data.tokenizers.tokenizer import Tokenizer
+from lmjax.errors import DataError
+
+Range = tuple[int, int]
+"""From a character on, up to another."""
+
+
+class Written(NamedTuple):
+    """A conversation as text."""
+
+    text: str
+    scored: list[Range]
+    """Ascending and apart."""
+
+
+class Scored(NamedTuple):
+    """A conversation as tokens."""
+
+    tokens: list[int]
+    """Closed by endoftext: the template's own, or one that is added."""
+    scored: np.ndarray
+    """bool, which of them the model is trained on to write; never the first, which nothing precedes."""
+    n_bytes: int
+    """What the scored tokens spell in UTF-8."""
+    truncated: bool
+
+
+def encode_conversation(line: str, tokenizer: Tokenizer, renderer: Renderer, cfg: ChatConfig) -> Scored:
+    """The tokens of a conversation in JSON.
+
+    Raises DataError, in words that follow its place, for what is no conversation, for a template that fails or does not
+    tell what the assistant wrote, and for a conversation that is too long.
+    """
+    return tokenize(write(read_conversation(line), renderer, cfg), tokenizer, cfg)
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def write(conversation: Conversation, renderer: Renderer, cfg: ChatConfig) -> Written:
+    """The text of a conversation, and what of it is scored. Raises DataError."""
+
+    def render(messages: list[Any], **variables: Any) -> Any:
+        return renderer.render(messages, tools=conversation.tools, **variables)
+
+    whole = render(conversation.messages)
+    try:
+        whole.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"unpaired surrogate U+{ord(whole.text[error.start]):04X}: not a text; repair it") from None
+    if cfg.score == "all":
+        return Written(whole.text, [(0, len(whole.text))])
+    responses = conversation.responses[-1:] if cfg.score == "last" else conversation.responses
+    chosen = {number for number in responses if conversation.messages[number].get("weight", 1)}
+    if whole.marked is None:
+        ranges = [(number, _by_difference(conversation, number, whole.text, render)) for number in chosen]
+    else:
+        ranges = list(_by_marks(conversation, chosen, [(start, end) for start, end in whole.marked], renderer))
+    scored = [_parts(conversation, number, span, whole.text, render, cfg) for number, span in sorted(ranges)]
+    if not any(end > start for start, end in scored):
+        raise DataError("no response in it is scored: weights and template leave out all of it")
+    return Written(whole.text, _joined(scored))
+
+
+def _by_marks(
+    conversation: Conversation, chosen: set[int], marked: list[Range], renderer: Renderer
+) -> Iterator[tuple[int, Range]]:
+    """(the number of a response, what the template marks of it)."""
+    responses = conversation.responses
+    if len(marked) != len(responses):
+        raise DataError(
+            f"the chat template in {renderer.template.where} marks {len(marked)} passages as written by the assistant, "
+            f"who has {len(responses)} messages; mend its {{% generation %}}, or score all"
+        )
+    yield from ((number, span) for number, span in zip(responses, marked, strict=True) if number in chosen)
+
+
+def _by_difference(conversation: Conversation, number: int, whole: str, render: Callable[..., Any]) -> Range:
+    """What of the whole text a response is, its end mark included."""
+    messages = conversation.messages
+    opened = render(messages[:number], add_generation_prompt=True).text
+    closed = render(messages[: number + 1]).text
+    if not (whole.startswith(closed) and closed.startswith(opened) and len(opened) < len(closed)):
+        raise DataError(
+            f"message {number + 1}: the chat template does not write it as it announces it, or writes it in other "
+            "words as more follow, so that nothing tells what of the text the assistant wrote; mark that in the "
+            "template by {% generation %}, or score the last response alone, or all"
+        )
+    if opened == render(messages[:number]).text and _content_end(messages[number], closed, len(opened)) is None:
+        raise DataError(
+            f"message {number + 1}: the chat template has no add_generation_prompt that would tell the response from "
+            "what announces it; mark it in the template by {% generation %}"
+        )
+    return len(opened), len(closed)
+
+
+def _parts(
+    conversation: Conversation, number: int, span: Range, whole: str, render: Callable[..., Any], cfg: ChatConfig
+) -> Range:
+    """What is scored of a response that has the range `span`: with its header, if asked for, or without its end."""
+    start, end = span
+    if not cfg.ends:
+        found = _content_end(conversation.messages[number], whole[:end], start)
+        if found is None:
+            raise DataError(
+                f"message {number + 1} does not stand in the text as it is, so its end is not known; use ends"
+            )
+        end = found
+    if cfg.headers:
+        before = render(conversation.messages[:number]).text
+        if not whole[:start].startswith(before):
+            raise DataError(
+                f"message {number + 1}: the chat template writes what is before it in other words as more follow: "
+                "nothing tells what announces it; leave out headers"
+            )
+        start = len(before)
+    return start, end
+
+
+def _content_end(message: dict[str, Any], text: str, start: int) -> int | None:
+    """Where the content of a message, which `text` begins with from `start` on but for white space, ends; None where
+    that is not so."""
+    content = (message.get("content") or "").strip()
+    found = text.find(content, start) if content else -1
+    return found + len(content) if found >= 0 and not text[start:found].strip() else None
+
+
+def _joined(ranges: list[Range]) -> list[Range]:
+    """Ranges that touch as one."""
+    joined: list[Range] = []
+    for start, end in ranges:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        elif end > start:
+            joined.append((start, end))
+    return joined
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(written: Written, tokenizer: Tokenizer, cfg: ChatConfig) -> Scored:
+    """The tokens of a text; one is scored if it begins in what is scored. Raises DataError."""
+    text, ranges = written
+    tokens, starts = tokenizer.place_symbols(text)
+    if tokenizer.unknown_id in tokens and tokenizer.unknown_id != tokenizer.endoftext_id:
+        raise DataError("it has characters that are unknown to the tokenizer; use one with byte fallback")
+    edges = np.array(list(itertools.chain.from_iterable(ranges)))
+    scored = np.searchsorted(edges, starts, side="right") % 2 == 1
+    if tokens[-1:] != [tokenizer.endoftext_id]:
+        closes = ranges[-1][1] == len(text) and (cfg.ends or cfg.score == "all")
+        tokens, scored = [*tokens, tokenizer.endoftext_id], np.append(scored, closes)
+    length = len(tokens)
+    if truncated := cfg.longest is not None and length > cfg.longest:
+        tokens, scored = _truncated(tokens, scored, cfg.longest, cfg)
+    scored[:1] = False
+    if not scored.any():
+        raise DataError(
+            f"none of its {length:,} tokens is scored"
+            + (f" once it is cut at its {cfg.too_long} to chat.longest={cfg.longest:,}; raise that" * truncated)
+        )
+    n_bytes = len(tokenizer.decode_bytes(np.array(tokens)[scored].tolist()))
+    return Scored(tokens, scored, n_bytes, truncated)
+
+
+def _truncated(tokens: list[int], scored: np.ndarray, longest: int, cfg: ChatConfig) -> tuple[list[int], np.ndarray]:
+    """The last `longest` tokens, or as many of the first with the endoftext that closes them, which is not scored then.
+
+    Raises DataError where neither is asked for.
+    """
+    if cfg.too_long == "left":
+        return tokens[-longest:], scored[-longest:]
+    if cfg.too_long == "right":
+        return [*tokens[: longest - 1], tokens[-1]], np.append(scored[: longest - 1], False)
+    raise DataError(
+        f"{len(tokens):,} tokens, {int(np.argmax(scored)):,} of them before what is scored, more than chat.longest="
+        f"{longest:,}; raise it, shorten the conversation, or set chat.too_long (lmjax prepare: --too-long) to left or "
+        "right"
+    )
