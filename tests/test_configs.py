@@ -22,15 +22,16 @@ from lmjax.weights import count
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
+TUNE = sorted((CONFIGS / "tune").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FILES, *TUNE], ids=lambda path: path.stem)
 def test_configs_load_and_open_with_what_they_reproduce(path: Path) -> None:
     load(str(path))
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     positions = [text.find(f"\n{heading}") for heading in ("Reproduces", "Costs", "Command")]
     assert -1 not in positions and positions == sorted(positions)
-    assert f"--config=configs/{path.name}" in text
+    assert f"--config=configs/{path.relative_to(CONFIGS)}" in text
 
 
 def arms(path: Path) -> list[str]:

@@ -9,17 +9,19 @@ from lmjax.generate.decode import generate
 from lmjax.models.model import Model
 from lmjax.weights import Params
 
+Prompt = str | Sequence[int]
+"""A text, or ids that are read as they are."""
+
 
 def generate_past(
-    model: Model, params: Params, tokenizer: Tokenizer, prompts: Sequence[str], cfg: GenerateConfig, *, context: int
+    model: Model, params: Params, tokenizer: Tokenizer, prompts: Sequence[Prompt], cfg: GenerateConfig, *, context: int
 ) -> list[str]:
     """What follows every prompt, read at most `context` tokens at a time; `generate`'s text where all of it fits.
 
     Where the table ends, the model goes on from the newest half of it. So each token is chosen with between half a
     table and a whole one before it; nanoGPT, which reads everything again for every token, always has a whole one.
     """
-    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
-    read = [(begin + tokenizer.encode(prompt)) or [tokenizer.endoftext_id] for prompt in prompts]
+    read = [_read(tokenizer, prompt) for prompt in prompts]
     written: list[list[int]] = [[] for _ in prompts]
     open_rows, piece = list(range(len(prompts))), 0
     while open_rows:
@@ -39,7 +41,14 @@ def generate_past(
     return [_spelled(tokenizer, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
 
 
-def _spelled(tokenizer: Tokenizer, prompt: str, ids: list[int]) -> str:
+def _read(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+    return (begin + tokenizer.encode(prompt)) or [tokenizer.endoftext_id]
+
+
+def _spelled(tokenizer: Tokenizer, prompt: Prompt, ids: list[int]) -> str:
     """Decoding an opening takes away what encoding puts in front of a text."""
     spelled = tokenizer.decode_bytes(ids)
     return (spelled if prompt else spelled.removeprefix(tokenizer.prefix)).decode("utf-8", errors="replace")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,14 @@ def pretrain(cfg: Config) -> Task:
     """
     data = open_data(cfg)
     check_sample(cfg.train.sample, data.tokenizer)
+    return on_data(cfg, data)
+
+
+def on_data(cfg: Config, data: "Data") -> Task:
+    """The task of a config on data that are open, its vocabulary and the weights to start from filled in.
+
+    Raises ConfigError where they do not fit the tokenizer.
+    """
     cfg = with_tokenizer_vocab(cfg, data.tokenizer)
     if cfg.train.init_from is not None:
         init_from = group.broadcast("the weights to start from", pinned(cfg.train.init_from))
@@ -187,7 +195,7 @@ def validation(cfg: Config, language: Language, sets: Mapping[str, Any]) -> Eval
 
 def check_sample(cfg: SampleConfig, tokenizer: Tokenizer) -> None:
     """Raise ConfigError for prompts and settings that no sample can be made with: before the first step."""
-    _sample_settings(cfg)
+    sample_settings(cfg)
     for prompt in cfg.prompts:
         try:
             tokenizer.encode(prompt)
@@ -196,19 +204,31 @@ def check_sample(cfg: SampleConfig, tokenizer: Tokenizer) -> None:
 
 
 def sample_text(language: Language, tokenizer: Tokenizer, cfg: SampleConfig, params: Params, frozen: Params) -> str:
-    """A text for every prompt, generated on the one device that the weights are on.
+    """A text for every prompt."""
+    texts = continuations(language, tokenizer, cfg, cfg.prompts, params, frozen)
+    return "\n\n".join(prompt + text for prompt, text in zip(cfg.prompts, texts, strict=True))
+
+
+def continuations(
+    language: Language,
+    tokenizer: Tokenizer,
+    cfg: SampleConfig,
+    prompts: Sequence[str | Sequence[int]],
+    params: Params,
+    frozen: Params,
+) -> list[str]:
+    """What follows each prompt, a text or ids, generated on the one device that the weights are on.
 
     It may be longer than a learned table of positions: see generate/slide.py.
     """
     model, weights = language.model, language.weights(frozen, params)
     tables = [weight.shape[0] for weight in by_path(model.spec).values() if weight.in_axes == ("context",)]
-    settings = _sample_settings(cfg)
+    settings = sample_settings(cfg)
     if tables:
-        texts = generate_past(model, weights, tokenizer, cfg.prompts, settings, context=min(tables))
-    else:
-        texts = [one.text for one in generate(model, weights, tokenizer, cfg.prompts, settings)]
-    return "\n\n".join(prompt + text for prompt, text in zip(cfg.prompts, texts, strict=True))
+        return generate_past(model, weights, tokenizer, prompts, settings, context=min(tables))
+    return [one.text for one in generate(model, weights, tokenizer, prompts, settings)]
 
 
-def _sample_settings(cfg: SampleConfig) -> GenerateConfig:
+def sample_settings(cfg: SampleConfig) -> GenerateConfig:
+    """Raises ConfigError for settings that no text can be made with."""
     return validated(GenerateConfig, {"tokens": cfg.tokens, "temperature": cfg.temperature}, "train.sample.")
