@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lmjax.process import start_up
 
@@ -57,6 +57,8 @@ CPU_BATCH = {"mini_gpt": 4}
 """The config's own batch takes a CPU half a minute per step."""
 PROMPT, NEW_TOKENS = 32, 64
 ROWS = (1, 8)
+QUEUE = 64
+"""Prompts of unequal lengths, more than there are rows."""
 BATCHES = 8
 """Different ones, in turn: none is learnt by heart."""
 
@@ -105,11 +107,13 @@ def random_batch(cfg: Config, seed: int) -> Batch:
     return Batch(rows[:, :-1], rows[:, 1:], weights, np.arange(shape[0], dtype=np.int32) + seed * shape[0])
 
 
-def generations(cfg: Config, rows: int) -> Work:
+def generations(cfg: Config, lengths: Sequence[int], rows: int) -> Work:
+    """Prompts of these lengths, so many rows at once."""
     model, vocab = decoder.build(cfg.model), cfg.model.dims["vocab"]
     params = jax.jit(lambda: initialize(model.spec, jax.random.key(0)))()
-    prompts = np.random.default_rng(0).integers(1, vocab, (rows, PROMPT)).tolist()
-    settings = GenerateConfig(tokens=NEW_TOKENS, temperature=0, stop_at_endoftext=False)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, vocab, length).tolist() for length in lengths]
+    settings = GenerateConfig(tokens=NEW_TOKENS, temperature=0, stop_at_endoftext=False, rows=rows)
 
     def run(calls: int) -> None:
         for _ in range(calls):
@@ -140,12 +144,23 @@ def tasks(cfg: Config, only: str | None) -> Iterator[Task]:
             contenders["PyTorch"] = functools.partial(peer.train_steps, cfg, compiled=False)
             contenders["PyTorch, compiled"] = functools.partial(peer.train_steps, cfg, compiled=True)
         yield Task("train step", cfg.train.batch * T, contenders, flops / T)
-    for rows in ROWS if only != "train" else ():
-        contenders = {"lmjax": functools.partial(generations, cfg, rows)}
+    if only != "train":
+        yield from generation_tasks(cfg, peer)
+
+
+def generation_tasks(cfg: Config, peer: Any) -> Iterator[Task]:
+    for rows in ROWS:
+        contenders: dict[str, Callable[[], Work | None]] = {
+            "lmjax": functools.partial(generations, cfg, [PROMPT] * rows, rows)
+        }
         if peer:
             size = {"batch": rows, "prompt": PROMPT, "tokens": NEW_TOKENS}
             contenders["transformers"] = functools.partial(peer.generations, cfg.model, **size)
         yield Task(f"generate, batch {rows}", rows * NEW_TOKENS, contenders)
+    lengths = np.random.default_rng(0).integers(1, 2 * PROMPT, QUEUE).tolist()
+    ways = {"lmjax": GenerateConfig().rows, "lmjax, one after another": 1}
+    contenders = {name: functools.partial(generations, cfg, lengths, rows) for name, rows in ways.items()}
+    yield Task(f"generate, {QUEUE} prompts of 1 to {2 * PROMPT - 1} tokens", QUEUE * NEW_TOKENS, contenders)
 
 
 def load_peer():

@@ -54,8 +54,8 @@ class Writer:
         self._held: list[int | None] = [None] * count
         """The text in each row."""
         self._together = min(count, row_pieces(self._mesh))
-        """Prompts that are read at once: one for each group of devices that rows are laid on."""
-        self._chunk = 64 if jax.default_backend() == "cpu" else 256
+        """Prompts that are read at once while other rows are written: one for each group of devices."""
+        self._chunk = 32 if jax.default_backend() == "cpu" else 256
         """Tokens of each prompt that are read at once."""
         self._written = [0] * len(prompts)
         self._length = _room(max(max(self._padded(len(ids)), len(ids) + cfg.tokens) for ids in self._prompts))
@@ -105,14 +105,16 @@ class Writer:
             self._held[row] = None
 
     def _admit(self) -> None:
-        """The next prompts take free rows, as many as are read together."""
-        free = [row for row, text in enumerate(self._held) if text is None][: self._together]
-        texts = [self._waiting.popleft() for _ in free[: len(self._waiting)]]
+        """The next prompts take free rows: as many as there are rows, if all are free, else as many as there are groups
+        of devices. More programs than these two would be faster at times, and would have to be compiled."""
+        free, count = [row for row, text in enumerate(self._held) if text is None], len(self._held)
+        together = count if len(free) == count else self._together
+        texts = [self._waiting.popleft() for _ in range(min(together, len(free), len(self._waiting)))]
         source_B = np.full(len(self._held), -1, np.int32)
         for place, (row, text) in enumerate(zip(free, texts, strict=False)):
             self._held[row], source_B[row] = text, place
         prompts = [self._prompts[text] for text in texts]
-        prompts += [prompts[0]] * (self._together - len(prompts))
+        prompts += prompts[:1] * (together - len(prompts))  # which get no row
         seen_GV = None
         if self._cfg.repetition_penalty != 1:
             seen_GV = np.zeros((len(prompts), self._parts.vocab), bool)
@@ -156,8 +158,9 @@ class Writer:
 
 
 def _room(tokens: int) -> int:
-    """Few lengths of memory, so that few programs are compiled."""
-    return 256 if tokens <= 256 else max(1024, 1 << (tokens - 1).bit_length())
+    """The length of memory for so many tokens: one of few, so that few programs are compiled, and none much too long,
+    since attention takes its time for every column, filled or not."""
+    return max(128, 1 << (tokens - 1).bit_length())
 
 
 def row_keys(seed: int, numbers: Sequence[int]) -> jax.Array:

@@ -239,11 +239,11 @@ def test_rotary_positions_go_on() -> None:
 
 
 def test_no_length_of_prompt_or_text_compiles_anything() -> None:
-    """Nor another seed, nor whether it stops, nor how many prompts wait."""
+    """While both together stay below the same power of two. Nor does another seed, whether it stops, or who waits."""
     model, params = build()
     cfg = dataclasses.replace(GREEDY, tokens=5, seed=3, rows=4)
     programs = (rows.empty_rows, rows.empty_memory, rows.read, rows.admit, rows.advance)
-    generate(model, params, TOKENIZER, ["a" * 9, "b", "c", "d"], cfg)
+    generate(model, params, TOKENIZER, ["a" * 129, "b", "c", "d", "e"], cfg)
     before = [program._cache_size() for program in programs]
     stopping = dataclasses.replace(cfg, tokens=90, seed=4, stop_at_endoftext=True)
     generate(model, params, TOKENIZER, ["a" * 150, "", *"bcdefgh"], stopping)
