@@ -93,6 +93,7 @@ def parser() -> Parser:
     _train_arguments(command(commands.train))
     _plan_arguments(command(commands.plan))
     _coordinates_arguments(command(commands.coordinates))
+    _curate_arguments(command(commands.curate))
     _prepare_arguments(command(commands.prepare))
     _evaluate_arguments(command(commands.evaluate))
     _generate_arguments(command(commands.generate))
@@ -153,6 +154,13 @@ def _coordinates_arguments(sub: Parser) -> None:
     sub.add_argument("--seeds", type=count, default=3)
     sub.add_argument("--out", type=path, default="coordinates.png", metavar="FILE.png", help="the figure")
     sub.epilog = "any setting: --config.model.parametrization=mup (see docs/mup.md)"
+
+
+def _curate_arguments(sub: Parser) -> None:
+    sub.add_argument("config", metavar="FILE.py[:ARG]", help="a recipe (Python code), such as configs/curate/books.py")
+    sub.add_argument("--out", type=path, required=True, help="the directory to write")
+    sub.add_argument("--workers", type=count, help="processes; default: one per CPU")
+    sub.epilog = "then: lmjax prepare OUT --out=DIR (see docs/curation.md)"
 
 
 def _prepare_arguments(sub: Parser) -> None:

@@ -156,6 +156,19 @@ def coordinates(arguments: Arguments) -> int:
     return 0
 
 
+def curate(arguments: Arguments) -> int:
+    """Clean a corpus: its documents through the steps of a recipe, with a page that shows what became of them."""
+    from lmjax.config import ConfigFile
+    from lmjax.data.curate.curate import curate
+    from lmjax.data.curate.recipe import CurateConfig
+
+    given = {} if arguments.workers is None else {"workers": arguments.workers}
+    cfg = validated(CurateConfig, ConfigFile(arguments.config).tree().to_dict() | given, "config.")
+    print("\n".join(curate(cfg, arguments.out).lines()))
+    print(f"{arguments.out}: curation.html shows what was dropped and why")
+    return 0
+
+
 def prepare(arguments: Arguments) -> int:
     """Turn text, or conversations, into a directory of token shards."""
     from lmjax.data.config import ChatConfig, PrepareConfig

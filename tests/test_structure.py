@@ -52,6 +52,7 @@ FLOORS: list[set[str]] = [
 ORDER: list[tuple[str, str]] = [
     ("lmjax.data.tokenizers", "lmjax.data.store"),
     ("lmjax.data.store", "lmjax.data.prepare"),
+    ("lmjax.data.prepare", "lmjax.data.curate"),
     ("lmjax.data.prepare", "lmjax.data.loader"),
     ("lmjax.data.tokenizers.tokenizer", "lmjax.data.tokenizers.load"),
     ("lmjax.data.store.shards", "lmjax.data.store.staging"),

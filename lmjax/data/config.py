@@ -90,7 +90,8 @@ class PrepareConfig:
     document out (and count it)."""
     split: Literal["document", "tail"] = "document"
     """`document` draws the validation documents with `seed`; `tail` makes the last characters of the one text it. Where
-    documents are too few to draw from, the last characters of each are it."""
+    documents are too few to draw from, the last characters of each are it. What `lmjax curate` held out is it, where
+    the inputs are such files."""
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the documents (`document`) or of the characters (`tail`) that becomes the validation split."""
     seed: Seed = 0

@@ -4,10 +4,12 @@ import dataclasses
 import heapq
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from lmjax.data.config import PrepareConfig
 from lmjax.data.prepare.clean import clean
@@ -34,13 +36,24 @@ class Omitted:
     invalid: int = 0
 
 
-Division = Literal["document", "tail", "tails"]
-"""How validation text is split off: whole documents, drawn; the tail of the one text; or the tail of each text."""
+Division = Literal["document", "tail", "tails", "files"]
+"""How validation text is split off: whole documents, drawn; the tail of the one text; the tail of each text; or the
+files that were written for validation."""
 
 
 def division(files: tuple[InputFile, ...], cfg: PrepareConfig) -> Division:
-    """What `cfg.split` comes to: where no document would fall to validation, or none to training, the tail of each, but
-    not of a conversation."""
+    """What `cfg.split` comes to: where no document would fall to validation, or none to training, the tail of each,
+    but not of a conversation.
+
+    Raises DataError where some of the files were held out for validation, and others say nothing of it.
+    """
+    curated = [file for file in files if curation_of(file) is not None]
+    if any(_held_out(file) for file in curated):
+        if len(curated) < len(files):
+            other = next(file for file in files if file not in curated)
+            raise DataError(f"{curated[0].path.parent} brings its own validation documents, {other.name} does not: "
+                            "curate both, or prepare each as a source of its own")  # fmt: skip
+        return "files"
     if cfg.chat is not None or cfg.split == "tail" or not 0 < cfg.valid_fraction < 1:
         return cfg.split
     enough = documents_needed(cfg.valid_fraction)
@@ -62,6 +75,10 @@ def read_corpus(
         yield from _tails(_only_one(cleaned), cfg.valid_fraction)
     elif how == "tails":
         yield from _tails(cleaned, cfg.valid_fraction)
+    elif how == "files":
+        for file in files:
+            split: Split = "valid" if _held_out(file) else "train"
+            yield from (Text(name, text, split) for name, text in _cleaned((file,), cfg, report, omitted))
     else:
         chosen = validation_documents(cfg.seed, cfg.valid_fraction)
         next_chosen = next(chosen)
@@ -69,6 +86,16 @@ def read_corpus(
             yield Text(name, text, "valid" if index == next_chosen else "train")
             if index == next_chosen:
                 next_chosen = next(chosen)
+
+
+def curation_of(file: InputFile) -> epath.Path | None:
+    """The record of the curation that made the file, if one did."""
+    path = file.path.parent / "curation.json"
+    return path if re.fullmatch(r"(train|valid)-\d{5}\.jsonl\.zst", file.path.name) and path.exists() else None
+
+
+def _held_out(file: InputFile) -> bool:
+    return file.path.name.startswith("valid-")
 
 
 def validation_documents(seed: int, fraction: float) -> Iterator[int]:

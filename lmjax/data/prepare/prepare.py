@@ -8,6 +8,7 @@ but what these records say was made by this recipe.
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,16 @@ from lmjax.data.chat.templates import Template, find_template, load_template, sa
 from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.prepare import records
 from lmjax.data.prepare.clean import describe
-from lmjax.data.prepare.corpus import Division, Omitted, Split, Text, documents_needed, read_corpus, sample_passages
+from lmjax.data.prepare.corpus import (
+    Division,
+    Omitted,
+    Split,
+    Text,
+    curation_of,
+    documents_needed,
+    read_corpus,
+    sample_passages,
+)
 from lmjax.data.prepare.encoding import DocumentError, Encoded, One, encode_batches
 from lmjax.data.prepare.progress import Progress, showing
 from lmjax.data.prepare.sources import InputFile, list_inputs
@@ -30,7 +40,7 @@ from lmjax.data.tokenizers.load import load_tokenizer, train_tokenizer
 from lmjax.data.tokenizers.pieces import VocabularyError
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
-from lmjax.record.files import locate, reporting, write_bytes
+from lmjax.record.files import locate, read_bytes, reporting, write_bytes
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
 _BATCH_CHARS = 1 << 20  # what one request to a worker holds at least
@@ -118,6 +128,7 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
         invalid_documents=omitted.invalid,
         unknown_documents=sum(writer.unknown for writer in writers.values()),
         template_hash=template_hash,
+        curations=_curations(files),
         splits={split: SplitManifest.of(tuple(writer.shards)) for split, writer in writers.items() if writer.shards},
         recipe=recipe,
     )
@@ -129,6 +140,15 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
         _say_what_was_done(manifest, cfg, how)
     records.remove(directory)
     return manifest
+
+
+def _curations(files: tuple[InputFile, ...]) -> tuple[str, ...]:
+    """The fingerprints of the curations that made the files. Raises DataError for one whose record is damaged."""
+    records = dict.fromkeys(path for path in map(curation_of, files) if path is not None)
+    try:
+        return tuple(json.loads(read_bytes(path))["fingerprint"] for path in records)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{', '.join(map(str, records))}: a damaged curation ({error}); curate again") from error
 
 
 def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...], how: Division) -> Tokenizer:

@@ -1,20 +1,20 @@
 """Documents out of files: .txt, JSON lines and lists, Parquet, compressed or not, as streams, strict about UTF-8."""
 
-import gzip
 import hashlib
 import json
 import logging
 import os
 import re
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from lmjax.data.config import PrepareConfig
+from lmjax.data.prepare import decompress
+from lmjax.data.prepare.decompress import Report
 from lmjax.errors import DataError
 from lmjax.record.files import hash_bytes, hash_file, is_remote, locate, reporting, stamp
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 STDLIB = "stdlib:"
 SET_TEXT_KEY = "set prepare.text_key (lmjax prepare: --text-key)"
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-_CHUNK_BYTES = 1 << 20
-_ZSTD_BYTES = 1 << 12  # compressed, at a time: they may hold 32,768 times as much
 
 
 class InputFile(NamedTuple):
@@ -48,12 +46,12 @@ class Document(NamedTuple):
 # Which files ----------------------------------------------------------------------------------------------------------
 
 
-def list_inputs(patterns: Sequence[str]) -> tuple[InputFile, ...]:
+def list_inputs(patterns: Sequence[str], readers: "Readers | None" = None) -> tuple[InputFile, ...]:
     """The files that the patterns match, each once, sorted within a pattern; of a folder all that are text.
 
     Raises DataError for a pattern that matches no file and for a file of no known kind.
     """
-    files = {file.name: file for pattern in patterns for file in _matching(pattern)}
+    files = {file.name: file for pattern in patterns for file in _matching(pattern, readers or READERS)}
     return tuple(files.values())
 
 
@@ -68,13 +66,13 @@ def stamps(files: Sequence[InputFile]) -> str:
     return hash_bytes("\n".join(stamp(file.path) for file in files).encode())
 
 
-def _matching(pattern: str) -> list[InputFile]:
+def _matching(pattern: str, readers: "Readers") -> list[InputFile]:
     if pattern == STDLIB:
         return _standard_library(Path(sysconfig.get_paths()["stdlib"]))
     path = locate(pattern)
     with reporting(path):
         if path.is_dir() and not is_remote(path):
-            return _below(Path(path))
+            return _below(Path(path), readers)
         try:
             found = [path] if path.exists() else sorted(_glob(pattern))
         except ValueError as error:
@@ -84,20 +82,20 @@ def _matching(pattern: str) -> list[InputFile]:
         hint = "a directory: add a glob such as /*.txt" if found else "nothing matches"
         raise DataError(f"no input files for {pattern!r}: {hint} (working directory {os.getcwd()})")
     for file in files:
-        _reader(file)
+        _reader(file, readers)
     return files
 
 
-def _below(folder: Path) -> list[InputFile]:
+def _below(folder: Path, readers: "Readers") -> list[InputFile]:
     """The files of known kinds in a folder and its folders, but for hidden ones. Says what else there is."""
     paths = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
     if links := [path.name for path in paths if path.is_symlink() and path.is_dir()]:
         logger.warning("%s: links to folders are not followed, name them: %d (%s)", folder, len(links), links[0])
     shown = [path for path in paths if path.is_file()]
     # Most .json files hold settings: one is read where it is named.
-    known = [path for path in shown if _kind(path.name) and path.suffix != ".json"]
+    known = [path for path in shown if _kind(path.name, readers) and path.suffix != ".json"]
     if not known:
-        raise DataError(f"no input files in {folder} and its folders; known kinds are {', '.join(_READERS)}")
+        raise DataError(f"no input files in {folder} and its folders; known kinds are {', '.join(readers)}")
     if others := [path.suffix or path.name for path in shown if path not in known]:
         kinds = ", ".join(sorted(set(others))[:8])
         logger.warning("%s: files of other kinds are left out: %d (%s)", folder, len(others), kinds)
@@ -139,11 +137,10 @@ def _standard_library(root: Path) -> list[InputFile]:
 
 # From files to documents ----------------------------------------------------------------------------------------------
 
-Report = Callable[[int], None]
-"""Called with each number of bytes read from disk."""
 
-
-def read_documents(files: Sequence[InputFile], cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+def read_documents(
+    files: Sequence[InputFile], cfg: PrepareConfig, report: Report, readers: "Readers | None" = None
+) -> Iterator[Document]:
     """Every document of the files, in order.
 
     Raises DataError, naming file and place, for what cannot be read, is not JSON, or lacks the text field, and for
@@ -151,23 +148,25 @@ def read_documents(files: Sequence[InputFile], cfg: PrepareConfig, report: Repor
     """
     for file in files:
         with reporting(file.path):
-            yield from _reader(file)(file, cfg, report)
+            yield from _reader(file, readers or READERS)(file, cfg, report)
 
 
 Reader = Callable[[InputFile, PrepareConfig, Report], Iterator[Document]]
+Readers = Mapping[str, Reader]
+"""By the end of the file's name."""
 
 
-def _reader(file: InputFile) -> Reader:
-    if (reader := _kind(file.name)) is None:
-        raise DataError(f"{file.name}: unknown kind of input; known are {', '.join(_READERS)}")
+def _reader(file: InputFile, readers: Readers) -> Reader:
+    if (reader := _kind(file.name, readers)) is None:
+        raise DataError(f"{file.name}: unknown kind of input; known are {', '.join(readers)}")
     return reader
 
 
-def _kind(name: str) -> Reader | None:
-    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
+def _kind(name: str, readers: Readers) -> Reader | None:
+    return next((reader for suffix, reader in readers.items() if name.endswith(suffix)), None)
 
 
-def _read_text(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+def read_text(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
     separator = cfg.document_separator
     if separator is None:
         (data,) = _parts(_chunks(file, report), None, lambda number: file.name, cfg.document_bytes)
@@ -182,25 +181,40 @@ def _read_text(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[
 
 
 def _read_json_lines(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+    for name, line, offset in _lines(file, cfg, report):
+        yield _json_document(name, line, offset, cfg)
+
+
+def read_records(files: Sequence[InputFile], cfg: PrepareConfig) -> Iterator[Any]:
+    """The value of each line of files of JSON lines. Raises DataError, naming file and place, for what is not JSON."""
+    for file in files:
+        for name, line, offset in _lines(file, cfg, lambda n_bytes: None):
+            yield _parsed(name, line, offset)
+
+
+def _lines(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[tuple[str, bytes, int]]:
+    """(name, content, byte of the file) of each line that is not blank."""
     offset = 0
     lines = _parts(_chunks(file, report), b"\n", lambda number: f"{file.name}, line {number}", cfg.document_bytes)
     for number, line in enumerate(lines, 1):
-        name = f"{file.name}, line {number}"
         if content := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
-            yield _json_document(name, content, offset, cfg)
+            yield f"{file.name}, line {number}", content, offset
         offset += len(line) + 1
+
+
+def _parsed(name: str, line: bytes | str, offset: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} (byte {offset}): not JSON: {error}; each line must be one JSON object") from error
 
 
 def _json_document(name: str, line: bytes, offset: int, cfg: PrepareConfig) -> Document:
     decoded = _document(name, line, offset, cfg)
     if decoded.text is None or cfg.chat is not None:  # who encodes a conversation reads its JSON
         return decoded
-    where = f"{name} (byte {offset})"
-    try:
-        record = json.loads(decoded.text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {error}; each line must be one JSON object") from error
-    return _well_formed(name, _text_of(where, record, cfg), cfg)
+    record = _parsed(name, decoded.text, offset)
+    return _well_formed(name, _text_of(f"{name} (byte {offset})", record, cfg), cfg)
 
 
 def _text_of(where: str, record: Any, cfg: PrepareConfig) -> str:
@@ -259,10 +273,10 @@ def _parquet_document(name: str, value: bytes | None, cfg: PrepareConfig) -> Doc
     return _document(name, value, 0, cfg)
 
 
-_READERS: dict[str, Reader] = {
-    ".txt": _read_text,
-    ".txt.gz": _read_text,
-    ".py": _read_text,
+READERS: dict[str, Reader] = {
+    ".txt": read_text,
+    ".txt.gz": read_text,
+    ".py": read_text,
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
     ".jsonl.zst": _read_json_lines,
@@ -306,53 +320,7 @@ def _well_formed(name: str, text: str, cfg: PrepareConfig) -> Document:
 
 
 def _chunks(file: InputFile, report: Report) -> Iterator[bytes]:
-    """The file's content, decompressed, in chunks. Raises DataError if the compressed stream is damaged or cut."""
-    with file.path.open("rb") as raw:
-        if file.name.endswith(".gz"):
-            yield from _gunzip(file, raw, report)
-        elif file.name.endswith(".zst"):
-            yield from _unzstd(file, raw, report)
-        else:
-            yield from _raw_chunks(raw, report)
-
-
-def _raw_chunks(raw: BinaryIO, report: Report) -> Iterator[bytes]:
-    while chunk := raw.read(_CHUNK_BYTES):
-        report(len(chunk))
-        yield chunk
-
-
-def _gunzip(file: InputFile, raw: BinaryIO, report: Report) -> Iterator[bytes]:
-    position = 0
-    try:
-        with gzip.GzipFile(fileobj=raw) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                report(raw.tell() - position)
-                position = raw.tell()
-                yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file.name}: damaged gzip file: {error}; fetch it again") from error
-
-
-def _unzstd(file: InputFile, raw: BinaryIO, report: Report) -> Iterator[bytes]:
-    import zstandard
-
-    # Not stream_reader: it takes a file that was cut off for a complete one.
-    unpacker: Any = None
-    try:
-        for chunk in _raw_chunks(raw, report):
-            for low in range(0, len(chunk), _ZSTD_BYTES):
-                rest = chunk[low : low + _ZSTD_BYTES]
-                while rest:
-                    unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
-                    yield unpacker.decompress(rest)
-                    rest = unpacker.unused_data
-                    if unpacker.eof:
-                        unpacker = None
-    except zstandard.ZstdError as error:
-        raise DataError(f"{file.name}: damaged zstd file: {error}; fetch it again") from error
-    if unpacker is not None:
-        raise DataError(f"{file.name}: damaged zstd file: it ends within a frame; fetch it again")
+    return decompress.chunks(file.path, file.name, report)
 
 
 def _parts(chunks: Iterator[bytes], mark: bytes | None, name: Callable[[int], str], most: int) -> Iterator[bytes]:

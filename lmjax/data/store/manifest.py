@@ -115,6 +115,8 @@ class Manifest:
     template_hash: Hash | None = None
     """Of the chat template that wrote the documents, which lies beside the tokenizer: `Template.hash`."""
     splits: dict[Literal["train", "valid"], SplitManifest]
+    curations: tuple[Hash, ...] = ()
+    """The fingerprints of the curations that made the input files."""
     recipe: dict[str, Any]
     """The PrepareConfig, hashes of the input files' names and sizes and of their content, how validation text was split
     off, and the version of lmjax that did it: for the record, not part of `fingerprint`."""
@@ -187,6 +189,7 @@ _LATER: dict[str, Any] = {
     "scored_tokens": None,
     "truncated_documents": 0,
     "template_hash": None,
+    "curations": (),
 }
 
 

@@ -1,0 +1,216 @@
+"""From raw documents to a corpus: `curate(recipe, directory)`.
+
+The directory is finished when it holds `curation.json`, which is written last; beside it lie the documents, in files
+that `lmjax prepare` takes, and `curation.html`, a page for people. Until then `curating/` holds the recipe and what is
+done; a run that was killed goes on after it, and its result is the same byte for byte, as it is with any number of
+processes. Memory holds a few chunks for each process and some 50 bytes for each document.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from lmjax.data.curate import report, result
+from lmjax.data.curate.account import Account
+from lmjax.data.curate.chunk import FOLDER, Chunk, gather_keys, load_learned, save_learned
+from lmjax.data.curate.progress import Progress
+from lmjax.data.curate.read import Files, chunks, list_others, list_sources
+from lmjax.data.curate.recipe import CurateConfig, choices
+from lmjax.data.curate.result import FILE, PAGE, Curation, read_curation
+from lmjax.data.curate.stage import plan
+from lmjax.data.curate.step import CorpusStep, DocumentStep
+from lmjax.data.curate.workers import RECIPE, Order, work
+from lmjax.data.prepare.corpus import Omitted
+from lmjax.data.prepare.sources import contents
+from lmjax.errors import DataError
+from lmjax.record.files import is_remote, locate, locked, read_bytes, reporting, write_bytes
+
+READ = "read"
+DOCUMENTS_READ = "read.json"
+_OURS = re.compile(rf"{re.escape(FILE)}|{re.escape(PAGE)}|(train|valid)-\d{{5}}\.jsonl\.zst")
+
+
+def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = True) -> Curation:
+    """Take the documents of the recipe through its steps into the directory `path`, or finish doing so.
+
+    A finished directory of the same recipe is left alone. Raises DataError for one of another recipe, finished or not,
+    for one that holds files of others under the names that are to be written, for bad input (naming file and place),
+    for a package that is not installed, and where nothing is left.
+    """
+    directory = locate(path)
+    if is_remote(directory):
+        raise DataError(f"{directory}: curate writes to a disk; put the result into the bucket when it is done")
+    files = list_sources(cfg)
+    others = list_others(cfg)
+    recipe = choices(cfg) | {"contents": contents([*(file for found in files.values() for file in found), *others])}
+    if (directory / FILE).exists():
+        return _finished(directory, recipe)
+    folder, new = directory / FOLDER, not directory.exists()
+    with reporting(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if (directory / FILE).exists():  # another process made it while this one waited
+            return _finished(directory, recipe)
+        _begin_or_continue(directory, recipe)
+        try:
+            return _make(cfg, directory, files, recipe, progress)
+        except DataError:
+            if not (folder / DOCUMENTS_READ).exists():  # nothing that is worth going on from
+                shutil.rmtree(directory if new else folder)
+            raise
+
+
+def _finished(directory: epath.Path, recipe: dict[str, Any]) -> Curation:
+    curation = read_curation(directory)
+    if differing := _difference(curation.recipe, recipe):
+        raise DataError(f"{directory} was curated differently: {differing}; use a new directory or delete this one")
+    return curation
+
+
+def _difference(was: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first choice in which two recipes differ; files may lie elsewhere than they did, if they are the same."""
+    for place, (old, new) in enumerate(zip(was["steps"], wanted["steps"], strict=False)):
+        if old != new:
+            names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+            return f"steps[{place}] ({new['step']}): {', '.join(names)}"
+    if len(was["steps"]) != len(wanted["steps"]):
+        return f"it had {len(was['steps'])} steps, now {len(wanted['steps'])}"
+    if was["contents"] != wanted["contents"] or [*was["sources"]] != [*wanted["sources"]]:
+        return "the files of the sources, or of the steps, changed since"
+    names = [name for name in wanted if name not in ("sources", "steps") and was.get(name) != wanted[name]]
+    return f"{names[0]} was {was.get(names[0])!r}, now {wanted[names[0]]!r}" if names else ""
+
+
+def _begin_or_continue(directory: epath.Path, recipe: dict[str, Any]) -> None:
+    path = directory / FOLDER / RECIPE
+    if path.exists():
+        if differing := _difference(json.loads(read_bytes(path)), recipe):
+            raise DataError(f"{directory} holds a half-made curation of another recipe: {differing}; finish that one, "
+                            "delete the directory, or use another")  # fmt: skip
+        return
+    foreign = [file.name for file in directory.iterdir() if _OURS.fullmatch(file.name)]
+    foreign += [f"{FOLDER}/{file.name}" for file in path.parent.iterdir() if file.name not in ("lock", f"{RECIPE}.tmp")]
+    if foreign:
+        raise DataError(f"{directory} holds {min(foreign)}, which no curate has made there; use a new directory")
+    write_bytes(path, json.dumps(recipe).encode())
+
+
+# Making ---------------------------------------------------------------------------------------------------------------
+
+
+def _make(cfg: CurateConfig, directory: epath.Path, files: Files, recipe: dict[str, Any], progress: bool) -> Curation:
+    folder = directory / FOLDER
+    steps = cfg.parsed()
+    processes = cfg.workers or _cpu_count()
+    _fit(cfg, folder)
+    with Progress(progress, [READ, *_stage_names(cfg)]) as shown:
+        count = _read(cfg, folder, files, shown)
+        totals = [_merged(READ, [chunk.accounts[0] for chunk in _chunks(folder, 0, count)])]
+        totals[0].facts |= json.loads(read_bytes(folder / DOCUMENTS_READ))["omitted"]
+        for number, stage in enumerate(plan(steps), 1):
+            _work(folder, number, count, processes, shown)
+            done = [chunk.accounts for chunk in _chunks(folder, number, count)]
+            for place, accounts in enumerate(zip(*done, strict=True)):
+                totals.append(_merged(accounts[0].step, accounts))
+                learned = load_learned(folder, stage.all[place])
+                assert learned is not None
+                totals[-1].facts |= learned.facts
+            if not any(chunk.record()["documents"] for chunk in _chunks(folder, number, count)):
+                raise DataError(f"no document is left after {totals[-1].step}: see {folder}; loosen the steps")
+            if stage.keys is not None:
+                _decide(folder, stage.keys, steps[stage.keys][1], _chunks(folder, number, count))
+        last = _chunks(folder, len(plan(steps)), count)
+        shards = result.write_shards(directory, (one for chunk in last for one in chunk.documents()), cfg.shard_bytes)
+    curation = Curation(recipe=recipe, steps=totals, shards=shards)
+    write_bytes(directory / PAGE, report.page(curation).encode())
+    result.write_curation(directory, curation)
+    shutil.rmtree(folder)
+    return curation
+
+
+def _fit(cfg: CurateConfig, folder: epath.Path) -> None:
+    """Let the steps learn what they need from other files, and find out early whether their packages are there."""
+    (folder / "learned").mkdir(exist_ok=True)
+    for place, (_, step) in enumerate(cfg.parsed()):
+        if isinstance(step, DocumentStep):
+            if load_learned(folder, place) is None:
+                save_learned(folder, place, step.fit())
+            learned = load_learned(folder, place)
+            assert learned is not None
+            step.start(learned.arrays)
+        else:
+            step.keys()
+
+
+def _stage_names(cfg: CurateConfig) -> Iterator[str]:
+    """What each stage does, for the progress line."""
+    names = [name for name, _ in cfg.parsed()]
+    for stage in plan(cfg.parsed()):
+        yield ", ".join(names[place] for place in stage.all)
+
+
+def _read(cfg: CurateConfig, folder: epath.Path, files: Files, shown: Progress) -> int:
+    """Write the documents as chunks of stage 0; gives how many. The record of the last says that all are there."""
+    done = folder / DOCUMENTS_READ
+    if done.exists():
+        return int(json.loads(read_bytes(done))["chunks"])
+    (folder / "0").mkdir(exist_ok=True)
+    omitted, count = Omitted(), 0
+    shown.start(0, sum(file.size for found in files.values() for file in found))
+    for count, documents in enumerate(chunks(cfg, files, shown.read, omitted), 1):
+        chunk = Chunk(folder, 0, count - 1)
+        account = Account(READ)
+        for document in documents:
+            account.add(document, document)
+        if not chunk.done:
+            chunk.write(documents, [], [account])
+        shown.add(account.read, account.kept)
+    if count == 0:
+        raise DataError(f"no text in {', '.join(cfg.sources)}: every document is empty or was skipped")
+    left_out = {"empty": omitted.empty, "not_utf8": omitted.invalid}
+    write_bytes(done, json.dumps({"chunks": count, "omitted": left_out}).encode())
+    return count
+
+
+def _work(folder: epath.Path, number: int, count: int, processes: int, shown: Progress) -> None:
+    """Do the chunks of a stage that are not done yet."""
+    (folder / str(number)).mkdir(exist_ok=True)
+    shown.start(number, count)
+    first, orders = 0, []
+    for chunk, before in zip(_chunks(folder, number, count), _chunks(folder, number - 1, count), strict=True):
+        if chunk.done:
+            shown.read(1)
+        else:
+            orders.append(Order(number, chunk.number, first))
+        first += before.record()["documents"]
+    for order in work(folder, orders, min(processes, max(1, len(orders)))):
+        accounts = Chunk(folder, number, order.chunk).accounts
+        shown.read(1)
+        if accounts:
+            shown.add(accounts[0].read, accounts[-1].kept)
+
+
+def _decide(folder: epath.Path, place: int, step: object, chunks: Sequence[Chunk]) -> None:
+    assert isinstance(step, CorpusStep)
+    if load_learned(folder, place) is None:
+        save_learned(folder, place, step.decide(gather_keys(chunks)))
+
+
+def _chunks(folder: epath.Path, stage: int, count: int) -> list[Chunk]:
+    return [Chunk(folder, stage, number) for number in range(count)]
+
+
+def _merged(step: str, accounts: Sequence[Account]) -> Account:
+    total = Account(step)
+    for account in accounts:
+        total.merge(account)
+    return total
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,66 @@
+"""From the files of the sources to chunks of documents of about equal size."""
+
+from collections.abc import Iterator
+
+from lmjax.data.config import PrepareConfig
+from lmjax.data.curate.document import Document
+from lmjax.data.curate.recipe import CurateConfig
+from lmjax.data.prepare.corpus import Omitted
+from lmjax.data.prepare.sources import READERS, InputFile, Report, list_inputs, read_documents, read_text
+from lmjax.errors import DataError
+
+Files = dict[str, tuple[InputFile, ...]]
+
+_READERS = READERS | {".html": read_text, ".htm": read_text}
+
+
+def list_sources(cfg: CurateConfig) -> Files:
+    """The files of each source. Raises DataError for a source without any, and for a file in two of them."""
+    files = {name: list_inputs(patterns, _READERS) for name, patterns in cfg.sources.items()}
+    owner: dict[str, str] = {}
+    for source, found in files.items():
+        for file in found:
+            if owner.setdefault(file.name, source) != source:
+                raise DataError(f"{file.name} is in the sources {owner[file.name]} and {source}; take it out of one")
+    return files
+
+
+def list_others(cfg: CurateConfig) -> tuple[InputFile, ...]:
+    """The files that steps read besides."""
+    return list_inputs([pattern for _, step in cfg.parsed() if hasattr(step, "inputs") for pattern in step.inputs()])
+
+
+def chunks(cfg: CurateConfig, files: Files, report: Report, omitted: Omitted) -> Iterator[list[Document]]:
+    """The documents in order, in lists that are closed with the one that brings them to `chunk_bytes` of text.
+
+    A document is named by its source, file and place, so that the result does not depend on where the files lie. Those
+    that are not UTF-8 where the recipe says to skip them, and those without any text, are left out.
+    """
+    batch: list[Document] = []
+    size = 0
+    for document in _documents(cfg, files, report, omitted):
+        batch.append(document)
+        size += document.size
+        if size >= cfg.chunk_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _documents(cfg: CurateConfig, files: Files, report: Report, omitted: Omitted) -> Iterator[Document]:
+    reading = PrepareConfig(
+        text_key=cfg.text_key,
+        document_separator=cfg.document_separator,
+        document_bytes=cfg.document_bytes,
+        invalid_utf8=cfg.invalid_utf8,
+    )
+    for source, found in files.items():
+        named = [file._replace(name=f"{source}/{file.path.name}") for file in found]
+        for document in read_documents(named, reading, report, _READERS):
+            if document.text is None:
+                omitted.invalid += 1
+            elif document.text.strip():
+                yield Document(document.text, document.name, source)
+            else:
+                omitted.empty += 1
