@@ -91,13 +91,18 @@ def pack(lengths: np.ndarray, size: int) -> np.ndarray:
 
 
 def packed_batches(split: TokenSplit, seq_len: int, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-    """The whole split once, for evaluation: every row in order, and padding up to a whole batch.
+    """The whole split once, for evaluation, and padding up to a whole batch.
 
-    Every token that is scored is a target with weight 1 exactly once, but for the first of a document. `rows` are the
-    numbers of those rows of a batch that this process makes, in ascending order; all by default.
+    Rows come in an order that nothing changes, drawn so that the first batches are a fair sample: rows are numbered
+    with the longest documents first. Every token that is scored is a target with weight 1 exactly once, but for the
+    first of a document. `rows` are the numbers of those rows of a batch that this process makes, in ascending order;
+    all by default.
     """
     packed = PackedRows(split, seq_len)
     rows = np.arange(batch_size) if rows is None else rows
     for low in range(0, packed.n_rows, batch_size):
-        tokens_BU, segments_BU, scored_BU = packed.rows(low + rows)
-        yield as_batch(tokens_BU, segments_BU, low + rows, "whole", scored_BU)
+        numbers = low + rows
+        known = numbers < packed.n_rows
+        drawn = np.where(known, permuted(np.where(known, numbers, 0), packed.n_rows, 0, 0), numbers)
+        tokens_BU, segments_BU, scored_BU = packed.rows(drawn)
+        yield as_batch(tokens_BU, segments_BU, numbers, "whole", scored_BU)

@@ -11,6 +11,7 @@ from etils import epath
 
 from lmjax.config import Config
 from lmjax.data.loader import Loader
+from lmjax.data.packing import PackedRows
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.dataset import Dataset, open_sources
 from lmjax.data.tokenizers.load import saved_hash
@@ -83,6 +84,9 @@ def with_data(task: Task, data: "Data") -> Task:
     sets = {
         name: dataset.split("valid") for name, dataset in data.datasets.items() if "valid" in dataset.manifest.splits
     }
+    if cfg.data.documents == "whole":
+        for split in sets.values():
+            PackedRows(split, cfg.data.seq_len)  # what does not fit is said now, not when it is evaluated
     return task._replace(
         source=functools.partial(Loader, cfg.data, batch_size=cfg.train.batch),
         evaluations={"validation": validation(cfg, language, sets)},

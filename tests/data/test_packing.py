@@ -105,6 +105,13 @@ def test_evaluation_scores_every_token_once(lengths, batch_size):
     assert all(np.array_equal(one.tokens_BT[0], batch.tokens_BT[0]) for one, batch in zip(some, batches, strict=True))
 
 
+def test_the_first_batches_are_a_fair_sample():
+    """Not those of the longest documents, which fill the first rows."""
+    split = SplitInMemory([12] * 50 + [1] * 600)
+    first = next(iter(packed_batches(split, 11, 25)))
+    assert 0 < (first.segments_BT.max(axis=1) == 0).sum() < 25
+
+
 def test_a_document_that_does_not_fit_is_named(prepared):
     from lmjax.data.store.dataset import open_dataset
 

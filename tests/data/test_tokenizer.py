@@ -317,3 +317,32 @@ def test_a_damaged_saved_tokenizer_is_noticed(tmp_path):
         (tmp_path / "tokenizer.description.json").write_text(content)
         with pytest.raises(DataError, match="is damaged"):
             load_tokenizer(tmp_path)
+
+
+PLACED = ["plain words", "a\n\tb  c", "é 日本 x", " leading", "<|endoftext|>a<|endoftext|> é", "a" * 40]
+
+
+def assert_placed(tokenizer, text):
+    """Each token stands for the text from where it begins to where the next one does."""
+    ids, starts = tokenizer.place_symbols(text)
+    assert ids == tokenizer.encode_symbols(text) and len(ids) == len(starts) and starts == sorted(starts)
+    names = {index: symbol for symbol, index in tokenizer.symbol_ids.items()}
+    at = 0
+    for index, start, end in zip(ids, starts, [*starts[1:], len(text)], strict=True):
+        at += len(names[index].encode() if index in names else tokenizer.decode_bytes([index]))
+        assert start <= len(text) and end >= start
+        if end > start:
+            assert len(text[:end].encode()) == at, (text, ids, starts)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "chars", "bpe", "unigram"])
+def test_tokens_of_ours_have_their_places(kind):
+    texts = [*PLACED, "some more words to learn from " * 20]
+    tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab=285), texts)
+    for text in PLACED:
+        assert_placed(tokenizer, text)
+        if tokenizer.endoftext not in text:
+            assert tokenizer.encode_symbols(text) == tokenizer.encode(text)
+    found = tokenizer.encode_symbols(PLACED[4])
+    assert [found[0], found.count(tokenizer.endoftext_id)] == [tokenizer.endoftext_id, 2]
+    assert tokenizer.endoftext_id not in tokenizer.encode(PLACED[4])

@@ -22,6 +22,7 @@ from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.devices.place import local_rows
 from lmjax.errors import DONE, ConfigError, DataError
 from lmjax.finetune.instruct import instruct
+from lmjax.hf.tokenizer_files import tokenizer_files
 from lmjax.process import faults as fault_hooks
 from lmjax.record.inspect import inspect
 from lmjax.record.ledger import check_ledger, effective_history
@@ -120,6 +121,18 @@ def test_the_run_is_evaluated_and_asked_as_it_was_trained(
         ids.append(int(logits_BTV[0, -1].argmax()))
     spelled = trained.tokenizer.decode_bytes(ids[-4:]).split(b"<|endoftext|>")[0].decode(errors="replace")
     assert capsys.readouterr().out == spelled + "\n"
+
+
+def test_what_is_exported_asks_in_the_same_words(place: Path, trained: Trained, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    beside = {name: (place / "run" / "tokenizer" / name).read_bytes() for name in ("chat_template.jinja",)}
+    for name, content in tokenizer_files(trained.tokenizer, beside, 256).items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    asked = theirs.apply_chat_template(
+        [{"role": "user", "content": "Spell é."}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert asked["input_ids"] == list("[instruction]\nSpell é.[end]\n[response]\n".encode())
 
 
 def alone(trained: Trained, split: Any) -> tuple[float, int]:

@@ -216,6 +216,10 @@ def test_a_vocabulary_encodes_as_the_model_it_was_exported_from(tmp_path: Path) 
         assert (tokenizer.begin_id, tokenizer.stop_ids, tokenizer.prefix) == (1, (1, 2), b" ")
         assert tokenizer.decode(tokenizer.encode_symbols("<s> Lily</s>the")) == "Lilythe"
         assert [index for index in tokenizer.encode_symbols("<s> Lily</s>the") if index < 3] == [1, 2]
+    # With a space in front that the text does not have, and characters of several bytes.
+    ids, starts = from_model.place_symbols("<s> Lily é</s>the é")
+    assert (ids[0], starts[0], starts[ids.index(2)], starts[-1]) == (1, 0, 10, 18)
+    assert ids == from_model.encode_symbols("<s> Lily é</s>the é") and starts == sorted(starts)
     from_bin.save(tmp_path / "saved")
     loaded = load_tokenizer(tmp_path / "saved")
     assert (loaded.begin_id, loaded.stop_ids, loaded.hash) == (1, (1, 2), from_bin.hash)
