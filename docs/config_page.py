@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from lmjax.config import Config
 from lmjax.data.config import ChatConfig, PrepareConfig, SourceConfig
+from lmjax.train.config import EvaluationsConfig
 
 INTRODUCTION = """# Every setting
 
@@ -16,7 +17,8 @@ INTRODUCTION = """# Every setting
 checked before anything runs, and a misspelt key is refused with the nearest one that exists. This page is written from
 the config classes by `python docs/config_page.py > docs/config.md`.
 
-`config.data.sources` is a dictionary by name of sources, listed at the end with the recipe that a source may carry.
+`config.data.sources` is a dictionary by name of sources, listed at the end with the recipe that a source may carry, and
+`train.evaluations`, which is off until one of its settings is given.
 """
 
 
@@ -51,6 +53,7 @@ def page() -> str:
         ("A data source", SourceConfig(path="DIRECTORY"), ""),
         ("A recipe", PrepareConfig(), "prepare."),
         ("A recipe for conversations", ChatConfig(), "prepare.chat."),
+        ("Benchmarks during training", EvaluationsConfig(), "train.evaluations."),
     ]
     parts = [INTRODUCTION]
     for title, config, prefix in tables:

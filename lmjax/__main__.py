@@ -53,6 +53,14 @@ def widths(text: str) -> tuple[int, ...]:
     return found
 
 
+def names(text: str) -> tuple[str, ...]:
+    """One or more names, by commas."""
+    found = tuple(text.split(","))
+    if not all(found) or len({*found}) < len(found):
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is not names by commas, each once")
+    return found
+
+
 def pin(text: str) -> tuple[str, str]:
     """(name of a file or nothing, its SHA-256)."""
     name, _, digest = text.rpartition("=")
@@ -223,6 +231,14 @@ def _evaluate_arguments(sub: Parser) -> None:
         "default: as in training, alone for a model that reads a begin symbol",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
+    tasks = sub.add_argument_group("benchmarks", "in place of a prepared data set (docs/evaluation.md)")
+    tasks.add_argument("--tasks", type=names, metavar="NAME,NAME,...", help="as lambada,piqa,mmlu")
+    tasks.add_argument("--task-data", type=path, metavar="DIR", help="where their files are")
+    tasks.add_argument("--shots", type=whole, metavar="N", help="examples before a question; default: the benchmark's")
+    tasks.add_argument("--seed", type=whole, default=1234, help="of examples that are drawn")
+    tasks.add_argument("--limit", type=count, metavar="N", help="most questions of each, chosen by their hashes")
+    tasks.add_argument("--against", type=path, metavar="WORKDIR", help="another run, compared question by question")
+    tasks.add_argument("--requests", type=path, metavar="FILE.jsonl", help="write what was said of every question")
 
 
 def _generate_arguments(sub: Parser) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lmjax.command_evaluate import evaluate as evaluate
 from lmjax.errors import CheckpointError, ConfigError, StallError, visible
 from lmjax.process import ending
 from lmjax.schema import validated
@@ -206,43 +207,6 @@ def _show_example(path: str) -> None:
     how = "in colour" if colour else "between >> and <<"
     print(f"--- the first conversation, what is scored {how}")
     print(shown(dataset.split("train"), dataset.tokenizer(), colour=colour))
-
-
-def evaluate(arguments: Arguments) -> int:
-    """Loss, perplexity, bits per byte and accuracy of a trained model on a prepared data set."""
-    from lmjax.process import start_up
-    from lmjax.run.trained import evaluate_trained, load_trained
-
-    start_up.enable_compile_cache()
-    trained = load_trained(arguments.workdir, arguments.step)
-    paths = arguments.data or [source.path for source in trained.cfg.data.sources.values()]
-    if not paths:
-        raise ConfigError(
-            f"{arguments.workdir} names no data set: give --data=DIR, made by lmjax prepare TEXT --out=DIR "
-            f"--tokenizer-file={arguments.workdir}/tokenizer"
-        )
-    with ending.within_memory("--batch or --seq-len"):
-        results = evaluate_trained(
-            trained,
-            paths,
-            split=arguments.split,
-            batch=arguments.batch,
-            seq_len=arguments.seq_len or trained.cfg.data.seq_len,
-            documents=arguments.documents,
-        )
-    if arguments.json:
-        print(json.dumps({path: dataclasses.asdict(result) for path, result in results.items()}, indent=1))
-        return 0
-    for path, result in results.items():
-        print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}")
-        print(f"  loss           {result.loss:.6f} +- {result.loss_stderr:.6f} nats per token")
-        print(f"  perplexity     {result.perplexity:.4f}")
-        print(f"  bits per byte  {result.bits_per_byte:.6f}")
-        print(f"  accuracy       {result.accuracy:.6f} +- {result.accuracy_stderr:.6f}")
-        if arguments.documents == "cut":
-            print(f"  coverage       {result.coverage:.6f} of the split's tokens")
-        print(f"  digest         {result.digest}, which names the set")
-    return 0
 
 
 def generate(arguments: Arguments) -> int:

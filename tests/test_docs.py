@@ -66,8 +66,16 @@ def test_slurms_shells_leave_sigterm_to_the_processes(tmp_path: Path) -> None:
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # What the page says in a comment before a block that no test runs; `.ci/run` runs the block marked `tests`.
-MISSING = {"a checkpoint from elsewhere", "a cloud", "an hour", "libtpu", "minutes", "Slurm", "two machines"} | {
-    "lmjax[curate]"
+MISSING = {
+    "a checkpoint from elsewhere",
+    "benchmark files",
+    "a cloud",
+    "an hour",
+    "libtpu",
+    "lmjax[curate]",
+    "minutes",
+    "Slurm",
+    "two machines",
 }
 KNOWN = {"quickstart", "tests", "settings", "slow", *(f"needs: {what}" for what in MISSING)}
 

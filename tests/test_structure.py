@@ -44,6 +44,7 @@ FLOORS: list[set[str]] = [
     {"registry"},
     {"run"},
     {"plan", "coordinates"},
+    {"command_evaluate"},
     {"commands"},
     {"__main__"},
 ]
@@ -62,6 +63,7 @@ ORDER: list[tuple[str, str]] = [
     ("lmjax.models.attention", "lmjax.models.moe"),
     ("lmjax.record.files", "lmjax.record.seal"),
     ("lmjax.record.seal", "lmjax.record.checkpoint"),
+    ("lmjax.evaluate.requests", "lmjax.evaluate.tasks"),
     ("lmjax", "analysis"),
     ("lmjax", "launch"),
     ("analysis", "launch"),

@@ -16,6 +16,7 @@ import numpy as np
 from lmjax.data.batch import Batch
 from lmjax.devices.mesh import constrain
 from lmjax.errors import DataError
+from lmjax.evaluate.statistics import ratio_stderr
 from lmjax.losses import token_logprobs
 from lmjax.models.model import Model
 from lmjax.process.group import wait_on_cpu
@@ -101,20 +102,6 @@ def _summarize(sums_B3: np.ndarray, n_tokens: int, n_bytes: int) -> Evaluation:
         tokens=int(tokens),
         coverage=float(tokens / n_tokens),
     )
-
-
-def ratio_stderr(y_B: np.ndarray, weight_B: np.ndarray) -> float:
-    """Standard error of sum(y) / sum(weight) with whole rows as the sampled units; nan for a single row.
-
-    Tokens of one window are alike, so they do not count as independent draws: this is the linearized variance of a
-    ratio of two sums over clusters (Cochran 1977, Sampling Techniques, eq. 6.13), n/(n-1) sum (y - R weight)^2 /
-    (sum weight)^2. It remains too small where neighbouring windows share a document.
-    """
-    n = len(y_B)
-    if n < 2:
-        return math.nan
-    residual_B = y_B - y_B.sum() / weight_B.sum() * weight_B
-    return float(np.sqrt(n / (n - 1) * np.sum(residual_B**2)) / weight_B.sum())
 
 
 def macro_average(evaluations: Mapping[str, Evaluation]) -> Evaluation:

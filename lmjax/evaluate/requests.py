@@ -105,17 +105,23 @@ def windows(tokenizer: Tokenizer, text: str, *, context: int, stride: int) -> li
     `stride`, with as many before them as fit. A smaller stride leaves more context to each token and takes more rows;
     stride = context is what EleutherAI's harness does. The first request counts the bytes of the text.
     """
-    assert 0 < stride <= context, (stride, context)
     begin_id = tokenizer.endoftext_id if tokenizer.begin_id is None else tokenizer.begin_id
-    ids = [begin_id, *tokenizer.encode(text)]
-    if len(ids) == 1:
+    ids = tokenizer.encode(text)
+    if not ids:
         raise DataError("an empty text has no token to score; leave it out")
-    ends = [*range(min(context, len(ids) - 1), len(ids) - 1, stride), len(ids) - 1]
-    starts = [0, *ends[:-1]]
-    sizes = [len(text.encode()), *itertools.repeat(0, len(ends) - 1)]
+    return _windows(Request([begin_id], ids, len(text.encode())), context, stride)
+
+
+def _windows(one: Request, context: int, stride: int) -> list[Request]:
+    """A request cut so that each part fits into `context` tokens; the first counts the bytes."""
+    assert 0 < stride <= context, (stride, context)
+    ids, begin = [*one.context, *one.continuation], len(one.context)
+    ends = [*range(max(context + 1, begin + stride), len(ids), stride), len(ids)]
+    starts, sizes = [begin, *ends[:-1]], [one.bytes, *itertools.repeat(0, len(ends) - 1)]
+    reads = [ids[max(0, end - 1 - context) : start] for start, end in zip(starts[1:], ends[1:], strict=True)]
     return [
-        Request(ids[max(0, end - context) : start + 1], ids[start + 1 : end + 1], size)
-        for start, end, size in zip(starts, ends, sizes, strict=True)
+        Request(read, ids[start:end], size)
+        for read, start, end, size in zip([one.context, *reads], starts, ends, sizes, strict=True)
     ]
 
 
@@ -125,11 +131,47 @@ def windows(tokenizer: Tokenizer, text: str, *, context: int, stride: int) -> li
 def log_likelihoods(scorer: Scorer, requests: Sequence[Request]) -> list[Likelihood]:
     """How probable each continuation is, in the order of the requests. All processes call it together.
 
-    Raises DataError for a continuation that is longer than what the model reads, or has an id that it does not know.
+    One that is longer than what the model reads at once is scored by windows, each half of that beyond the one before.
+    Raises what `check` does.
     """
-    if not requests:
-        return []
-    _check(scorer, requests)
+    check(scorer, requests)
+    longest, stride = scorer.context, -(-scorer.context // 2)
+    return _by_parts(
+        scorer, [_windows(one, longest, stride) if len(one.continuation) > longest else [one] for one in requests]
+    )
+
+
+def rolling(scorer: Scorer, texts: Sequence[str], *, stride: int) -> list[Likelihood]:
+    """The likelihood of every text as a whole, by `windows` of what the model reads. Raises what `windows` does."""
+    cut = [windows(scorer.tokenizer, text, context=scorer.context, stride=stride) for text in texts]
+    check(scorer, [one for parts in cut for one in parts])
+    return _by_parts(scorer, cut)
+
+
+def check(scorer: Scorer, requests: Sequence[Request]) -> None:
+    """Raise DataError for an id that the model does not know."""
+    assert all(len(one.context) and len(one.continuation) for one in requests)
+    check_ids(scorer.model.spec, max((max(*one.context, *one.continuation) for one in requests), default=0))
+
+
+def _by_parts(scorer: Scorer, cut: Sequence[Sequence[Request]]) -> list[Likelihood]:
+    """The likelihood of each list of parts as one."""
+    scores = iter(_score(scorer, list(itertools.chain.from_iterable(cut))))
+    return [_joined(list(itertools.islice(scores, len(parts)))) for parts in cut]
+
+
+def _joined(parts: Sequence[Likelihood]) -> Likelihood:
+    return Likelihood(
+        logprob=math.fsum(part.logprob for part in parts),
+        greedy=all(part.greedy for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        unread=max(part.unread for part in parts),
+    )
+
+
+def _score(scorer: Scorer, requests: Sequence[Request]) -> list[Likelihood]:
+    """The likelihoods of continuations that the model reads at once."""
     model, found = scorer.model, dict[int, Likelihood]()
     score = functools.partial(_scores, hidden=model.hidden, unembed=model.unembed, head=model.head)
     pending: tuple[list[int], Any] | None = None
@@ -143,17 +185,6 @@ def log_likelihoods(scorer: Scorer, requests: Sequence[Request]) -> list[Likelih
         if pending is not None:
             found |= _collected(scorer, requests, *pending)
     return [found[place] for place in range(len(requests))]
-
-
-def _check(scorer: Scorer, requests: Sequence[Request]) -> None:
-    assert all(len(one.context) and len(one.continuation) for one in requests)
-    check_ids(scorer.model.spec, max(max(*one.context, *one.continuation) for one in requests))
-    longest = max(len(one.continuation) for one in requests)
-    if longest > scorer.context:
-        raise DataError(
-            f"a continuation of {longest} tokens is longer than the {scorer.context} that the model reads at once; "
-            "shorten it, or score it by windows"
-        )
 
 
 def _placed(mesh: jax.sharding.Mesh | None, batch: Batch) -> Batch:
@@ -219,22 +250,6 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def rolling(scorer: Scorer, texts: Sequence[str], *, stride: int) -> list[Likelihood]:
-    """The likelihood of every text as a whole, by `windows` of what the model reads. Raises what `windows` does."""
-    cut = [windows(scorer.tokenizer, text, context=scorer.context, stride=stride) for text in texts]
-    scores = iter(log_likelihoods(scorer, list(itertools.chain.from_iterable(cut))))
-    return [_joined(list(itertools.islice(scores, len(of_text)))) for of_text in cut]
-
-
-def _joined(parts: Sequence[Likelihood]) -> Likelihood:
-    return Likelihood(
-        logprob=math.fsum(part.logprob for part in parts),
-        greedy=all(part.greedy for part in parts),
-        tokens=sum(part.tokens for part in parts),
-        bytes=sum(part.bytes for part in parts),
-    )
-
-
 # Continuations ----------------------------------------------------------------------------------------------------
 
 
@@ -249,23 +264,16 @@ def continuations(
     """What the model writes after each prompt, up to the first of the `stop` strings, or to the end of its text.
 
     A prompt that leaves no room for `cfg.tokens` loses its beginning. `numbers` name the draws of each prompt (default:
-    its place), so that what is sampled does not depend on the batch size. Raises ConfigError where `cfg.tokens` leaves
-    no room for a prompt.
+    its place), so that what is sampled does not depend on the batch size. Raises what `room` does.
     """
-    room = scorer.context - cfg.tokens
-    if room < 1:
-        raise ConfigError(
-            f"tokens={cfg.tokens} new ones leave no room for a prompt in the {scorer.context} tokens that the model "
-            f"reads at once; ask for at most {scorer.context - 1}"
-        )
-    tokenizer = scorer.tokenizer
+    most, tokenizer = room(scorer, cfg), scorer.tokenizer
     ids: list[list[int]] = [[] for _ in prompts]
     texts = ["" for _ in prompts]
     with use_mesh(scorer.mesh):
         writer = Writer(
             scorer.model,
             scorer.params,
-            [read(tokenizer, prompt)[-room:] for prompt in prompts],
+            [read(tokenizer, prompt)[-most:] for prompt in prompts],
             dataclasses.replace(cfg, rows=scorer.batch),
             endoftext=tokenizer.endoftext_id,
             vocab=tokenizer.vocab_size,
@@ -281,6 +289,16 @@ def continuations(
                 if texts[place] != spelled:
                     writer.end(place)
     return [text.removeprefix(_opening(scorer, prompt)) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def room(scorer: Scorer, cfg: GenerateConfig) -> int:
+    """Most tokens of a prompt. Raises ConfigError where the new ones leave none."""
+    if cfg.tokens >= scorer.context:
+        raise ConfigError(
+            f"tokens={cfg.tokens} new ones leave no room for a prompt in the {scorer.context} tokens that the model "
+            f"reads at once; ask for at most {scorer.context - 1}"
+        )
+    return scorer.context - cfg.tokens
 
 
 _PIECE = 16  # tokens between looks for stop strings

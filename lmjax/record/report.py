@@ -104,17 +104,19 @@ def _results(record: Record) -> str:
         if any(key.endswith("xz_bpb") for key, _ in only_at_the_end):
             text += " (bits per byte by `xz -9e`; primed: after it has read the training text, of long ones 128 MiB)"
         text += ":\n\n" + _table(["", ""], only_at_the_end)
-    return text + "\n\n### Evaluations\n\n" + _evaluations(record)
+    text += "\n\n### Evaluations\n\n" + _evaluations(record, "val/")
+    benchmarks = any(key.startswith("eval/") for row in record.rows for key in row)
+    return text + ("\n\n### Benchmarks\n\n" + _evaluations(record, "eval/") if benchmarks else "")
 
 
-def _evaluations(record: Record) -> str:
+def _evaluations(record: Record, family: str) -> str:
     keys = [
-        key for key in dict.fromkeys(itertools.chain(*record.rows)) if key.startswith("val/") and "stderr" not in key
+        key for key in dict.fromkeys(itertools.chain(*record.rows)) if key.startswith(family) and "stderr" not in key
     ]
     rows = [row for row in record.rows if any(key in row for key in keys)]
     shown = _thinned(rows)
     table = _table(
-        ["step", "tokens", *(key.removeprefix("val/") for key in keys)], [_cells(row, keys) for row in shown]
+        ["step", "tokens", *(key.removeprefix(family) for key in keys)], [_cells(row, keys) for row in shown]
     )
     return table + (f"\n\n{len(shown)} of {len(rows)} evaluations." if len(shown) < len(rows) else "")
 

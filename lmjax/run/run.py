@@ -305,7 +305,7 @@ class Run:
             metrics = self.scores(step, state.delivered)
             if state.average is not None:
                 raw = self.scores(step, state.params).items()
-                metrics |= {f"raw/{name}": value for name, value in raw if name.startswith("val")}
+                metrics |= {f"raw/{name}": value for name, value in raw if name.startswith(("val", "eval"))}
         except Interrupted:
             return
         self.evaluations[step] = metrics

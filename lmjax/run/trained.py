@@ -106,3 +106,15 @@ def rows_of(trained: Trained, content: TokenSplit) -> Documents:
         return "alone"
     as_trained = trained.cfg.data.documents
     return "separate" if as_trained == "whole" else as_trained
+
+
+def described(result: Evaluation, *, cut: bool) -> list[str]:
+    """A result for the terminal; of documents that were cut also how much was read."""
+    lines = [
+        f"  loss           {result.loss:.6f} +- {result.loss_stderr:.6f} nats per token",
+        f"  perplexity     {result.perplexity:.4f}",
+        f"  bits per byte  {result.bits_per_byte:.6f}",
+        f"  accuracy       {result.accuracy:.6f} +- {result.accuracy_stderr:.6f}",
+    ]
+    coverage = [f"  coverage       {result.coverage:.6f} of the split's tokens"] if cut else []
+    return [*lines, *coverage, f"  digest         {result.digest}, which names the set"]

@@ -27,6 +27,7 @@ from lmjax.models import architectures
 from lmjax.models.flops import sequence_flops
 from lmjax.process import group
 from lmjax.schema import validated
+from lmjax.tasks.benchmarks import benchmarks
 from lmjax.tasks.start import drawn, pinned, read_from
 from lmjax.tasks.task import Evaluate, Language, Task
 from lmjax.train.accounting import Cost
@@ -87,9 +88,12 @@ def with_data(task: Task, data: "Data") -> Task:
     if cfg.data.documents == "whole":
         for split in sets.values():
             PackedRows(split, cfg.data.seq_len)  # what does not fit is said now, not when it is evaluated
+    evaluations = {"validation": validation(cfg, language, sets)}
+    if cfg.train.evaluations is not None:
+        evaluations["benchmarks"] = benchmarks(cfg, language, data.tokenizer)
     return task._replace(
         source=functools.partial(Loader, cfg.data, batch_size=cfg.train.batch),
-        evaluations={"validation": validation(cfg, language, sets)},
+        evaluations=evaluations,
         sample=functools.partial(sample_text, language, data.tokenizer, cfg.train.sample)
         if cfg.train.sample.prompts
         else None,

@@ -5,7 +5,17 @@ from typing import Annotated
 from pydantic import Field
 
 from lmjax.generate.config import Temperature
-from lmjax.schema import NonNegativeFloat, PositiveFloat, PositiveInt, Size, config_class, names_in, one_of
+from lmjax.schema import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Size,
+    config_class,
+    names_in,
+    one_of,
+)
 
 
 @config_class
@@ -30,6 +40,25 @@ class SampleConfig:
     tokens: Annotated[int, Field(gt=0, le=1 << 24)] = 128
     """How many to write at most; beyond a learned table of positions the text goes on from the table's newest half."""
     temperature: Annotated[Temperature, Field(gt=0)] = 0.8
+
+
+@config_class
+class EvaluationsConfig:
+    """Benchmarks (docs/evaluation.md)."""
+
+    tasks: Annotated[
+        tuple[Annotated[str, one_of(names_in("lmjax.evaluate.tasks.registry", "BENCHMARKS"))], ...],
+        Field(min_length=1),
+    ] = ("lambada", "hellaswag")
+    """Their names."""
+    data: str = "data/eval"
+    """The directory of their files."""
+    limit: PositiveInt | None = 200
+    """Most questions of each, the same ones every time, chosen by their hashes; None asks all."""
+    shots: NonNegativeInt | None = None
+    """Examples before each question; None means each benchmark's own number."""
+    seed: Seed = 1234
+    """Of the examples."""
 
 
 @config_class
@@ -63,6 +92,8 @@ class TrainConfig:
     """Batches per evaluation, always the same (`val/`); at the end the whole set is scored, too (`val_full/`)."""
     evaluate_batch: Size | None = None
     """Sequences per evaluation batch; None means `batch`."""
+    evaluations: EvaluationsConfig | None = None
+    """Benchmarks that each evaluation answers, too (`eval/`)."""
     sample: SampleConfig = SampleConfig()
     max_skipped_in_a_row: PositiveInt = 10
     """Updates that may be left out one after another before the run stops."""

@@ -1,4 +1,4 @@
-"""Loss, bits per byte and accuracy by hand, whatever the batch size, and on a mesh; standard errors by simulation."""
+"""Loss, bits per byte and accuracy by hand, whatever the batch size, and on a mesh."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ import pytest
 
 from lmjax.data.batch import Batch
 from lmjax.errors import DataError
-from lmjax.evaluate.likelihood import Evaluation, _score, evaluate, macro_average, ratio_stderr
+from lmjax.evaluate.likelihood import Evaluation, _score, evaluate, macro_average
 from lmjax.models import decoder
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, initialize
@@ -114,35 +114,6 @@ def test_nothing_to_score() -> None:
     with pytest.raises(DataError, match="no token to score"):
         empty = [dataclasses.replace(batch, weights_BT=0 * batch.weights_BT) for batch in batches(ROWS)]
         evaluate(MODEL, params(), empty, n_tokens=10, n_bytes=10)
-
-
-# Standard errors --------------------------------------------------------------------------------------------------
-
-
-def test_standard_error_against_simulation() -> None:
-    """Rows of unequal weight whose tokens are alike: the error is that of rows, not of tokens."""
-    rng = np.random.default_rng(0)
-
-    def draw() -> tuple[np.ndarray, np.ndarray]:
-        weight_B = rng.integers(5, 30, size=60).astype(np.float64)
-        level_B = rng.normal(3, 0.7, size=60)  # shared by the tokens of a row
-        return weight_B * level_B + rng.normal(0, 1, size=60) * np.sqrt(weight_B), weight_B
-
-    samples = [draw() for _ in range(4000)]
-    spread = np.std([y_B.sum() / weight_B.sum() for y_B, weight_B in samples])
-    estimates = [ratio_stderr(y_B, weight_B) for y_B, weight_B in samples]
-    assert np.mean(estimates) == pytest.approx(spread, rel=0.05)
-    as_if_independent = np.sqrt((0.7**2 + 1) / np.mean([weight_B.sum() for _, weight_B in samples]))
-    assert spread > 2 * as_if_independent
-
-
-def test_standard_error_of_equal_rows_is_the_textbook_one() -> None:
-    y_B = np.random.default_rng(0).normal(size=50)
-    assert ratio_stderr(7 * y_B, np.full(50, 7.0)) == pytest.approx(y_B.std(ddof=1) / math.sqrt(50))
-
-
-def test_one_row_has_no_standard_error() -> None:
-    assert math.isnan(ratio_stderr(np.ones(1), np.ones(1)))
 
 
 def test_macro_average() -> None:

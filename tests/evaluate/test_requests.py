@@ -144,9 +144,21 @@ def test_no_requests() -> None:
     assert log_likelihoods(scorer(), []) == []
 
 
-def test_a_continuation_that_cannot_be_read() -> None:
-    with pytest.raises(DataError, match=f"{CONTEXT + 1} tokens is longer than the {CONTEXT}"):
-        log_likelihoods(scorer(), [Request([1], [2] * (CONTEXT + 1), 1)])
+def test_a_continuation_longer_than_what_is_read_is_scored_by_windows() -> None:
+    rng = np.random.default_rng(2)
+    ids = rng.integers(V, size=200).tolist()
+    for cut in (1, 30, 70):  # little context, some, and more than is read
+        (found,) = log_likelihoods(scorer(), [Request(ids[:cut], ids[cut:], 9)])
+        parts, start = [], cut
+        for end in [*range(max(CONTEXT + 1, cut + CONTEXT // 2), 200, CONTEXT // 2), 200]:
+            parts.append(by_hand(Request(ids[:start], ids[start:end], 0)))
+            start = end
+        assert found.logprob == pytest.approx(sum(part.logprob for part in parts), abs=1e-4)
+        assert (found.tokens, found.bytes) == (200 - cut, 9) and len(parts) > 5
+        assert found.unread == max(0, cut + CONTEXT // 2 - 1 - CONTEXT)
+
+
+def test_an_unknown_id() -> None:
     with pytest.raises(DataError, match=f"token {V}, and the model's table only {V} rows"):
         log_likelihoods(scorer(), [Request([1], [V], 1)])
 

@@ -1,0 +1,21 @@
+"""The benchmarks that `lmjax evaluate --tasks` and `train.evaluations` name."""
+
+from lmjax.evaluate.tasks.arc_easy import ARC_EASY
+from lmjax.evaluate.tasks.arithmetic import ARITHMETIC, ARITHMETIC_VOTE, ARITHMETIC_WRITTEN
+from lmjax.evaluate.tasks.benchmark import Benchmark
+from lmjax.evaluate.tasks.hellaswag import HELLASWAG
+from lmjax.evaluate.tasks.lambada import LAMBADA, LAMBADA_PASSAGES
+from lmjax.evaluate.tasks.mmlu import MMLU
+from lmjax.evaluate.tasks.piqa import PIQA
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "arc_easy": ARC_EASY,
+    "arithmetic": ARITHMETIC,
+    "arithmetic_vote": ARITHMETIC_VOTE,
+    "arithmetic_written": ARITHMETIC_WRITTEN,
+    "hellaswag": HELLASWAG,
+    "lambada": LAMBADA,
+    "lambada_passages": LAMBADA_PASSAGES,
+    "mmlu": MMLU,
+    "piqa": PIQA,
+}

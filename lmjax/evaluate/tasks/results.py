@@ -1,0 +1,138 @@
+"""The numbers of a benchmark, over all items and by category, and the difference between two models."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmjax.evaluate.requests import Scorer
+from lmjax.evaluate.statistics import (
+    Difference,
+    Estimate,
+    McNemar,
+    difference,
+    estimate,
+    macro,
+    macro_difference,
+    mcnemar,
+)
+from lmjax.evaluate.tasks.benchmark import Benchmark
+from lmjax.evaluate.tasks.forms import Answer
+from lmjax.evaluate.tasks.prompt import Prompt
+from lmjax.record.files import hash_bytes
+
+MACRO = "macro"
+"""In the place of a category: the mean over all of them."""
+ALL = ""
+"""In the place of a category: all items."""
+
+
+class Result(NamedTuple):
+    """What a model scores on a benchmark."""
+
+    prompts: Sequence[Prompt]
+    answers: Sequence[Answer]
+    digest: str
+    """Of all that was asked: numbers compare where it is the same."""
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(self.answers[0].scores)
+
+    @property
+    def unread(self) -> int:
+        """Items of which a part did not fit into what the model reads."""
+        return sum(answer.unread > 0 for answer in self.answers)
+
+    def numbers(self) -> dict[str, dict[str, Estimate]]:
+        """Metric -> category -> estimate. Where there are categories, `macro` is their mean; `ALL` is all items."""
+        found = {}
+        for metric in self.metrics:
+            by = {name: estimate(*values) for name, values in self._by_category(metric).items()}
+            if len(by) > 1:
+                by = {ALL: by.pop(ALL), MACRO: macro(list(by.values())), **by}
+            found[metric] = by
+        if "nll" in found:
+            found["perplexity"] = {name: _exponential(one) for name, one in found["nll"].items()}
+        return found
+
+    def less(self, other: "Result") -> dict[str, dict[str, Difference]]:
+        """Metric -> category -> this model less another, which answered the same items.
+
+        What is counted by tokens is left out where the models have other tokens.
+        """
+        assert self.digest == other.digest, "not the same questions"
+        found = {}
+        for metric in self.metrics:
+            mine, theirs = self._by_category(metric), other._by_category(metric)
+            if not np.array_equal(mine[ALL][1], theirs[ALL][1]):
+                continue
+            by = {name: difference(mine[name], theirs[name]) for name in mine}
+            if len(by) > 1:
+                by = {ALL: by.pop(ALL), MACRO: macro_difference(list(by.values())), **by}
+            found[metric] = by
+        return found
+
+    def disagreements(self, other: "Result") -> dict[str, McNemar]:
+        """Metric -> McNemar's test, for metrics that are right or wrong."""
+        assert self.digest == other.digest, "not the same questions"
+        found = {}
+        for metric in self.metrics:
+            (mine, weights), (theirs, _) = self._of(metric), other._of(metric)
+            if set(weights) == {1.0} and {*mine, *theirs} <= {0.0, 1.0}:
+                found[metric] = mcnemar(mine, theirs)
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """One for each item, as JSON."""
+        return [
+            {
+                "number": prompt.number,
+                **({"category": prompt.item.category} if prompt.item.category else {}),
+                **answer.record,
+                "scores": {name: list(score) for name, score in answer.scores.items()},
+                **({"unread": answer.unread} if answer.unread else {}),
+            }
+            for prompt, answer in zip(self.prompts, self.answers, strict=True)
+        ]
+
+    def _of(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        y_B, weight_B = np.array([answer.scores[metric] for answer in self.answers]).T
+        return y_B, weight_B
+
+    def _by_category(self, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        y_B, weight_B = self._of(metric)
+        categories = np.array([prompt.item.category for prompt in self.prompts])
+        chosen = {name: categories == name for name in sorted({*categories.tolist()} - {""})}
+        return {ALL: (y_B, weight_B)} | {name: (y_B[rows], weight_B[rows]) for name, rows in chosen.items()}
+
+
+def _exponential(one: Estimate) -> Estimate:
+    """exp of an estimate, its standard error by the delta method."""
+    value = float(np.exp(one.value))
+    return Estimate(value, value * one.stderr, one.items)
+
+
+def answer(benchmark: Benchmark, scorer: Scorer, prompts: Sequence[Prompt]) -> Result:
+    """Ask a model. All processes call it together. Raises what requests.py does."""
+    return Result(prompts, benchmark.form.answers(scorer, prompts), _digest(prompts))
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    texts = (text for one in prompts for text in (one.context, str(one.item.gold), *one.continuations))
+    return hash_bytes("\0".join(texts).encode(), digest_size=8)
+
+
+def as_json(numbers: Mapping[str, Mapping[str, NamedTuple]]) -> dict[str, Any]:
+    """Estimates or differences as plain values; what there is none of (a standard error of one item) is null."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        metric: {
+            name or "all": {field: plain(value) for field, value in one._asdict().items()} for name, one in by.items()
+        }
+        for metric, by in numbers.items()
+    }

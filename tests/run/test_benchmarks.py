@@ -1,0 +1,158 @@
+"""Benchmarks during training and by the command: the same questions, the same numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmjax import __main__, config
+from lmjax.errors import DONE, ConfigError, DataError
+from lmjax.evaluate.tasks.registry import BENCHMARKS
+from lmjax.record.report import write_report
+from lmjax.record.tracking import read_jsonl
+from lmjax.run import run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
+
+CONFIG = Path(__file__).parents[1] / "tiny_config.py"
+SETTINGS = (
+    "train.steps=12",
+    "train.sample.prompts=()",
+    "train.evaluate_every=6",
+    "checkpoint.every=6",
+    "model.layers=1",
+    "train.evaluations.tasks=('piqa','arithmetic_written')",
+    "train.evaluations.limit=9",
+    "train.evaluations.shots=0",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of two benchmarks, in the letters of the corpus."""
+    directory = tmp_path_factory.mktemp("eval")
+    goals = [{"query": f"{c} {d} \n", "choices": [f"{c} a", f"{d} b c"], "gold": n % 2} for n, (c, d) in PAIRS]
+    sums = [{"context": f"{c} {d}", "continuation": " a"} for _, (c, d) in PAIRS]
+    for name, records in (("piqa", goals), ("arithmetic", sums)):
+        (directory / BENCHMARKS[name].file).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return directory
+
+
+PAIRS = list(enumerate(zip("abcdefghabcdefgh", "bcdefghacdefghab", strict=True)))
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, data: Path) -> Path:
+    cfg = config.load(f"{CONFIG}:{corpus}", [*SETTINGS, f"train.evaluations.data={data}"])
+    assert run.run(cfg, corpus / "run", run.Options()) == DONE
+    return corpus / "run"
+
+
+def evaluate(*arguments: Any) -> int:
+    parsed = __main__.parse(["evaluate", *map(str, arguments)])
+    return parsed.function(parsed)
+
+
+def asked(capsys: pytest.CaptureFixture, *arguments: Any) -> dict[str, Any]:
+    assert evaluate(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_training_answers_what_the_command_does(trained: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = {row["step"]: row for row in read_jsonl(trained / "metrics.jsonl") if "eval/piqa/acc" in row}
+    assert list(rows) == [6, 12]
+    options = (
+        f"--workdir={trained}",
+        "--tasks=piqa,arithmetic_written",
+        f"--task-data={data}",
+        "--limit=9",
+        "--shots=0",
+    )
+    for step, row in rows.items():
+        found = asked(capsys, *options, f"--step={step}")
+        assert row["data/piqa/digest"] == found["piqa"]["digest"] and found["piqa"]["items"] == 9
+        numbers = {
+            f"eval/{name}/{metric}": by["all"]["value"]
+            for name, of_task in found.items()
+            for metric, by in of_task["metrics"].items()
+        }
+        assert {"eval/piqa/acc_uncond", "eval/piqa/gold_bpb", "eval/arithmetic_written/exact_match"} <= {*numbers}
+        assert {key: row[key] for key in numbers} == pytest.approx(numbers, abs=1e-5)
+    assert rows[6]["eval/piqa/gold_bpb"] != rows[12]["eval/piqa/gold_bpb"]
+    assert json.loads((trained / "summary.json").read_text())["eval/piqa/acc"] == rows[12]["eval/piqa/acc"]
+    write_report(trained)
+    assert "| step | tokens | piqa/acc | " in (trained / "report.md").read_text()
+
+
+def test_a_model_does_not_differ_from_itself(trained: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    options = (f"--workdir={trained}", "--tasks=piqa", f"--task-data={data}", f"--against={trained}")
+    found = asked(capsys, *options)["piqa"]
+    assert found["against"] == found["metrics"] and found["items"] == len(PAIRS)
+    assert found["difference"]["acc"]["all"] == {"value": 0, "stderr": 0, "low": 0, "high": 0, "items": len(PAIRS)}
+    assert found["mcnemar"]["acc"] == {"first_only": 0, "second_only": 0, "p": 1.0}
+
+
+def test_two_checkpoints_side_by_side(trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = (f"--workdir={trained}", "--step=6", "--tasks=piqa", f"--task-data={data}", f"--against={trained}")
+    assert evaluate(*options, f"--requests={tmp_path / 'said.jsonl'}") == 0
+    title, head, *rows = capsys.readouterr().out.splitlines()
+    assert title == f"{trained}, step 6; other: {trained}, step 12"
+    assert head.split()[-2:] == ["McNemar", "p"]
+    (bits,) = (row.split() for row in rows if " gold_bpb " in row)
+    name, metric, value, _, items, other, _, difference, *interval = bits
+    assert (name, metric, items) == ("piqa", "gold_bpb", "16")
+    assert float(difference) == pytest.approx(float(value) - float(other), abs=2e-4)
+    assert len(interval) == 2  # and no test of right and wrong
+    records = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [record["number"] for record in records] == list(range(16))
+    assert all(record["task"] == "piqa" and len(record["logprobs"]) == 2 for record in records)
+    accuracy = sum(record["scores"]["acc"][0] for record in records) / 16
+    (acc,) = (row.split() for row in rows if " acc " in row)
+    assert float(acc[2]) == pytest.approx(accuracy, abs=1e-4)
+
+
+# What does not fit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ("data=nowhere", DataError, r"cannot read nowhere/piqa\.jsonl"),
+        ("shots=99", ConfigError, "need more than the 16 questions"),
+    ],
+)
+def test_a_run_does_not_begin_without_its_questions(
+    corpus: Path, data: Path, tmp_path: Path, setting: str, error: type, message: str
+) -> None:
+    settings = [*SETTINGS, f"train.evaluations.data={data}", f"train.evaluations.{setting}"]
+    with pytest.raises(error, match=message):
+        run.run(config.load(f"{CONFIG}:{corpus}", settings), tmp_path / "run", run.Options())
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_run_does_not_begin_with_what_leaves_no_room(corpus: Path, data: Path, tmp_path: Path) -> None:
+    settings = [*SETTINGS, f"train.evaluations.data={data}", "data.seq_len=16"]
+    with pytest.raises(ConfigError, match="tokens=16 new ones leave no room"):
+        run.run(config.load(f"{CONFIG}:{corpus}", settings), tmp_path / "run", run.Options())
+
+
+def test_names_are_those_of_benchmarks(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.evaluations\.tasks\.0: there is no 'piqqa' \(did you mean 'piqa'"):
+        config.load(f"{CONFIG}:{corpus}", ["train.evaluations.tasks=('piqqa',)"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks=piqa"], "--tasks needs --task-data=DIR"),
+        (["--tasks=piqqa", "--task-data=x"], r"--tasks\.0: there is no 'piqqa'"),
+        (["--tasks=piqa,", "--task-data=x"], "not names by commas"),
+        (["--tasks=piqa", "--task-data=x", "--data=y"], "--data is of prepared data: leave out --tasks"),
+        (["--limit=3"], "--limit is of benchmarks: give --tasks"),
+        (["--against=x"], "--against is of benchmarks: give --tasks"),
+    ],
+)
+def test_flags_that_do_not_go_together(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate("--workdir=nowhere", *arguments)
