@@ -1,7 +1,7 @@
 """Books and other long texts: repaired, each once, without what they share, and without private data.
 
 Reproduces  nothing published; the rules against repetition are Gopher's.
-Costs       about 40 s a core for 80 MB (255 books; docs/curation.md has the numbers).
+Costs       docs/curation.md has the speed of each step; memory, some hundred megabytes for each process.
 Command     lmjax curate configs/curate/books.py:my_text --out=data/books
             with my_text a folder, a file or a glob of .txt, .jsonl, .parquet or .html; then
             lmjax prepare data/books --out=data/books-tokens

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,9 +41,14 @@ def hash_runs(hashes: np.ndarray, n: int) -> np.ndarray:
     count = len(hashes) - n + 1
     if count <= 0:
         return np.empty(0, np.uint64)
-    total = np.zeros(count, np.uint64)
-    for place in range(n):
-        total = total * np.uint64(_STEP) + hashes[place : place + count]
+    return hash_columns([hashes[place : place + count] for place in range(n)])
+
+
+def hash_columns(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """uint64 per row of a table, given by its uint64 columns."""
+    total = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        total = total * np.uint64(_STEP) + column
     for multiplier in _MIX:
         total = (total ^ (total >> np.uint64(33))) * multiplier
     return total ^ (total >> np.uint64(33))

@@ -14,7 +14,7 @@ from lmjax.data.curate import packages
 from lmjax.data.curate.document import Document, Outcome
 from lmjax.data.curate.duplicates import dropping
 from lmjax.data.curate.equal import Clusters, shared
-from lmjax.data.curate.hashing import hash_runs, hash_words, words
+from lmjax.data.curate.hashing import hash_columns, hash_runs, hash_words, words
 from lmjax.data.curate.step import Arrays, Column, CorpusStep, Keys, Learned
 from lmjax.schema import Fraction, PositiveInt, Seed, config_class
 
@@ -43,9 +43,8 @@ class NearDuplicates(CorpusStep):
             permutations = self.bands * self.rows
             matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(runs, [0, len(runs)], permutations, self.seed)
             signature = np.array(matrix.to_rows()[0], np.uint64).reshape(self.bands, self.rows)
-            bands = [hash_runs(np.concatenate([[np.uint64(band)], row]), self.rows + 1)[0]
-                     for band, row in enumerate(signature)]  # fmt: skip
-            return {"bands": np.array(bands, np.uint64), "runs": np.unique(runs.astype(np.uint32))}
+            bands = hash_columns([np.arange(self.bands, dtype=np.uint64), *signature.T])
+            return {"bands": bands, "runs": np.unique(runs.astype(np.uint32))}
 
         return key
 
