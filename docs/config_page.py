@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from lmjax.config import Config
 from lmjax.data.config import ChatConfig, PrepareConfig, SourceConfig
-from lmjax.train.config import EvaluationsConfig
+from lmjax.train.config import AdapterConfig, EvaluationsConfig
 
 INTRODUCTION = """# Every setting
 
@@ -18,7 +18,7 @@ checked before anything runs, and a misspelt key is refused with the nearest one
 the config classes by `python docs/config_page.py > docs/config.md`.
 
 `config.data.sources` is a dictionary by name of sources, listed at the end with the recipe that a source may carry, and
-`train.evaluations`, which is off until one of its settings is given.
+`train.evaluations` and `tune.adapter`, which are off until one of their settings is given.
 """
 
 
@@ -50,6 +50,7 @@ def choices(hint: Any) -> Sequence[str]:
 def page() -> str:
     tables = [
         ("The run", Config(), ""),
+        ("An adapter", AdapterConfig(), "tune.adapter."),
         ("A data source", SourceConfig(path="DIRECTORY"), ""),
         ("A recipe", PrepareConfig(), "prepare."),
         ("A recipe for conversations", ChatConfig(), "prepare.chat."),

@@ -106,6 +106,10 @@ def parser() -> Parser:
     _evaluate_arguments(command(commands.evaluate))
     _generate_arguments(command(commands.generate))
     _convert_arguments(command(commands.convert))
+    sub = command(commands.merge)
+    sub.add_argument("workdir", type=path, metavar="WORKDIR", help="a run with adapters, or with frozen weights")
+    sub.add_argument("--out", type=path, required=True, metavar="DIR", help="the work directory to make")
+    sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")
     sub = command(commands.replay)
     sub.add_argument("workdir", type=path, metavar="WORKDIR", help="a run")
     sub.add_argument("step", type=count, metavar="STEP", help="one after a checkpoint that the run still has")
@@ -262,7 +266,9 @@ def _convert_arguments(sub: Parser) -> None:
     direction = sub.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-hf", type=path, metavar="DIR", help="read a Hugging Face checkpoint into --workdir")
     direction.add_argument("--from-llama2c", type=path, metavar="FILE.bin", help="read a llama2.c model into --workdir")
+    direction.add_argument("--from-peft", type=path, metavar="DIR", help="read a LoRA that PEFT saved into --workdir")
     direction.add_argument("--to-hf", action="store_true", help="write the model of --workdir to --out")
+    direction.add_argument("--to-peft", action="store_true", help="write the LoRA of --workdir to --out")
     sub.add_argument("--workdir", type=path, required=True, help="the work directory to make, or a trained run")
     sub.add_argument(
         "--sha256",
@@ -274,7 +280,8 @@ def _convert_arguments(sub: Parser) -> None:
         "then no file of weights is read without",
     )
     sub.add_argument("--tokenizer", metavar="FILE", help="of --from-llama2c: its vocabulary, .bin or .model")
-    sub.add_argument("--out", metavar="DIR", help="where --to-hf writes")
+    sub.add_argument("--base", metavar="DIR", help="of --from-peft: the run or Hugging Face directory that it is for")
+    sub.add_argument("--out", metavar="DIR", help="where --to-hf and --to-peft write")
     sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of --to-hf's files; default: float32")
     sub.add_argument("--shard-gb", type=gigabytes, help="largest file that --to-hf writes, in 1e9 bytes; default: 5")
@@ -331,7 +338,7 @@ def main() -> NoReturn:
         arguments, *others = map(parse, split_runs(argv))
         if arguments.command in ("train", "evaluate", "generate"):
             start_up.tune_allocator()
-        if arguments.command == "convert":
+        if arguments.command in ("convert", "merge"):
             start_up.return_freed_memory()
         return commands.train_together([arguments, *others]) if "--" in argv else arguments.function(arguments)
 

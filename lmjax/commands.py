@@ -259,12 +259,12 @@ def _conversations(arguments: Arguments, tokenizer: "Tokenizer") -> list[list[in
 
 
 def convert(arguments: Arguments) -> int:
-    """A foreign checkpoint into a work directory (--from-hf, --from-llama2c), or back (--to-hf)."""
+    """A foreign checkpoint or adapter into a work directory (--from-hf, --from-llama2c, --from-peft), or back."""
     from lmjax.models import decoder
-    from lmjax.run import convert
+    from lmjax.run import convert, peft
     from lmjax.weights import count
 
-    _check_direction(arguments)
+    convert.check_flags(vars(arguments))
     if arguments.to_hf:
         files = convert.to_hf(
             arguments.workdir,
@@ -274,6 +274,13 @@ def convert(arguments: Arguments) -> int:
             shard_bytes=max(1, round((arguments.shard_gb or 5.0) * 1e9)),
         )
         print(f"{arguments.out}: {', '.join(files)}")
+        return 0
+    if arguments.to_peft:
+        print(f"{arguments.out}: {', '.join(peft.to_peft(arguments.workdir, arguments.out, step=arguments.step))}")
+        return 0
+    if arguments.from_peft:
+        adapter = peft.from_peft(arguments.from_peft, arguments.base, arguments.workdir)
+        print(f"{arguments.workdir}: LoRA of rank {adapter.rank} beside {len(adapter.targets)} weights")
         return 0
     if arguments.from_llama2c:
         imported = convert.from_llama2c(
@@ -287,24 +294,15 @@ def convert(arguments: Arguments) -> int:
     return 0
 
 
-def _check_direction(arguments: Arguments) -> None:
-    """Raise ConfigError for a flag that the direction needs, or that it would not read."""
-    read: dict[str, tuple[str, ...]] = {
-        "to_hf": ("out", "step", "dtype", "shard_gb"),
-        "from_llama2c": ("tokenizer", "sha256"),
-        "from_hf": ("sha256",),
-    }
-    needed = {
-        "to_hf": ("out", "--out=DIR, the directory to write"),
-        "from_llama2c": ("tokenizer", "--tokenizer=FILE: the vocabulary, a .bin or a SentencePiece .model"),
-    }
-    direction = next(name for name in read if getattr(arguments, name))
-    for other, flags in read.items():
-        for flag in flags:
-            if flag not in read[direction] and getattr(arguments, flag) not in (None, []):
-                raise ConfigError(f"{_flag(flag)} belongs to {_flag(other)}: {_flag(direction)} has no use for it")
-    if direction in needed and not getattr(arguments, needed[direction][0]):
-        raise ConfigError(f"{_flag(direction)} needs {needed[direction][1]}")
+def merge(arguments: Arguments) -> int:
+    """One plain model of a work directory that stands on frozen weights: adapters are added to what they are beside."""
+    from lmjax.models import decoder
+    from lmjax.run import convert
+    from lmjax.weights import count
+
+    merged = convert.merge(arguments.workdir, arguments.out, step=arguments.step)
+    print(f"{arguments.out}: {count(decoder.weights(merged.model)).total:,} parameters")
+    return 0
 
 
 def _flag(name: str) -> str:

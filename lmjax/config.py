@@ -35,7 +35,7 @@ from lmjax.record import formats
 from lmjax.record.config import CheckpointConfig, TrackingConfig
 from lmjax.record.files import hash_bytes, write_atomically
 from lmjax.schema import config_class, names_in, one_of, validated
-from lmjax.train.config import TrainConfig
+from lmjax.train.config import TrainConfig, TuneConfig
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    tune: TuneConfig = TuneConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -207,7 +207,8 @@ class _ChunkedLoss:
         zero = (_zero_sums(), jax.tree.map(jnp.zeros_like, head))
         (sums, dhead), dx = jax.lax.scan(add_chunk, zero, tuple(_split(x, self.chunk) for x in tokens))
         dx_BTD = jax.lax.psum(_joined(dx, tokens[0].shape[1]), mesh_axes("vocab"))
-        return jax.lax.psum(sums, self.devices), (reduce_scatter(dhead, self.head_specs, self.devices), dx_BTD)
+        devices = self.devices + mesh_axes("vocab")  # along which what is not sharded like the head is shared
+        return jax.lax.psum(sums, self.devices), (reduce_scatter(dhead, self.head_specs, devices), dx_BTD)
 
     def _of_chunk(
         self, head: Head, z_weight: jax.Array, x_BCD: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array

@@ -7,6 +7,7 @@ from etils import epath
 
 from lmjax.config import Config
 from lmjax.finetune import instruct
+from lmjax.finetune.tune import tuned
 from lmjax.tasks import pretrain
 from lmjax.tasks.task import Task
 
@@ -28,6 +29,11 @@ TASKS: dict[str, Kind] = {
 }
 
 
+def with_data(cfg: Config) -> Task:
+    """The task of a config, as `Kind.task` has it, training what `tune` leaves of its weights. Raises what both do."""
+    return tuned(TASKS[cfg.task].task(cfg))
+
+
 def without_data(cfg: Config) -> Task:
-    """The task of a config whose vocabulary is known, as `Kind.without_data` has it."""
-    return TASKS[cfg.task].without_data(cfg)
+    """The same of a config whose vocabulary is known, as `Kind.without_data` has it."""
+    return tuned(TASKS[cfg.task].without_data(cfg))

@@ -280,6 +280,8 @@ def test_mistakes_in_a_config_are_found_without_jax(arguments: list[str], tmp_pa
         ("lmjax.models.mixers", "MIXERS"),
         ("lmjax.data.mixture", "MIXTURES"),
         ("lmjax.registry", "TASKS"),
+        ("lmjax.finetune.adapters", "ADAPTERS"),
+        ("lmjax.finetune.storage", "STORAGES"),
     ],
 )
 def test_names_in_the_source_are_those_of_the_registry(module: str, registry: str) -> None:

@@ -12,6 +12,8 @@ import pytest
 from lmjax.config import Config
 from lmjax.data.config import DataConfig
 from lmjax.data.mixture import MIXTURES
+from lmjax.finetune.adapters import ADAPTERS
+from lmjax.finetune.storage import STORAGES
 from lmjax.models.activations import ACTIVATIONS
 from lmjax.models.architectures import ARCHITECTURES
 from lmjax.models.attention.attention import BACKENDS
@@ -23,6 +25,7 @@ from lmjax.optim.hyperparameters import RULES
 from lmjax.optim.rules import OPTIMIZERS
 from lmjax.optim.schedules import SCHEDULES
 from lmjax.registry import TASKS
+from lmjax.train.config import AdapterConfig, TuneConfig
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "lmjax").rglob("*.py"))
@@ -282,6 +285,8 @@ def test_modules_say_what_they_are_for(path: Path) -> None:
         (ModelConfig, "architecture", ARCHITECTURES, set()),
         (DataConfig, "mixture", MIXTURES, set()),
         (Config, "task", TASKS, set()),
+        (AdapterConfig, "name", ADAPTERS, set()),
+        (TuneConfig, "store", STORAGES, set()),
         (Config, "hyperparameters", RULES, set()),
     ],
 )

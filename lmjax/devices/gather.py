@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from lmjax.devices.mesh import GATHER, GATHERED, SHARDING_RULES, Names, all_axes, axes_of, current_mesh, mesh_axes
-from lmjax.weights import Spec, Weight, map_weights
+from lmjax.weights import Weight, map_weights
 
 
 def gather_copies(x: jax.Array, batch_axes: Names) -> jax.Array:
@@ -34,7 +34,7 @@ def gather_copies(x: jax.Array, batch_axes: Names) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*entries, *(None for _ in range(x.ndim - len(front)))))
 
 
-def gather(params: Any, spec: Spec | None = None) -> Any:
+def gather(params: Any, spec: Any = None) -> Any:
     """All-gather weights along fsdp and context for use in a layer; they stay sharded along tensor and expert.
 
     Gradients come back sharded as the weights are. With `spec`, the gradient of a matrix is a sum over devices that

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lmjax.devices.mesh import SHARDING_RULES, all_axes, axes_of, current_mesh, mesh_axes
 from lmjax.devices.place import use_mesh
 from lmjax.models.model import Model
+from lmjax.models.read import each_array
 from lmjax.process import group
 from lmjax.weights import Params, Weight, map_weights
 
@@ -43,9 +44,9 @@ def decoding_weights(model: Model, params: Params, mesh: Mesh | None) -> Params:
     """
     if mesh is None:
         return model.unstack(params)
-    specs = map_weights(lambda _, w: _partition(w), model.spec, params)
+    specs = jax.tree.map(_partition, params)
     if {*SHARDING_RULES["layers"]} & {*all_axes(itertools.chain.from_iterable(jax.tree.leaves(specs)))}:
-        specs = map_weights(functools.partial(_off_stages, mesh), model.spec, specs)
+        specs = map_weights(functools.partial(each_array, functools.partial(_off_stages, mesh)), model.spec, specs)
     with use_mesh(mesh):
         params = jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), params, specs)
         return group.wait_on_cpu(model.unstack(group.wait_on_cpu(params)))

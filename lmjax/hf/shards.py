@@ -38,7 +38,7 @@ def list_tensors(directory: Path) -> dict[str, Stored]:
     Raises CheckpointError for files that are missing, damaged, outside the directory, or not what the index says.
     """
     if (directory / SINGLE).exists():
-        return _header(directory / SINGLE)
+        return list_file(directory / SINGLE)
     if not (directory / INDEX).exists():
         raise CheckpointError(_nothing_to_read(directory))
     listed = _read_index(directory / INDEX)
@@ -46,7 +46,7 @@ def list_tensors(directory: Path) -> dict[str, Stored]:
     for name in sorted(set(listed.values())):
         if not (directory / name).exists():
             raise CheckpointError(f"{directory / name} is missing, which {INDEX} lists; download the checkpoint again")
-        found |= _header(directory / name)
+        found |= list_file(directory / name)
     wrong = [name for name in {**listed, **found} if name not in found or listed.get(name) != found[name].file.name]
     if wrong:
         raise CheckpointError(f"{directory}: the shards do not hold '{wrong[0]}' as {INDEX} says; download them again")
@@ -76,7 +76,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return listed
 
 
-def _header(path: Path) -> dict[str, Stored]:
+def list_file(path: Path) -> dict[str, Stored]:
+    """Every tensor of one file, from its header. Raises CheckpointError for a file that is damaged."""
     with _reading(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
         return {name: Stored(path, name, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
@@ -132,7 +133,7 @@ def write_tensors(
     )
     content = iter(tensors)
     for file, names in zip(files, groups, strict=True):
-        _write_shard(directory / file, {name: shapes[name] for name in names}, content, dtype)
+        write_file(directory / file, {name: shapes[name] for name in names}, content, dtype)
     if len(groups) == 1:
         return files
     total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
@@ -154,7 +155,7 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     return groups
 
 
-def _write_shard(
+def write_file(
     path: Path, shapes: Mapping[str, tuple[int, ...]], content: Iterator[np.ndarray], dtype: np.dtype
 ) -> None:
     """The format: the header's length in 8 bytes, the header as JSON padded to 8 bytes, the tensors end to end."""

@@ -88,7 +88,7 @@ def _entries(
             names["expert"] = index[len(names)]
         yield Expected(
             line.name.format(**names),
-            _shape(line.layout, first, len(paths)),
+            merged_shape(line.layout, first, len(paths)),
             line.layout,
             tuple(Place(path, weights[path], index) for path in paths),
         )
@@ -102,7 +102,7 @@ def _sizes(weight: Weight, parts: int) -> dict[str, int]:
     return {"parts": parts, **dict(zip(one.names, one.shape, strict=True))}
 
 
-def _shape(layout: str, weight: Weight, parts: int) -> tuple[int, ...]:
+def merged_shape(layout: str, weight: Weight, parts: int) -> tuple[int, ...]:
     sizes = _sizes(weight, parts)
     groups = re.findall(r"\(([^)]*)\)|(\S+)", layout)
     return tuple(math.prod(sizes[axis] for axis in (merged or single).split()) for merged, single in groups)

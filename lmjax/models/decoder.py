@@ -27,7 +27,7 @@ from lmjax.models.model import Cache, Model
 from lmjax.models.moe import moe
 from lmjax.models.pipeline import pipelined
 from lmjax.models.position import rotations, sinusoidal
-from lmjax.models.read import as_array, cast, head, read
+from lmjax.models.read import as_array, cast, each_array, head, read, ready_for_lookup
 from lmjax.models.remat import REMAT
 from lmjax.parametrization import parametrize, stream_factor
 from lmjax.weights import (
@@ -239,7 +239,7 @@ def embed_tokens(
     spec: Spec,
     cfg: ModelConfig,
 ) -> jax.Array:
-    table_VD = as_array(spec["embed"], params["embed"])
+    table_VD = each_array(functools.partial(ready_for_lookup, dtype=cfg.dtype), spec["embed"], params["embed"])
     x_BTD = lookup_tokens(table_VD, tokens_BT, cfg.dtype) * jnp.asarray(cfg.embed_scale, cfg.dtype)
     all_positions_BT = constrain(all_positions_BT, "batch" if len(all_positions_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":
@@ -363,7 +363,7 @@ def unembed(params: Params, x: jax.Array, *, spec: Spec, cfg: ModelConfig) -> ja
     # A tied head is declared as "embed". Its params may have an "unembed" all the same: `unstack` makes one on CPU.
     weight: Weight = spec["embed" if cfg.tied else "unembed"]
     name = "unembed" if "unembed" in params else "embed"
-    w = cast(weight, as_array(weight, params[name]), cfg.dtype)
+    w = each_array(functools.partial(cast, dtype=cfg.dtype), weight, params[name])
     scaled_x = times(x, cfg.logit_scale * weight.scaling.logits)
     logits = linear(scaled_x, w, rows_out=name == "embed", dtype=jnp.float32)
     return softcap(logits, cfg.logit_softcap)

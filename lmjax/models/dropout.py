@@ -1,11 +1,13 @@
 """Dropout whose masks have names: (sample, layer, site) says which entries are zeroed, whichever devices hold them."""
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
+from jax.sharding import PartitionSpec
 
 from lmjax.devices.mesh import constrain, current_mesh
 from lmjax.devices.rows import token_order
@@ -29,6 +31,31 @@ def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: Rate, layer: int |
         return jnp.where(kept_TD, x_TD * scale.astype(x_TD.dtype), 0)
 
     return jax.vmap(one)(keys_B, x_BTD)
+
+
+def drop_inputs(x: jax.Array, keys_B: jax.Array | None, rate: Rate) -> jax.Array:
+    """`dropout` of what a matrix reads, x[B, T, *in], wherever its axes are sharded; the keys name the masks whole."""
+    if keys_B is None:
+        return x
+    keep, scale = _kept(rate)
+    place = _places(x.shape[1:], None if current_mesh() is None else jax.typeof(x).sharding.spec[1:])
+
+    def one(key: jax.Array, x_T: jax.Array) -> jax.Array:
+        high, low = threefry2x32_p.bind(*jax.random.key_data(key), jnp.zeros_like(place), place)
+        return jnp.where(_uniform(high ^ low) < keep, x_T * scale.astype(x_T.dtype), 0)
+
+    return jax.vmap(one)(keys_B, x)
+
+
+def _places(shape: tuple[int, ...], spec: Any) -> jax.Array:
+    """Where each entry of a row of tokens stands in the row's stream, uint32[T, *in], sharded by `spec`."""
+    assert math.prod(shape) < 1 << 32, "the upper half of threefry's counter is taken to be 0"
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(shape):
+        index = (token_order(size) if axis == 0 else jnp.arange(size)).astype(jnp.uint32)
+        index = index if spec is None else jax.sharding.reshard(index, PartitionSpec(spec[axis]))
+        place = place[..., None] * jnp.uint32(size) + index
+    return place
 
 
 def _kept(rate: Rate) -> tuple[jax.Array, jax.Array]:

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 from lmjax.models.model import Model
-from lmjax.weights import Params, Spec, Weight, by_path
+from lmjax.models.read import as_array
+from lmjax.weights import Params, Spec, Weight, by_path, map_weights
 
 Apply = Callable[[Params, jax.Array], Any]
 Declared = Mapping[str, str | Weight]
@@ -67,13 +68,13 @@ def _model(params: Params, apply: Apply, tokens_BT: jax.Array, declared: Declare
         )
         if given:
             raise ValueError(f"a Flax module takes tokens alone, not {', '.join(given)}; use data.documents=joined")
-        return apply(params, tokens_BT), None, {}
+        return apply(map_weights(as_array, spec, params), tokens_BT), None, {}
 
     def unembed(params: Params, x: jax.Array) -> jax.Array:
         return x.astype(jnp.float32)
 
-    vocab = jax.eval_shape(apply, params, tokens_BT).shape[-1]
-    return Model(declare(params, vocab, declared), hidden, unembed, start=lambda key, scalars: params)
+    spec = declare(params, jax.eval_shape(apply, params, tokens_BT).shape[-1], declared)
+    return Model(spec, hidden, unembed, start=lambda key, scalars: params)
 
 
 def _string_keys(tree: Any) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmjax.devices.gather import all_gather, per_device
-from lmjax.devices.mesh import current_mesh, mesh_axes, partition_spec
+from lmjax.devices.mesh import current_mesh, mesh_axes, partition_spec, specs_of
 from lmjax.models.config import ModelConfig
 from lmjax.weights import Params, Spec, Weight, ones, zeros
 
@@ -69,8 +69,8 @@ def _rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     return rows(table_VD, ids_BT)
 
 
-def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of the float32 embedding table -> [B, T, D], sharded as the residual stream is.
+def lookup_tokens(table_VD: Any, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the embedding table (an array, or a compound) -> [B, T, D], sharded as the residual stream is.
 
     A row's gradient is added up in float32 whatever `dtype` is: a frequent token has thousands of terms, and a sum in
     bfloat16 stops growing after a few hundred.
@@ -78,10 +78,12 @@ def lookup_tokens(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Arr
     Each device finds the ids whose rows it holds, for all tokens that it will share with its neighbours along tensor;
     the sum over them, of which each needs its own tokens, is a reduce-scatter (Shoeybi et al. 2019, arXiv:1909.08053).
     """
+    if hasattr(table_VD, "lookup"):
+        return table_VD.lookup(lambda table: lookup_tokens(table, ids_BT, dtype))
     if current_mesh() is None:
         return table_VD[ids_BT].astype(dtype)
 
-    table_spec, tensor = partition_spec(("vocab", "embed")), mesh_axes("vocab")
+    table_spec, tensor = specs_of(table_VD), mesh_axes("vocab")
 
     def local(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         table_VD, V = all_gather(table_VD.astype(dtype), table_spec), len(table_VD)

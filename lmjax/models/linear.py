@@ -1,6 +1,7 @@
 """How a weight multiplies activations. Those of experts do it by themselves (moe/moe.py, moe/grouped.py)."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from lmjax.models.product import product
 
 def linear(
     x: jax.Array,
-    w: jax.Array,
+    w: Any,
     bias: jax.Array | None = None,
     *,
     contract: int = 1,
@@ -26,11 +27,23 @@ def linear(
     is the result's type (default: that of x); the sum itself is kept at least in float32 by XLA. On a mesh rows stay
     where they are and outputs are sharded as the weight's output axes are. The bias is float32.
     """
-    dtype = dtype or x.dtype
     assert not (rows_out and contract > 1)
-    multiply = _flat if current_mesh() is None else _on_mesh
-    y = multiply(x, w, contract, rows_out, dtype)
+    multiply_array = _flat if current_mesh() is None else _on_mesh
+
+    def dot(x: jax.Array, w: jax.Array, *, contract: int = contract, dtype: Any = dtype or x.dtype) -> jax.Array:
+        return multiply_array(x, w, contract, rows_out, dtype)
+
+    y = multiply(x, w, dot, rows_out=rows_out)
     return y if bias is None else add_bias(y, bias)
+
+
+def multiply(x: jax.Array, w: Any, dot: Callable[..., jax.Array], *, rows_out: bool = False) -> jax.Array:
+    """`dot(x, w)` for an array; a compound (models/read.py) multiplies by its parts with it.
+
+    `dot` takes the number of axes to contract and the result's type as `linear` does, where they differ from those of
+    the whole product.
+    """
+    return w.multiply(x, dot, rows_out=rows_out) if hasattr(w, "multiply") else dot(x, w)
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:

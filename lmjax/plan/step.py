@@ -112,7 +112,7 @@ def _compiled(plan: Plan, experiment: Experiment, state: TrainState, batch: Batc
     start = time.perf_counter()
     step = assemble.jitted_step(experiment)  # outside the mesh: nothing can run on devices that are not here
     with place.use_mesh(experiment.mesh):
-        traced = step.trace(state, {}, batch)
+        traced = step.trace(state, assemble.abstract_frozen(experiment), batch)
         lowered = traced.lower()
     traced_at, program = time.perf_counter(), traced.jaxpr.jaxpr
     visible = _visible(architectures.build(plan.cfg.model), plan.cfg.data.seq_len)

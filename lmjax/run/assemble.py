@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from lmjax.config import Config
 from lmjax.devices import mesh as meshes
@@ -169,7 +170,27 @@ def frozen_params(experiment: Experiment) -> Params:
     laid_out = spec_shardings(task.frozen.spec, mesh)
     with use_mesh(mesh):
         key = jax.random.key(task.cfg.train.seed)
-        return task.frozen.start(key, task.objective.scalars, laid_out)
+        return task.frozen.weights(key, task.objective.scalars, laid_out)
+
+
+def abstract_frozen(experiment: Experiment) -> Params:
+    """Shapes, dtypes and shardings of these."""
+    frozen, mesh = experiment.task.frozen, experiment.mesh
+    if frozen is None:
+        return {}
+    shapes = abstract_sharded(abstract(frozen.spec), spec_shardings(frozen.spec, mesh))
+    with use_mesh(mesh):
+        held = jax.eval_shape(frozen.hold, shapes)
+    if mesh is None:
+        return abstract_sharded(held, jax.tree.map(lambda _: own_device_sharding(), held))
+    return abstract_sharded(held, jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), held))
+
+
+def abstract_sharded(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes and dtypes with a tree of shardings."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def all_scalars(experiment: Experiment) -> Hyper:
@@ -190,11 +211,7 @@ def placed_scalars(experiment: Experiment) -> Hyper:
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state_shapes(experiment),
-        shardings(experiment),
-    )
+    return abstract_sharded(state_shapes(experiment), shardings(experiment))
 
 
 def state_shapes(experiment: Experiment) -> TrainState:

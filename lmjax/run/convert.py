@@ -1,8 +1,9 @@
 """The convert command: foreign checkpoints into work directories, and back."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from lmjax.run.workdir import make_workdir
 from lmjax.tasks.pretrain import save_tokenizer
 from lmjax.weights import abstract, map_weights
 
-_SEQ_LEN = 1024
+SEQ_LEN = 1024
 
 
 Pins = Sequence[tuple[str, str]]
@@ -56,6 +57,36 @@ def from_llama2c(path: str, tokenizer: str, workdir: str, pins: Pins = ()) -> Im
     return imported
 
 
+def check_flags(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a flag that the direction needs, or that it would not read."""
+    read: dict[str, tuple[str, ...]] = {
+        "to_hf": ("out", "step", "dtype", "shard_gb"),
+        "to_peft": ("out", "step"),
+        "from_llama2c": ("tokenizer", "sha256"),
+        "from_hf": ("sha256",),
+        "from_peft": ("base",),
+    }
+    needed = {
+        "to_hf": ("out", "--out=DIR, the directory to write"),
+        "to_peft": ("out", "--out=DIR, the directory to write"),
+        "from_peft": ("base", "--base=DIR: the run, or the Hugging Face directory, that the adapter is for"),
+        "from_llama2c": ("tokenizer", "--tokenizer=FILE: the vocabulary, a .bin or a SentencePiece .model"),
+    }
+    direction = next(name for name in read if given[name])
+    for other, flags in read.items():
+        for flag in flags:
+            if flag not in read[direction] and given[flag] not in (None, []):
+                raise ConfigError(
+                    f"{flag_of(flag)} belongs to {flag_of(other)}: {flag_of(direction)} has no use for it"
+                )
+    if direction in needed and not given[needed[direction][0]]:
+        raise ConfigError(f"{flag_of(direction)} needs {needed[direction][1]}")
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def check_pins(weights: Sequence[Path], directory: Path, pins: Pins) -> None:
     """Raise CheckpointError unless all files that are pinned are what they should be, and if any is, all of weights."""
     if not pins:
@@ -78,18 +109,18 @@ def check_pins(weights: Sequence[Path], directory: Path, pins: Pins) -> None:
             raise CheckpointError(f"{path} has the SHA-256 {found}, not {digest}; it is another file, or damaged")
 
 
-def new_workdir(workdir: str) -> epath.Path:
+def new_workdir(workdir: str, flag: str = "--workdir") -> epath.Path:
     """Where a model may be written to. Raises CheckpointError for a directory that is not empty, or not writable."""
     target = epath.Path(workdir)
     if (target / "config.json").exists() or (target / "checkpoints").exists():
-        raise CheckpointError(f"--workdir={workdir} holds a run already; choose another")
+        raise CheckpointError(f"{flag}={workdir} holds a run already; choose another")
     if target.is_dir() and any(target.iterdir()):
-        raise CheckpointError(f"--workdir={workdir} holds other files; choose a new or empty directory")
+        raise CheckpointError(f"{flag}={workdir} holds other files; choose a new or empty directory")
     make_workdir(target)
     return target
 
 
-def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> None:
+def write_workdir(imported: Imported, workdir: epath.Path, *, source: str, data: DataConfig | None = None) -> None:
     """The files of a run that has been trained elsewhere: a sealed checkpoint of step 0, tokenizer/, config.json."""
     checkpoints = Checkpoints(workdir / "checkpoints", Config().checkpoint)
     context = one_array_at_a_time(imported.params)
@@ -99,8 +130,30 @@ def write_workdir(imported: Imported, workdir: epath.Path, *, source: str) -> No
         save_tokenizer(imported.tokenizer, workdir)
         for name, content in imported.files.items():
             (workdir / "tokenizer" / name).write_bytes(content)
-    data = DataConfig(seq_len=min(_SEQ_LEN, imported.model.context))
+    data = data or DataConfig(seq_len=min(SEQ_LEN, imported.model.context))
     configs.write_json(workdir / "config.json", Config(model=imported.model, data=data))
+
+
+def merge(workdir: str, out: str, *, step: int | None = None) -> Imported:
+    """Make a work directory of one that stands on frozen weights, with an array in place of each weight.
+
+    Raises what `trained.load_trained` and `write_workdir` do, and ConfigError for adapters that no array can replace.
+    """
+    target = new_workdir(out, "--out")
+    imported, data = read_workdir(workdir, step)
+    write_workdir(imported, target, source=workdir, data=data)
+    return imported
+
+
+def read_workdir(workdir: str, step: int | None) -> tuple[Imported, DataConfig]:
+    """The model of a work directory, with an array in place of each weight, and the data that it was trained on."""
+    cfg = configs.from_json(epath.Path(workdir) / "config.json")
+    with one_array_at_a_time(abstract(decoder.weights(cfg.model))):
+        trained = load_trained(workdir, step)
+    beside = {name: epath.Path(workdir) / "tokenizer" / name for name in tokenizer_files.KEPT}
+    files = {name: path.read_bytes() for name, path in beside.items() if path.exists()}
+    weights = map_weights(lambda one, w: as_array(one, w).astype(jnp.float32), trained.model.spec, trained.params)
+    return Imported(trained.cfg.model, weights, trained.tokenizer, files), trained.cfg.data
 
 
 def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: int) -> list[str]:
@@ -108,11 +161,5 @@ def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: 
 
     Raises what `trained.load_trained` and `write_checkpoint` do.
     """
-    cfg = configs.from_json(epath.Path(workdir) / "config.json")
-    with one_array_at_a_time(abstract(decoder.weights(cfg.model))):
-        trained = load_trained(workdir, step)
-    beside = {name: epath.Path(workdir) / "tokenizer" / name for name in tokenizer_files.KEPT}
-    files = {name: path.read_bytes() for name, path in beside.items() if path.exists()}
-    weights = map_weights(as_array, trained.model.spec, trained.params)
-    imported = Imported(trained.cfg.model, weights, trained.tokenizer, files)
+    imported, _ = read_workdir(workdir, step)
     return write_checkpoint(Path(out), imported, dtype=dtype, shard_bytes=shard_bytes)

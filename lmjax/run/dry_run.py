@@ -32,10 +32,10 @@ def describe(cfg: Config) -> Iterator[str]:
     yield from size(task)
     state = assemble.abstract_state(experiment)
     devices = 1 if experiment.mesh is None else experiment.mesh.size
-    state_bytes, gradients = assemble.device_bytes(state), assemble.device_bytes(state.params)
+    held = {"state": state, "gradients": state.params, "frozen weights": assemble.abstract_frozen(experiment)}
+    sizes = [f"{assemble.device_bytes(x) / 2**20:,.1f} MiB of {name}" for name, x in held.items() if x]
     yield (
-        f"memory       {state_bytes / 2**20:,.1f} MiB of state and {gradients / 2**20:,.1f} MiB of gradients "
-        f"on each of {devices} device(s), activations not counted"
+        f"memory       {', '.join(sizes[:-1])} and {sizes[-1]} on each of {devices} device(s), activations not counted"
     )
     counted = epochs(cfg, manifests)
     for name, found in manifests.items():
@@ -67,6 +67,9 @@ def size(task: Task) -> Iterator[str]:
     yield f"parameters   {counts.total:,} total, {counts.non_embedding:,} non-embedding, {counts.matmul:,} matmul"
     if counts.active != counts.total:
         yield f"             {counts.active:,} active: what a token passes through, the N of 6ND"
+    if task.frozen is not None:
+        whole = counts.total + count(task.frozen.spec).total
+        yield f"             these are trained: {counts.total / whole:.2%} of {whole:,}, the others are frozen"
     run = Cost(0, 0, 0, 0, 0).plus(cfg.train.steps * cfg.train.batch, task.cost)
     yield (
         f"tokens       {run.tokens:,} = {cfg.train.steps:,} steps x {cfg.train.batch} x {cfg.data.seq_len}, "

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from lmjax.devices.chips import peak_flops
 from lmjax.errors import CheckpointError
 from lmjax.schema import NonNegativeFloat, NonNegativeInt, first_problem
-from lmjax.tasks.task import Source, Task
+from lmjax.tasks.task import Frozen, Source, Task
 from lmjax.train.accounting import Accounting, Cost
 
 
@@ -37,20 +37,24 @@ class Meta(TypedDict):
     evaluation_owed: NotRequired[bool]
     run: NotRequired[str]
     """Names it: see `workdir.run_id`."""
+    base: NotRequired[str | None]
+    """Names the frozen weights that it stands on: see `Frozen.check_same`."""
     identity: NotRequired[str]
     """Names its config: see `workdir.identity`."""
     left_out: NotRequired[list[list[NonNegativeInt]]]
     """[first sample, how many] of those that rollbacks left out."""
 
 
-def check_meta(meta: Mapping[str, Any], step: int) -> None:
-    """Raise CheckpointError for what no run has kept in a checkpoint."""
+def check_meta(meta: Mapping[str, Any], step: int, frozen: Frozen | None = None) -> None:
+    """Raise CheckpointError for what no run has kept in a checkpoint, or one that stands on other frozen weights."""
     try:
         pydantic.TypeAdapter(Meta).validate_python(meta, strict=True)
     except pydantic.ValidationError as error:
         raise CheckpointError(
             f"the checkpoint of step {step} is not that of a run: meta.{first_problem(error)}; use another step"
         ) from None
+    if frozen is not None:
+        frozen.check_same(meta, f"the checkpoint of step {step}")
 
 
 class Progress:
@@ -59,6 +63,7 @@ class Progress:
     def __init__(self, task: Task, source: Source, step: int, meta: Mapping[str, Any], *, devices: int) -> None:
         """`meta` is what the checkpoint of `step` kept; it is empty at the start of a run."""
         self.source = source
+        self._base = {} if task.frozen is None else {"base": task.frozen.start.digest()}
         peak = peak_flops(jax.devices()[0].device_kind)
         self.accounting = Accounting(
             start_step=step,
@@ -91,6 +96,7 @@ class Progress:
             "epochs": self.epochs(spent.samples),
             "epochs_before": self._epochs_before,
             **({"left_out": self._left_out} if self._left_out else {}),
+            **self._base,
         }
 
 

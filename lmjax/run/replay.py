@@ -22,7 +22,7 @@ from lmjax.process import group
 from lmjax.record import files, steps
 from lmjax.record.checkpoint import restore_parts
 from lmjax.record.trees import leaves_by_path
-from lmjax.registry import TASKS
+from lmjax.registry import with_data
 from lmjax.run import assemble, rollback
 from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress
@@ -101,7 +101,7 @@ def replay(workdir: epath.PathLike, step: int) -> Replay:
     workdir = epath.Path(workdir)
     cfg = configs.from_json(workdir / "config.json")
     start = _checkpoint_before(workdir, step)
-    task = TASKS[cfg.task].task(cfg)
+    task = with_data(cfg)
     experiment = assemble.assemble(task)
     abstract = assemble.abstract_state(experiment)
     wanted = {name: x for name, x in vars(abstract).items() if x is not None and name != "hyper"}

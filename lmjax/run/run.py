@@ -25,7 +25,7 @@ from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.lease import Lease
 from lmjax.record.report import write_report
 from lmjax.record.tracking import Status
-from lmjax.registry import TASKS
+from lmjax.registry import TASKS, with_data
 from lmjax.run import assemble, branch, feed, replay, rollback
 from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress, check_meta
@@ -102,7 +102,7 @@ def run(
         stack.enter_context(lock(workdir))
         if is_finished(workdir, cfg, options):  # by the run that was waited for, or by one that died over its report
             if not has_files(workdir, cfg):
-                task = (make_task or TASKS[cfg.task].task)(cfg)
+                task = (make_task or with_data)(cfg)
                 if group.is_leader():
                     task.write_files(workdir)
             if not has_report(workdir) and group.is_leader():
@@ -113,7 +113,7 @@ def run(
         check_unchanged(workdir, cfg, allow=options.allow_config_change)
         check_not_lost(workdir)
         branch.begin(workdir, cfg)
-        task = (make_task or TASKS[cfg.task].task)(cfg)
+        task = (make_task or with_data)(cfg)
         experiment = assemble.assemble(task)
         with make_runtime(experiment) as runtime:
             return Run(experiment, workdir, options, runtime, lease).train()
@@ -229,7 +229,7 @@ class Run:
         if restored is None:
             return None
         state, meta, step = restored
-        check_meta(meta, step)
+        check_meta(meta, step, self.task.frozen)
         steps = self.cfg.train.steps
         if step > steps:
             raise ConfigError(

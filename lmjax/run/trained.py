@@ -45,11 +45,12 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
         raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(task.spec))
-    params, _, found = checkpoint.restore_weights(workdir, shapes, step=step)
+    params, meta, found = checkpoint.restore_weights(workdir, shapes, step=step)
     frozen: Params = {}
     if task.frozen is not None:
+        task.frozen.check_same(meta, f"{workdir}, step {found}")
         shardings = jax.tree.map(lambda _: single, abstract(task.frozen.spec))
-        frozen = task.frozen.start(jax.random.key(cfg.train.seed), task.objective.scalars, shardings)
+        frozen = task.frozen.weights(jax.random.key(cfg.train.seed), task.objective.scalars, shardings)
     language, tokenizer = task.language, load_tokenizer(workdir / "tokenizer")
     weights = language.weights(frozen, params)
     return Trained(cfg, language.model, language.scorer, weights, tokenizer, found)

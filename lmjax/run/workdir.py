@@ -39,6 +39,7 @@ _FIXED = (
     "model.",
     "data.",
     "optimizer.",
+    "tune.",
     "train.steps",
     "train.batch",
     "train.seed",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
+from lmjax import config as configs
 from lmjax.data.tokenizers.load import saved_hash
 from lmjax.errors import ConfigError
 from lmjax.hf import imported
@@ -68,6 +69,15 @@ def read_from(init_from: str, model: ModelConfig, spec: Spec, tokenizer_hash: st
     if found is not None:
         return from_hugging_face(found, model, tokenizer_hash)
     return from_run(init_from, spec, tokenizer_hash)
+
+
+def model_of(init_from: str) -> ModelConfig:
+    """The model of a run, or of a Hugging Face directory, that weights may start from. Raises ConfigError without."""
+    found = hugging_face(init_from)
+    if found is not None:
+        return imported.read_model(found.path)[0]
+    workdir, _ = parse_origin(_SETTING, init_from)
+    return configs.from_json(workdir / "config.json").model
 
 
 # From a run -------------------------------------------------------------------------------------------------------

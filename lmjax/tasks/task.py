@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from lmjax.config import Config
+from lmjax.errors import CheckpointError
 from lmjax.models.model import Model
 from lmjax.tasks.start import Start
 from lmjax.train.accounting import Cost
@@ -62,10 +63,28 @@ class Evaluate(Protocol):
 
 
 class Frozen(NamedTuple):
-    """Weights that the loss reads and nothing changes: sharded by their own spec, never donated, never saved."""
+    """Weights that the loss reads and nothing changes: sharded by their own spec, never donated, never saved.
+
+    A checkpoint of what stands on them names them by `start.digest()`.
+    """
 
     spec: Spec
     start: Start
+    hold: Callable[[Params], Params] = lambda weights: weights
+    """Weights as `start` makes them -> as they are held, in fewer bytes perhaps: a pure function of arrays."""
+
+    def weights(self, key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
+        """The weights as they are held. Raises what `start` does."""
+        held: Params = jax.jit(self.hold)(self.start(key, scalars, shardings))
+        return held
+
+    def check_same(self, meta: Mapping[str, Any], where: str) -> None:
+        """Raise CheckpointError unless the checkpoint with this meta, at `where`, stands on these weights."""
+        if meta.get("base") != (here := self.start.digest()):
+            raise CheckpointError(
+                f"{where} stands on the weights with the hash {meta.get('base')}, and train.init_from has {here}; give "
+                "it those that it was trained on"
+            )
 
 
 class Language(NamedTuple):

@@ -62,6 +62,38 @@ class EvaluationsConfig:
 
 
 @config_class
+class AdapterConfig:
+    """Small weights that are trained beside frozen ones."""
+
+    name: Annotated[str, one_of(names_in("lmjax.finetune.adapters", "ADAPTERS"))] = "lora"
+    targets: tuple[str, ...] = ("segments/*",)
+    """The weights beside which they stand, by patterns as in `tune.train`, of those that can have one; by default every
+    matrix of every layer."""
+    rank: Size = 8
+    alpha: PositiveFloat = 16.0
+    """What is beside counts alpha / rank times."""
+    rank_stabilized: bool = False
+    """alpha / sqrt(rank) times, so that a larger rank learns as fast (rsLoRA)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On what the adapters of matrices in layers read."""
+
+
+@config_class
+class TuneConfig:
+    """What of the weights is trained. The others are frozen: they are in neither optimizer state nor checkpoints, which
+    name what they stand on by its hash (docs/tuning.md)."""
+
+    train: tuple[str, ...] | None = None
+    """The weights that are trained themselves, by patterns over their paths, ('unembed', 'mlp/*'), or over their axes,
+    ('* -> vocab',). None means all of them, and with an adapter none."""
+    freeze: tuple[str, ...] = ()
+    """Of these, the weights that are not trained after all."""
+    store: Annotated[str, one_of(names_in("lmjax.finetune.storage", "STORAGES"))] = "float32"
+    """How frozen matrices and tables are held."""
+    adapter: AdapterConfig | None = None
+
+
+@config_class
 class TrainConfig:
     steps: PositiveInt = 1000
     tokens: PositiveInt | None = None

@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         ),
         Variant(
             "lmjax/run/run.py",
-            "        check_meta(meta, step)\n",
+            "        check_meta(meta, step, self.task.frozen)\n",
             "",
             "test_identity.py::test_odd_notes_of_a_run_are_refused",
         ),

@@ -25,7 +25,7 @@ from lmjax.devices.rows import token_order
 from lmjax.metrics import Metrics
 from lmjax.models.attention.attention import platform
 from lmjax.models.config import ModelConfig, MoeConfig
-from lmjax.models.linear import add_bias, linear
+from lmjax.models.linear import add_bias, linear, multiply
 from lmjax.models.mlp import feed_forward, mlp, mlp_weights
 from lmjax.models.moe.exchange import routes, send, send_back
 from lmjax.models.moe.grouped import grouped_dot
@@ -129,7 +129,7 @@ def _routed(
 
 def dropless(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Every token through all its chosen experts, which other devices may hold -> (y_BTD, 0 dropped choices)."""
-    D, experts = x_BTD.shape[-1], len(p["up"])
+    D, experts = x_BTD.shape[-1], held_here(cfg)
     chosen_A = routing.chosen_BTX.reshape(-1)
     order_A = jnp.argsort(chosen_A)
     x_AD, chosen_A = x_BTD.reshape(-1, D)[order_A // cfg.moe.top_k], chosen_A[order_A]
@@ -146,12 +146,20 @@ def dropless(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
     return combine(y_BTXD, routing.weights_BTX), jnp.zeros(())
 
 
+def held_here(cfg: ModelConfig) -> int:
+    """How many experts a device holds."""
+    return cfg.dims["experts"] // shards("experts")
+
+
 def _sorted_rows(p: Params, x_AD: jax.Array, expert_A: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Multiply rows that are sorted by expert; the results of rows without an expert are undefined."""
-    load_E = jnp.bincount(expert_A, length=len(p["up"]))
+    load_E = jnp.bincount(expert_A, length=held_here(cfg))
+
+    def dot(x_AI: jax.Array, w_EIO: jax.Array, **_: Any) -> jax.Array:
+        return grouped_dot(x_AI, w_EIO, load_E)
 
     def project(x_AI: jax.Array, name: str) -> jax.Array:
-        y_AO = grouped_dot(x_AI, p[name], load_E)
+        y_AO = multiply(x_AI, p[name], dot)
         bias_EO = p.get(f"{name}_bias")
         return y_AO if bias_EO is None else y_AO + bias_EO[expert_A].astype(x_AI.dtype)
 
@@ -163,7 +171,7 @@ def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
 
     A dropped choice adds nothing (Lepikhin et al. 2020, arXiv:2006.16668). Padding takes no slot.
     """
-    (B, T, D), E, slots = x_BTD.shape, len(p["up"]) * shards("experts"), room(x_BTD.shape[1], cfg.moe)
+    (B, T, D), E, slots = x_BTD.shape, cfg.dims["experts"], room(x_BTD.shape[1], cfg.moe)
     slot_BA, source_BQ = jax.vmap(lambda chosen_TX, real_T: _slots(chosen_TX, real_T, E, slots))(
         routing.chosen_BTX, routing.real_BT
     )
@@ -171,8 +179,11 @@ def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
     x_BQD = jax.vmap(lambda x_TD, source_Q: x_TD.at[source_Q].get(mode="fill", fill_value=0))(x_BTD, source_BQ)
     x_ERD = x_BQD.reshape(B, E, slots, D).swapaxes(0, 1).reshape(E, B * slots, D)
 
+    def dot(x_ERI: jax.Array, w_EIO: jax.Array, **_: Any) -> jax.Array:
+        return jnp.einsum("ERI,EIO->ERO", x_ERI, w_EIO, preferred_element_type=x_ERI.dtype)
+
     def project(x_ERI: jax.Array, name: str) -> jax.Array:
-        y_ERO = jnp.einsum("ERI,EIO->ERO", x_ERI, p[name], preferred_element_type=x_ERI.dtype)
+        y_ERO = multiply(x_ERI, p[name], dot)
         bias_EO = p.get(f"{name}_bias")
         return y_ERO if bias_EO is None else add_bias(y_ERO, bias_EO[:, None])
 

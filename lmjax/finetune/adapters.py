@@ -1,0 +1,28 @@
+"""The kinds of adapters: small weights that are trained beside a frozen one. A new one is one file and a line here."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax.finetune import low_rank
+from lmjax.models.read import Compound
+from lmjax.train.config import AdapterConfig
+from lmjax.weights import Spec, Weight
+
+
+class Adapter(NamedTuple):
+    """What stands beside one weight; `cfg` is the same for all of them."""
+
+    fits: Callable[[Weight], bool]
+    """Whether a weight can have one."""
+    weights: Callable[[Weight, AdapterConfig], Spec]
+    """What is trained, copy by copy of the weight."""
+    attached: Callable[[Weight, AdapterConfig, Any, Any, jax.Array | None], Compound]
+    """(declaration, cfg, the stored weight, what is beside it, keys of dropout [L, B]) -> what the model reads."""
+
+
+# Adapters by the names that `tune.adapter.name` takes.
+ADAPTERS: dict[str, Adapter] = {
+    "lora": Adapter(low_rank.fits, low_rank.weights, low_rank.attached),
+}

@@ -1,0 +1,88 @@
+"""Adapters on a mesh; run by test_low_rank.py in a process with 8 devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax.config import Config
+from lmjax.devices.place import shard_batch
+from lmjax.registry import without_data
+from lmjax.run import assemble
+from tests.finetune.test_low_rank import drawn
+from tests.finetune.test_parts import config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TUNE: dict[str, Any] = {
+    "store": "int8",
+    "train": ("final_norm/*",),
+    "adapter": {"rank": 3, "targets": ("segments/*", "embed", "unembed")},
+}
+
+
+def experiment(family: str, layout: str, tune: dict[str, Any], devices: int, **mesh: int) -> Any:
+    cfg = config(family, tune=tune, mesh__layout=layout, **{f"mesh__{name}": size for name, size in mesh.items()})
+    model = dataclasses.replace(cfg.model, vocab=64, rope=dataclasses.replace(cfg.model.rope, scaling="none"))
+    if model.moe.experts is not None:
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, experts=6))
+    data, train = dataclasses.replace(cfg.data, seq_len=16), dataclasses.replace(cfg.train, batch=8)
+    cfg = dataclasses.replace(cfg, model=model, data=data, train=train)
+    return assemble.assemble(without_data(cfg), jax.devices()[:devices] if devices > 1 else None)
+
+
+def stepped(one: Any) -> tuple[Any, Any]:
+    state, cfg = assemble.initial_state(one), one.cfg
+    state = dataclasses.replace(
+        state, params=jax.device_put(drawn(jax.device_get(state.params)), assemble.shardings(one).params)
+    )
+    frozen, batch = assemble.frozen_params(one), random_batch(cfg)
+    placed = shard_batch(batch, one.mesh, cfg.train.batch)
+    state, metrics = assemble.compiled_step(one)(state, frozen, placed)
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+def random_batch(cfg: Config) -> Any:
+    from lmjax.data.windows import as_batch
+
+    rows_BU = np.random.default_rng(3).integers(0, 64, (cfg.train.batch, cfg.data.seq_len + 1)).astype(np.int32)
+    return as_batch(rows_BU, rows_BU, np.arange(cfg.train.batch), cfg.data.documents)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """What one device computes, once for each way to tune."""
+    cache: dict[str, Any] = {}
+
+    def compute(family: str, tune: dict[str, Any]) -> Any:
+        key = f"{family} {tune}"
+        if key not in cache:
+            with jax.default_device(jax.devices()[0]):
+                cache[key] = stepped(experiment(family, "fsdp", tune, 1))
+        return cache[key]
+
+    return compute
+
+
+DROPPED = {"adapter": {"rank": 3, "dropout": 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("family", "tune", "layout", "mesh"),
+    [
+        ("llama3", TUNE, "fsdp", {}),
+        ("llama3", TUNE, "fsdp+tp", {"tensor": 2}),
+        ("llama3", DROPPED, "fsdp+cp+tp", {"tensor": 2, "context": 2}),
+        ("mixtral", TUNE, "fsdp+ep", {"expert": 2}),
+    ],
+)
+def test_a_step_is_that_of_one_device(
+    alone: Any, family: str, tune: dict[str, Any], layout: str, mesh: dict[str, int]
+) -> None:
+    params, metrics = stepped(experiment(family, layout, tune, 8, **mesh))
+    wanted, said = alone(family, tune)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name][0], said[name][0], rtol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, wanted)

@@ -1,0 +1,164 @@
+"""A run that stands on frozen weights: started, stopped, resumed, evaluated, merged, and refused another base."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax import config as configs
+from lmjax.data.config import PrepareConfig, TokenizerConfig
+from lmjax.data.prepare.prepare import prepare
+from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError
+from lmjax.process import faults as fault_hooks
+from lmjax.record.inspect import inspect
+from lmjax.record.tracking import read_jsonl
+from lmjax.registry import with_data
+from lmjax.run import assemble, run
+from lmjax.run.convert import merge, to_hf
+from lmjax.run.peft import to_peft
+from lmjax.run.trained import evaluate_trained, load_trained
+from tests.tasks.test_start import load
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compile_cache")
+
+SHAPE = ("layers=2", "embed=16", "heads=2", "mlp=24", "gated=True", "tied=False")
+LORA = ("tune.adapter.rank=2", "tune.adapter.dropout=0.1", "tune.store=bfloat16", "tune.train=('final_norm/*',)")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tune")
+    for number in range(12):
+        words = np.random.default_rng(number).choice(["stone", "river", "cloud", "grass"], 40)
+        (directory / f"{number}.txt").write_text(" ".join(words))
+    recipe = PrepareConfig(
+        inputs=(f"{directory}/*.txt",), tokenizer=TokenizerConfig(kind="bytes"), valid_fraction=0.3, workers=1
+    )
+    prepare(recipe, str(directory / "prepared"))
+    return directory
+
+
+Train = Callable[..., int]
+
+
+@pytest.fixture
+def train(place: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    def train(workdir: str, *settings: str, faults: str = "") -> int:
+        monkeypatch.setenv("LMJAX_FAULTS", faults)
+        monkeypatch.setattr(fault_hooks, "_calls", {})
+        return run.run(config(place, *settings), place / workdir, run.Options())
+
+    return train
+
+
+def config(place: Path, *settings: str) -> configs.Config:
+    given = [f"data.sources.own.path={place}/prepared", "data.seq_len=16", "train.batch=4", "train.steps=6"]
+    given += [f"model.{one}" for one in SHAPE] + ["checkpoint.every=2", "train.sample.tokens=3", "train.log_every=1"]
+    given += ["optimizer.schedule.warmup=1", "optimizer.learning_rate=0.02"]
+    return load(place, [*given, *settings])
+
+
+@pytest.fixture
+def base(place: Path, train: Train) -> Path:
+    if not (place / "base").exists():
+        assert train("base") == DONE
+    return place / "base"
+
+
+@pytest.fixture
+def tuned(place: Path, train: Train, base: Path) -> Path:
+    if not (place / "tuned").exists():
+        assert train("tuned", f"train.init_from={base}", *LORA) == DONE
+    return place / "tuned"
+
+
+def test_it_is_stopped_and_resumed_to_the_same_bits(tuned: Path, train: Train, base: Path) -> None:
+    given = (f"train.init_from={base}", *LORA)
+    assert train("stopped", *given, faults="terminate@step:3") == PREEMPTED and train("stopped", *given) == DONE
+    whole, stopped = (inspect(path, hashes=True) for path in (tuned, tuned.parent / "stopped"))
+    assert whole["hashes"] == stopped["hashes"] and whole["step"] == 6
+    rows = [row for row in read_jsonl(tuned / "metrics.jsonl") if "train/loss" in row]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+def test_its_checkpoints_hold_what_is_trained_alone(tuned: Path, base: Path) -> None:
+    seal = json.loads((tuned / "checkpoints" / "6" / "LMJAX_MANIFEST.json").read_text())
+    params = [path.removeprefix("params/") for path in seal["leaves"] if path.startswith("params/")]
+    assert {path for path in params if not path.startswith("adapter/")} == {"final_norm/scale"}
+    assert all(path.endswith(("/down", "/up")) for path in params if path.startswith("adapter/"))
+    cfg = configs.from_json(tuned / "config.json")
+    assert cfg.train.init_from == f"{base}@6" and seal["meta"]["base"] == with_data(cfg).start.digest() is not None
+
+
+def test_frozen_weights_are_the_bases_to_the_bit(tuned: Path, base: Path) -> None:
+    """As they are rounded: what a step is given is what it leaves."""
+    experiment = assemble.assemble(with_data(configs.from_json(tuned / "config.json")))
+    frozen, params = assemble.frozen_params(experiment)["base"], load_trained(base).params
+    assert "final_norm" not in frozen
+
+    def same(held: jax.Array, w: jax.Array) -> None:
+        np.testing.assert_array_equal(held, w.astype(held.dtype))
+
+    jax.tree.map(same, frozen["segments"], params["segments"])
+
+
+def test_it_is_evaluated_sampled_merged_and_exported(tuned: Path, place: Path, tmp_path: Path) -> None:
+    said = json.loads((tuned / "summary.json").read_text())["val_full/own/loss"]
+    merge(str(tuned), str(tmp_path / "merged"))
+    for workdir in (tuned, tmp_path / "merged"):
+        scored = evaluate_trained(load_trained(workdir), [f"{place}/prepared"], split="valid", batch=4, seq_len=16)
+        np.testing.assert_allclose(next(iter(scored.values())).loss, said, rtol=1e-5)
+    assert (tuned / "samples" / "6.txt").exists()
+    with pytest.raises(CheckpointError, match=r"--out=.* holds a run already"):
+        merge(str(tuned), str(tmp_path / "merged"))
+    with pytest.raises(ConfigError, match=r"has trained final_norm/\*, too"):
+        to_peft(str(tuned), str(tmp_path / "peft"))
+    files = to_hf(str(tuned), str(tmp_path / "hf"), step=None, dtype="float32", shard_bytes=1 << 30)
+    assert "model.safetensors" in files
+
+
+def test_another_base_is_refused(tuned: Path, base: Path, place: Path, train: Train, tmp_path: Path) -> None:
+    """Though it lies in the same place, at the same step."""
+    given = (f"train.init_from={base}", *LORA)
+    assert train("preempted", *given, faults="terminate@step:3") == PREEMPTED
+    assert train("other", "train.seed=5") == DONE
+    shutil.move(base, tmp_path / "base")
+    shutil.copytree(place / "other", base)
+    try:
+        with pytest.raises(CheckpointError, match=r"stands on the weights with the hash .* give it those") as caught:
+            train("preempted", *given)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(CheckpointError, match="stands on the weights with the hash"):
+            load_trained(tuned)
+    finally:
+        shutil.rmtree(base)
+        shutil.move(tmp_path / "base", base)
+    assert train("preempted", *given) == DONE
+
+
+def test_a_base_of_other_shapes_or_with_adapters_is_refused(tuned: Path, base: Path, train: Train) -> None:
+    with pytest.raises(ConfigError, match="has other weights than this model"):
+        train("wider", f"train.init_from={base}", "model.mlp=32", *LORA)
+    with pytest.raises(ConfigError, match="has other weights than this model"):
+        train("again", f"train.init_from={tuned}", *LORA)
+
+
+def test_the_head_alone_is_trained(base: Path, train: Train) -> None:
+    workdir = base.parent / "head"
+    assert train("head", f"train.init_from={base}", "tune.train=('unembed',)") == DONE
+    before, after = load_trained(base).params, load_trained(workdir).params
+    assert not np.array_equal(before.pop("unembed"), after.pop("unembed"))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_tuned_run_starts_only_with_the_same_settings(tuned: Path, base: Path, train: Train) -> None:
+    (tuned / "summary.json").rename(tuned / "summary.kept")
+    try:
+        with pytest.raises(ConfigError, match=r"tune\.adapter\.rank was 2, now 3"):
+            train("tuned", f"train.init_from={base}", *LORA, "tune.adapter.rank=3")
+    finally:
+        (tuned / "summary.kept").rename(tuned / "summary.json")
