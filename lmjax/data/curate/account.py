@@ -118,4 +118,4 @@ def _excerpt(text: str, start: int, length: int) -> str:
         part = re.sub(r"^\S+", "", part)
     if start + length < len(text) and not text[start + length].isspace():
         part = re.sub(r"\S+\Z", "", part)
-    return mask(part)
+    return mask(part.strip())

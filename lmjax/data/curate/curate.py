@@ -69,6 +69,8 @@ def _finished(directory: epath.Path, recipe: dict[str, Any]) -> Curation:
     curation = read_curation(directory)
     if differing := _difference(curation.recipe, recipe):
         raise DataError(f"{directory} was curated differently: {differing}; use a new directory or delete this one")
+    if (directory / FOLDER).exists():  # it was killed when all that was left to do was this
+        shutil.rmtree(directory / FOLDER, ignore_errors=True)
     return curation
 
 

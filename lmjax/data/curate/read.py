@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from lmjax.data.config import PrepareConfig
 from lmjax.data.curate.document import Document
 from lmjax.data.curate.recipe import CurateConfig
+from lmjax.data.curate.step import DocumentStep
+from lmjax.data.curate.warc import read_warc
 from lmjax.data.prepare.corpus import Omitted
 from lmjax.data.prepare.sources import READERS, InputFile, Report, list_inputs, read_documents, read_text
 from lmjax.errors import DataError
 
 Files = dict[str, tuple[InputFile, ...]]
 
-_READERS = READERS | {".html": read_text, ".htm": read_text}
+_READERS = READERS | {".html": read_text, ".htm": read_text, ".warc": read_warc, ".warc.gz": read_warc}
 
 
 def list_sources(cfg: CurateConfig) -> Files:
@@ -27,7 +29,8 @@ def list_sources(cfg: CurateConfig) -> Files:
 
 def list_others(cfg: CurateConfig) -> tuple[InputFile, ...]:
     """The files that steps read besides."""
-    return list_inputs([pattern for _, step in cfg.parsed() if hasattr(step, "inputs") for pattern in step.inputs()])
+    steps = [step for _, step in cfg.parsed() if isinstance(step, DocumentStep)]
+    return list_inputs([pattern for step in steps for pattern in step.inputs()])
 
 
 def chunks(cfg: CurateConfig, files: Files, report: Report, omitted: Omitted) -> Iterator[list[Document]]:

@@ -48,7 +48,8 @@ class CurateConfig:
     """What to curate, and how. All but `workers` and `document_bytes` fixes the result."""
 
     sources: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], tuple[str, ...]]
-    """By name, files by glob or folders: what `prepare.inputs` takes, and .html, .htm."""
+    """By name, files by glob or folders: what `prepare.inputs` takes, and .html, .htm, .warc,
+    .warc.gz."""
     steps: tuple[dict[str, Any], ...]
     """In order: each one's name under `step`, and its settings."""
     text_key: str = "text"

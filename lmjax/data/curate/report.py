@@ -134,7 +134,9 @@ class _Bar(float):
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str | _Bar]]) -> Iterator[str]:
-    yield "<table><tr>" + "".join(f"<th>{_escape(title)}</th>" for title in head) + "</tr>"
+    kinds = [_kind(value) for value in rows[0]] if rows else [""] * len(head)
+    titles = "".join(f"<th{kind}>{_escape(title)}</th>" for kind, title in zip(kinds, head, strict=True))
+    yield "<table>" + (f"<tr>{titles}</tr>" if any(head) else "")
     for row in rows:
         yield "<tr>" + "".join(map(_cell, row)) + "</tr>"
     yield "</table>"
@@ -143,8 +145,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str | _Bar]]) -> Iterato
 def _cell(value: str | _Bar) -> str:
     if isinstance(value, _Bar):
         return f'<td class="bar"><div><div style="width:{100 * value:.2f}%"></div></div></td>'
-    kind = ' class="number"' if value[:1].isdigit() else ""
-    return f"<td{kind}>{_escape(value)}</td>"
+    return f"<td{_kind(value)}>{_escape(value)}</td>"
+
+
+def _kind(value: str | _Bar) -> str:
+    return ' class="number"' if isinstance(value, str) and value[:1].isdigit() else ""
 
 
 def _words(count: Count) -> str:

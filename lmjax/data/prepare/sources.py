@@ -269,7 +269,7 @@ def _read_parquet(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterat
 def _parquet_document(name: str, value: bytes | None, cfg: PrepareConfig) -> Document:
     if value is None:
         raise DataError(f"{name}: null under {cfg.text_key!r}; remove such rows or {SET_TEXT_KEY}")
-    _check_length(len(value), cfg.document_bytes, name)
+    check_length(len(value), cfg.document_bytes, name)
     return _document(name, value, 0, cfg)
 
 
@@ -333,18 +333,19 @@ def _parts(chunks: Iterator[bytes], mark: bytes | None, name: Callable[[int], st
     for chunk in chunks:
         *parts, rest = [end + chunk] if mark is None else (end + chunk).split(mark)
         for part in parts:
-            _check_length(size + len(part), most, name(number))
+            check_length(size + len(part), most, name(number))
             yield b"".join([*pending, part])
             pending, size, number = [], 0, number + 1
         kept = len(rest) if mark is None else max(0, len(rest) - len(mark) + 1)
         pending.append(rest[:kept])
         end, size = rest[kept:], size + kept
-        _check_length(size, most, name(number))
-    _check_length(size + len(end), most, name(number))
+        check_length(size, most, name(number))
+    check_length(size + len(end), most, name(number))
     yield b"".join([*pending, end])
 
 
-def _check_length(size: int, most: int, name: str) -> None:
+def check_length(size: int, most: int, name: str) -> None:
+    """Raise DataError for a document of more bytes than are read."""
     if size > most:
         raise DataError(
             f"{name}: longer than prepare.document_bytes={most:,}; split it, or raise that (lmjax prepare: "

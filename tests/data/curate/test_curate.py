@@ -123,6 +123,7 @@ def test_a_finished_curation_is_left_alone_and_another_one_refused(recipe: Curat
     target = tmp_path / "out"
     curation = curate(recipe, target, progress=False)
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+    (target / "curating" / "0").mkdir(parents=True)  # as a kill at the very end would leave it
     assert curate(dataclasses.replace(recipe, workers=2), target, progress=False) == curation
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
     steps = ({"step": "normalize", "unicode": "nfkc"}, *STEPS_WITHOUT_PACKAGES[1:])
