@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from lmjax.config import Config
 from lmjax.data.config import ChatConfig, PrepareConfig, SourceConfig
+from lmjax.data.curate.recipe import STEPS, CurateConfig
 from lmjax.train.config import AdapterConfig, EvaluationsConfig
 
 INTRODUCTION = """# Every setting
@@ -20,6 +21,13 @@ the config classes by `python docs/config_page.py > docs/config.md`.
 `config.data.sources` is a dictionary by name of sources, listed at the end with the recipe that a source may carry, and
 `train.evaluations` and `tune.adapter`, which are off until one of their settings is given.
 """
+
+
+# What a step has no default for.
+NEEDED: dict[str, dict[str, Any]] = {
+    "quality": {"good": ("FILES",), "bad": ("FILES",)},
+    "decontaminate": {"sets": {"NAME": "FILE"}},
+}
 
 
 def rows(config: Any, prefix: str) -> Iterator[str]:
@@ -56,6 +64,8 @@ def page() -> str:
         ("A recipe for conversations", ChatConfig(), "prepare.chat."),
         ("Benchmarks during training", EvaluationsConfig(), "train.evaluations."),
     ]
+    tables += [("A curation", CurateConfig(sources={"NAME": ("FILES",)}, steps=()), "")]
+    tables += [(f"The step `{name}`", step(**NEEDED.get(name, {})), "") for name, step in STEPS.items()]
     parts = [INTRODUCTION]
     for title, config, prefix in tables:
         parts += [f"## {title}\n", "| setting | default | |", "| --- | --- | --- |", *rows(config, prefix), ""]

@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from lmjax.data.curate import report, result
+from lmjax.data.curate import packages, report, result
 from lmjax.data.curate.account import Account
 from lmjax.data.curate.chunk import FOLDER, Chunk, gather_keys, load_learned, save_learned
 from lmjax.data.curate.progress import Progress
@@ -31,6 +31,7 @@ from lmjax.errors import DataError
 from lmjax.record.files import is_remote, locate, locked, read_bytes, reporting, write_bytes
 
 READ = "read"
+PACKAGES = "packages"
 DOCUMENTS_READ = "read.json"
 _OURS = re.compile(rf"{re.escape(FILE)}|{re.escape(PAGE)}|(train|valid)-\d{{5}}\.jsonl\.zst")
 
@@ -48,6 +49,7 @@ def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = 
     files = list_sources(cfg)
     others = list_others(cfg)
     recipe = choices(cfg) | {"contents": contents([*(file for found in files.values() for file in found), *others])}
+    recipe |= {PACKAGES: packages.versions(step["step"] for step in cfg.steps)}
     if (directory / FILE).exists():
         return _finished(directory, recipe)
     folder, new = directory / FOLDER, not directory.exists()
@@ -67,7 +69,7 @@ def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = 
 
 def _finished(directory: epath.Path, recipe: dict[str, Any]) -> Curation:
     curation = read_curation(directory)
-    if differing := _difference(curation.recipe, recipe):
+    if differing := _difference(curation.recipe, recipe | {PACKAGES: curation.recipe[PACKAGES]}):
         raise DataError(f"{directory} was curated differently: {differing}; use a new directory or delete this one")
     if (directory / FOLDER).exists():  # it was killed when all that was left to do was this
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
@@ -89,6 +91,7 @@ def _difference(was: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _begin_or_continue(directory: epath.Path, recipe: dict[str, Any]) -> None:
+    """Record the recipe, or see that it is that of the beginning that is there, made with the same packages."""
     path = directory / FOLDER / RECIPE
     if path.exists():
         if differing := _difference(json.loads(read_bytes(path)), recipe):

@@ -5,7 +5,6 @@ shorter passage all of its words, from 8 on; where a document is cut, 200 charac
 fewer are dropped, and so is a document in more than ten pieces.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -14,12 +13,10 @@ from pydantic import Field
 
 from lmjax.data.config import PrepareConfig
 from lmjax.data.curate.document import Changed, Document, Dropped, Outcome
-from lmjax.data.curate.hashing import hash_runs, hash_words, words
+from lmjax.data.curate.hashing import WORD, hash_runs, hash_words, words
 from lmjax.data.curate.step import Arrays, DocumentStep, Learned
 from lmjax.data.prepare.sources import list_inputs, read_records
 from lmjax.schema import NonNegativeInt, PositiveInt, config_class
-
-_WORD = re.compile(r"\w+")
 
 
 @config_class
@@ -84,7 +81,7 @@ class Decontaminate(DocumentStep):
 
     def _cut(self, document: Document, hit: np.ndarray, why: str, items: tuple[str, ...]) -> Outcome:
         text = document.text
-        spans = [match.span() for match in _WORD.finditer(text)]
+        spans = [match.span() for match in WORD.finditer(text)]
         if len(spans) != len(hit):  # a letter whose lower case is no letter: the words are counted otherwise
             return Dropped(why, items)
         edges = np.flatnonzero(np.diff(np.concatenate([[False], hit, [False]]).astype(np.int8)))

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_WORD = re.compile(r"\w+")
+# Chinese and Japanese put no spaces between words.
+_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
 _MOST_KNOWN = 1 << 20
 _known: dict[str, int] = {}
 _MIX = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))  # of MurmurHash3's finalizer
@@ -14,8 +16,9 @@ _STEP = 0x9E3779B97F4A7C15
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters, digits and underscores, in lower case: spelling without punctuation and white space."""
-    return _WORD.findall(text.lower())
+    """Runs of letters, digits and underscores, in lower case, and single characters of Chinese and Japanese: the text
+    without punctuation and white space."""
+    return WORD.findall(text.lower())
 
 
 def hash_text(text: str) -> int:

@@ -1,9 +1,14 @@
 """Packages of the extra `lmjax[curate]`, imported where a step first needs them."""
 
+import contextlib
 import importlib
+import importlib.metadata
+from collections.abc import Iterable
 from types import ModuleType
 
 from lmjax.errors import DataError
+
+_OF_STEP = {"extract": "trafilatura", "repair": "ftfy", "language": "py3langid", "near_duplicates": "rensa"}
 
 
 def load(name: str, step: str) -> ModuleType:
@@ -13,3 +18,12 @@ def load(name: str, step: str) -> ModuleType:
     except ImportError as error:
         package = name.split(".")[0]
         raise DataError(f"the step {step} needs {package} ({error}): install lmjax[curate]") from error
+
+
+def versions(steps: Iterable[str]) -> dict[str, str]:
+    """Of the packages that these steps use, and that are there: another version may give another result."""
+    found = {}
+    for package in sorted({_OF_STEP[step] for step in steps if step in _OF_STEP}):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

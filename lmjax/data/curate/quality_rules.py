@@ -17,9 +17,13 @@ class Gopher(DocumentStep):
     """Gopher's quality filter: between 50 and 100,000 words, of 3 to 10 characters on average, and the rest."""
 
     least_words: PositiveInt = 50
+    """Of a document."""
     most_words: PositiveInt = 100_000
+    """Of a document."""
     least_mean_length: PositiveFloat = 3.0
+    """Characters in a word, on average."""
     most_mean_length: PositiveFloat = 10.0
+    """Characters in a word, on average."""
     most_symbols: Fraction = 0.1
     """Hashes, and ellipses, per word."""
     most_bullets: Fraction = 0.9
@@ -73,9 +77,11 @@ class Repetition(DocumentStep):
     lines: Fraction = 0.30
     """Lines that were there before, of all lines."""
     paragraphs: Fraction = 0.30
+    """Paragraphs that were there before, of all paragraphs."""
     line_characters: Fraction = 0.20
     """Characters in such lines, of all characters."""
     paragraph_characters: Fraction = 0.20
+    """Characters in such paragraphs, of all characters."""
     most_frequent: tuple[tuple[PositiveInt, Fraction], ...] = ((2, 0.20), (3, 0.18), (4, 0.16))
     """(n, characters in the most frequent run of n words)."""
     repeated: tuple[tuple[PositiveInt, Fraction], ...] = (

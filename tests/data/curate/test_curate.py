@@ -20,6 +20,7 @@ from lmjax.data.curate.curate import curate
 from lmjax.data.curate.recipe import STEPS, CurateConfig, parse_step
 from lmjax.data.curate.result import Curation, read_curation
 from lmjax.data.curate.stage import Stage, plan
+from lmjax.data.curate.workers import Order, _Worker
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.dataset import open_dataset
 from lmjax.errors import ConfigError, DataError
@@ -139,6 +140,32 @@ def test_a_finished_curation_is_left_alone_and_another_one_refused(recipe: Curat
     moved.write_text(moved.read_text() + '{"text": "more"}\n')
     with pytest.raises(DataError, match="the files of the sources, or of the steps, changed since"):
         curate(recipe, target)
+
+
+def test_a_beginning_is_not_finished_with_another_version_of_a_package(
+    recipe: CurateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("lmjax.data.curate.packages.versions", lambda steps: {"ftfy": "1.0"})
+        patch.setattr("lmjax.data.curate.result.write_shards", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curate(recipe, tmp_path / "out", progress=False)
+    with pytest.raises(DataError, match=r"half-made curation of another recipe: packages was \{'ftfy': '1.0'\}, now"):
+        curate(recipe, tmp_path / "out", progress=False)
+    curate(recipe, tmp_path / "fresh", progress=False)
+    monkeypatch.setattr("lmjax.data.curate.packages.versions", lambda steps: {"ftfy": "2.0"})
+    curate(recipe, tmp_path / "fresh", progress=False)  # what is finished needs none
+
+
+def test_a_process_that_dies_is_told(recipe: CurateConfig, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"steps": []}))
+    worker = _Worker(tmp_path)  # type: ignore[arg-type]
+    worker._process.kill()
+    worker._process.wait()
+    worker.send(Order(1, 0, 0))
+    with pytest.raises(DataError, match="a curating process died with exit code -9"):
+        worker.receive()
+    worker.stop()
 
 
 def test_files_of_others_are_not_touched(recipe: CurateConfig, tmp_path: Path) -> None:
