@@ -238,6 +238,8 @@ def _evaluate_arguments(sub: Parser) -> None:
     tasks = sub.add_argument_group("benchmarks", "in place of a prepared data set (docs/evaluation.md)")
     tasks.add_argument("--tasks", type=names, metavar="NAME,NAME,...", help="as lambada,piqa,mmlu")
     tasks.add_argument("--task-data", type=path, metavar="DIR", help="where their files are")
+    tasks.add_argument("--harness", type=names, metavar="NAME,NAME,...", help="tasks of lm-eval (lmjax[eval]) instead")
+    tasks.add_argument("--include-path", type=path, metavar="DIR", help="of --harness: more tasks, as YAML files")
     tasks.add_argument("--shots", type=whole, metavar="N", help="examples before a question; default: the benchmark's")
     tasks.add_argument("--seed", type=whole, default=1234, help="of examples that are drawn")
     tasks.add_argument("--limit", type=count, metavar="N", help="most questions of each, chosen by their hashes")

@@ -1,7 +1,6 @@
 """A trained model on benchmarks, and beside another one."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -10,7 +9,6 @@ from lmjax.evaluate.requests import Scorer
 from lmjax.evaluate.tasks.registry import BENCHMARKS
 from lmjax.evaluate.tasks.results import Result, answer, as_json
 from lmjax.evaluate.tasks.table import table
-from lmjax.record import files
 from lmjax.run.trained import Trained, load_trained
 from lmjax.tasks.benchmarks import questions
 from lmjax.train.config import EvaluationsConfig
@@ -47,10 +45,10 @@ class Outcome(NamedTuple):
             found["mcnemar"] = {metric: test._asdict() for metric, test in result.disagreements(other).items()}
         return found
 
-    def write_requests(self, path: epath.PathLike) -> None:
-        """A JSON line for each question: what the model said, and its scores. Raises DataError if it cannot."""
-        records = ({"task": name} | record for name, result in self.results.items() for record in result.records())
-        files.write_bytes(files.locate(path), "".join(json.dumps(record) + "\n" for record in records).encode())
+    def records(self) -> Iterator[dict[str, Any]]:
+        """One for each question of each benchmark: what the model said, and its scores."""
+        for name, result in self.results.items():
+            yield from ({"task": name} | record for record in result.records())
 
 
 def scorer(trained: Trained, *, batch: int, seq_len: int | None = None) -> Scorer:

@@ -148,9 +148,10 @@ def test_names_are_those_of_benchmarks(corpus: Path) -> None:
         (["--tasks=piqa"], "--tasks needs --task-data=DIR"),
         (["--tasks=piqqa", "--task-data=x"], r"--tasks\.0: there is no 'piqqa'"),
         (["--tasks=piqa,", "--task-data=x"], "not names by commas"),
-        (["--tasks=piqa", "--task-data=x", "--data=y"], "--data is of prepared data: leave out --tasks"),
-        (["--limit=3"], "--limit is of benchmarks: give --tasks"),
-        (["--against=x"], "--against is of benchmarks: give --tasks"),
+        (["--tasks=piqa", "--task-data=x", "--data=y"], "--data is not read by an evaluation on benchmarks"),
+        (["--limit=3"], "--limit is not read by an evaluation on prepared data"),
+        (["--against=x", "--harness=y"], "--against is not read by an evaluation on the harness's tasks"),
+        (["--tasks=piqa", "--task-data=x", "--harness=y"], "--harness is not read by an evaluation on benchmarks"),
     ],
 )
 def test_flags_that_do_not_go_together(arguments: list[str], message: str) -> None:

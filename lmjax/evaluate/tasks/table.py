@@ -21,7 +21,7 @@ def table(results: Mapping[str, Result], against: Mapping[str, Result] | None = 
         for name, result in results.items()
         for row in _rows(name, result, None if against is None else against[name])
     ]
-    return [*_aligned([head, *rows]), *_not_read(results)]
+    return [*aligned([head, *rows]), *_not_read(results)]
 
 
 def _not_read(results: Mapping[str, Result]) -> Iterator[str]:
@@ -51,10 +51,10 @@ def _rows(name: str, result: Result, other: Result | None) -> Iterator[list[str]
 
 
 def _shown(one: Estimate) -> list[str]:
-    return [_number(one.value), _number(one.stderr)]
+    return [number(one.value), number(one.stderr)]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Nothing for what there is none of, such as the standard error of one item."""
     return "" if math.isnan(value) else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
@@ -66,8 +66,8 @@ def _compared(one: Difference | None, test: McNemar | None) -> list[str]:
     return [f"{one.value:+.4f}", interval, "" if test is None else f"{test.p:.3g}"]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Text to the left, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first three columns to the left, numbers to the right; a column without anything is left out."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
