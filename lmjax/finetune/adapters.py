@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lmjax.finetune import low_rank
+from lmjax.finetune import ia3, low_rank
 from lmjax.models.read import Compound
 from lmjax.train.config import AdapterConfig
 from lmjax.weights import Spec, Weight
@@ -20,9 +20,14 @@ class Adapter(NamedTuple):
     """What is trained, copy by copy of the weight."""
     attached: Callable[[Weight, AdapterConfig, Any, Any, jax.Array | None], Compound]
     """(declaration, cfg, the stored weight, what is beside it, keys of dropout [L, B]) -> what the model reads."""
+    settings: tuple[str, ...] = ()
+    """Those of `tune.adapter` that it reads beside its name and targets."""
 
 
 # Adapters by the names that `tune.adapter.name` takes.
 ADAPTERS: dict[str, Adapter] = {
-    "lora": Adapter(low_rank.fits, low_rank.weights, low_rank.attached),
+    "lora": Adapter(
+        low_rank.fits, low_rank.weights, low_rank.attached, ("rank", "alpha", "rank_stabilized", "dropout")
+    ),
+    "ia3": Adapter(ia3.fits, ia3.weights, ia3.attached),
 }

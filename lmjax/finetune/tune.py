@@ -8,6 +8,7 @@ Any task will do: its own functions are called with all weights, as they are wit
 are the weights that are trained, at their own paths, and under `adapter/` what stands beside weights, at theirs.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from functools import reduce
@@ -25,7 +26,7 @@ from lmjax.finetune.storage import stored
 from lmjax.tasks.start import Start, drawn
 from lmjax.tasks.task import Evaluate, Frozen, Task
 from lmjax.train.accounting import Cost
-from lmjax.train.config import TuneConfig
+from lmjax.train.config import AdapterConfig, TuneConfig
 from lmjax.train.objective import Keys
 from lmjax.weights import Params, Spec, Weight, by_path, count, initialize, merge, nested, path_hash
 
@@ -117,10 +118,17 @@ def parts(task: Task) -> Parts:
 
 
 def adapter_targets(task: Task) -> list[str]:
-    """The weights that get an adapter. Raises ConfigError for patterns without one, and dropout where there is none."""
+    """The weights that get an adapter.
+
+    Raises ConfigError for patterns without one, settings that this kind does not read, and dropout where there is none.
+    """
     cfg = task.cfg.tune.adapter
     assert cfg is not None
-    fitting = {path: weight for path, weight in by_path(task.spec).items() if ADAPTERS[cfg.name].fits(weight)}
+    kind = ADAPTERS[cfg.name]
+    for setting, default in dataclasses.asdict(AdapterConfig()).items():
+        if setting not in ("name", "targets", *kind.settings) and getattr(cfg, setting) != default:
+            raise ConfigError(f"tune.adapter.{setting} means nothing to tune.adapter.name={cfg.name}; leave it out")
+    fitting = {path: weight for path, weight in by_path(task.spec).items() if kind.fits(weight)}
     targets = matching(nested(fitting), cfg.targets, "tune.adapter.targets")
     if cfg.dropout and (outside := [path for path in targets if len(fitting[path].batch_axes) != 1]):
         raise ConfigError(

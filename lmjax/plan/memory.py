@@ -28,10 +28,12 @@ class Memory(NamedTuple):
     inputs: float
     """Batch, hyperparameters, counters."""
     gradients: float
+    frozen: float = 0.0
+    """Weights that are not trained."""
     activations: float | None = None
     """What the forward pass leaves for the backward pass, by the types of the traced program."""
     padding: float | None = None
-    """What the device's tiled layouts add to params, optimizer and inputs."""
+    """What the device's tiled layouts add to params, optimizer, frozen weights and inputs."""
     temporaries: float | None = None
     """Gradients, activations, gathered weights: what lives within the step, but for what XLA keeps on the chip."""
     outputs: float | None = None
@@ -44,11 +46,12 @@ class Memory(NamedTuple):
     """The sum, to which gradients and activations add nothing of their own: never below XLA's own peak."""
 
 
-def of_declaration(state: TrainState, batch: Any) -> Memory:
+def of_declaration(state: TrainState, frozen: Any, batch: Any) -> Memory:
     """What follows from shapes and shardings."""
     params = device_bytes(state.params)
     inputs = device_bytes((batch, state.hyper, state.counters))
-    return Memory(params, device_bytes((state.opt_state, state.average)), inputs, gradients=params)
+    optimizer = device_bytes((state.opt_state, state.average))
+    return Memory(params, optimizer, inputs, gradients=params, frozen=device_bytes(frozen))
 
 
 def of_compiled(memory: Memory, compiled: Any) -> Memory:
@@ -59,7 +62,7 @@ def of_compiled(memory: Memory, compiled: Any) -> Memory:
     whole = stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs + program
     beyond = max(stats.peak_memory_in_bytes - whole, 0)
     return memory._replace(
-        padding=stats.argument_size_in_bytes - memory.params - memory.optimizer - memory.inputs,
+        padding=stats.argument_size_in_bytes - memory.params - memory.optimizer - memory.inputs - memory.frozen,
         temporaries=stats.temp_size_in_bytes,
         outputs=outputs,
         program=program,

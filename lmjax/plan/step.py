@@ -87,6 +87,7 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
             f"program runs on all of them; leave mesh.{LAYOUTS[cfg.mesh.layout][0]} out, and it takes the rest"
         )
     state, batch = assemble.abstract_state(experiment), assemble.abstract_batch(experiment)
+    frozen = assemble.abstract_frozen(experiment)
     cost = Cost(0, 0, 0, 0, 0).plus(cfg.train.batch, experiment.task.cost)
     plan = Plan(
         cfg=cfg,
@@ -95,9 +96,9 @@ def make_plan(cfg: Config, topology: Topology, devices: list[Any]) -> Plan:
         mesh=dict(experiment.mesh.shape),
         counts=count(experiment.task.spec),
         step_flops=Flops(cost.flops_6nd, cost.flops_causal, cost.flops_full),
-        memory=memory.of_declaration(state, batch),
-        needed=assemble.device_bytes((state, state.params)),
-        largest=memory.largest_arrays({"state": state, "gradients": state.params}),
+        memory=memory.of_declaration(state, frozen, batch),
+        needed=assemble.device_bytes((state, state.params, frozen)),
+        largest=memory.largest_arrays({"state": state, "gradients": state.params, "frozen": frozen}),
         work=None,
         compiled=None,
         seconds={},

@@ -15,6 +15,7 @@ from lmjax.run import dry_run
 _MEMORY = {
     "params": "params, float32",
     "optimizer": "optimizer state",
+    "frozen": "frozen weights",
     "inputs": "batch, hyperparameters, counters",
     "padding": "padding of these by the device's layouts",
     "temporaries": "temporaries, but for what stays on the chip:",

@@ -70,12 +70,13 @@ class AdapterConfig:
     """The weights beside which they stand, by patterns as in `tune.train`, of those that can have one; by default every
     matrix of every layer."""
     rank: Size = 8
+    """lora: of the matrices beside."""
     alpha: PositiveFloat = 16.0
-    """What is beside counts alpha / rank times."""
+    """lora: what is beside counts alpha / rank times."""
     rank_stabilized: bool = False
-    """alpha / sqrt(rank) times, so that a larger rank learns as fast (rsLoRA)."""
+    """lora: alpha / sqrt(rank) times, so that a larger rank learns as fast (rsLoRA)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """On what the adapters of matrices in layers read."""
+    """lora: on what the adapters of matrices in layers read."""
 
 
 @config_class

@@ -75,6 +75,7 @@ DROPPED = {"adapter": {"rank": 3, "dropout": 0.25}}
         ("llama3", TUNE, "fsdp", {}),
         ("llama3", TUNE, "fsdp+tp", {"tensor": 2}),
         ("llama3", DROPPED, "fsdp+cp+tp", {"tensor": 2, "context": 2}),
+        ("llama3", {"adapter": {"name": "ia3"}}, "fsdp+tp", {"tensor": 2}),
         ("mixtral", TUNE, "fsdp+ep", {"expert": 2}),
     ],
 )

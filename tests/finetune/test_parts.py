@@ -15,6 +15,7 @@ from lmjax.finetune.select import matching
 from lmjax.finetune.storage import STORAGES, Int8, stored
 from lmjax.finetune.tune import parts
 from lmjax.models import decoder
+from lmjax.plan.memory import of_declaration
 from lmjax.registry import without_data
 from lmjax.run import assemble
 from lmjax.run.dry_run import describe
@@ -63,6 +64,8 @@ def test_a_pattern_matches_paths_their_ends_and_axes(pattern: str, expected: set
         ({"adapter": {"targets": ("*_norm/scale",)}}, r"tune\.adapter\.targets: '\*_norm/scale' matches no weight"),
         ({"freeze": ("*",)}, "leaves nothing to train"),
         ({"train": ("query",), "adapter": {"targets": ("query",)}}, "would be trained, and have an adapter beside it"),
+        ({"adapter": {"name": "ia3", "rank": 4}}, r"tune\.adapter\.rank means nothing to tune\.adapter\.name=ia3"),
+        ({"adapter": {"name": "ia3", "targets": ("embed",)}}, "'embed' matches no weight"),
         ({"adapter": {"targets": ("unembed",), "dropout": 0.1}}, "dropout acts on what matrices of layers read"),
         ({"adapter": {"dropout": 0.1}, "mesh": {"layout": "dp+pp"}}, "the stages of a pipeline do not know it"),
     ],
@@ -120,6 +123,13 @@ def test_what_is_held_takes_the_bytes_that_are_counted(store: str) -> None:
     entries = sum(w.size for w in by_path(decoder.weights(FAMILIES["llama3"])).values())
     held = sum(x.nbytes for x in jax.tree.leaves(frozen))
     assert {"float32": 4 * entries, "bfloat16": 2.1 * entries, "int8": 1.4 * entries}[store] >= held
+
+
+def test_a_plan_counts_frozen_weights() -> None:
+    experiment = assemble.assemble(without_data(config(tune={"adapter": {}, "store": "int8"})))
+    frozen = assemble.abstract_frozen(experiment)
+    declared = of_declaration(assemble.abstract_state(experiment), frozen, batch=())
+    assert declared.frozen == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen)) > 0
 
 
 def test_a_dry_run_says_what_tuning_saves() -> None:
