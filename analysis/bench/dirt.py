@@ -1,6 +1,7 @@
 """Clean passages, and what may be wrong with text, planted in them: for `analysis.bench.curation`."""
 
 import html
+import itertools
 import json
 import random
 import re
@@ -185,3 +186,22 @@ def write(path: Path, texts: Sequence[str]) -> str:
     """The texts as JSON lines."""
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     return str(path)
+
+
+def borderline(text: str, rng: random.Random) -> str:
+    """The text, made worse by more or less of what the rules of quality look for."""
+    words, lines = text.split(), text.split("\n")
+    kind = rng.randrange(6)
+    if kind == 0:
+        return text + " " + " ".join(words[: rng.randint(5, 120)])
+    if kind == 1:
+        menu = next(junk(rng))[1].split("\n")
+        return "\n".join(itertools.chain.from_iterable(zip(lines, menu, strict=False)))
+    if kind == 2:
+        return " ".join(words[: rng.randint(30, 70)])
+    if kind == 3:
+        share = rng.choice([0.15, 0.2, 0.25])
+        return " ".join("123" if rng.random() < share else word for word in words)
+    if kind == 4:
+        return text + "\n" + "\n".join(["#tag ..."] * rng.randint(0, 40))
+    return "\n".join(" ".join(part.split()) for part in text.split("\n\n"))

@@ -69,7 +69,7 @@ def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = 
 
 def _finished(directory: epath.Path, recipe: dict[str, Any]) -> Curation:
     curation = read_curation(directory)
-    if differing := _difference(curation.recipe, recipe | {PACKAGES: curation.recipe[PACKAGES]}):
+    if differing := _difference(curation.recipe, recipe | {PACKAGES: curation.recipe.get(PACKAGES)}):
         raise DataError(f"{directory} was curated differently: {differing}; use a new directory or delete this one")
     if (directory / FOLDER).exists():  # it was killed when all that was left to do was this
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
@@ -115,16 +115,15 @@ def _make(cfg: CurateConfig, directory: epath.Path, files: Files, recipe: dict[s
     _fit(cfg, folder)
     with Progress(progress, [READ, *_stage_names(cfg)]) as shown:
         count = _read(cfg, folder, files, shown)
-        totals = [_merged(READ, [chunk.accounts[0] for chunk in _chunks(folder, 0, count)])]
+        totals = _totals(_chunks(folder, 0, count))
         totals[0].facts |= json.loads(read_bytes(folder / DOCUMENTS_READ))["omitted"]
         for number, stage in enumerate(plan(steps), 1):
             _work(folder, number, count, processes, shown)
-            done = [chunk.accounts for chunk in _chunks(folder, number, count)]
-            for place, accounts in enumerate(zip(*done, strict=True)):
-                totals.append(_merged(accounts[0].step, accounts))
-                learned = load_learned(folder, stage.all[place])
+            for total, place in zip(_totals(_chunks(folder, number, count)), stage.all, strict=True):
+                learned = load_learned(folder, place)
                 assert learned is not None
-                totals[-1].facts |= learned.facts
+                total.facts |= learned.facts
+                totals.append(total)
             if not any(chunk.record()["documents"] for chunk in _chunks(folder, number, count)):
                 raise DataError(f"no document is left after {totals[-1].step}: see {folder}; loosen the steps")
             if stage.keys is not None:
@@ -210,11 +209,15 @@ def _chunks(folder: epath.Path, stage: int, count: int) -> list[Chunk]:
     return [Chunk(folder, stage, number) for number in range(count)]
 
 
-def _merged(step: str, accounts: Sequence[Account]) -> Account:
-    total = Account(step)
-    for account in accounts:
-        total.merge(account)
-    return total
+def _totals(chunks: Sequence[Chunk]) -> list[Account]:
+    """What each step of a stage did in all of its chunks."""
+    totals: list[Account] = []
+    for chunk in chunks:
+        accounts = chunk.accounts
+        totals = totals or [Account(account.step) for account in accounts]
+        for total, account in zip(totals, accounts, strict=True):
+            total.merge(account)
+    return totals
 
 
 def _cpu_count() -> int:

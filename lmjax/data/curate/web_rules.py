@@ -37,13 +37,14 @@ class C4(DocumentStep):
         if self.drop_braces and "{" in text:
             return Dropped("curly brackets")
         lines = text.splitlines()
-        kept = [_CITATION.sub("", line) for line in lines if not self._fault(line)]
+        uncited = [_CITATION.sub("", line) for line in lines]
+        kept = [line for line in uncited if not self._fault(line)]
         joined = "\n".join(kept)
         if len(_SENTENCE_END.findall(joined)) < self.least_sentences:
             return Dropped("too few sentences")
         if kept == lines:
             return document
-        faults = tuple(fault for fault in map(self._fault, lines) if fault)
+        faults = tuple(fault for fault in map(self._fault, uncited) if fault)
         return Changed(document._replace(text=joined), faults or ("citation marks",))
 
     def _fault(self, line: str) -> str:
@@ -61,7 +62,7 @@ class C4(DocumentStep):
 
 
 _CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]", re.IGNORECASE)
-_TERMINAL = (".", "!", "?", '"', "”", "؟", "۔", "。", "！", "？")
+_TERMINAL = (".", "!", "?", '"', "'", "”", "’", "»", "؟", "۔", "。", "！", "？", "」")
 _SENTENCE_END = re.compile(r"[.!?؟۔。！？]+[\"'”’)]*(?=\s|\Z)")
 _POLICIES = (
     "terms of use",

@@ -66,7 +66,7 @@ def test_what_is_repeated_is_what_was_there_before() -> None:
 def test_c4_keeps_the_lines_that_are_sentences(sentences: Callable[[int, int], str]) -> None:
     first, second = sentences(2, 1), sentences(2, 2)
     lines = [first, "Home | About | Contact us here now", "Too short.", "Please enable JavaScript to see this page.",
-             "We use cookies, as our policy of data says.", second + "[12] So it is in the end[citation needed].",
+             "We use cookies, as our policy of data says.", second + "[12] So it is in the end.[citation needed]",
              "And so it went on..."]  # fmt: skip
     outcome = C4().apply(document("\n".join(lines)))
     assert isinstance(outcome, Changed) and outcome.document.text == f"{first}\n{second} So it is in the end."
