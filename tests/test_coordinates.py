@@ -31,7 +31,9 @@ replace = dataclasses.replace
 BASE, WIDE = 64, 512  # the ends of what `lmjax coordinates` is asked for: what is small by chance fades in between
 FEW, MANY = 8, 32  # seeds: where a few say that a site does not keep its size, many say whether that was chance
 SIZES = {"vocab": 61, "context": 8, "layers": 1, "embed": BASE, "heads": 4, "head_dim": None, "mlp": 96}
-SIZES |= {"embed_init_std": 0.005}  # a tied head's, too: random logits would hide what updates do to them
+EMBED_STD = {True: 0.005, False: 1.0}
+"""Of a table that is the head, too, and of one that is not: random logits would hide what updates do to them, and a table
+that updates change much hides what they do to all that follows."""
 # Rates at which ten updates change activations by about as much as they are.
 RATES = {"adafactor": 3e-3, "adamw": 3e-3, "lion": 2e-3, "muon": 1e-2, "sgd": 0.05}
 
@@ -43,6 +45,7 @@ def family(name: str, parametrization: str = "mup") -> ModelConfig:
     # The balance loss moves a router at every width: what else does is random over the width at first, to SGD.
     moe = replace(cfg.moe, mlp=32, balance_weight=1.0, shared_gate=False) if cfg.moe.experts else cfg.moe
     sizes = SIZES | {"layers": layers, "kv_heads": None if cfg.kv_heads in (None, 4) else 2, "moe": moe}
+    sizes |= {"embed_init_std": EMBED_STD[cfg.tied]}
     return parametrized(replace(cfg, **sizes, dropout=0.0, embed_dropout=0.0), parametrization)
 
 
@@ -117,9 +120,9 @@ def test_under_the_standard_parametrization_updates_grow(optimizer: str) -> None
 # Mutants ----------------------------------------------------------------------------------------------------------
 
 # Between them, every row: tables, biases and scales; matrices; a router; a head of its own.
-DENSE = parametrized(ModelConfig(**SIZES, tied=False, bias=True))
-TIED = parametrized(ModelConfig(**SIZES))
-MIXTURE = parametrized(ModelConfig(**SIZES, moe=MoeConfig(experts=4, balance_weight=1.0)))
+DENSE = parametrized(ModelConfig(**SIZES, embed_init_std=EMBED_STD[False], tied=False, bias=True))
+TIED = parametrized(ModelConfig(**SIZES, embed_init_std=EMBED_STD[True]))
+MIXTURE = parametrized(replace(DENSE, moe=MoeConfig(experts=4, balance_weight=1.0)))
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
