@@ -66,10 +66,16 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     ),
     "finished": (
         Variant(
-            "lmjax/run/run.py",
+            "lmjax/run/workdir.py",
             'for path in (workdir / "report.md", workdir / "loss.png"))',
             'for path in (workdir / "report.md",))',
             "test_finished.py::test_a_report_that_is_missing_is_made",
+        ),
+        Variant(
+            "lmjax/run/run.py",
+            " and has_report(workdir) and has_files(workdir, cfg):",
+            " and has_report(workdir):",
+            "test_side_files.py::test_a_finished_run_mends_its_tokenizer",
         ),
         Variant(
             "lmjax/run/workdir.py",
