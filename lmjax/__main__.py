@@ -103,6 +103,12 @@ def parser() -> Parser:
     _coordinates_arguments(command(commands.coordinates))
     _curate_arguments(command(commands.curate))
     _prepare_arguments(command(commands.prepare))
+    sub = command(commands.tokenizer)
+    sub.add_argument(
+        "tokenizer", type=path, metavar="TOKENIZER", help="a folder tokenizer/, a .model or a tokenizer.json"
+    )
+    sub.add_argument("texts", nargs="+", type=path, metavar="TEXT", help="files by glob, or folders: a line for each")
+    sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")
     _evaluate_arguments(command(commands.evaluate))
     _generate_arguments(command(commands.generate))
     _convert_arguments(command(commands.convert))

@@ -199,6 +199,23 @@ def prepare(arguments: Arguments) -> int:
     return 0
 
 
+def tokenizer(arguments: Arguments) -> int:
+    """What a tokenizer makes of texts: bytes per token, unknown tokens, round trips, use of the vocabulary."""
+    from lmjax.data.config import PrepareConfig
+    from lmjax.data.prepare.sources import list_inputs, read_documents
+    from lmjax.data.tokenizers import report
+    from lmjax.data.tokenizers.load import load_tokenizer
+
+    loaded = load_tokenizer(arguments.tokenizer)
+    cfg = PrepareConfig(text_key=arguments.text_key, invalid_utf8="replace")
+    usages = {}
+    for pattern in arguments.texts:
+        documents = read_documents(list_inputs((pattern,)), cfg, lambda n_bytes: None)
+        usages[pattern] = report.measure(loaded, (document.text for document in documents if document.text))
+    print(visible("\n".join(report.lines(loaded, usages))))
+    return 0
+
+
 def _show_example(path: str) -> None:
     from lmjax.data.chat.show import shown
     from lmjax.data.store.dataset import open_dataset
