@@ -7,6 +7,7 @@
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from etils import epath
 from lmjax.data.curate.account import Account
 from lmjax.data.curate.document import Document, as_line, from_line
 from lmjax.data.curate.step import Arrays, Column, Keys, Learned
-from lmjax.record.files import read_bytes, write_bytes
+from lmjax.record.files import read_bytes, reporting, write_bytes
 
 FOLDER = "curating"
 _LEVEL = 3
@@ -49,7 +50,7 @@ class Chunk(NamedTuple):
     def write(self, documents: Sequence[Document], keys: Sequence[Arrays], accounts: Iterable[Account]) -> None:
         """Make it, its record last. `keys` are those of the documents, or none."""
         lines = "".join(map(as_line, documents)).encode("utf-8")
-        write_bytes(self.path("documents"), zstandard.ZstdCompressor(level=_LEVEL).compress(lines))
+        _write(self.path("documents"), zstandard.ZstdCompressor(level=_LEVEL).compress(lines))
         for name in keys[0] if keys else ():
             values = [of_document[name] for of_document in keys]
             _save(self.path(f"{name}.npy"), np.concatenate(values))
@@ -60,7 +61,7 @@ class Chunk(NamedTuple):
             "keys": sorted(keys[0]) if keys else [],
             "accounts": [dataclasses.asdict(account) for account in accounts],
         }
-        write_bytes(self.path("json"), json.dumps(record).encode())
+        _write(self.path("json"), json.dumps(record).encode())
 
     def record(self) -> dict[str, Any]:
         """What `write` wrote last."""
@@ -107,7 +108,15 @@ def load_learned(folder: epath.Path, step: int) -> Learned | None:
 def _save(path: epath.Path, array: np.ndarray) -> None:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
-    write_bytes(path, file.getvalue())
+    _write(path, file.getvalue())
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    """Write a file by way of one that is this process's own: one that has just lost its parent may be at the same."""
+    own = path.parent / f"{path.name}.{os.getpid()}"
+    write_bytes(own, content)
+    with reporting(path, "write"):
+        own.replace(path)
 
 
 def _load(path: epath.Path) -> np.ndarray:

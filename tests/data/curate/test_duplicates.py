@@ -120,3 +120,13 @@ def test_short_texts_are_near_duplicates_of_themselves_alone(text: str) -> None:
     pytest.importorskip("rensa")
     outcomes = run_pass(NearDuplicates(), documents([text, "another text", text]))
     assert [text_of(outcome) is None for outcome in outcomes] == [False, False, True]
+
+
+def test_what_is_near_to_validation_is_not_trained_on(sentences: Callable[[int, int], str]) -> None:
+    pytest.importorskip("rensa")
+    text = sentences(30, 1)
+    words = text.split()
+    near = " ".join([*words[:100], "other", *words[101:]])
+    outcomes = run_pass(NearDuplicates(), documents([near, sentences(30, 2), text, near], frozenset({2})))
+    assert [text_of(outcome) for outcome in outcomes] == [None, sentences(30, 2), text, None]
+    assert outcomes[0] == outcomes[3] == Dropped("a near duplicate of a document for validation")
