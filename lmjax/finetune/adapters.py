@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lmjax.finetune import ia3, low_rank
+from lmjax.finetune import bottleneck, ia3, low_rank
 from lmjax.models.read import Compound
 from lmjax.train.config import AdapterConfig
 from lmjax.weights import Spec, Weight
@@ -29,5 +29,6 @@ ADAPTERS: dict[str, Adapter] = {
     "lora": Adapter(
         low_rank.fits, low_rank.weights, low_rank.attached, ("rank", "alpha", "rank_stabilized", "dropout")
     ),
+    "bottleneck": Adapter(bottleneck.fits, bottleneck.weights, bottleneck.attached, ("rank",)),
     "ia3": Adapter(ia3.fits, ia3.weights, ia3.attached),
 }

@@ -104,6 +104,7 @@ def summarize(task: Task, progress: Progress, step: int) -> dict[str, Any]:
         "params/non_embedding": counts.non_embedding,
         "params/matmul": counts.matmul,
         "params/active": counts.active,
+        **({} if task.frozen is None else {"params/frozen": count(task.frozen.spec).total}),
         "tokens": spent.tokens,
         "flops_6nd": spent.flops_6nd,
         "flops_causal": spent.flops_causal,

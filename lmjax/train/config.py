@@ -70,7 +70,7 @@ class AdapterConfig:
     """The weights beside which they stand, by patterns as in `tune.train`, of those that can have one; by default every
     matrix of every layer."""
     rank: Size = 8
-    """lora: of the matrices beside."""
+    """lora: of the matrices beside. bottleneck: its width."""
     alpha: PositiveFloat = 16.0
     """lora: what is beside counts alpha / rank times."""
     rank_stabilized: bool = False
