@@ -3,7 +3,8 @@
 The directory is finished when it holds `curation.json`, which is written last; beside it lie the documents, in files
 that `lmjax prepare` takes, and `curation.html`, a page for people. Until then `curating/` holds the recipe and what is
 done; a run that was killed goes on after it, and its result is the same byte for byte, as it is with any number of
-processes. Memory holds a few chunks for each process and some 50 bytes for each document.
+processes. Memory holds a few chunks for each process; while a pass decides, part of the keys of all documents, as many
+as are sorted at a time, and some 100 bytes for each document.
 """
 
 import json
