@@ -76,6 +76,16 @@ def test_what_was_not_read_is_counted(scorer: Scorer) -> None:
     assert found.unread == 200 + len(" maybe") - 1 - scorer.context
 
 
+def test_pairs_of_sentences(scorer: Scorer) -> None:
+    """Without a context and a delimiter, choices are whole texts, and the likelier one is chosen."""
+    pairs = [(f"She is a {word}.", f"He is a {word}.") for word in ("nurse", "pilot", "judge", "cook")]
+    found = MultipleChoice().answers(scorer, [Prompt(n, Item("", pair), "", "") for n, pair in enumerate(pairs)])
+    for one, pair in zip(found, pairs, strict=True):
+        whole = [text.logprob for text in requests.rolling(scorer, pair, stride=scorer.context)]
+        assert one.record["logprobs"] == pytest.approx(whole, abs=1e-5)
+        assert one.scores["acc"][0] == float(whole[0] > whole[1])
+
+
 def test_cloze(scorer: Scorer) -> None:
     (written,) = continuations(scorer, ["abc"], GenerateConfig(tokens=3, temperature=0, stop_at_endoftext=False))
     assert len(written.encode()) == 3, "the model writes text, for this seed"
