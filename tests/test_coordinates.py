@@ -32,21 +32,28 @@ BASE, WIDE = 64, 512  # the ends of what `lmjax coordinates` is asked for: what 
 FEW, MANY = 8, 32  # seeds: where a few say that a site does not keep its size, many say whether that was chance
 SIZES = {"vocab": 61, "context": 8, "layers": 1, "embed": BASE, "heads": 4, "head_dim": None, "mlp": 96}
 EMBED_STD = {True: 0.005, False: 1.0}
-"""Of a table that is the head, too, and of one that is not: random logits would hide what updates do to them, and a table
-that updates change much hides what they do to all that follows."""
+"""Of a table that is the head, too, and of one that is not: random logits would hide what updates do to them, and a
+table that updates change much hides what they do to all that follows."""
 # Rates at which ten updates change activations by about as much as they are.
 RATES = {"adafactor": 3e-3, "adamw": 3e-3, "lion": 2e-3, "muon": 1e-2, "sgd": 0.05}
 
 
-def family(name: str, parametrization: str = "mup") -> ModelConfig:
+MIXTURE_RATES = RATES | {"sgd": 5e-3}
+BALANCE = dict.fromkeys(RATES, 0.0) | {"sgd": 10.0}
+"""Weights of the balance loss. What moves a router else is random over the width at first, and the size of it is SGD's
+step. The other optimizers step alike, and would soon have the balance: then a router moves as far as its start, which
+shrinks, was off."""
+
+
+def family(name: str, optimizer: str) -> ModelConfig:
     """One of the tests' families at the base width, with one period of its layers."""
     cfg = FAMILIES[name]
     layers = len(cfg.pattern) + cfg.moe.dense_first
-    # The balance loss moves a router at every width: what else does is random over the width at first, to SGD.
-    moe = replace(cfg.moe, mlp=32, balance_weight=1.0, shared_gate=False) if cfg.moe.experts else cfg.moe
+    balance = {"mlp": 32, "balance_weight": BALANCE[optimizer], "shared_gate": False}
+    moe = replace(cfg.moe, **balance) if cfg.moe.experts else cfg.moe
     sizes = SIZES | {"layers": layers, "kv_heads": None if cfg.kv_heads in (None, 4) else 2, "moe": moe}
     sizes |= {"embed_init_std": EMBED_STD[cfg.tied]}
-    return parametrized(replace(cfg, **sizes, dropout=0.0, embed_dropout=0.0), parametrization)
+    return parametrized(replace(cfg, **sizes, dropout=0.0, embed_dropout=0.0))
 
 
 def parametrized(cfg: ModelConfig, name: str = "mup") -> ModelConfig:
@@ -59,7 +66,8 @@ def parametrized(cfg: ModelConfig, name: str = "mup") -> ModelConfig:
 
 def run(model: ModelConfig, optimizer: str, seeds: int, **settings: Any) -> Sizes:
     """Without clipping, which would hide a gradient that is too large."""
-    settings = {"learning_rate": RATES[optimizer], "clip_norm": None, **settings}
+    rate = (MIXTURE_RATES if model.moe.experts else RATES)[optimizer]
+    settings = {"learning_rate": rate, "clip_norm": None, **settings}
     data = DataConfig(seq_len=model.context)
     return measure(Config(model=model, data=data, optimizer=OptimizerConfig(name=optimizer, **settings)), seeds=seeds)
 
@@ -82,10 +90,12 @@ def failing(found: list[Slopes]) -> list[Slopes]:
     return [one for one in found if not one.holds]
 
 
-def assert_all_hold(model: ModelConfig, optimizer: str, **settings: Any) -> None:
-    found = check(model, optimizer, **settings)
-    if failing(found):
-        found = check(model, optimizer, MANY, **settings)
+def assert_all_hold(model: ModelConfig, optimizer: str, but: str = "", **settings: Any) -> None:
+    """`but` is a kind of sites that are left out."""
+    for seeds in (FEW, MANY):
+        found = [one for one in check(model, optimizer, seeds, **settings) if one.site.kind != but]
+        if not failing(found):
+            break
     assert len(found) > 12
     assert not failing(found), table(failing(found))
 
@@ -100,29 +110,32 @@ ALL = [(name, optimizer) for name in FAMILIES for optimizer in OPTIMIZERS]
     ("name", "optimizer"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in ALL]
 )
 def test_every_site_keeps_its_size(name: str, optimizer: str) -> None:
-    assert_all_hold(family(name), optimizer)
+    assert_all_hold(family(name, optimizer), optimizer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_larger_heads_too(optimizer: str) -> None:
-    assert_all_hold(DENSE, optimizer, larger_heads=True)
+    """From scores so small that attention is as even at the base as it is where they have shrunk. What SGD changes of
+    scores on purpose is less, at these widths, than what it changes by chance, which shrinks as the scores do."""
+    even, but = parametrized(replace(STANDARD, attention_scale=0.05)), "product" if optimizer == "sgd" else ""
+    assert_all_hold(even, optimizer, but, larger_heads=True, learning_rate=RATES[optimizer] / 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_under_the_standard_parametrization_updates_grow(optimizer: str) -> None:
-    model = replace(DENSE, parametrization="standard", base=BaseConfig())
-    grows = [one for one in failing(check(model, optimizer)) if one.change > 0.2]
+    grows = [one for one in failing(check(STANDARD, optimizer)) if one.change > 0.2]
     assert grows or optimizer == "sgd"  # of which some shrink
 
 
 # Mutants ----------------------------------------------------------------------------------------------------------
 
 # Between them, every row: tables, biases and scales; matrices; a router; a head of its own.
-DENSE = parametrized(ModelConfig(**SIZES, embed_init_std=EMBED_STD[False], tied=False, bias=True))
+STANDARD = ModelConfig(**SIZES, embed_init_std=EMBED_STD[False], tied=False, bias=True)
+DENSE = parametrized(STANDARD)
 TIED = parametrized(ModelConfig(**SIZES, embed_init_std=EMBED_STD[True]))
-MIXTURE = parametrized(replace(DENSE, moe=MoeConfig(experts=4, balance_weight=1.0)))
+MIXTURE = parametrized(replace(STANDARD, moe=MoeConfig(experts=4, balance_weight=BALANCE["sgd"])))
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
