@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from lmjax.config import Config
 from lmjax.data.config import ChatConfig, PrepareConfig, SourceConfig
 from lmjax.data.curate.recipe import STEPS, CurateConfig
-from lmjax.train.config import AdapterConfig, EvaluationsConfig
+from lmjax.train.config import AdapterConfig, DistillConfig, EvaluationsConfig
 
 INTRODUCTION = """# Every setting
 
@@ -59,6 +59,7 @@ def page() -> str:
     tables = [
         ("The run", Config(), ""),
         ("An adapter", AdapterConfig(), "tune.adapter."),
+        ("A teacher", DistillConfig(), "train.distill."),
         ("A data source", SourceConfig(path="DIRECTORY"), ""),
         ("A recipe", PrepareConfig(), "prepare."),
         ("A recipe for conversations", ChatConfig(), "prepare.chat."),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lmjax.devices.gather import all_gather, per_device, reduce_scatter
 from lmjax.devices.mesh import current_mesh, mesh_axes, partition_spec, shards, specs_of
+from lmjax.errors import ConfigError
 from lmjax.models.model import Unembed
 
 _TOKENS = ("batch", "time")
@@ -239,6 +240,85 @@ def _token_logprobs(
     scores = jax.lax.map(lambda inputs: score(*inputs), (_split(x_BTD, chunk), _split(targets_BT, chunk)))
     logprobs_BT, correct_BT = (_joined(x, targets_BT.shape[1]) for x in scores)
     return logprobs_BT, correct_BT
+
+
+# Between two models -----------------------------------------------------------------------------------------------
+
+
+def forward_kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p, q): the student q covers all that the teacher p holds possible."""
+    return jnp.exp(log_p) * (log_p - log_q)
+
+
+def reverse_kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(q, p): the student q keeps to what the teacher p holds probable."""
+    return jnp.exp(log_q) * (log_q - log_p)
+
+
+def jensen_shannon(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """The mean of KL(p, m) and KL(q, m), m being halfway between them; at most log 2."""
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+    return (forward_kl(log_p, log_m) + forward_kl(log_q, log_m)) / 2
+
+
+# How far q is from p: log-probabilities [..., V] of both -> terms [..., V], whose sum over the vocabulary it is.
+DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+}
+
+
+class Output(NamedTuple):
+    """What logits are made of."""
+
+    unembed: Unembed
+    head: Head
+    x_BTD: jax.Array
+
+
+def token_divergences(
+    teacher: Output, student: Output, targets_BT: jax.Array, *, divergence: str, temperature: float, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(how far the student's next token is from the teacher's, both at this temperature; the student's log p(target),
+    at temperature 1; whether no token was more probable to it), all float32 [B, T], chunk by chunk.
+
+    Raises ConfigError where devices share the vocabulary.
+    """
+    if shards("vocab") > 1:
+        raise ConfigError("task=distill needs whole vocabularies; use a mesh without tensor")
+    outputs = teacher, student
+    local = functools.partial(
+        _token_divergences,
+        [output.unembed for output in outputs],
+        [specs_of(output.head) for output in outputs],
+        DIVERGENCES[divergence],
+        temperature,
+        chunk,
+    )
+    tokens, activations = partition_spec(_TOKENS), partition_spec((*_TOKENS, None))
+    in_specs = tuple(specs_of(output.head) for output in outputs), (activations, activations), tokens
+    heads, x = tuple(output.head for output in outputs), tuple(output.x_BTD for output in outputs)
+    return per_device(local, in_specs, (tokens, tokens, tokens))(heads, x, targets_BT)
+
+
+def _token_divergences(
+    unembeds: Any, specs: Any, terms: Any, temperature: float, chunk: int, heads: Any, x: Any, targets_BT: jax.Array
+) -> tuple[jax.Array, ...]:
+    heads = [all_gather(head, spec) for head, spec in zip(heads, specs, strict=True)]
+
+    @jax.checkpoint
+    def score(x: Any, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
+        pairs = zip(unembeds, heads, x, strict=True)
+        logits = [unembed(head, x_BCD).astype(jnp.float32) for unembed, head, x_BCD in pairs]
+        softened = [logits_BCV / temperature for logits_BCV in logits]
+        log_p, log_q = map(jax.nn.log_softmax, softened)
+        far_BC = jnp.sum(terms(log_p, log_q), axis=-1)
+        correct_BC = _of_targets(logits[1], targets_BC) >= _max(logits[1])
+        return far_BC, -negative_log_likelihood(logits[1], targets_BC), correct_BC.astype(jnp.float32)
+
+    pieces = tuple(_split(one, chunk) for one in x), _split(targets_BT, chunk)
+    return tuple(_joined(one, targets_BT.shape[1]) for one in jax.lax.map(lambda piece: score(*piece), pieces))
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from etils import epath
 
 from lmjax.config import Config
-from lmjax.finetune import instruct
+from lmjax.finetune import distill, instruct
 from lmjax.finetune.tune import tuned
 from lmjax.tasks import pretrain
 from lmjax.tasks.task import Task
@@ -26,6 +26,7 @@ class Kind(NamedTuple):
 TASKS: dict[str, Kind] = {
     "pretrain": Kind(pretrain.pretrain, pretrain.without_data, pretrain.has_tokenizer),
     "instruct": Kind(instruct.instruct, instruct.without_data, instruct.has_files),
+    "distill": Kind(distill.distill, distill.without_data, distill.has_files),
 }
 
 

@@ -171,7 +171,9 @@ def tuned(task: Task) -> Task:
         evaluations={name: evaluated(evaluate) for name, evaluate in task.evaluations.items()},
         sample=None if sample is None else lambda params, frozen: sample(*whole(params, frozen)),
         language=language
-        and language._replace(weights=lambda frozen, params: language.weights(*reversed(whole(params, frozen)))),
+        and language._replace(
+            weights=lambda frozen, params: language.weights(*reversed(whole(params, frozen))), needs_frozen=True
+        ),
         cost=cost(task, chosen),
     )
 

@@ -47,7 +47,7 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(task.spec))
     params, meta, found = checkpoint.restore_weights(workdir, shapes, step=step)
     frozen: Params = {}
-    if task.frozen is not None:
+    if task.frozen is not None and task.language.needs_frozen:
         task.frozen.check_same(meta, f"{workdir}, step {found}")
         shardings = jax.tree.map(lambda _: single, abstract(task.frozen.spec))
         frozen = task.frozen.weights(jax.random.key(cfg.train.seed), task.objective.scalars, shardings)

@@ -46,6 +46,7 @@ _FIXED = (
     "train.skip_spikes",
     "train.average_decay",
     "train.loss.",
+    *(f"train.distill.{name}" for name in ("teacher", "divergence", "temperature", "share")),
     *_ORIGINS,
 )
 _FREE = (

@@ -52,6 +52,8 @@ def on_data(cfg: Config, data: "Data") -> Task:
 
     Raises ConfigError where they do not fit the tokenizer.
     """
+    if cfg.train.distill is not None and cfg.task != "distill":
+        raise ConfigError(f"train.distill is of task=distill, not {cfg.task}; set that task, or leave it out: None")
     cfg = with_tokenizer_vocab(cfg, data.tokenizer)
     if cfg.train.init_from is not None:
         init_from = group.broadcast("the weights to start from", pinned(cfg.train.init_from))

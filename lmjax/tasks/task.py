@@ -82,8 +82,8 @@ class Frozen(NamedTuple):
         """Raise CheckpointError unless the checkpoint with this meta, at `where`, stands on these weights."""
         if meta.get("base") != (here := self.start.digest()):
             raise CheckpointError(
-                f"{where} stands on the weights with the hash {meta.get('base')}, and train.init_from has {here}; give "
-                "it those that it was trained on"
+                f"{where} stands on the weights with the hash {meta.get('base')}, and those that are named now have "
+                f"{here}; give it those that it was trained on"
             )
 
 
@@ -95,6 +95,8 @@ class Language(NamedTuple):
     """The same computing in float32: what every reported number is measured with."""
     weights: Callable[[Params, Params], Params] = merge
     """(frozen, params) -> the weights of both; one may be what `models/read.py: as_array` takes for an array."""
+    needs_frozen: bool = True
+    """Whether the model is not whole without what is frozen."""
 
 
 class Task(NamedTuple):

@@ -5,7 +5,9 @@ from typing import Annotated
 from pydantic import Field
 
 from lmjax.generate.config import Temperature
+from lmjax.models.config import ModelConfig
 from lmjax.schema import (
+    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -27,6 +29,22 @@ class LossConfig:
     """Positions per row whose logits exist at a time."""
     z_weight: NonNegativeFloat = 0.0
     """Weight of logsumexp(logits)^2, which keeps logits from drifting (PaLM used 1e-4)."""
+
+
+@config_class
+class DistillConfig:
+    """What `task=distill` learns from a teacher."""
+
+    teacher: str = ""
+    """The run to learn from, `WORKDIR@STEP`, with the tokenizer of the data."""
+    divergence: Annotated[str, one_of(names_in("lmjax.losses", "DIVERGENCES"))] = "forward_kl"
+    """How far the student is from the teacher, token by token."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of both; the loss is multiplied by its square."""
+    share: Fraction = 1.0
+    """Of the loss; the rest is that of the labels."""
+    model: ModelConfig | None = None
+    """The teacher's; it is filled in."""
 
 
 @config_class
@@ -113,6 +131,8 @@ class TrainConfig:
     """A run whose first steps are this one's, too, `WORKDIR@STEP`: same settings but for steps and schedule, which give
     the same learning rates up to there (docs/branches.md)."""
     loss: LossConfig = LossConfig()
+    distill: DistillConfig | None = None
+    """Of `task=distill`: what it learns from a teacher."""
     log_every: PositiveInt = 10
     noise_scale: bool = False
     """Log the gradient noise scale's two parts, which takes at least 2 microbatches (docs/hyperparameters.md)."""

@@ -175,7 +175,7 @@ def test_accumulation_over_ragged_masks_is_exact(place: Path) -> None:
         return jax.jit(lambda state, batch: accumulate(objective, state, {}, batch, keys_B, microbatches))(state, batch)
 
     (whole, metrics), (pieces, again) = gradient(1), gradient(4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(a).max())), whole, pieces)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max())), whole, pieces)
     for name, (total, weight) in metrics.items():
         np.testing.assert_allclose(again[name], (total, weight), rtol=1e-6)
     assert metrics["loss"][1] == weights_B.sum() and metrics["scored"][1] == batch.weights_BT.size

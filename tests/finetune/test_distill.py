@@ -1,0 +1,205 @@
+"""Distillation: gradients against PyTorch, masks and microbatches exact, the teacher untouched, resumed to the bit."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax import config as configs
+from lmjax.config import Config
+from lmjax.devices.place import local_rows
+from lmjax.errors import DONE, PREEMPTED, ConfigError
+from lmjax.finetune.distill import distill
+from lmjax.losses import DIVERGENCES, Output, token_divergences
+from lmjax.process import faults as fault_hooks
+from lmjax.record.inspect import inspect
+from lmjax.record.tracking import read_jsonl
+from lmjax.run import assemble, run
+from lmjax.run.trained import load_trained
+from lmjax.train.step import accumulate, sample_keys
+
+pytest.importorskip("jinja2")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compile_cache")
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tune" / "instruct.py"
+SETTINGS = (
+    "model.layers=2",
+    "model.embed=16",
+    "model.mlp=24",
+    "data.seq_len=192",
+    "optimizer.schedule.warmup=1",
+    "optimizer.learning_rate=0.03",
+    "train.steps=6",
+    "train.batch=4",
+    "train.microbatches=2",
+    "train.log_every=1",
+    "train.evaluate_every=3",
+    "train.sample.tokens=4",
+    "checkpoint.every=3",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a teacher, wider than its students."""
+    place = tmp_path_factory.mktemp("distill")
+    wider = ("model.embed=32", "model.layers=1")
+    cfg = configs.load(str(CONFIG), [*SETTINGS, *wider, f"data.sources.lessons.path={place / 'lessons'}"])
+    assert run.run(cfg, place / "teacher", run.Options()) == DONE
+    return place
+
+
+def student(place: Path, *more: str) -> Config:
+    teacher = f"train.distill.teacher={place / 'teacher'}@6"
+    path = f"data.sources.lessons.path={place / 'lessons'}"
+    return configs.load(str(CONFIG), [*SETTINGS, "task=distill", teacher, path, *more])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergences_and_their_gradients_are_those_of_torch(name: str, temperature: float) -> None:
+    """For any size of chunk, by the student's activations and its head; none goes to the teacher."""
+    torch = pytest.importorskip("torch")
+    kl = torch.nn.functional.kl_div
+    B, T, D, V = 2, 7, 5, 11
+    rng = np.random.default_rng(0)
+    x_BTD, theirs_BTD = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
+    head_DV, teacher_DV = (2 * rng.normal(size=(D, V)).astype(np.float32) for _ in range(2))
+    weights_BT, targets_BT = rng.random((B, T)).astype(np.float32), rng.integers(V, size=(B, T))
+
+    x, head = (torch.tensor(one, requires_grad=True) for one in (x_BTD, head_DV))
+    log_q = torch.log_softmax(x @ head / temperature, -1)
+    log_p = torch.log_softmax(torch.tensor(theirs_BTD @ teacher_DV) / temperature, -1)
+    log_m = torch.logaddexp(log_p, log_q) - np.log(2)
+
+    def torch_kl(of: Any, by: Any) -> Any:  # KL(of, by)
+        return kl(by, of, reduction="none", log_target=True).sum(-1)
+
+    expected = {
+        "forward_kl": torch_kl(log_p, log_q),
+        "reverse_kl": torch_kl(log_q, log_p),
+        "jensen_shannon": (torch_kl(log_p, log_m) + torch_kl(log_q, log_m)) / 2,
+    }[name]
+    (expected * torch.tensor(weights_BT)).sum().backward()
+
+    def far(head_DV: Any, x_BTD: Any, chunk: int) -> Any:
+        def unembed(head_DV: Any, x_BTD: Any) -> Any:
+            return x_BTD @ head_DV
+
+        teacher = Output(unembed, jnp.asarray(teacher_DV), jnp.asarray(theirs_BTD))
+        found = token_divergences(
+            teacher,
+            Output(unembed, head_DV, x_BTD),
+            jnp.asarray(targets_BT),
+            divergence=name,
+            temperature=temperature,
+            chunk=chunk,
+        )
+        return (found[0] * weights_BT).sum(), found
+
+    for chunk in (1, 3, 100):
+        (_, found), gradients = jax.value_and_grad(far, argnums=(0, 1), has_aux=True)(head_DV, x_BTD, chunk)
+        np.testing.assert_allclose(found[0], expected.detach(), rtol=1e-4, atol=1e-6)
+        labels = torch.log_softmax(x @ head, -1).detach().gather(-1, torch.tensor(targets_BT)[..., None])[..., 0]
+        np.testing.assert_allclose(found[1], labels, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(gradients, (head.grad, x.grad), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_what_its_formula_says(place: Path) -> None:
+    """From the logits of both, over the scored tokens of a batch, however it is cut; the labels have the rest."""
+    cfg = student(place, "train.distill.share=0.7", "train.distill.temperature=2.0")
+    experiment = assemble.assemble(distill(cfg))
+    task, state, frozen = experiment.task, assemble.initial_state(experiment), assemble.frozen_params(experiment)
+    assert task.source is not None and task.language is not None
+    batch = next(iter(task.source(rows=local_rows(None, 4), at=0)))
+    keys_B = sample_keys(state.hyper["seed"], batch.ids_B)
+
+    def pieces(microbatches: int) -> Any:
+        return jax.jit(
+            lambda state, frozen, batch: accumulate(task.objective, state, frozen, batch, keys_B, microbatches)
+        )(state, frozen, batch)
+
+    (whole, metrics), (cut, again) = pieces(1), pieces(4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max())), whole, cut)
+    for name, (total, weight) in metrics.items():
+        np.testing.assert_allclose(again[name], (total, weight), rtol=1e-5)
+
+    teacher = load_trained(place / "teacher")
+    places = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
+    ours_BTV = task.language.scorer.logits(state.params, batch.tokens_BT, **places)
+    theirs_BTV = teacher.scorer.logits(teacher.params, batch.tokens_BT, **places)
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(x / 2.0), np.float64) for x in (theirs_BTV, ours_BTV))
+    far = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * batch.weights_BT).sum()
+    labels_BTV = np.asarray(jax.nn.log_softmax(ours_BTV), np.float64)
+    nll = -(np.take_along_axis(labels_BTV, batch.targets_BT[..., None], -1)[..., 0] * batch.weights_BT).sum()
+    np.testing.assert_allclose(metrics["divergence"], (far, batch.weights_BT.sum()), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], (nll, batch.weights_BT.sum()), rtol=1e-4)
+    minimized, _ = task.objective.loss(state.params, frozen, batch, keys_B, state.hyper)
+    np.testing.assert_allclose(minimized, 0.7 * 4 * far + 0.3 * nll, rtol=1e-4)
+
+
+def test_a_student_is_trained_stopped_and_read_without_its_teacher(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = student(place)
+
+    def train(name: str, faults: str = "") -> int:
+        monkeypatch.setenv("LMJAX_FAULTS", faults)
+        monkeypatch.setattr(fault_hooks, "_calls", {})
+        return run.run(cfg, tmp_path / name, run.Options())
+
+    assert train("whole") == DONE
+    assert train("stopped", "terminate@step:4") == PREEMPTED and train("stopped") == DONE
+    whole, stopped = (inspect(tmp_path / name, hashes=True) for name in ("whole", "stopped"))
+    assert whole["hashes"] == stopped["hashes"]
+    rows = [row for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "train/divergence" in row]
+    assert rows[-1]["train/divergence"] < rows[0]["train/divergence"]
+    with pytest.raises(ConfigError, match=r"train\.distill\.share was 1\.0, now 0\.5"):
+        run.run(student(place, "train.distill.share=0.5"), tmp_path / "whole", run.Options())
+    aside = shutil.move(place / "teacher", tmp_path / "aside")
+    try:
+        with pytest.raises(ConfigError, match="is not the work directory of a run"):
+            distill(cfg)
+        assert load_trained(tmp_path / "whole").params["embed"].shape == (257, 16)
+        assert train("whole") == DONE  # it is finished
+    finally:
+        shutil.move(aside, place / "teacher")
+
+
+def test_eight_devices_learn_what_one_does(place: Path, on_eight_devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMJAX_TEST_TEACHER", str(place))
+    on_eight_devices(Path(__file__).with_name("distill_devices.py"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("train.distill.teacher=runs/x",), r"train\.distill\.teacher=runs/x: task=distill needs a run .*WORKDIR@STEP"),
+        (("train.distill=None",), r"train\.distill\.teacher=: task=distill needs a run to learn from"),
+        (("train.loss.z_weight=0.1",), r"train\.loss\.z_weight and train\.loss\.name have no part in task=distill"),
+        (("model.moe.experts=4",), "task=distill trains dense models"),
+        (("task=instruct",), "train.distill is of task=distill, not instruct"),
+        (("model.vocab=300",), "tells 257 tokens apart, and model.vocab=300"),
+        (("train.distill.divergence=kl",), "there is no 'kl'"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_a_step(
+    place: Path, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        run.run(student(place, *more), tmp_path / "run", run.Options())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_step_that_the_teacher_does_not_have_is_named(place: Path, tmp_path: Path) -> None:
+    cfg = student(place)
+    settings = dataclasses.replace(cfg.train.distill, teacher=f"{place / 'teacher'}@5")  # type: ignore[type-var]
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, distill=settings))
+    with pytest.raises(ConfigError, match="no sealed checkpoint of step 5"):
+        run.run(cfg, tmp_path / "run", run.Options())
