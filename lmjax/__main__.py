@@ -248,7 +248,12 @@ def _evaluate_arguments(sub: Parser) -> None:
     tasks.add_argument("--include-path", type=path, metavar="DIR", help="of --harness: more tasks, as YAML files")
     tasks.add_argument("--shots", type=whole, metavar="N", help="examples before a question; default: the benchmark's")
     tasks.add_argument("--seed", type=whole, default=1234, help="of examples that are drawn")
-    tasks.add_argument("--limit", type=count, metavar="N", help="most questions of each, chosen by their hashes")
+    tasks.add_argument(
+        "--limit",
+        type=count,
+        metavar="N",
+        help="most questions of each, chosen by their hashes; by the harness, the first",
+    )
     tasks.add_argument("--against", type=path, metavar="WORKDIR", help="another run, compared question by question")
     tasks.add_argument("--requests", type=path, metavar="FILE.jsonl", help="write what was said of every question")
 

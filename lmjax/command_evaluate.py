@@ -34,6 +34,8 @@ def _kind(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
             raise ConfigError(f"--{name.replace('_', '-')} is not read by an evaluation on {what}; leave it out")
     if arguments.tasks and arguments.task_data is None:
         raise ConfigError("--tasks needs --task-data=DIR, where the benchmarks' files are (docs/evaluation.md)")
+    if arguments.requests and not os.path.isdir(os.path.dirname(arguments.requests) or "."):
+        raise ConfigError(f"--requests={arguments.requests}: there is no such folder; make it, or name another file")
     return kind.run
 
 
@@ -110,10 +112,10 @@ def _shown(arguments: argparse.Namespace, outcome: _Outcome) -> int:
     """Print the outcome, and write what was said of each question where that is asked for."""
     from lmjax.record import files
 
+    print(json.dumps(outcome.as_json(), indent=1) if arguments.json else outcome.text(), flush=True)
     if arguments.requests:
         lines = (json.dumps(record, default=str) + "\n" for record in outcome.records())
         files.write_bytes(files.locate(arguments.requests), "".join(lines).encode())
-    print(json.dumps(outcome.as_json(), indent=1) if arguments.json else outcome.text())
     return 0
 
 

@@ -184,9 +184,17 @@ def prepare(arguments: Arguments) -> int:
     }
     fields = {field.name for field in dataclasses.fields(PrepareConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields} | {"tokenizer": tokenizer}
+    chat = ChatConfig(
+        **{
+            field.name: getattr(arguments, field.name)
+            for field in dataclasses.fields(ChatConfig)
+            if field.name != "template"
+        }
+    )
     if arguments.chat is not None:
-        chat = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(ChatConfig)}
-        given["chat"] = chat | {"template": arguments.chat}
+        given["chat"] = dataclasses.asdict(chat) | {"template": arguments.chat}
+    elif chat != ChatConfig():
+        raise ConfigError("--score, --headers, --no-ends, --longest and --too-long are of conversations: add --chat")
     manifest = prepare(validated(PrepareConfig, given), arguments.out)
     for name, split in manifest.splits.items():
         if split.scored_tokens is None:

@@ -52,7 +52,12 @@ class PackedRows:
 
     def rows(self, numbers: np.ndarray) -> Rows:
         """The rows of these numbers (int64 [B]); beyond the last there is padding alone."""
+        tokens_BU = np.zeros((len(numbers), self._size), self._split.dtype)
+        segments_BU = np.full(tokens_BU.shape, -1, np.int32)
+        scored_BU = np.zeros(tokens_BU.shape, bool)
         known = numbers[numbers < self.n_rows]
+        if not len(known):
+            return tokens_BU, segments_BU, scored_BU
         counts = self._row_starts[known + 1] - self._row_starts[known]
         documents = self._documents[spans(self._row_starts[known], counts)]
         starts = self._split.document_starts[documents]
@@ -61,9 +66,6 @@ class PackedRows:
         before = np.cumsum(lengths) - lengths
         row = np.repeat(np.flatnonzero(numbers < self.n_rows), counts)
         where = spans(row * self._size + before - before[first], lengths)
-        tokens_BU = np.zeros((len(numbers), self._size), self._split.dtype)
-        segments_BU = np.full(tokens_BU.shape, -1, np.int32)
-        scored_BU = np.zeros(tokens_BU.shape, bool)
         tokens_BU.ravel()[where] = self._split.take(starts, lengths)
         segments_BU.ravel()[where] = np.repeat(np.arange(len(documents)) - first, lengths)
         scored_BU.ravel()[where] = self._split.scored(starts, lengths)

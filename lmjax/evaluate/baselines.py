@@ -17,7 +17,7 @@ def check_compressible(datasets: Mapping[str, Dataset]) -> None:
     most = compression.LARGEST - _PRIMING_BYTES
     for name, dataset in datasets.items():
         valid = dataset.manifest.splits.get("valid")
-        if valid is not None and valid.text_bytes > most:
+        if valid is not None and valid.scored_tokens is None and valid.text_bytes > most:
             raise DataError(
                 f"the validation text of data source '{name}' has {valid.text_bytes:,} bytes, more than the {most:,} "
                 "that xz can be given; set train.compression_baseline=False"
@@ -30,12 +30,16 @@ _PRIMING_BYTES = 1 << 27  # of training text that xz reads first: it takes 22 ti
 def compression_baselines(datasets: Mapping[str, Dataset], tokenizer: Tokenizer) -> dict[str, float]:
     """What xz makes of each validation set, alone and after reading the training text, in bits per byte.
 
-    Of a long training text it reads the first 128 MiB. A set without validation text is left out with a warning.
+    Of a long training text it reads the first 128 MiB. A set without validation text, or of
+    conversations, whose bits per byte are of what is scored alone, is left out with a warning.
     """
     baselines = {}
     for name, dataset in datasets.items():
         if "valid" not in dataset.manifest.splits:
             logger.warning("train.compression_baseline is left out for %s, which has no validation text", name)
+            continue
+        if dataset.manifest.splits["valid"].scored_tokens is not None:
+            logger.warning("train.compression_baseline is left out for %s, of which only a part is scored", name)
             continue
         train = split_text(dataset.split("train"), tokenizer, limit=_PRIMING_BYTES)
         valid = split_text(dataset.split("valid"), tokenizer)

@@ -114,7 +114,7 @@ def _read_prompts(template: Template, tokenizer: Tokenizer, cfg: SampleConfig) -
     pretrain.sample_settings(cfg)
     if not all(prompt.strip() for prompt in cfg.prompts):
         raise ConfigError("train.sample.prompts: an empty one asks for nothing; give questions, or no prompts: ()")
-    with Renderer(template) as renderer:
+    with Renderer(template, clock=False) as renderer:
         try:
             texts = [
                 renderer.render([{"role": "user", "content": prompt}], add_generation_prompt=True).text

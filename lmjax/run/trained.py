@@ -67,7 +67,7 @@ def evaluate_trained(
 ) -> dict[str, Evaluation]:
     """Score a trained model on prepared data sets, in rows as `rows_of` has them if nothing else is said.
 
-    Raises DataError for a data set of another tokenizer.
+    Raises DataError for a data set of another tokenizer, ConfigError for conversations in other rows than whole ones.
     """
     results = {}
     for path in paths:
@@ -82,6 +82,11 @@ def evaluate_trained(
         )
         content = dataset.split(split)
         how = rows_of(trained, content) if documents is None else documents
+        if content.n_scored is not None and how != "whole":
+            raise ConfigError(
+                f"{path} holds conversations, of which only some tokens are scored, and --documents={how} would score "
+                "all; leave it out"
+            )
         if how == "alone" or how == "cut":
             results[path] = evaluate_documents(
                 trained.scorer,

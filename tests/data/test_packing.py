@@ -105,6 +105,14 @@ def test_evaluation_scores_every_token_once(lengths, batch_size):
     assert all(np.array_equal(one.tokens_BT[0], batch.tokens_BT[0]) for one, batch in zip(some, batches, strict=True))
 
 
+def test_a_process_whose_rows_of_the_last_batch_are_all_beyond_the_end():
+    split = SplitInMemory([5, 5, 5])
+    batches = [list(packed_batches(split, 11, 4, rows)) for rows in (np.arange(0, 2), np.arange(2, 4))]
+    assert [len(of_process) for of_process in batches] == [1, 1]
+    scored = [batch.weights_BT.sum() for (batch,) in batches]
+    assert scored[1] == 0 and scored[0] == split.bits.sum()
+
+
 def test_the_first_batches_are_a_fair_sample():
     """Not those of the longest documents, which fill the first rows."""
     split = SplitInMemory([12] * 50 + [1] * 600)

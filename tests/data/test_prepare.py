@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pydantic
 import pytest
+import zstandard
 
 from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.prepare.prepare import prepare
@@ -163,6 +164,25 @@ def test_a_half_made_data_set_of_another_recipe_is_left_alone(tmp_path, numbered
     prepare(cfg, target, progress=False)
     prepare(cfg, tmp_path / "fresh", progress=False)
     assert files_of(target) == files_of(tmp_path / "fresh")
+
+
+def test_a_curation_that_has_not_ended_is_refused(tmp_path):
+    """Its validation documents would be trained on."""
+    (tmp_path / "curating").mkdir()
+    for name in ("train-00000", "valid-00000"):
+        (tmp_path / f"{name}.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "one"}\n'))
+    cfg = PrepareConfig(inputs=(f"{tmp_path}/*.zst",), tokenizer=BYTES, workers=1)
+    with pytest.raises(DataError, match="is a curation that has not ended; run lmjax curate again"):
+        prepare(cfg, tmp_path / "data", progress=False)
+
+
+def test_a_list_that_is_no_utf_8_is_counted_where_it_is_skipped(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "one"}, {"text": "\xff"}]')
+    (tmp_path / "b.json").write_bytes(b'[{"text": "one"}, {"text": "two"}]')
+    cfg = PrepareConfig(
+        inputs=(f"{tmp_path}/*.json",), tokenizer=BYTES, workers=1, invalid_utf8="skip", valid_fraction=0
+    )
+    assert prepare(cfg, tmp_path / "data", progress=False).invalid_documents == 1
 
 
 def test_a_recipe_that_was_interrupted_is_changed_and_run_again(tmp_path, capsys, monkeypatch):

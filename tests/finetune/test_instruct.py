@@ -111,6 +111,8 @@ def test_the_run_is_evaluated_and_asked_as_it_was_trained(
     np.testing.assert_allclose(found.loss, said["val_full/lessons/loss"], rtol=1e-5)
     content = open_dataset(place / "lessons").split("valid")
     assert found.tokens == content.n_scored and found.coverage == 1.0
+    with pytest.raises(ConfigError, match="--documents=alone would score all; leave it out"):
+        evaluate_trained(trained, [str(place / "lessons")], split="valid", batch=3, seq_len=192, documents="alone")
     np.testing.assert_allclose(found.bits_per_byte, found.loss * found.tokens / content.n_bytes / np.log(2), rtol=1e-6)
     words = ["generate", f"--workdir={place / 'run'}", "--chat", "--temperature=0", "--tokens=4"]
     arguments = parse([*words, "--prompt=What is 5 plus 4?"])

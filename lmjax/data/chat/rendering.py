@@ -32,8 +32,9 @@ class Rendering(NamedTuple):
 class Renderer:
     """A template in its process, for as long as the context lasts."""
 
-    def __init__(self, template: Template) -> None:
-        self.template = template
+    def __init__(self, template: Template, *, clock: bool = True) -> None:
+        """Without a clock a template cannot write the day's date: the same conversations then give the same text."""
+        self.template, self._clock = template, clock
 
     def __enter__(self) -> Self:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -60,7 +61,7 @@ class Renderer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        answer = self._ask({"source": template.source, "arguments": arguments | variables})
+        answer = self._ask({"source": template.source, "arguments": arguments | variables, "clock": self._clock})
         if answer is None:
             raise DataError(
                 f"the chat template in {template.where} took more than {_SECONDS} s or {_BYTES >> 30} GiB; use another"

@@ -30,7 +30,7 @@ def _serve() -> None:
 def _answer(line: bytes) -> dict[str, Any]:
     try:
         request = json.loads(line)
-        return _render(_compiled(request["source"]), request["arguments"])
+        return _render(_compiled(request["source"], request["clock"]), request["arguments"])
     except ImportError:
         return {"error": "it needs an extra, install lmjax[hf]"}
     except Exception as error:  # whatever a template may do wrong
@@ -46,10 +46,12 @@ class _Compiled(NamedTuple):
 
 
 @functools.cache
-def _compiled(source: str) -> _Compiled:
+def _compiled(source: str, clock: bool) -> _Compiled:
     secret = secrets.token_hex(16)
     marks = f"\0{secret}(", f"\0{secret})"
     plain, marked = _environment(None), _environment(marks)
+    if not clock:
+        del plain.globals["strftime_now"], marked.globals["strftime_now"]
     compiled = marked.from_string(source)
     return _Compiled(plain.from_string(source), compiled if marked.generations else None, marks)
 

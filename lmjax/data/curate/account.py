@@ -91,7 +91,7 @@ class Account:
         draw = hash_text(f"{self.step} {why} {document.name}") >> 16
         shown = self.examples.setdefault(why, [])
         if len(shown) < EXAMPLES or draw < shown[-1][0]:
-            shown.append([draw, document.name, text()])
+            shown.append([draw, mask(document.name), text()])
             shown.sort()
             del shown[EXAMPLES:]
 
@@ -112,10 +112,16 @@ def _difference(before: str, after: str) -> str:
 
 
 def _excerpt(text: str, start: int, length: int) -> str:
-    """A part of a text, of whole words, so that masks hide what is private in it."""
-    part = text[start : start + length]
+    """A part of a text, of whole words. Masks see more than the part: what is private may go on beyond it."""
+    low, high = max(0, start - _PRIVATE), start + length + _PRIVATE
+    before, part = mask(text[low:start]), mask(text[low:high])
+    part = part[len(before) :] if part.startswith(before) else part
     if start and not text[start - 1].isspace():
         part = re.sub(r"^\S+", "", part)
-    if start + length < len(text) and not text[start + length].isspace():
-        part = re.sub(r"\S+\Z", "", part)
-    return mask(part.strip())
+    if len(part) > length:
+        part = re.sub(r"\S+\Z", "", part[:length])
+    return part.strip()
+
+
+_PRIVATE = 100
+"""Characters, more than anything private is long."""

@@ -1,5 +1,6 @@
 """From the files of the sources to chunks of documents of about equal size."""
 
+import os
 from collections.abc import Iterator
 
 from lmjax.data.config import PrepareConfig
@@ -59,7 +60,7 @@ def _documents(cfg: CurateConfig, files: Files, report: Report, omitted: Omitted
         invalid_utf8=cfg.invalid_utf8,
     )
     for source, found in files.items():
-        named = [file._replace(name=f"{source}/{file.path.name}") for file in found]
+        named = [file._replace(name=f"{source}/{_utf8(file.path.name)}") for file in found]
         for document in read_documents(named, reading, report, _READERS):
             if document.text is None:
                 omitted.invalid += 1
@@ -67,3 +68,8 @@ def _documents(cfg: CurateConfig, files: Files, report: Report, omitted: Omitted
                 yield Document(document.text, document.name, source)
             else:
                 omitted.empty += 1
+
+
+def _utf8(name: str) -> str:
+    """A name of a file, which need not be UTF-8."""
+    return os.fsencode(name).decode("utf-8", errors="replace")

@@ -124,7 +124,7 @@ def _page(name: str, block: bytes, length: int, most: int) -> Iterator[Document]
     charset = response.headers.get_content_charset() or (found[1].decode("ascii") if found else "utf-8")
     try:
         text = body.decode(charset, "replace")
-    except LookupError:
+    except (LookupError, ValueError):  # what Python knows as no charset, or as one that takes no pages, such as idna
         text = body.decode("utf-8", "replace")
     yield Document(name, text.encode("utf-8", "replace").decode("utf-8"))
 

@@ -89,9 +89,13 @@ def read_corpus(
 
 
 def curation_of(file: InputFile) -> epath.Path | None:
-    """The record of the curation that made the file, if one did."""
+    """The record of the curation that made the file, if one did. Raises DataError for one that has not ended."""
+    if not re.fullmatch(r"(train|valid)-\d{5}\.jsonl\.zst", file.path.name):
+        return None
     path = file.path.parent / "curation.json"
-    return path if re.fullmatch(r"(train|valid)-\d{5}\.jsonl\.zst", file.path.name) and path.exists() else None
+    if not path.exists() and (path.parent / "curating").exists():
+        raise DataError(f"{path.parent} is a curation that has not ended; run lmjax curate again, then prepare it")
+    return path if path.exists() else None
 
 
 def _held_out(file: InputFile) -> bool:

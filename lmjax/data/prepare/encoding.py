@@ -104,7 +104,7 @@ def encoder(directory: os.PathLike[str] | str, unknown: Unknown, chat: ChatConfi
     if chat is None:
         yield functools.partial(encode_text, tokenizer, unknown)
         return
-    with Renderer(load_template(directory)) as renderer:
+    with Renderer(load_template(directory), clock=False) as renderer:
         yield functools.partial(_encode_conversation, tokenizer, renderer, chat)
 
 

@@ -136,6 +136,8 @@ def folder(directory: epath.Path) -> Iterator[None]:
 def _give_up(directory: epath.Path) -> None:
     """Take away a beginning. What no readable recipe says is ours stays, and so does what has come to a shard."""
     path = directory / FOLDER / _RECIPE
+    if (directory / FILE).exists():  # another process has finished it
+        return
     if not path.exists():
         if _foreign(directory) is None:
             remove(directory)

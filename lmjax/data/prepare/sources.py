@@ -227,8 +227,11 @@ def _text_of(where: str, record: Any, cfg: PrepareConfig) -> str:
 def _read_json_list(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
     (data,) = _parts(_chunks(file, report), None, lambda number: file.name, cfg.document_bytes)
     text = _document(file.name, data, 0, cfg).text
+    if text is None:
+        yield Document(file.name, None)
+        return
     try:
-        records = [] if text is None else json.loads(text)
+        records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file.name}: not JSON: {error}; it must be a list of objects") from error
     if not isinstance(records, list):

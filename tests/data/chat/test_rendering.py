@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmjax.data.chat.rendering import render
+from lmjax.data.chat.rendering import Renderer, render
 from lmjax.data.chat.templates import Template, load_template
 from lmjax.errors import DataError
 
@@ -130,7 +130,16 @@ def test_what_the_sandbox_hides_is_empty() -> None:
 
 
 def test_a_template_knows_the_time() -> None:
-    assert len(render(template("{{ strftime_now('%d %b %Y') }}"), [{"role": "user", "content": ""}])) == 11
+    turn = [{"role": "user", "content": ""}]
+    assert len(render(template("{{ strftime_now('%d %b %Y') }}"), turn)) == 11
+    dated = "{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}"
+    with Renderer(template(dated), clock=False) as renderer:  # what is prepared is the same on any day
+        assert renderer.render(turn).text == "26 Jul 2024"
+    with (
+        Renderer(template("{{ strftime_now('%Y') }}"), clock=False) as renderer,
+        pytest.raises(DataError, match="'strftime_now' is undefined"),
+    ):
+        renderer.render(turn)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,12 @@ def test_pages_and_texts_are_read(tmp_path: Path) -> None:
     assert [document.text for document in packed] == expected
 
 
+@pytest.mark.parametrize("charset", ["undefined", "idna", "no-such", "base64"])
+def test_a_charset_that_is_none_is_taken_for_utf_8(tmp_path: Path, charset: str) -> None:
+    page = response(PAGE.encode(), f"Content-Type: text/html; charset={charset}")
+    assert [document.text for document in read(tmp_path / "a.warc", page)] == [PAGE]
+
+
 def test_what_cannot_be_decoded_is_no_text(tmp_path: Path) -> None:
     damaged = gzip.compress(PAGE.encode())[:20] + b"damage"
     blocks = [
