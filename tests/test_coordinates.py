@@ -38,7 +38,7 @@ table that updates change much hides what they do to all that follows."""
 RATES = {"adafactor": 3e-3, "adamw": 3e-3, "lion": 2e-3, "muon": 1e-2, "sgd": 0.05}
 
 
-MIXTURE_RATES = RATES | {"sgd": 5e-3}
+MIXTURE_RATES = RATES | {"sgd": 7e-3}
 BALANCE = dict.fromkeys(RATES, 0.0) | {"sgd": 10.0}
 """Weights of the balance loss. What moves a router else is random over the width at first, and the size of it is SGD's
 step. The other optimizers step alike, and would soon have the balance: then a router moves as far as its start, which
