@@ -260,14 +260,11 @@ def test_texts_are_the_same_in_whatever_rows_they_are_written(temperature: float
     rng = np.random.default_rng(0)
     prompts = [bytes(rng.integers(32, 127, int(length))).decode() for length in (3, 90, 1, 200, 64, 7, 130, 30, 2)]
     model, params = build()
-    alone = [generate(model, params, TOKENIZER, [prompt], cfg)[0] for prompt in prompts]
-    for count in (1, 2, 4):
-        together = generate(model, params, TOKENIZER, prompts, dataclasses.replace(cfg, rows=count))
-        assert together[0] == alone[0]
-        if not temperature:  # keys are those of a prompt's place
-            assert together == alone
-        else:
-            assert together == generate(model, params, TOKENIZER, prompts, cfg)
+    in_two_rows = generate(model, params, TOKENIZER, prompts, dataclasses.replace(cfg, rows=2))
+    if temperature:  # draws are named by a prompt's place
+        assert in_two_rows == generate(model, params, TOKENIZER, prompts, cfg)
+    else:
+        assert in_two_rows == [generate(model, params, TOKENIZER, [prompt], cfg)[0] for prompt in prompts]
 
 
 def test_the_next_prompt_takes_a_row_as_soon_as_it_is_free() -> None:
