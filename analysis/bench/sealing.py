@@ -33,8 +33,8 @@ from lmjax.registry import without_data
 from lmjax.run import assemble
 
 QUIET_STEPS = 10
-SHAPE = ("model.dtype=float32", "train.batch=1", "data.seq_len=256")
-"""Short steps: what a save costs is largest beside them."""
+SHAPE = ("model.dtype=float32", "train.batch=1")
+"""The shortest step at the config's own length: what a save costs is largest beside it."""
 
 
 class Save(NamedTuple):
