@@ -88,7 +88,7 @@ def put_rows(memory: Memory, source_B: jax.Array, taken: Memory) -> Memory:
     def put(old: Any, new: Any) -> Any:
         if isinstance(old, LayerCache):
             return caches.put_rows(old, source_B, new)
-        return jnp.where((source_B >= 0).reshape(-1, *[1] * (old.ndim - 1)), new[source_B], old)
+        return caches.replace_rows(old, source_B, new)
 
     return _by_layer(put, memory, taken)
 

@@ -15,6 +15,7 @@ from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Functions, Memory
 from lmjax.generate.sampling import sample
 from lmjax.generate.spread import replicate, spread_rows
+from lmjax.models.attention.cache import replace_rows
 from lmjax.weights import Params
 
 MOST_STEPS = 64
@@ -68,18 +69,14 @@ def admit(
 ) -> Rows:
     """Texts that were read take rows, text `source_B[b]` row b unless negative, and get their first new tokens."""
     new_B = source_B >= 0
-
-    def put(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(new_B.reshape(-1, *[1] * (old.ndim - 1)), new[source_B], old)
-
     rows = Rows(
         memory=forward.put_rows(rows.memory, source_B, memory),
         token_B=rows.token_B,
-        position_B=put(lengths_G - 1, rows.position_B),
+        position_B=replace_rows(rows.position_B, source_B, lengths_G - 1),
         count_B=jnp.where(new_B, 0, rows.count_B),
         done_B=rows.done_B & ~new_B,
-        keys_B=jnp.where(new_B, keys_G[source_B], rows.keys_B),
-        seen_BV=None if rows.seen_BV is None or seen_GV is None else put(seen_GV, rows.seen_BV),
+        keys_B=replace_rows(rows.keys_B, source_B, keys_G),
+        seen_BV=None if rows.seen_BV is None or seen_GV is None else replace_rows(rows.seen_BV, source_B, seen_GV),
     )
     return _choose(rows, logits_GV[source_B], new_B, stop_ids, tokens, cfg)
 

@@ -40,14 +40,19 @@ def opened(cache: LayerCache) -> LayerCache:
     return cache.replace(fresh=False)  # type: ignore[attr-defined]
 
 
+def replace_rows(old: jax.Array, source_B: jax.Array, new: jax.Array) -> jax.Array:
+    """Row `source_B[b]` of `new` [G, ...] in place of row b of `old` [B, ...], unless negative."""
+    is_new = (source_B >= 0).reshape(-1, *[1] * (old.ndim - 1))
+    return jnp.where(is_new, new[source_B], old)
+
+
 def put_rows(cache: LayerCache, source_B: jax.Array, taken: LayerCache) -> LayerCache:
     """Row `source_B[b]` of another cache in place of row b, unless negative. Its tokens go to the columns before the
     next one, as if they had just been written, and each row's next token to the same column."""
     shift = (cache.filled - taken.filled) % cache.positions_BS.shape[1]
 
     def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        is_taken = (source_B >= 0).reshape(-1, *[1] * (old.ndim - 1))
-        return jnp.where(is_taken, jnp.roll(new, shift, axis)[source_B], old)
+        return replace_rows(old, source_B, jnp.roll(new, shift, axis))
 
     return LayerCache(
         put(cache.k_BKSH, taken.k_BKSH, 2),
