@@ -85,7 +85,7 @@ def summary(directory: Path) -> dict[str, Any]:
 def test_a_failed_save_ends_the_run_before_the_next_one(train: Train, tmp_path: Path) -> None:
     settings = ("train.steps=200", "checkpoint.every=100", "train.evaluate_every=None", "train.log_every=100")
     with pytest.raises(CheckpointError, match=r"100 was not saved: .*No space left"):
-        train(tmp_path / "run", *settings, faults="disk_full@checkpoint.write:1")
+        train(tmp_path / "run", *settings, faults="disk_full@checkpoint.write:1,pause@step:150")
     assert 100 <= max(entry.step for entry in read_ledger(tmp_path / "run" / "ledger.jsonl")) < 200
     assert statuses(tmp_path / "run") == ["failed"]
 
