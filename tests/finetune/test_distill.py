@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax import config as configs
 from lmjax.config import Config
 from lmjax.devices.place import local_rows
 from lmjax.errors import DONE, PREEMPTED, ConfigError
@@ -22,42 +21,23 @@ from lmjax.record.tracking import read_jsonl
 from lmjax.run import assemble, run
 from lmjax.run.trained import load_trained
 from lmjax.train.step import accumulate, sample_keys
+from tests.finetune.lessons import STEPS, tiny
 
 pytest.importorskip("jinja2")
 pytestmark = pytest.mark.usefixtures("quick_compilation", "compile_cache")
-
-CONFIG = Path(__file__).parents[2] / "configs" / "tune" / "instruct.py"
-SETTINGS = (
-    "model.layers=2",
-    "model.embed=16",
-    "model.mlp=24",
-    "data.seq_len=192",
-    "optimizer.schedule.warmup=1",
-    "optimizer.learning_rate=0.03",
-    "train.steps=6",
-    "train.batch=4",
-    "train.microbatches=2",
-    "train.log_every=1",
-    "train.evaluate_every=3",
-    "train.sample.tokens=4",
-    "checkpoint.every=3",
-)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a teacher, wider than its students."""
     place = tmp_path_factory.mktemp("distill")
-    wider = ("model.embed=32", "model.layers=1")
-    cfg = configs.load(str(CONFIG), [*SETTINGS, *wider, f"data.sources.lessons.path={place / 'lessons'}"])
+    cfg = tiny(place, "model.embed=32", "model.layers=1")
     assert run.run(cfg, place / "teacher", run.Options()) == DONE
     return place
 
 
 def student(place: Path, *more: str) -> Config:
-    teacher = f"train.distill.teacher={place / 'teacher'}@6"
-    path = f"data.sources.lessons.path={place / 'lessons'}"
-    return configs.load(str(CONFIG), [*SETTINGS, "task=distill", teacher, path, *more])
+    return tiny(place, "task=distill", f"train.distill.teacher={place / 'teacher'}@{STEPS}", *more)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -155,7 +135,7 @@ def test_a_student_is_trained_stopped_and_read_without_its_teacher(
         return run.run(cfg, tmp_path / name, run.Options())
 
     assert train("whole") == DONE
-    assert train("stopped", "terminate@step:4") == PREEMPTED and train("stopped") == DONE
+    assert train("stopped", "terminate@step:5") == PREEMPTED and train("stopped") == DONE
     whole, stopped = (inspect(tmp_path / name, hashes=True) for name in ("whole", "stopped"))
     assert whole["hashes"] == stopped["hashes"]
     rows = [row for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "train/divergence" in row]

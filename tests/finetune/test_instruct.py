@@ -16,7 +16,6 @@ from etils import epath
 
 from lmjax import config as configs
 from lmjax.__main__ import parse
-from lmjax.config import Config
 from lmjax.data.store.dataset import open_dataset
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.devices.place import local_rows
@@ -31,34 +30,10 @@ from lmjax.run import assemble, run
 from lmjax.run.trained import Trained, evaluate_trained, load_trained
 from lmjax.train.step import accumulate, sample_keys
 from tests.data.chat.test_scoring import byte_level
+from tests.finetune.lessons import CONFIG, SETTINGS, settings, tiny
 
 pytest.importorskip("jinja2")
 pytestmark = pytest.mark.usefixtures("quick_compilation", "compile_cache")
-
-CONFIG = Path(__file__).parents[2] / "configs" / "tune" / "instruct.py"
-SETTINGS = (
-    "model.layers=2",
-    "model.embed=16",
-    "model.mlp=24",
-    "data.seq_len=192",
-    "optimizer.schedule.warmup=1",
-    "optimizer.learning_rate=0.03",
-    "train.steps=8",
-    "train.batch=4",
-    "train.microbatches=2",
-    "train.log_every=1",
-    "train.evaluate_every=4",
-    "train.sample.tokens=4",
-    "checkpoint.every=4",
-)
-
-
-def settings(place: Path, *more: str) -> list[str]:
-    return [*SETTINGS, f"data.sources.lessons.path={place / 'lessons'}", *more]
-
-
-def tiny(place: Path, *more: str) -> Config:
-    return configs.load(str(CONFIG), settings(place, *more))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 from lmjax.data.chat.templates import Template
 from lmjax.errors import DataError
 
-_SECONDS, _BYTES = 10, 1 << 30  # for one conversation
+_SECONDS, _BYTES = 10, 1 << 30  # of processor time and memory, for one conversation
 
 Messages = Sequence[Mapping[str, Any]]
 """Each `{"role": ..., "content": ...}`."""
@@ -64,7 +64,8 @@ class Renderer:
         answer = self._ask({"source": template.source, "arguments": arguments | variables, "clock": self._clock})
         if answer is None:
             raise DataError(
-                f"the chat template in {template.where} took more than {_SECONDS} s or {_BYTES >> 30} GiB; use another"
+                f"the chat template in {template.where} took more than {_SECONDS} s of work or {_BYTES >> 30} GiB; use "
+                "another"
             )
         if "error" in answer:
             raise DataError(f"the chat template in {template.where} failed: {answer['error']}")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,18 @@ def test_hostile_and_broken_templates_fail_in_one_line(
         render(template(source), [{"role": "user", "content": "x"}])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 and "DIR" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_time_of_a_template_is_that_of_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what passes while the machine does something else."""
+    monkeypatch.setattr("lmjax.data.chat.rendering._SECONDS", 1)
+    with Renderer(template("{{ messages[0].content }}")) as renderer:
+        renderer.render([{"role": "user", "content": "x"}])  # it has started
+        renderer._process.send_signal(signal.SIGSTOP)
+        going_on = threading.Timer(2, renderer._process.send_signal, [signal.SIGCONT])
+        going_on.start()
+        assert renderer.render([{"role": "user", "content": "y"}]).text == "y"
+        going_on.join()
 
 
 def test_where_a_template_is_found(tmp_path: Path) -> None:
