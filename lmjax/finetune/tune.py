@@ -105,6 +105,11 @@ def parts(task: Task) -> Parts:
     cfg, spec = task.cfg.tune, task.spec
     targets = adapter_targets(task) if cfg.adapter is not None else []
     every = [] if targets else list(by_path(spec))
+    if cfg.freeze and targets and cfg.train is None:
+        raise ConfigError(
+            "tune.freeze means nothing beside tune.adapter, with which no weight is trained itself; leave it out, or "
+            "name in tune.train what is trained, too"
+        )
     trained = every if cfg.train is None else matching(spec, cfg.train, "tune.train")
     frozen = set(matching(spec, cfg.freeze, "tune.freeze"))
     trained = [path for path in trained if path not in frozen]
@@ -114,7 +119,10 @@ def parts(task: Task) -> Parts:
         )
     if not trained and not targets:
         raise ConfigError("tune leaves nothing to train; let tune.freeze match less, or set tune.adapter")
-    return Parts(spec, trained, [path for path in by_path(spec) if path not in {*trained}], targets, cfg)
+    kept = [path for path in by_path(spec) if path not in {*trained}]
+    if cfg.store != "float32" and not kept:
+        raise ConfigError(f"tune.store={cfg.store} is how frozen weights are held, and none is frozen; leave it out")
+    return Parts(spec, trained, kept, targets, cfg)
 
 
 def adapter_targets(task: Task) -> list[str]:

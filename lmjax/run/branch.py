@@ -18,7 +18,8 @@ from lmjax.optim.optimizers import scheduled_rate
 from lmjax.process import group
 from lmjax.record import files, seal, steps
 from lmjax.record.jsonl import JsonLines, read_lines
-from lmjax.run.workdir import fixed, identity, run_id, with_pinned_start
+from lmjax.run import origin
+from lmjax.run.workdir import fixed, identity, run_id, saved_config
 
 SETTING = "train.branch_from"
 OWN = ("train.steps", "optimizer.schedule.", SETTING)
@@ -56,7 +57,7 @@ def check(cfg: Config) -> tuple[epath.Path, int]:
     if step is None:
         raise ConfigError(f"{SETTING}={given}: say at which step, {given}@STEP")
     steps.origin_checkpoint(SETTING, given)
-    check_same_until(step, configs.from_json(trunk / "config.json"), with_pinned_start(trunk, cfg))
+    check_same_until(step, configs.from_json(trunk / "config.json"), origin.with_pinned_start(cfg, saved_config(trunk)))
     return trunk, step
 
 

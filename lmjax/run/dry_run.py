@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 from lmjax.config import Config
 from lmjax.data.mixture import MIXTURES
+from lmjax.data.packing import PackedRows
 from lmjax.data.store import manifest
+from lmjax.data.store.dataset import Dataset
 from lmjax.data.store.manifest import Manifest
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.errors import ConfigError
@@ -43,22 +45,42 @@ def describe(cfg: Config) -> Iterator[str]:
             yield f"data         {name}: not prepared yet"
         else:
             known = "epochs not known yet" if counted[name] is None else f"{counted[name]:.2f} epochs"
-            yield f"data         {name}: {found.splits['train'].tokens:,} tokens, {known}"
+            most = "at most " if cfg.data.documents == "whole" and not _is_here(cfg, name) else ""
+            yield f"data         {name}: {found.splits['train'].tokens:,} tokens, {most}{known}"
 
 
 def epochs(cfg: Config, manifests: Manifests) -> dict[str, float | None]:
-    """How often a run reads each of its data sets; None where what is not prepared yet leaves it open."""
-    tokens = cfg.train.steps * cfg.train.batch * cfg.data.seq_len
+    """How often a run reads each of its data sets; None where what is not prepared yet leaves it open.
+
+    Whole documents leave places of their rows empty. How many rows they fill follows from their lengths, which are read
+    where the data set is local; in a bucket rows are taken to be full, so that it is read less often than is said.
+    """
     sizes = [
         0 if found is None else cfg.data.sources[name].tokens or found.splits["train"].tokens
         for name, found in manifests.items()
     ]
     weights = MIXTURES[cfg.data.mixture]([source.weight for source in cfg.data.sources.values()], sizes)
     known = all(sizes) or cfg.data.mixture == "by_weight"
-    return {
-        name: tokens * weight / sum(weights) / size if known and size else None
-        for name, size, weight in zip(manifests, sizes, weights, strict=True)
-    }
+    rows, counted = cfg.train.steps * cfg.train.batch, dict[str, float | None]()
+    for (name, found), size, weight in zip(manifests.items(), sizes, weights, strict=True):
+        counted[name] = None
+        if found is not None and known:
+            counted[name] = rows * weight / sum(weights) / _rows_per_epoch(cfg, name, found, size)
+    return counted
+
+
+def _rows_per_epoch(cfg: Config, name: str, found: Manifest, tokens: int) -> float:
+    if cfg.data.documents != "whole":
+        return tokens / cfg.data.seq_len
+    if not _is_here(cfg, name):
+        return tokens / (cfg.data.seq_len + 1)
+    source = cfg.data.sources[name]
+    split = Dataset(files.locate(source.path), found).split("train")
+    return PackedRows(split, cfg.data.seq_len, limit=source.tokens).n_rows
+
+
+def _is_here(cfg: Config, name: str) -> bool:
+    return not files.is_remote(files.locate(cfg.data.sources[name].path))
 
 
 def size(task: Task) -> Iterator[str]:

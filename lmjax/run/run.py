@@ -26,7 +26,7 @@ from lmjax.record.lease import Lease
 from lmjax.record.report import write_report
 from lmjax.record.tracking import Status
 from lmjax.registry import TASKS, with_data
-from lmjax.run import assemble, branch, feed, replay, rollback
+from lmjax.run import assemble, branch, feed, origin, replay, rollback
 from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress, check_meta
 from lmjax.run.records import Records
@@ -44,8 +44,8 @@ from lmjax.run.workdir import (
     next_attempt,
     note_sealed,
     run_id,
+    saved_config,
     summary_step,
-    with_pinned_start,
 )
 from lmjax.tasks.task import Task
 from lmjax.train.loop import Hook, MetricsLogger, train
@@ -95,7 +95,7 @@ def run(
     """
     workdir = locate(workdir)
     check_agreed(cfg)
-    cfg = with_pinned_start(workdir, cfg)
+    cfg = origin.with_pinned_start(cfg, saved_config(workdir))
     if is_finished(workdir, cfg, options) and has_report(workdir) and has_files(workdir, cfg):
         return say_finished(workdir)
     with contextlib.ExitStack() as stack:

@@ -18,6 +18,7 @@ from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split
 from lmjax.models.model import Model
 from lmjax.record import checkpoint
 from lmjax.registry import without_data
+from lmjax.run.origin import with_found_start
 from lmjax.weights import Params, abstract
 
 
@@ -41,6 +42,9 @@ def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
     workdir = epath.Path(workdir)
     cfg = from_json(workdir / "config.json")
     task = without_data(cfg)
+    if task.frozen is not None and task.language is not None and task.language.needs_frozen:
+        cfg = with_found_start(workdir, cfg)
+        task = without_data(cfg)
     if task.language is None:
         raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -1,7 +1,6 @@
 """A work directory: whose it is, who may write in it, and whether its run has ended."""
 
 import contextlib
-import dataclasses
 import fnmatch
 import json
 import logging
@@ -21,6 +20,7 @@ from lmjax.record import files, formats, seal, steps
 from lmjax.record.lease import Lease
 from lmjax.record.ledger import check_ledger, read_ledger
 from lmjax.record.tracking import read_events
+from lmjax.run import origin
 
 logger = logging.getLogger(__name__)
 
@@ -107,17 +107,6 @@ def _is_ours(workdir: epath.Path) -> bool:
     return isinstance(tree, dict) and {"model", "data", "optimizer", "train"} <= tree.keys()
 
 
-def with_pinned_start(workdir: epath.Path, cfg: Config) -> Config:
-    """The config whose `train.init_from` names the step, or the hash, that this run's first attempt found."""
-    given = cfg.train.init_from
-    if not given or (found := _saved_config(workdir)) is None:
-        return cfg
-    saved = found.train.init_from
-    if saved is None or saved.rpartition("@")[0] != os.fspath(files.locate(given)):
-        return cfg
-    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=saved))
-
-
 def check_agreed(cfg: Config) -> None:
     """Raise ConfigError unless this process was started with the config of process 0."""
     theirs = configs.parse(json.loads(group.broadcast("the config", configs.to_json(cfg))))
@@ -129,15 +118,17 @@ def check_agreed(cfg: Config) -> None:
 def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
     """Raise ConfigError when `workdir` holds a run of another config.
 
-    What a run that has a checkpoint started from is past: no flag allows to change it. Its data may have been moved:
-    fingerprints say whether they are the same. Where config.json is gone or
+    What a run that has a checkpoint started from is past: no flag allows to change it. Its data, and the weights that
+    it started from, may have been moved: fingerprints say whether they are the same. Where config.json is gone or
     damaged, the seals say whether the config is the same, and it is written again.
     """
-    saved = _saved_config(workdir)
+    saved = saved_config(workdir)
     if saved is None:
         _check_same_as_sealed(workdir, cfg, allow=allow)
         return
     changed = configs.differences(saved, cfg)
+    if "train.init_from" in changed and origin.is_same_start(workdir, cfg):
+        del changed["train.init_from"]
     if allow:
         started = steps.newest_sealed(workdir / "checkpoints") is not None
         changed = {key: values for key, values in changed.items() if key in _ORIGINS and started}
@@ -152,7 +143,7 @@ def check_unchanged(workdir: epath.Path, cfg: Config, *, allow: bool) -> None:
         )
 
 
-def _saved_config(workdir: epath.Path) -> Config | None:
+def saved_config(workdir: epath.Path) -> Config | None:
     """The config of the run that lies here; None where there is none, or it is damaged and a checkpoint can tell."""
     path = workdir / "config.json"
     if not path.exists():
@@ -292,7 +283,7 @@ def finished_step(workdir: epath.Path, *, hash_files: bool) -> int | None:
             "restore one from a backup, or remove the work directory to start again from step 0"
         )
     step = summary_step(path)
-    if step is None or _saved_config(workdir) is None:
+    if step is None or saved_config(workdir) is None:
         return None
     if int(newest.name) < step:
         logger.warning(
@@ -358,7 +349,7 @@ def run_id(workdir: epath.Path, cfg: Config) -> str:
     """
     path, found = workdir / steps.RUN_ID, steps.run_of(workdir)
     if found is None:
-        found = configs.hash_text(configs.to_json(_saved_config(workdir) or cfg), str(workdir))
+        found = configs.hash_text(configs.to_json(saved_config(workdir) or cfg), str(workdir))
     if not path.exists() or path.read_bytes().strip() != found.encode():
         files.write_atomically(path, found + "\n")
     return found

@@ -1,6 +1,7 @@
 """Where weights come from at the start of a run: drawn anew, or read from another run or a Hugging Face checkpoint."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -80,6 +81,21 @@ def model_of(init_from: str) -> ModelConfig:
     return configs.from_json(workdir / "config.json").model
 
 
+def digest(init_from: str) -> str | None:
+    """Names the weights that `train.init_from` means by a hash of the files that hold them, wherever they lie; None
+    where there are none."""
+    found = hugging_face(init_from)
+    if found is not None:
+        is_there = any(found.path.glob("*.safetensors"))
+        return (found.digest or hash_weights(found.path)) if is_there else None
+    try:
+        manifest, problems = seal.read(origin_checkpoint(_SETTING, init_from))
+    except ConfigError:
+        return None
+    listed = json.dumps(manifest["files"], sort_keys=True) if not problems else None
+    return None if listed is None else files.hash_bytes(listed.encode(), digest_size=16)
+
+
 # From a run -------------------------------------------------------------------------------------------------------
 
 
@@ -103,18 +119,7 @@ def from_run(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> S
     def check() -> None:
         check_origin(init_from, spec, tokenizer_hash)
 
-    def digest() -> str | None:
-        try:
-            manifest, problems = seal.read(origin_checkpoint(_SETTING, init_from))
-        except ConfigError:
-            return None
-        return (
-            None
-            if problems
-            else files.hash_bytes(json.dumps(manifest["files"], sort_keys=True).encode(), digest_size=16)
-        )
-
-    return Start(start, check, digest)
+    return Start(start, check, functools.partial(digest, init_from))
 
 
 def check_origin(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> epath.Path:

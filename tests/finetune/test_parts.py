@@ -64,6 +64,8 @@ def test_a_pattern_matches_paths_their_ends_and_axes(pattern: str, expected: set
         ({"adapter": {"targets": ("*_norm/scale",)}}, r"tune\.adapter\.targets: '\*_norm/scale' matches no weight"),
         ({"freeze": ("*",)}, "leaves nothing to train"),
         ({"train": ("query",), "adapter": {"targets": ("query",)}}, "would be trained, and have an adapter beside it"),
+        ({"freeze": ("embed",), "adapter": {}}, "means nothing beside tune.adapter, with which no weight is trained"),
+        ({"store": "int8"}, r"tune\.store=int8 is how frozen weights are held, and none is frozen; leave it out"),
         ({"adapter": {"name": "ia3", "rank": 4}}, r"tune\.adapter\.rank means nothing to tune\.adapter\.name=ia3"),
         ({"adapter": {"name": "ia3", "targets": ("embed",)}}, "'embed' matches no weight"),
         ({"adapter": {"targets": ("unembed",), "dropout": 0.1}}, "dropout acts on what matrices of layers read"),

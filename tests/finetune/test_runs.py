@@ -162,3 +162,27 @@ def test_a_tuned_run_starts_only_with_the_same_settings(tuned: Path, base: Path,
             train("tuned", f"train.init_from={base}", *LORA, "tune.adapter.rank=3")
     finally:
         (tuned / "summary.kept").rename(tuned / "summary.json")
+
+
+def test_a_base_that_was_moved_is_found_by_its_hash(
+    tuned: Path, base: Path, place: Path, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the run is told to look, to train; beside the run, to use what was trained."""
+    given = (f"train.init_from={base}", *LORA)
+    assert train("on", *given, faults="terminate@step:3") == PREEMPTED
+    shutil.move(base, tmp_path / "base")
+    try:
+        with pytest.raises(CheckpointError, match=r"which are not there any more, nor in .*; put them back") as caught:
+            load_trained(tuned)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ConfigError, match=r"train\.init_from was"):
+            train("on", f"train.init_from={tuned}", *LORA)
+        assert train("on", f"train.init_from={tmp_path}/base", *LORA) == DONE
+        assert configs.from_json(place / "on/config.json").train.init_from == f"{tmp_path}/base@6"
+        shutil.move(place / "on", tmp_path / "on")
+        shutil.copytree(tuned, tmp_path / "tuned")
+        whole = load_trained(tmp_path / "tuned")
+        assert "are read from" in caplog.text
+        jax.tree.map(np.testing.assert_array_equal, whole.params, load_trained(tmp_path / "on").params)
+    finally:
+        shutil.move(tmp_path / "base", base)

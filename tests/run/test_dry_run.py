@@ -55,6 +55,24 @@ def test_only_the_manifest_is_read(dataset: Path, monkeypatch: pytest.MonkeyPatc
     assert list(describe(config(PATH))) == before
 
 
+def test_epochs_of_whole_documents_are_of_the_rows_that_they_fill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven documents of 11 tokens, their ends among them, fill a row of 17 each. In a bucket, whose lengths are not
+    read, rows are taken to be full."""
+    for number in range(7):
+        (tmp_path / f"{number}.txt").write_text("0123456789")
+    recipe = PrepareConfig(
+        inputs=(f"{tmp_path}/*.txt",), tokenizer=TokenizerConfig(kind="bytes"), valid_fraction=0, workers=1
+    )
+    prepare(recipe, tmp_path / "prepared")
+    cfg = config(str(tmp_path / "prepared"))
+    cfg = replace(cfg, data=replace(cfg.data, documents="whole"))
+    assert list(describe(cfg))[-1] == f"data         text: 77 tokens, {400 / 7:.2f} epochs"
+    monkeypatch.setattr("lmjax.record.files.is_remote", lambda path: True)
+    assert list(describe(cfg))[-1] == f"data         text: 77 tokens, at most {400 * 17 / 77:.2f} epochs"
+
+
 def test_a_model_that_nothing_holds_is_no_bug() -> None:
     with pytest.raises(ConfigError, match="parameters, more than can be held; make it smaller"):
         list(describe(config(PATH, vocab=64, embed=1 << 24, heads=1 << 24, head_dim=1 << 24)))

@@ -1,0 +1,58 @@
+"""Where the weights that a run started from lie: pinned at its first start, and perhaps moved since."""
+
+import dataclasses
+import logging
+import os
+
+from etils import epath
+
+from lmjax.config import Config
+from lmjax.errors import CheckpointError, DataError
+from lmjax.record import files
+from lmjax.record.tracking import read_events
+from lmjax.tasks.start import digest
+
+logger = logging.getLogger(__name__)
+
+
+def with_pinned_start(cfg: Config, saved: Config | None) -> Config:
+    """The config whose `train.init_from` names the step, or the hash, that this run's first attempt found and `saved`
+    as its config."""
+    given = cfg.train.init_from
+    if not given or saved is None or saved.train.init_from is None:
+        return cfg
+    if saved.train.init_from.rpartition("@")[0] != os.fspath(files.locate(given)):
+        return cfg
+    return _starting_from(cfg, saved.train.init_from)
+
+
+def is_same_start(workdir: epath.Path, cfg: Config) -> bool:
+    """Whether the weights that the config names are those that the run's last attempt says it started from."""
+    try:
+        begun = [event.get("start") for event in read_events(workdir / "metrics.jsonl") if event["event"] == "start"]
+    except (OSError, DataError):
+        return False
+    return cfg.train.init_from is not None and begun[-1:] == [digest(cfg.train.init_from)] != [None]
+
+
+def with_found_start(workdir: epath.Path, cfg: Config) -> Config:
+    """The config of a run that needs the weights that it stands on, naming them where they lie now: where it says or,
+    if nothing is there, under the same name beside the work directory. Whether they are the same, their hash says.
+
+    Raises CheckpointError where they are in neither place.
+    """
+    named = cfg.train.init_from
+    if named is None or digest(named) is not None:
+        return cfg
+    place, _, pin = named.rpartition("@")
+    beside = workdir.parent / epath.Path(place).name
+    if digest(f"{beside}@{pin}") is None:
+        raise CheckpointError(
+            f"{workdir} stands on the weights of {named}, which are not there any more, nor in {beside}; put them back"
+        )
+    logger.warning("%s stands on the weights of %s, which are read from %s", workdir, named, beside)
+    return _starting_from(cfg, f"{beside}@{pin}")
+
+
+def _starting_from(cfg: Config, init_from: str) -> Config:
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=init_from))
