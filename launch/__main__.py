@@ -7,6 +7,7 @@ status   what they are at, from their files; exit code 0 once all are done
 logs     what a cell printed
 stop     have those that run save and end
 cell     one of them, or several together: what an engine starts
+curate   a recipe of lmjax curate, by datatrove, on a Slurm cluster
 """
 
 import argparse
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("cell", "train one cell, or several together, or go on: what an engine starts", _cell)
     sub.add_argument("directory", metavar="DIR")
     sub.add_argument("indices", type=_indices, metavar="CELL[,CELL...]")
+    _curate_arguments(command("curate", "a recipe of lmjax curate, by datatrove, on a Slurm cluster", _curate))
     return parser
 
 
@@ -139,6 +141,18 @@ def _goal_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="shorter cells are neither planned nor counted: they tell of their warmup, not of N and D",
     )
+
+
+def _curate_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", metavar="CONFIG", help="FILE.py[:ARG], a recipe for a folder of JSON lines")
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--tasks", type=int, required=True, metavar="N", help="shares of the files")
+    sub.add_argument("--buckets", type=int, default=14, metavar="N", help="of near duplicates; default as FineWeb's")
+    sub.add_argument("--hashes", type=int, default=8, metavar="N", help="of a bucket")
+    sub.add_argument("--partition", metavar="NAME", help="of the cluster; default: this machine, without Slurm")
+    sub.add_argument("--time", default="24:00:00", metavar="HH:MM:SS", help="the most that a task may take")
+    sub.add_argument("--gigabytes", type=int, default=2, metavar="N", help="memory of a task")
+    sub.add_argument("--max-running", type=int, default=-1, metavar="N", help="tasks at a time; default: all that fit")
 
 
 def _indices(text: str) -> list[int]:
@@ -215,6 +229,12 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 def _cell(arguments: argparse.Namespace) -> int:
     return cell.run(arguments.directory, arguments.indices)
+
+
+def _curate(arguments: argparse.Namespace) -> int:
+    from launch.curate import curate
+
+    return curate(arguments)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

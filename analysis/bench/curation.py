@@ -74,11 +74,17 @@ def per_document(data: Path, rng: random.Random) -> Iterator[Row]:
     """Steps that look at one document at a time."""
     books = dirt.passages(data / "gutenberg" / "train-00000-of-00010.jsonl.gz", 8000, rng)
     plain = books[:CLEAN]
-    foreign = [text for text in books[CLEAN:] if not text.isascii() and _is_cp1252(text)][:PLANTED]
+    foreign = [text for text in books[CLEAN:] if not text.isascii() and dirt.is_cp1252(text)][:PLANTED]
     yield measured({"step": "repair"}, "UTF-8 read as Windows-1252", [dirt.mojibake(text) for text in foreign], plain)
-    cases = [dirt.private(text, rng) for text in books[CLEAN : CLEAN + 4 * PLANTED]]
-    yield measured({"step": "privacy"}, "addresses, telephone and card numbers", cases, plain)
+    spaced = [dirt.badly_spaced(text, rng) for text in books[CLEAN : CLEAN + PLANTED]]
+    yield measured({"step": "normalize"}, "marks without width, line ends of Windows", spaced, plain)
     poets = dirt.verse(data / "persian", PLANTED, rng)
+    cases = [dirt.on_another_keyboard(text) for text in poets if not set(text) & set("يىك")]
+    yield measured({"step": "normalize", "persian": True}, "yeh and kaf of Arabic in Persian verse", cases, plain)
+    lookalikes = [dirt.public(text, rng).text for text in books[CLEAN : CLEAN + PLANTED]]
+    for place, what in enumerate(dirt.PRIVATE, 2):
+        cases = [dirt.private(text, what, rng) for text in books[CLEAN + place * PLANTED :][:PLANTED]]
+        yield measured({"step": "privacy"}, what, cases, [*plain, *lookalikes])
     yield measured({"step": "language", "keep": ["en"]}, "Persian verse among English", _drop(poets), plain)
     yield measured({"step": "language", "keep": ["fa"]}, "English among Persian verse", _drop(plain[:PLANTED]), poets)
     junk: dict[str, list[str]] = {}
@@ -90,13 +96,6 @@ def per_document(data: Path, rng: random.Random) -> Iterator[Row]:
         cases = _drop([text for kind in kinds for text in junk[kind]])
         yield _drops({"step": step, **settings}, ", ".join(kinds), cases, plain)
     yield _extraction(books[CLEAN : CLEAN + PLANTED], rng)
-
-
-def _is_cp1252(text: str) -> bool:
-    try:
-        return dirt.mojibake(text).text != text
-    except UnicodeDecodeError:
-        return False
 
 
 def _drop(texts: Sequence[str]) -> list[Case]:
@@ -132,6 +131,9 @@ def duplicates(data: Path, rng: random.Random) -> Iterator[Row]:
     cases = [Case(f"{rng.choice(notices)}\n\n{text}", text) for text in books[CLEAN : CLEAN + PLANTED]]
     step = {"step": "repeated_parts", "most": 5, "keep_first": False}
     yield measured(step, "three notices, each in some 67 documents", cases, plain)
+    lines = dirt.navigation(rng)
+    cases = [Case(f"{rng.choice(lines)}\n{text}", text) for text in books[CLEAN : CLEAN + PLANTED]]
+    yield measured(step | {"part": "line"}, "three lines, each in some 67 documents", cases, plain)
 
 
 def _near(books: Sequence[str]) -> Iterator[Row]:

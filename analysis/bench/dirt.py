@@ -69,6 +69,14 @@ def mojibake(text: str) -> Case:
     return Case(text.encode("utf-8").decode("cp1252"), text)
 
 
+def is_cp1252(text: str) -> bool:
+    """Whether `mojibake` can be made of the text."""
+    try:
+        return mojibake(text).text != text
+    except UnicodeDecodeError:
+        return False
+
+
 def page(text: str, rng: random.Random) -> str:
     """A web page with the text, and around it what pages have."""
     links = "".join(f'<li><a href="/{n}">Section {n}</a></li>' for n in range(rng.randint(4, 12)))
@@ -80,12 +88,30 @@ def page(text: str, rng: random.Random) -> str:
     )
 
 
-def private(text: str, rng: random.Random) -> Case:
-    """An address or a number between two of its words."""
-    kind, value = rng.choice(PRIVATE)(rng)
-    places = [match.start() for match in re.finditer(r"(?<=[a-z]) (?=[a-z])", text)]
-    place = rng.choice(places)
-    return Case(f"{text[:place]} ({value}) {text[place + 1 :]}", f"{text[:place]} (<{kind}>) {text[place + 1 :]}")
+def private(text: str, what: str, rng: random.Random) -> Case:
+    """One of PRIVATE between two of its words."""
+    kind, value = PRIVATE[what](rng)
+    before, after = _cut(text, rng)
+    return Case(f"{before} ({value}) {after}", f"{before} (<{kind}>) {after}")
+
+
+def public(text: str, rng: random.Random) -> Case:
+    """What looks private and is not between two of its words."""
+    before, after = _cut(text, rng)
+    digits = "".join(rng.choice("0123456789") for _ in range(15))
+    wrong = next(d for d in "0123456789" if not _luhn(f"4{digits[:14]}{d}"))
+    value = rng.choice((
+        f"192.168.1.{rng.randint(1, 254)}", "127.0.0.1", f"version {digits[0]}.{digits[1:3]}.{digits[3:5]}",
+        f"4{digits[:14]}{wrong}", f"978-3-16-{digits[:6]}-{digits[6]}", f"{digits[:3]},{digits[3:6]}",
+        f"{rng.randint(1700, 2026)}-0{rng.randint(1, 9)}-12", f"{rng.randint(1, 9)}:{rng.randint(10, 59)}", "@name",
+    ))  # fmt: skip
+    return clean(f"{before} ({value}) {after}")[0]
+
+
+def _cut(text: str, rng: random.Random) -> tuple[str, str]:
+    """The text before a blank between two of its words, and after it."""
+    place = rng.choice([match.start() for match in re.finditer(r"(?<=[a-z]) (?=[a-z])", text)])
+    return text[:place], text[place + 1 :]
 
 
 def _email(rng: random.Random) -> tuple[str, str]:
@@ -119,7 +145,24 @@ def _luhn(digits: str) -> bool:
     return (sum(values[::2]) + sum(sum(divmod(2 * value, 10)) for value in values[1::2])) % 10 == 0
 
 
-PRIVATE: Sequence[Callable[[random.Random], tuple[str, str]]] = (_email, _ip, _phone, _card)
+PRIVATE: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "e-mail addresses": _email,
+    "IP addresses": _ip,
+    "telephone numbers": _phone,
+    "card numbers": _card,
+}
+
+
+def badly_spaced(text: str, rng: random.Random) -> Case:
+    """Line ends of Windows, blanks before some, and spaces without width and soft hyphens in it."""
+    before, after = _cut(text, rng)
+    spoilt = f"{before}\u200b {after}".replace("ing ", "\u00ading ")
+    return Case(spoilt.replace("\n", rng.choice(["\r\n", "  \r\n"])), text)
+
+
+def on_another_keyboard(text: str) -> Case:
+    """Persian with the yeh and the kaf of Arabic."""
+    return Case(text.translate({0x06CC: 0x064A, 0x06A9: 0x0643}), text)
 
 
 def respelled(text: str, rng: random.Random) -> str:
@@ -180,6 +223,11 @@ def notices(rng: random.Random) -> list[str]:
         "Readers who find a mistake in this text are kindly asked to write to the editors of volume {} of it.",
     )
     return [kind.format(rng.randint(1000, 9999)) for kind in kinds]
+
+
+def navigation(rng: random.Random) -> list[str]:
+    """Lines that many documents share."""
+    return [f"Previous chapter | Contents of volume {rng.randint(1, 99)} | {end}" for end in ("Next", "Index", "Notes")]
 
 
 def write(path: Path, texts: Sequence[str]) -> str:
