@@ -1,13 +1,14 @@
 """Is a model better for curation, at equal tokens? A table of docs/curation.md.
 
-    python -m analysis.bench.curated_training DATA --out=DIR [--seeds 3] [--steps 400]
+    python -m analysis.bench.curated_training DATA --out=DIR [--seeds 3] [--passages 400]
 
 DATA holds gutenberg/ (JSON lines of books) and persian/ (poets). A corpus is made dirty: half of its bytes are passages
 of books, each once, the rest copies, junk and another language, in the shares that are printed. Four corpora come of
-it: the whole, and what is left of it after the filters alone, the deduplication alone, and both. On each of them the
-quickstart's model is trained for as many steps, from the same seeds, with one tokenizer, learned from the dirty whole.
-All are measured on the same passages of other books, to which nothing was done. Differences are paired by seed. What is
-done in DIR is not done again, so the command can be stopped and started.
+it: the whole, and what is left of it after the filters alone, the deduplication alone, and both. On each of them a
+model with two of the quickstart's four layers is trained, from the same seeds, for as many steps as an epoch of the
+dirty whole takes, with one tokenizer, learned from the dirty whole. All are measured on the same passages of other
+books, to which nothing was done. Differences are paired by seed. What is done in DIR is not done again, so the command
+can be stopped and started.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.curate.curate import curate
 from lmjax.data.curate.recipe import CurateConfig
 from lmjax.data.prepare.prepare import prepare
+from lmjax.data.store.manifest import read_manifest
 
-PASSAGES, VALIDATION = 480, 300
+VALIDATION, BATCH, SEQ_LEN = 200, 8, 256
 SHARES = {
     "passages of books, each once": 0.5,
     "copies": 0.125,
@@ -112,12 +114,12 @@ def filled(texts: Iterable[str], size: float) -> Iterator[str]:
         yield text
 
 
-def make_corpora(data: Path, out: Path) -> None:
+def make_corpora(data: Path, passages: int, out: Path) -> None:
     """Write the dirty documents and those for validation, and prepare each corpus of the recipes."""
     rng = random.Random(0)
     shards = sorted((data / "gutenberg").glob("train-*.jsonl.gz"))
-    books = [text for shard in shards[:2] for text in dirt.passages(shard, PASSAGES // 2, rng)]
-    documents = dirty_corpus(books, dirt.verse(data / "persian", PASSAGES, rng), rng)
+    books = [text for shard in shards[:2] for text in dirt.passages(shard, passages // 2, rng)]
+    documents = dirty_corpus(books, dirt.verse(data / "persian", passages, rng), rng)
     sizes = Counter[str]()
     for what, text in documents:
         sizes[what] += len(text.encode())
@@ -139,11 +141,13 @@ def make_corpora(data: Path, out: Path) -> None:
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def train(name: str, seeds: int, steps: int, out: Path) -> None:
-    """The quickstart's model on a corpus, with every seed, through one step."""
+def train(name: str, seeds: int, out: Path) -> None:
+    """The model on a corpus, with every seed, through one step."""
+    steps = read_manifest(out / "dirty-tokens").splits["train"].tokens // (BATCH * SEQ_LEN)
     own = "--config.data.sources.own"
     shared = [f"--config=configs/own_text.py:{out / name}", f"{own}.path={out / name}-tokens", f"{own}.prepare=None",
               f"--config.train.steps={steps}", f"--config.train.evaluate_every={steps}",
+              f"--config.train.batch={BATCH}", f"--config.data.seq_len={SEQ_LEN}", "--config.model.layers=2",
               "--config.train.sample.prompts=()", "--config.train.compression_baseline=False"]  # fmt: skip
     runs = [["--", f"--workdir={workdir(out, name, seed)}", f"--config.train.seed={seed}", f"--config.data.seed={seed}"]
             for seed in range(seeds)]  # fmt: skip
@@ -180,12 +184,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--passages", type=int, default=400, help="of books, each once: half of the bytes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    make_corpora(arguments.data, arguments.out)
+    make_corpora(arguments.data, arguments.passages, arguments.out)
     for name in CORPORA:
-        train(name, arguments.seeds, arguments.steps, arguments.out)
+        train(name, arguments.seeds, arguments.out)
     for line in table(arguments.seeds, arguments.out):
         print(line)
 

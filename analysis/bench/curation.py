@@ -79,7 +79,8 @@ def per_document(data: Path, rng: random.Random) -> Iterator[Row]:
     spaced = [dirt.badly_spaced(text, rng) for text in books[CLEAN : CLEAN + PLANTED]]
     yield measured({"step": "normalize"}, "marks without width, line ends of Windows", spaced, plain)
     poets = dirt.verse(data / "persian", PLANTED, rng)
-    cases = [dirt.on_another_keyboard(text) for text in poets if not set(text) & set("يىك")]
+    tidy = ["\n".join(filter(None, map(str.strip, text.splitlines()))) for text in poets]
+    cases = [dirt.on_another_keyboard(text) for text in tidy]
     yield measured({"step": "normalize", "persian": True}, "yeh and kaf of Arabic in Persian verse", cases, plain)
     lookalikes = [dirt.public(text, rng).text for text in books[CLEAN : CLEAN + PLANTED]]
     for place, what in enumerate(dirt.PRIVATE, 2):
@@ -164,7 +165,8 @@ def contamination(data: Path, rng: random.Random) -> Iterator[Row]:
     ways: tuple[tuple[str, Callable[[str], str]], ...] = (
         ("items as they are", str),
         ("items in other case and punctuation", lambda item: dirt.respelled(item, rng)),
-        ("items with every eighth word replaced", dirt.paraphrased),
+        ("items with every twentieth word replaced", lambda item: dirt.paraphrased(item, 20)),
+        ("items with every eighth word replaced", lambda item: dirt.paraphrased(item, 8)),
     )
     for what, way in ways:
         texts = [f"{host}\n\n{way(item)}\n\n{host[::-1]}" for host, item in zip(hosts, chosen, strict=True)]

@@ -199,9 +199,9 @@ def altered(text: str, similarity: float, rng: random.Random) -> str:
     return " ".join(changed)
 
 
-def paraphrased(text: str) -> str:
-    """The text with every eighth word replaced: no run of 13 words of it is left."""
-    return " ".join(f"so{place}" if place % 8 == 4 else word for place, word in enumerate(text.split()))
+def paraphrased(text: str, every: int) -> str:
+    """The text with one word of `every` replaced, so that no run of that many words of it is left."""
+    return " ".join(f"so{place}" if place % every == every // 2 else word for place, word in enumerate(text.split()))
 
 
 def junk(rng: random.Random) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ th, td { padding: .25rem .75rem .25rem 0; vertical-align: top; border-bottom: 1p
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { width: 25%; } td.bar div { background: var(--soft); }
 td.bar div div { background: var(--bar); height: 1.1rem; }
-details { margin: .2rem 0; } summary { cursor: pointer; }
+details { margin: .2rem 0; } :is(details, table) + table { margin-top: .8rem; } summary { cursor: pointer; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .5rem .75rem; margin: .3rem 0; }
 .name { color: var(--quiet); font-size: .85rem; }
 """
@@ -94,7 +94,7 @@ def _step(account: Account) -> Iterator[str]:
     for why, count in sorted(account.dropped.items(), key=lambda item: -item[1][0]):
         yield from _examples(account, why, f"Dropped: {why}: {_words(count)}")
     for what, (documents, times) in sorted(account.changed.items(), key=lambda item: -item[1][0]):
-        yield from _examples(account, what, f"Changed: {what}: {documents:,} documents, {times:,} times")
+        yield from _examples(account, what, f"Changed: {what}: {_documents(documents)}, {times:,} times")
     if sets := account.facts.get("sets"):
         yield from _contamination(sets, account.found)
     elif account.found:
@@ -104,8 +104,9 @@ def _step(account: Account) -> Iterator[str]:
     if sizes := account.facts.get("cluster_sizes"):
         most = max(sizes.values())
         ordered = sorted(sizes.items(), key=lambda item: int(item[0]))[:40]
+        alike = "documents with the same part" if account.step == "repeated_parts" else "documents alike"
         yield from _table(
-            ("documents alike", "how often", ""),
+            (alike, "how often", ""),
             [(size, f"{count:,}", _Bar(count / most)) for size, count in ordered],
         )
     plain = {name: value for name, value in account.facts.items() if name not in ("sets", "cluster_sizes")}
@@ -134,11 +135,11 @@ class _Bar(float):
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str | _Bar]]) -> Iterator[str]:
-    kinds = [_kind(value) for value in rows[0]] if rows else [""] * len(head)
+    kinds = ["", *map(_kind, rows[0][1:])] if rows else [""] * len(head)
     titles = "".join(f"<th{kind}>{_escape(title)}</th>" for kind, title in zip(kinds, head, strict=True))
     yield "<table>" + (f"<tr>{titles}</tr>" if any(head) else "")
     for row in rows:
-        yield "<tr>" + "".join(map(_cell, row)) + "</tr>"
+        yield f"<tr><td>{_escape(str(row[0]))}</td>" + "".join(map(_cell, row[1:])) + "</tr>"
     yield "</table>"
 
 
@@ -149,11 +150,15 @@ def _cell(value: str | _Bar) -> str:
 
 
 def _kind(value: str | _Bar) -> str:
-    return ' class="number"' if isinstance(value, str) and value[:1].isdigit() else ""
+    return ' class="number"' if isinstance(value, str) and value.lstrip("-")[:1].isdigit() else ""
 
 
 def _words(count: Count) -> str:
-    return f"{count[0]:,} documents, {in_words(count[1])}"
+    return f"{_documents(count[0])}, {in_words(count[1])}"
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'s' * (count != 1)}"
 
 
 def _share(part: int, total: int) -> str:
