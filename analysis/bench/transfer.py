@@ -118,7 +118,8 @@ def losses(optimizer: str, shape: Shape, runs: Sequence[Run], out: Path) -> Iter
         state = TrainState(params, init(params), scalars, zero_counters())
         for batch in loader.batches(run.seed * STEPS * BATCH, STEPS):
             state, _ = step(state, {}, batch)
-        scored = task.evaluations["validation"](state.params, {}, mesh=None, last=False, on_batch=lambda _: None)
+        evaluate = task.evaluations["validation"]
+        scored = evaluate(state.params, {}, step=STEPS, mesh=None, last=False, on_batch=lambda _: None)
         yield run, scored["val/stdlib/loss"]
 
 

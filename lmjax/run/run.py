@@ -316,7 +316,7 @@ class Run:
         metrics: dict[str, Any] = {}
         on_batch, last = functools.partial(self.between_batches, step), step == self.cfg.train.steps
         for evaluate in self.task.evaluations.values():
-            metrics |= evaluate(params, self.frozen, mesh=self.mesh, last=last, on_batch=on_batch)
+            metrics |= evaluate(params, self.frozen, step=step, mesh=self.mesh, last=last, on_batch=on_batch)
         return metrics
 
     def between_batches(self, step: int, what: str) -> None:

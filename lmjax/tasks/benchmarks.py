@@ -26,13 +26,13 @@ def questions(cfg: EvaluationsConfig) -> dict[str, list[Prompt]]:
 
 
 def benchmarks(cfg: Config, language: Language, tokenizer: Tokenizer) -> Evaluate:
-    """Answer the same questions every time, as `eval/NAME/METRIC`, and their means over categories.
+    """Answer the same questions every time that they are due, as `eval/NAME/METRIC`, and their means over categories.
 
     Files are read, and requests made of them, now: what is wrong with them ends the run before its first step. Raises
     what `questions` and requests.py do.
     """
     assert cfg.train.evaluations is not None
-    asked = questions(cfg.train.evaluations)
+    asked, every = questions(cfg.train.evaluations), cfg.train.evaluations.every
     rows = cfg.train.evaluate_batch or cfg.train.batch
     weightless = Scorer(language.scorer, {}, tokenizer, cfg.data.seq_len, rows)
     for name, of_name in asked.items():
@@ -42,10 +42,13 @@ def benchmarks(cfg: Config, language: Language, tokenizer: Tokenizer) -> Evaluat
         params: Params,
         frozen: Params,
         *,
+        step: int,
         mesh: jax.sharding.Mesh | None,
         last: bool,
         on_batch: Callable[[str], None],
     ) -> Mapping[str, Any]:
+        if not last and step % (every or 1):
+            return {}
         metrics: dict[str, Any] = {}
         scorer = weightless._replace(params=language.weights(frozen, params), mesh=mesh)
         for name, of_name in asked.items():

@@ -171,6 +171,7 @@ def validation(cfg: Config, language: Language, sets: Mapping[str, Any]) -> Eval
         params: Params,
         frozen: Params,
         *,
+        step: int,
         mesh: jax.sharding.Mesh | None,
         last: bool,
         on_batch: Callable[[str], None],

@@ -53,13 +53,14 @@ class Evaluate(Protocol):
         params: Params,
         frozen: Params,
         *,
+        step: int,
         mesh: jax.sharding.Mesh | None,
         last: bool,
         on_batch: Callable[[str], None],
     ) -> Mapping[str, Any]:
-        """Metrics by their full names; more of them at the `last` step. The mean of all `val/NAME/loss` tells which
-        checkpoint is best. All processes call it together. `on_batch(what)` is called as each batch begins, and may
-        raise to leave off."""
+        """Metrics by their full names: none where none are due at this step, more of them at the `last` one. The mean
+        of all `val/NAME/loss` tells which checkpoint is best. All processes call it together. `on_batch(what)` is
+        called as each batch begins, and may raise to leave off."""
 
 
 class Frozen(NamedTuple):

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from lmjax.errors import ConfigError
 from lmjax.generate.config import Temperature
 from lmjax.models.config import ModelConfig
 from lmjax.schema import (
@@ -69,6 +70,9 @@ class EvaluationsConfig:
         Field(min_length=1),
     ] = ("lambada", "hellaswag")
     """Their names."""
+    every: PositiveInt | None = None
+    """Steps between them, a multiple of `train.evaluate_every`; None means at each evaluation. They are always answered
+    at the end."""
     data: str = "data/eval"
     """The directory of their files."""
     limit: PositiveInt | None = 200
@@ -146,7 +150,7 @@ class TrainConfig:
     evaluate_batch: Size | None = None
     """Sequences per evaluation batch; None means `batch`."""
     evaluations: EvaluationsConfig | None = None
-    """Benchmarks that each evaluation answers, too (`eval/`)."""
+    """Benchmarks that are answered where the run evaluates, too (`eval/`)."""
     sample: SampleConfig = SampleConfig()
     max_skipped_in_a_row: PositiveInt = 10
     """Updates that may be left out one after another before the run stops."""
@@ -160,3 +164,11 @@ class TrainConfig:
     """Seconds without progress after which the run gives up (exit code 6)."""
     compression_baseline: bool = False
     """At the end, compress the validation text with xz for comparison."""
+
+    def __post_init__(self) -> None:
+        every = None if self.evaluations is None else self.evaluations.every
+        if every is not None and (self.evaluate_every is None or every % self.evaluate_every):
+            raise ConfigError(
+                f"evaluations.every={every} is no multiple of evaluate_every={self.evaluate_every}, and benchmarks are "
+                "answered where the run evaluates; set both"
+            )

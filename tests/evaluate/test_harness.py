@@ -17,11 +17,14 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from lmjax import __main__
+from lmjax import lm_eval as lm_eval_command
 from lmjax.errors import ConfigError
 from lmjax.evaluate.harness import HarnessModel, _settings
 from lmjax.evaluate.requests import Scorer
 from lmjax.evaluate.tasks.benchmark import prompts
 from lmjax.evaluate.tasks.registry import BENCHMARKS
+from lmjax.run.benchmarks import scorer as scorer_of_run
+from lmjax.run.lm_eval_model import WorkDirectory
 from lmjax.run.trained import load_trained
 
 TOLERANCE = 1e-4  # nats per request
@@ -199,6 +202,33 @@ def test_the_command(stories: Path, data: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(ConfigError, match="has no task 'our_ark'"):
         arguments = __main__.parse(["evaluate", f"--workdir={stories}", "--harness=our_ark", f"--include-path={data}"])
         arguments.function(arguments)
+
+
+def test_the_harness_s_own_command(
+    stories: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """`python -m lmjax.lm_eval` reads and writes what `lm_eval` does, and says what `lmjax evaluate --harness` says."""
+    asked = ["--tasks", "our_arc", "--include_path", str(data), "--limit", "5", "--log_samples"]
+    model = ["--model", "lmjax", "--model_args", f"workdir={stories}", "--batch_size", "8"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *model, *asked, "--output_path", str(tmp_path)])
+    lm_eval_command.main()
+    assert "|our_arc|" in capsys.readouterr().out
+    (written,) = tmp_path.rglob("samples_our_arc_*.jsonl")
+    samples = {sample["doc_id"]: sample for sample in map(json.loads, written.read_text().splitlines())}
+    ours = answers(HarnessModel(scorer_of_run(load_trained(stories), batch=8)), data, ["our_arc"], limit=5)["our_arc"]
+    assert len(ours) == 5
+    for one in ours:
+        theirs = samples[one["doc_id"]]["filtered_resps"]
+        assert [float(x) for x, _ in theirs] == pytest.approx([x for x, _ in one["filtered_resps"]], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({}, r"workdir=DIR is missing"), ({"workdir": "x", "dtype": "bfloat16"}, "--model_args dtype: lmjax reads")],
+)
+def test_model_args_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        WorkDirectory(**arguments)
 
 
 def test_how_a_task_wants_to_be_written() -> None:

@@ -1,6 +1,9 @@
 """Benchmarks during training and by the command: the same questions, the same numbers."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,34 @@ def test_training_answers_what_the_command_does(trained: Path, data: Path, capsy
     assert "| step | tokens | piqa/acc | " in (trained / "report.md").read_text()
 
 
+def test_benchmarks_at_a_pace_of_their_own(trained: Path, corpus: Path, data: Path) -> None:
+    """At every third evaluation, and at the end; each as if they were answered at all."""
+    settings = [*SETTINGS, f"train.evaluations.data={data}", "train.evaluate_every=2", "train.evaluations.every=6"]
+    settings += ["train.steps=14"]
+    assert run.run(config.load(f"{CONFIG}:{corpus}", settings), corpus / "paced", run.Options()) == DONE
+    rows = {row["step"]: row for row in read_jsonl(corpus / "paced" / "metrics.jsonl") if "val/a/loss" in row}
+    assert list(rows) == [2, 4, 6, 8, 10, 12, 14]
+    assert [step for step, row in rows.items() if "eval/piqa/acc" in row] == [6, 12, 14]
+    assert len({row["data/piqa/digest"] for row in rows.values() if "data/piqa/digest" in row}) == 1
+
+
+def test_eight_devices_answer_what_one_does(trained: Path, corpus: Path, data: Path) -> None:
+    """Benchmarks of a run whose weights and rows are spread over a mesh."""
+    settings = [*SETTINGS, f"train.evaluations.data={data}", "train.microbatches=1", "mesh.fsdp=4"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = [f"--config={CONFIG}:{corpus}", f"--workdir={corpus / 'spread'}", *(f"--config.{one}" for one in settings)]
+    command = [sys.executable, "-m", "lmjax", "train", *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    spread, alone = (read_jsonl(path / "metrics.jsonl") for path in (corpus / "spread", trained))
+    compared = 0
+    for row, wanted in zip(spread, alone, strict=True):
+        numbers = {key: value for key, value in wanted.items() if key.startswith("eval/")}
+        assert {key: row[key] for key in numbers} == pytest.approx(numbers, abs=1e-4)
+        compared += len(numbers)
+    assert compared > 20
+
+
 def test_a_model_does_not_differ_from_itself(trained: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
     options = (f"--workdir={trained}", "--tasks=piqa", f"--task-data={data}", f"--against={trained}")
     found = asked(capsys, *options)["piqa"]
@@ -135,6 +166,12 @@ def test_a_run_does_not_begin_with_what_leaves_no_room(corpus: Path, data: Path,
     settings = [*SETTINGS, f"train.evaluations.data={data}", "data.seq_len=16"]
     with pytest.raises(ConfigError, match="tokens=16 new ones leave no room"):
         run.run(config.load(f"{CONFIG}:{corpus}", settings), tmp_path / "run", run.Options())
+
+
+def test_benchmarks_are_answered_where_the_run_evaluates(corpus: Path) -> None:
+    for others in (["train.evaluate_every=4"], ["train.evaluate_every=None"]):
+        with pytest.raises(ConfigError, match=r"evaluations\.every=6 is no multiple of evaluate_every"):
+            config.load(f"{CONFIG}:{corpus}", [*SETTINGS, "train.evaluations.every=6", *others])
 
 
 def test_names_are_those_of_benchmarks(corpus: Path) -> None:
