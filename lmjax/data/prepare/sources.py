@@ -96,10 +96,14 @@ def _below(folder: Path, readers: "Readers") -> list[InputFile]:
     known = [path for path in shown if _kind(path.name, readers) and path.suffix != ".json"]
     if not known:
         raise DataError(f"no input files in {folder} and its folders; known kinds are {', '.join(readers)}")
-    if others := [path.suffix or path.name for path in shown if path not in known]:
+    others = [path.suffix or path.name for path in shown if path not in known and path.name not in _OF_CURATION]
+    if others:
         kinds = ", ".join(sorted(set(others))[:8])
         logger.warning("%s: files of other kinds are left out: %d (%s)", folder, len(others), kinds)
     return [InputFile(epath.Path(path), os.fspath(path), path.stat().st_size) for path in known]
+
+
+_OF_CURATION = ("curation.json", "curation.html")  # what `lmjax curate` writes beside its documents
 
 
 def _hidden(path: Path) -> bool:

@@ -204,10 +204,13 @@ def test_a_missing_package_is_named_before_a_document_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_prepare_takes_a_curation_with_its_validation_documents(recipe: CurateConfig, tmp_path: Path) -> None:
+def test_prepare_takes_a_curation_with_its_validation_documents(
+    recipe: CurateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     curation = curate(recipe, tmp_path / "out", progress=False)
     cfg = PrepareConfig(inputs=(str(tmp_path / "out"),), tokenizer=TokenizerConfig(kind="bytes"), workers=1)
     manifest = prepare(cfg, tmp_path / "data", progress=False)
+    assert not caplog.records  # its record and its page are no text that somebody forgot
     for split in ("train", "valid"):
         shards = [shard for shard in curation.shards if shard.name.startswith(split)]
         assert manifest.splits[split].documents == sum(shard.documents for shard in shards)  # type: ignore[index]
