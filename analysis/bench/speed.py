@@ -1,7 +1,7 @@
 """Tokens per second of the train step and of generation, beside PyTorch where it is installed.
 
     python -m analysis.bench [--configs quickstart mini_gpt] [--only train|generate] [--repeats 5] [--dtype X]
-        [--no-dropout] [--json FILE]
+        [--no-dropout] [--bfloat16] [--json FILE]
 
 It runs on whatever device JAX finds. A plain JAX step of the same shape is trained beside lmjax where it can be: with
 AdamW, in float32, without dropout (`--no-dropout` takes it from all). Other peers are optional: with `torch` a plain
@@ -133,12 +133,15 @@ class Task(NamedTuple):
     flops_per_token: float | None = None
 
 
-def tasks(cfg: Config, only: str | None) -> Iterator[Task]:
+def tasks(cfg: Config, only: str | None, bfloat16: bool) -> Iterator[Task]:
     peer = load_peer()
     contenders: dict[str, Callable[[], Work | None]]
     if only != "generate":
         T, flops = cfg.data.seq_len, sequence_flops(decoder.build(cfg.model), cfg.data.seq_len).causal
         contenders = {"lmjax": functools.partial(train_steps, cfg)}
+        if bfloat16:
+            in_16_bits = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
+            contenders["lmjax, bfloat16"] = functools.partial(train_steps, in_16_bits)
         contenders["plain JAX"] = functools.partial(plain_peer.train_steps, cfg)
         if peer:
             contenders["PyTorch"] = functools.partial(peer.train_steps, cfg, compiled=False)
@@ -301,6 +304,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each contender in each round")
     parser.add_argument("--no-dropout", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true", help="train lmjax in bfloat16, too, beside peers in float32")
     parser.add_argument("--json", type=Path, help="write every round's figures here")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of activations; default: the config's")
     arguments = parser.parse_args()
@@ -315,7 +319,7 @@ def main() -> None:
     print(line(COLUMNS))
     print(line(["---"] * len(COLUMNS)))
     for name, cfg in configs.items():
-        for task in tasks(cfg, arguments.only):
+        for task in tasks(cfg, arguments.only, arguments.bfloat16):
             timings = measure(task, arguments.repeats, arguments.seconds)
             records += [{"config": name, "work": task.name, "by": by, **t._asdict()} for by, t in timings.items()]
             for row in rows(name, task, timings):

@@ -150,6 +150,13 @@ def current_mesh() -> Any | None:
     return None if {*mesh.axis_types} == {AxisType.Auto} else mesh
 
 
+def platform() -> str:
+    """What the program is for: the platform of the mesh, which may be of a machine that is not here, or our own."""
+    mesh = current_mesh()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:
     """The mesh axes that a named axis is sharded along: those of its rule that are larger than 1.
 

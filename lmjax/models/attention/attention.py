@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.devices.gather import per_device
-from lmjax.devices.mesh import constrain, current_mesh, partition_spec, shards
+from lmjax.devices.mesh import constrain, partition_spec, platform, shards
 from lmjax.devices.rows import token_order
 from lmjax.errors import ConfigError
 from lmjax.models.attention.ring import ring
@@ -28,13 +28,6 @@ _HEADS, _KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", 
 _NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
 _SMALLEST_BLOCK, _MOST_BLOCKS = 64, 4  # of queries, in the reference; more take longer to compile than they save
 _BY_INDEX = "orders keys by index: it cannot decode from a cache, nor share rows over mesh.context"
-
-
-def platform() -> str:
-    """What the program is for: the platform of the mesh, which may be of a machine that is not here, or our own."""
-    mesh = current_mesh()
-    device = None if mesh is None else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:

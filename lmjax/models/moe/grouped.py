@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lmjax.models.attention.attention import platform
+from lmjax.devices.mesh import platform
 
 
 def grouped_dot(x_AI: jax.Array, w_EIO: jax.Array, rows_E: jax.Array) -> jax.Array:

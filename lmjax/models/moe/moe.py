@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.devices.gather import all_gather, per_device
-from lmjax.devices.mesh import constrain, current_mesh, mesh_axes, partition_spec, shards, specs_of
+from lmjax.devices.mesh import constrain, current_mesh, mesh_axes, partition_spec, platform, shards, specs_of
 from lmjax.devices.rows import token_order
 from lmjax.metrics import Metrics
-from lmjax.models.attention.attention import platform
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.models.linear import add_bias, linear, multiply
 from lmjax.models.mlp import feed_forward, mlp, mlp_weights
