@@ -128,12 +128,12 @@ class Loader:
         """This process's rows of the `count` batches from sample `first` on. Raises DataError for damaged data."""
         firsts = first + np.arange(count) * self.batch_size
         samples = (firsts[:, None] + self._rows).ravel()
-        tokens_BU, segments_BU, *scored = self._read(samples)
-        whole = as_batch(tokens_BU, segments_BU, samples, self._cfg.documents, *scored)
+        tokens_BU, segments_BU, *weights = self._read(samples)
+        whole = as_batch(tokens_BU, segments_BU, samples, self._cfg.documents, *weights)
         return [_rows_of(whole, low, low + len(self._rows)) for low in range(0, len(samples), len(self._rows))]
 
     def _read(self, samples: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The rows of these samples, as their sources have them: tokens, segments and perhaps what is scored."""
+        """The rows of these samples, as their sources have them: tokens, segments and perhaps weights."""
         source, cursor = self._mixture.locate(samples)
         if len(self._sources) == 1:
             return self._sources[0].samples.read(cursor)

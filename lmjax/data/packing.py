@@ -18,7 +18,7 @@ from lmjax.errors import DataError
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """tokens [B, T + 1] in the split's type; segments int32, which document of its row a token belongs to, -1 for padding;
-scored bool."""
+weights float32, how much a token counts as one to be written."""
 
 
 class PackedRows:
@@ -54,10 +54,10 @@ class PackedRows:
         """The rows of these numbers (int64 [B]); beyond the last there is padding alone."""
         tokens_BU = np.zeros((len(numbers), self._size), self._split.dtype)
         segments_BU = np.full(tokens_BU.shape, -1, np.int32)
-        scored_BU = np.zeros(tokens_BU.shape, bool)
+        weights_BU = np.zeros(tokens_BU.shape, np.float32)
         known = numbers[numbers < self.n_rows]
         if not len(known):
-            return tokens_BU, segments_BU, scored_BU
+            return tokens_BU, segments_BU, weights_BU
         counts = self._row_starts[known + 1] - self._row_starts[known]
         documents = self._documents[spans(self._row_starts[known], counts)]
         starts = self._split.document_starts[documents]
@@ -68,8 +68,8 @@ class PackedRows:
         where = spans(row * self._size + before - before[first], lengths)
         tokens_BU.ravel()[where] = self._split.take(starts, lengths)
         segments_BU.ravel()[where] = np.repeat(np.arange(len(documents)) - first, lengths)
-        scored_BU.ravel()[where] = self._split.scored(starts, lengths)
-        return tokens_BU, segments_BU, scored_BU
+        weights_BU.ravel()[where] = self._split.weights(starts, lengths)
+        return tokens_BU, segments_BU, weights_BU
 
 
 def pack(lengths: np.ndarray, size: int) -> np.ndarray:
@@ -96,9 +96,9 @@ def packed_batches(split: TokenSplit, seq_len: int, batch_size: int, rows: np.nd
     """The whole split once, for evaluation, and padding up to a whole batch.
 
     Rows come in an order that nothing changes, drawn so that the first batches are a fair sample: rows are numbered
-    with the longest documents first. Every token that is scored is a target with weight 1 exactly once, but for the
-    first of a document. `rows` are the numbers of those rows of a batch that this process makes, in ascending order;
-    all by default.
+    with the longest documents first. Every token that is scored is a target exactly once, but for the first of a
+    document, and with weight 1, whatever it counts in training: so bits per byte are those of a text. `rows` are the
+    numbers of those rows of a batch that this process makes, in ascending order; all by default.
     """
     packed = PackedRows(split, seq_len)
     rows = np.arange(batch_size) if rows is None else rows
@@ -106,5 +106,5 @@ def packed_batches(split: TokenSplit, seq_len: int, batch_size: int, rows: np.nd
         numbers = low + rows
         known = numbers < packed.n_rows
         drawn = np.where(known, permuted(np.where(known, numbers, 0), packed.n_rows, 0, 0), numbers)
-        tokens_BU, segments_BU, scored_BU = packed.rows(drawn)
-        yield as_batch(tokens_BU, segments_BU, numbers, "whole", scored_BU)
+        tokens_BU, segments_BU, weights_BU = packed.rows(drawn)
+        yield as_batch(tokens_BU, segments_BU, numbers, "whole", weights_BU > 0)

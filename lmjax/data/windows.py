@@ -147,11 +147,12 @@ def as_batch(
     segments_BU: np.ndarray,
     ids_B: np.ndarray,
     documents: Documents,
-    scored_BU: np.ndarray | None = None,
+    weights_BU: np.ndarray | None = None,
 ) -> Batch:
     """Rows of T + 1 tokens as T inputs and T targets.
 
-    A target in another document than its input weighs 0, and so does one that is not scored. Padding is in segment -1.
+    A target weighs 0 where it is in another document than its input, else what `weights_BU` say, or 1. Padding is in
+    segment -1.
     """
     tokens_BT = tokens_BU[:, :-1].astype(np.int32)
     targets_BT = tokens_BU[:, 1:].astype(np.int32)
@@ -160,8 +161,8 @@ def as_batch(
         return Batch(tokens_BT, targets_BT, np.ones(tokens_BT.shape, np.float32), ids_B)
     segments_BT = np.ascontiguousarray(segments_BU[:, :-1])
     weights_BT = (segments_BU[:, 1:] == segments_BT).astype(np.float32)
-    if scored_BU is not None:
-        weights_BT *= scored_BU[:, 1:]
+    if weights_BU is not None:
+        weights_BT *= weights_BU[:, 1:]
     return Batch(tokens_BT, targets_BT, weights_BT, ids_B, segments_BT, _positions(segments_BT))
 
 

@@ -98,7 +98,8 @@ def _with_share(objective: Objective) -> Objective:
 
     def loss(params: Params, frozen: Params, batch: Batch, keys_B: Keys, hyper: Hyper) -> tuple[Any, Metrics]:
         minimized, metrics = objective.loss(params, frozen, batch, keys_B, hyper)
-        return minimized, {**metrics, "scored": (batch.weights_BT.sum(), jnp.float32(batch.weights_BT.size))}
+        scored_BT = batch.weights_BT > 0
+        return minimized, {**metrics, "scored": (scored_BT.sum(dtype=jnp.float32), jnp.float32(scored_BT.size))}
 
     return objective._replace(loss=loss)
 

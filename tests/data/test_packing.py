@@ -25,7 +25,7 @@ class SplitInMemory:
     def take(self, starts, lengths):
         return np.concatenate([np.arange(a, a + n) + 1 for a, n in zip(starts, lengths, strict=True)])
 
-    def scored(self, starts, lengths):
+    def weights(self, starts, lengths):
         return np.concatenate([self.bits[a : a + n] for a, n in zip(starts, lengths, strict=True)])
 
 

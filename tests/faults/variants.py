@@ -28,7 +28,7 @@ class Variant(NamedTuple):
     """Stands in the file exactly once."""
     new: str
     test: str
-    """As pytest names it, below tests/faults/."""
+    """As pytest names it, from tests/faults/."""
 
 
 VARIANTS: dict[str, tuple[Variant, ...]] = {
@@ -304,6 +304,64 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "if here > (seconds - usual) / 2:",
             "if here < (seconds - usual) / 2:",
             "test_numbers.py::test_a_step_that_takes_far_too_long_is_told",
+        ),
+    ),
+    "scored": (
+        Variant(
+            "lmjax/data/store/shards.py",
+            'np.packbits(weights > 0, bitorder="little")',
+            'np.packbits(weights > 0, bitorder="big")',
+            "../data/chat/test_prepare.py::test_what_is_stored_is_what_was_scored",
+        ),
+        Variant(
+            "lmjax/data/store/manifest.py",
+            "[(shard.tokens_hash, shard.scored_hash, shard.weights_hash) for",
+            "[(shard.tokens_hash, shard.scored_hash) for",
+            "../data/chat/test_prepare.py::test_weights_are_of_training_alone",
+        ),
+        Variant(
+            "lmjax/data/packing.py",
+            '"whole", weights_BU > 0)',
+            '"whole", weights_BU)',
+            "../data/chat/test_prepare.py::test_weights_are_of_training_alone",
+        ),
+        Variant(
+            "lmjax/data/store/shards.py",
+            "    if files.hash_bytes(content) != expected_hash:\n",
+            "    if len(content) == 0:\n",
+            "../data/chat/test_prepare.py::test_any_flipped_bit_is_found",
+        ),
+        Variant(
+            "lmjax/data/chat/scoring.py",
+            "if not (whole.startswith(closed) and closed.startswith(opened) and len(opened) < len(closed)):",
+            "if not len(opened) < len(closed):",
+            "../data/chat/test_scoring.py::test_what_cannot_be_scored_is_named",
+        ),
+    ),
+    "templates": (
+        Variant(
+            "lmjax/data/chat/template_process.py",
+            "jinja2.sandbox.ImmutableSandboxedEnvironment(",
+            "jinja2.Environment(",
+            "../data/chat/test_rendering.py::test_hostile_and_broken_templates_fail_in_one_line",
+        ),
+        Variant(
+            "lmjax/data/chat/template_process.py",
+            "signal.alarm(20 * seconds)",
+            "signal.alarm(seconds)",
+            "../data/chat/test_rendering.py::test_the_time_of_a_template_is_that_of_its_own_work",
+        ),
+        Variant(
+            "lmjax/data/chat/template_process.py",
+            "    if not clock:\n",
+            "    if clock:\n",
+            "../data/chat/test_rendering.py::test_a_template_knows_the_time",
+        ),
+        Variant(
+            "lmjax/data/chat/template_process.py",
+            'if "".join(pieces) != text or opened:',
+            "if opened:",
+            "../data/chat/test_scoring.py::test_what_cannot_be_scored_is_named",
         ),
     ),
     "rollback": (

@@ -118,7 +118,7 @@ def alone(trained: Trained, split: Any) -> tuple[float, int]:
     longest = int(np.diff(split.document_starts).max())
     for start, end in zip(split.document_starts[:-1], split.document_starts[1:], strict=True):
         where = np.array([start]), np.array([end - start])
-        ids, scored = split.take(*where).astype(np.int32), split.scored(*where)
+        ids, scored = split.take(*where).astype(np.int32), split.weights(*where) > 0
         tokens_BT = np.pad(ids, (0, longest - len(ids)))[None]  # of one shape; what follows is not seen
         logp_TV = jax.nn.log_softmax(trained.scorer.logits(trained.params, tokens_BT)[0])
         logp_T = np.asarray(logp_TV, np.float64)[np.arange(len(ids) - 1), ids[1:]]

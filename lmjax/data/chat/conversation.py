@@ -92,8 +92,12 @@ def _check_message(number: int, message: Any) -> None:
         raise DataError(f"message {number} has no text as content but {_kind(message, 'content')}")
     if message["role"] == ASSISTANT and not calls and not (content or "").strip():
         raise DataError(f"message {number}, the assistant's, is empty; fill it in, or remove the line")
-    if type(message.get("weight", 1)) is not int or message.get("weight", 1) not in (0, 1):
-        raise DataError(f"message {number} has weight={message['weight']!r}: it is 0, not to be scored, or 1")
+    weight = message.get("weight", 1)
+    if type(weight) not in (int, float) or not 0 <= weight <= 1 or round(weight, 2) != weight:
+        raise DataError(
+            f"message {number} has weight={weight!r}: it is a number from 0, not to be scored, to 1, with two decimals "
+            "at most"
+        )
 
 
 def _kind(record: Mapping[str, Any], name: str) -> str:

@@ -10,7 +10,6 @@ That holds where each rendering begins with the one before. A template that writ
 there are later ones is refused: nothing else tells what of it the assistant wrote.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import numpy as np
 from lmjax.data.chat.conversation import Conversation, read_conversation
 from lmjax.data.chat.rendering import Renderer
 from lmjax.data.config import ChatConfig
+from lmjax.data.store.shards import ONE
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
 
@@ -26,12 +26,21 @@ Range = tuple[int, int]
 """From a character on, up to another."""
 
 
+class Passage(NamedTuple):
+    """A range of characters that is scored."""
+
+    start: int
+    end: int
+    weight: int = ONE
+    """In hundredths."""
+
+
 class Written(NamedTuple):
     """A conversation as text."""
 
     text: str
-    scored: list[Range]
-    """Ascending and apart."""
+    scored: list[Passage]
+    """Ascending, and none within another."""
 
 
 class Scored(NamedTuple):
@@ -39,8 +48,9 @@ class Scored(NamedTuple):
 
     tokens: list[int]
     """Closed by endoftext: the template's own, or one that is added."""
-    scored: np.ndarray
-    """bool, which of them the model is trained on to write; never the first, which nothing precedes."""
+    weights: np.ndarray
+    """uint8, how much each counts as one that the model is trained on to write, in hundredths; that of the first, which
+    nothing precedes, is 0."""
     n_bytes: int
     """What the scored tokens spell in UTF-8."""
     truncated: bool
@@ -70,17 +80,21 @@ def write(conversation: Conversation, renderer: Renderer, cfg: ChatConfig) -> Wr
     except UnicodeEncodeError as error:
         raise DataError(f"unpaired surrogate U+{ord(whole.text[error.start]):04X}: not a text; repair it") from None
     if cfg.score == "all":
-        return Written(whole.text, [(0, len(whole.text))])
+        return Written(whole.text, [Passage(0, len(whole.text))])
     responses = conversation.responses[-1:] if cfg.score == "last" else conversation.responses
-    chosen = {number for number in responses if conversation.messages[number].get("weight", 1)}
+    weights = {number: round(ONE * conversation.messages[number].get("weight", 1)) for number in responses}
+    chosen = {number for number in responses if weights[number]}
     if whole.marked is None:
         ranges = [(number, _by_difference(conversation, number, whole.text, render)) for number in chosen]
     else:
         ranges = list(_by_marks(conversation, chosen, [(start, end) for start, end in whole.marked], renderer))
-    scored = [_parts(conversation, number, span, whole.text, render, cfg) for number, span in sorted(ranges)]
-    if not any(end > start for start, end in scored):
+    scored = [
+        Passage(*_parts(conversation, number, span, whole.text, render, cfg), weights[number])
+        for number, span in sorted(ranges)
+    ]
+    if not any(one.end > one.start for one in scored):
         raise DataError("no response in it is scored: weights and template leave out all of it")
-    return Written(whole.text, _joined(scored))
+    return Written(whole.text, _apart(scored))
 
 
 def _by_marks(
@@ -146,15 +160,15 @@ def _content_end(message: dict[str, Any], text: str, start: int) -> int | None:
     return found + len(content) if found >= 0 and not text[start:found].strip() else None
 
 
-def _joined(ranges: list[Range]) -> list[Range]:
-    """Ranges that touch as one."""
-    joined: list[Range] = []
-    for start, end in ranges:
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        elif end > start:
-            joined.append((start, end))
-    return joined
+def _apart(passages: list[Passage]) -> list[Passage]:
+    """The passages without what is empty; what two of them hold is of the first."""
+    apart: list[Passage] = []
+    reached = 0
+    for one in passages:
+        if one.end > (start := max(one.start, reached)):
+            apart.append(one._replace(start=start))
+            reached = one.end
+    return apart
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------
@@ -162,39 +176,41 @@ def _joined(ranges: list[Range]) -> list[Range]:
 
 def tokenize(written: Written, tokenizer: Tokenizer, cfg: ChatConfig) -> Scored:
     """The tokens of a text; one is scored if it begins in what is scored. Raises DataError."""
-    text, ranges = written
+    text, passages = written
     tokens, starts = tokenizer.place_symbols(text)
     if tokenizer.unknown_id in tokens and tokenizer.unknown_id != tokenizer.endoftext_id:
         raise DataError("it has characters that are unknown to the tokenizer; use one with byte fallback")
-    edges = np.array(list(itertools.chain.from_iterable(ranges)))
-    scored = np.searchsorted(edges, starts, side="right") % 2 == 1
+    edges = np.array([edge for one in passages for edge in (one.start, one.end)])
+    inside = np.searchsorted(edges, starts, side="right")  # odd in a passage, even behind it
+    of_passage = np.array([0, *(weight for one in passages for weight in (one.weight, 0))], np.uint8)
+    weights = of_passage[inside]
     if tokens[-1:] != [tokenizer.endoftext_id]:
-        closes = ranges[-1][1] == len(text) and (cfg.ends or cfg.score == "all")
-        tokens, scored = [*tokens, tokenizer.endoftext_id], np.append(scored, closes)
+        closes = passages[-1].end == len(text) and (cfg.ends or cfg.score == "all")
+        tokens, weights = [*tokens, tokenizer.endoftext_id], np.append(weights, np.uint8(closes * passages[-1].weight))
     length = len(tokens)
     if truncated := cfg.longest is not None and length > cfg.longest:
-        tokens, scored = _truncated(tokens, scored, cfg.longest, cfg)
-    scored[:1] = False
-    if not scored.any():
+        tokens, weights = _truncated(tokens, weights, cfg.longest, cfg)
+    weights[:1] = 0
+    if not weights.any():
         raise DataError(
             f"none of its {length:,} tokens is scored"
             + (f" once it is cut at its {cfg.too_long} to chat.longest={cfg.longest:,}; raise that" * truncated)
         )
-    n_bytes = len(tokenizer.decode_bytes(np.array(tokens)[scored].tolist()))
-    return Scored(tokens, scored, n_bytes, truncated)
+    n_bytes = len(tokenizer.decode_bytes(np.array(tokens)[weights > 0].tolist()))
+    return Scored(tokens, weights, n_bytes, truncated)
 
 
-def _truncated(tokens: list[int], scored: np.ndarray, longest: int, cfg: ChatConfig) -> tuple[list[int], np.ndarray]:
+def _truncated(tokens: list[int], weights: np.ndarray, longest: int, cfg: ChatConfig) -> tuple[list[int], np.ndarray]:
     """The last `longest` tokens, or as many of the first with the endoftext that closes them, which is not scored then.
 
     Raises DataError where neither is asked for.
     """
     if cfg.too_long == "left":
-        return tokens[-longest:], scored[-longest:]
+        return tokens[-longest:], weights[-longest:]
     if cfg.too_long == "right":
-        return [*tokens[: longest - 1], tokens[-1]], np.append(scored[: longest - 1], False)
+        return [*tokens[: longest - 1], tokens[-1]], np.append(weights[: longest - 1], np.uint8(0))
+    before = int(np.argmax(weights > 0))
     raise DataError(
-        f"{len(tokens):,} tokens, {int(np.argmax(scored)):,} of them before what is scored, more than chat.longest="
-        f"{longest:,}; raise it, shorten the conversation, or set chat.too_long (lmjax prepare: --too-long) to left or "
-        "right"
+        f"{len(tokens):,} tokens, {before:,} of them before what is scored, more than chat.longest={longest:,}; raise "
+        "it, shorten the conversation, or set chat.too_long (lmjax prepare: --too-long) to left or right"
     )

@@ -29,6 +29,7 @@ def passages(split: TokenSplit, tokenizer: Tokenizer, document: int) -> Iterator
     start, end = split.document_starts[document : document + 2]
     where = np.array([start]), np.array([end - start])
     ids, names = split.take(*where).tolist(), {index: symbol for symbol, index in tokenizer.symbol_ids.items()}
-    for scored, tokens in itertools.groupby(zip(split.scored(*where).tolist(), ids, strict=True), lambda one: one[0]):
+    scored_T = split.weights(*where) > 0
+    for scored, tokens in itertools.groupby(zip(scored_T.tolist(), ids, strict=True), lambda one: one[0]):
         spelled = [names[index].encode() if index in names else tokenizer.decode_bytes([index]) for _, index in tokens]
         yield b"".join(spelled).decode("utf-8", errors="replace"), scored

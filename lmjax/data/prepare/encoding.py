@@ -23,7 +23,7 @@ from lmjax.data.chat.rendering import Renderer
 from lmjax.data.chat.scoring import encode_conversation
 from lmjax.data.chat.templates import load_template
 from lmjax.data.config import ChatConfig
-from lmjax.data.store.shards import token_dtype
+from lmjax.data.store.shards import ONE, token_dtype
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
@@ -40,8 +40,8 @@ class Encoded:
 
     tokens: np.ndarray
     """Documents end to end."""
-    scored: np.ndarray
-    """bool per token: a model is trained on to write it."""
+    weights: np.ndarray
+    """uint8 per token: how much it counts as one that a model is trained on to write, in hundredths."""
     n_tokens: np.ndarray
     """int64 per document, endoftext included."""
     n_bytes: np.ndarray
@@ -59,7 +59,7 @@ class One(NamedTuple):
     """One document, encoded: see Encoded."""
 
     tokens: np.ndarray
-    scored: np.ndarray
+    weights: np.ndarray
     n_bytes: int
     exact: bool = True
     unknown: bool = False
@@ -85,10 +85,10 @@ def encode_documents(encode: Encode, texts: Sequence[str]) -> Encoded:
             encoded.append(encode(text))
         except DataError as error:
             raise DocumentError(index, str(error)) from error
-    tokens, scored, n_bytes, exact, unknown, truncated = zip(*encoded, strict=True)
+    tokens, weights, n_bytes, exact, unknown, truncated = zip(*encoded, strict=True)
     return Encoded(
         tokens=np.concatenate(tokens),
-        scored=np.concatenate(scored),
+        weights=np.concatenate(weights),
         n_tokens=np.array([len(document) for document in tokens], np.int64),
         n_bytes=np.array(n_bytes, np.int64),
         exact=np.array(exact, bool),
@@ -109,7 +109,7 @@ def encoder(directory: os.PathLike[str] | str, unknown: Unknown, chat: ChatConfi
 
 
 def encode_text(tokenizer: Tokenizer, unknown: Unknown, text: str) -> One:
-    """A text with all its tokens scored, checked by decoding it.
+    """A text whose tokens all count in full, checked by decoding it.
 
     Raises DataError for one that the tokenizer cannot represent, unless `unknown` says to replace what it does not
     know, or to skip the text.
@@ -121,9 +121,9 @@ def encode_text(tokenizer: Tokenizer, unknown: Unknown, text: str) -> One:
     except DataError:
         if unknown != "skip":
             raise
-        return One(np.zeros(0, token_dtype(tokenizer.vocab_size)), np.zeros(0, bool), n_bytes, unknown=True)
+        return One(np.zeros(0, token_dtype(tokenizer.vocab_size)), np.zeros(0, np.uint8), n_bytes, unknown=True)
     unknown_tokens = bool((tokens == tokenizer.unknown_id).any())
-    return One(tokens, np.ones(len(tokens), bool), n_bytes, exact, unknown_tokens)
+    return One(tokens, np.full(len(tokens), ONE, np.uint8), n_bytes, exact, unknown_tokens)
 
 
 def _encode_parts(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]:
@@ -141,7 +141,7 @@ def _encode_parts(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]:
 def _encode_conversation(tokenizer: Tokenizer, renderer: Renderer, chat: ChatConfig, line: str) -> One:
     found = encode_conversation(line, tokenizer, renderer, chat)
     tokens = np.array(found.tokens, token_dtype(tokenizer.vocab_size))
-    return One(tokens, found.scored, found.n_bytes, truncated=found.truncated)
+    return One(tokens, found.weights, found.n_bytes, truncated=found.truncated)
 
 
 def encode_batches(
@@ -245,7 +245,7 @@ def _read_response(stream: IO[bytes]) -> Encoded:
     documents, tokens = header["documents"], header["tokens"]
     return Encoded(  # in the order in which they were sent
         tokens=array(tokens, header["dtype"]),
-        scored=array(tokens, "bool"),
+        weights=array(tokens, "uint8"),
         n_tokens=array(documents, "int64"),
         n_bytes=array(documents, "int64"),
         exact=array(documents, "bool"),

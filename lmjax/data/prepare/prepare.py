@@ -258,7 +258,7 @@ def _write(batch: list[Text], encoded: Encoded, writers: dict[Split, Writer]) ->
             bool(flags[index]) for flags in (encoded.exact, encoded.unknown, encoded.truncated)
         )
         document = One(
-            encoded.tokens[mine], encoded.scored[mine], int(encoded.n_bytes[index]), exact, unknown, truncated
+            encoded.tokens[mine], encoded.weights[mine], int(encoded.n_bytes[index]), exact, unknown, truncated
         )
         writers[item.split].add(document)
 

@@ -28,7 +28,7 @@ TOKENIZER_DONE = "tokenizer.json"
 _RECIPE = "recipe.json"
 _SHARD = re.compile(r"(train|valid)-\d{5,}\.json")
 _OURS = re.compile(
-    rf"((train|valid)-\d{{5,}}\.(tokens|documents|checksums|scored)|{re.escape(FILE)})(\.tmp)?|{TOKENIZER}"
+    rf"((train|valid)-\d{{5,}}\.(tokens|documents|checksums|scored|weights)|{re.escape(FILE)})(\.tmp)?|{TOKENIZER}"
 )
 _RECORDS = re.compile(rf"({_SHARD.pattern}|{re.escape(TOKENIZER_DONE)}|{re.escape(_RECIPE)})(\.tmp)?|lock")
 

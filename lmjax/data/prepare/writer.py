@@ -65,7 +65,7 @@ class Writer:
             sum(document.n_bytes for document in self._documents),
             inexact=sum(not document.exact for document in self._documents),
             unknown=self._unknown,
-            scored=np.concatenate([document.scored for document in self._documents]) if self._scores else None,
+            weights=np.concatenate([document.weights for document in self._documents]) if self._scores else None,
             truncated=sum(document.truncated for document in self._documents),
         )
         record = json.loads(as_json(shard)) | {"left_out": self._left_out}

@@ -21,7 +21,8 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @config_class
 class ShardManifest:
-    """One shard: files `name.tokens`, `name.documents`, `name.checksums` and perhaps `name.scored`, see `shards.py`."""
+    """One shard: files `name.tokens`, `name.documents`, `name.checksums` and perhaps `name.scored` and `name.weights`,
+    see `shards.py`."""
 
     name: Annotated[str, Field(pattern=r"^(train|valid)-\d{5,}$")]
     tokens: PositiveInt
@@ -39,12 +40,16 @@ class ShardManifest:
     scored_hash: Hash | None = None
     scored_tokens: PositiveInt | None = None
     """Tokens that a model is trained on to write; None where those are all of them."""
+    weights_hash: Hash | None = None
+    """None where all that is scored weighs the same."""
     truncated_documents: NonNegativeInt = 0
     """Documents that were cut to their longest length."""
 
     def __post_init__(self) -> None:
         if (self.scored_hash is None) != (self.scored_tokens is None):
             raise ValueError("scored_hash and scored_tokens go together")
+        if self.weights_hash is not None and self.scored_hash is None:
+            raise ValueError("weights_hash goes with scored_hash")
 
 
 @config_class
@@ -74,9 +79,9 @@ class SplitManifest:
 
     @property
     def hash(self) -> str:
-        """Names the content: that of the token files in order, and of what says which tokens are scored."""
-        hashes = [one for shard in self.shards for one in (shard.tokens_hash, shard.scored_hash) if one is not None]
-        return files.hash_bytes(*(one.encode() for one in hashes))
+        """Names the content: that of the token files in order, and of what says which tokens are scored, and how."""
+        hashes = [(shard.tokens_hash, shard.scored_hash, shard.weights_hash) for shard in self.shards]
+        return files.hash_bytes(*(one.encode() for of_shard in hashes for one in of_shard if one is not None))
 
     @property
     def digest(self) -> str:
@@ -187,6 +192,7 @@ _LATER: dict[str, Any] = {
     "unknown_documents": 0,
     "scored_hash": None,
     "scored_tokens": None,
+    "weights_hash": None,
     "truncated_documents": 0,
     "template_hash": None,
     "curations": (),

@@ -1,13 +1,16 @@
 """Shards of token ids on disk, and the splits that they make up.
 
-A shard is three flat little-endian files, or four.
+A shard is three flat little-endian files, or four or five.
 - `.tokens`: uint16 or uint32 ids, documents end to end, each closed by endoftext.
 - `.documents`: uint64, where each document ends, counted in tokens: opening a data set reads these, never the tokens.
 - `.checksums`: uint32, the CRC-32 of each block of 64 KiB of `.tokens`. A block is checked when it is first read, and
   again when somebody has written to the file, so damage is found before a batch is made of it, at a cost spread over
   the run (a CRC takes 1/4 ns per byte).
 - `.scored`: of conversations, a bit for each token, the first one lowest in its byte: whether a model is trained on to
-  write it. Opening a data set reads these whole, against their hash.
+  write it.
+- `.weights`: where some of that counts more than the rest, a byte for each token: its weight in hundredths.
+
+Opening a data set reads the last two whole, against their hashes.
 """
 
 import itertools
@@ -26,8 +29,10 @@ from lmjax.errors import DataError
 from lmjax.record import files
 
 BLOCK_BYTES = 1 << 16
+ONE = 100
+"""The weight of a token that counts in full, in hundredths."""
 TOKENIZER = "tokenizer"
-_FILE = re.compile(r"(train|valid)-\d{5,}\.(tokens|documents|checksums|scored)")
+_FILE = re.compile(r"(train|valid)-\d{5,}\.(tokens|documents|checksums|scored|weights)")
 
 # Token files are read in place.
 assert sys.byteorder == "little", "lmjax reads its little-endian shards without conversion"
@@ -51,16 +56,18 @@ def write_shard(
     text_bytes: int,
     inexact: int = 0,
     unknown: int = 0,
-    scored: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
     truncated: int = 0,
 ) -> ShardManifest:
-    """Write a shard's files, each atomically, and return its record. `scored` has a bool for each token, if only some
-    are what a model is trained on to write."""
+    """Write a shard's files, each atomically, and return its record. `weights` has the hundredths of each token, uint8,
+    if a model is trained on some alone to write."""
     content = np.ascontiguousarray(tokens).data.cast("B")
     ends = np.asarray(document_ends, "<u8").tobytes()
     checksums = np.array([zlib.crc32(block) for block in _blocks(content)], "<u4").tobytes()
-    bits = None if scored is None else np.packbits(scored, bitorder="little").tobytes()
-    for suffix, data in (("tokens", content), ("documents", ends), ("checksums", checksums), ("scored", bits)):
+    bits = None if weights is None else np.packbits(weights > 0, bitorder="little").tobytes()
+    uneven = None if weights is None or np.isin(weights, (0, ONE)).all() else weights.tobytes()
+    written = {"tokens": content, "documents": ends, "checksums": checksums, "scored": bits, "weights": uneven}
+    for suffix, data in written.items():
         if data is not None:
             files.write_bytes(directory / f"{name}.{suffix}", data)
     return ShardManifest(
@@ -74,7 +81,8 @@ def write_shard(
         documents_hash=files.hash_bytes(ends),
         checksums_hash=files.hash_bytes(checksums),
         scored_hash=None if bits is None else files.hash_bytes(bits),
-        scored_tokens=None if scored is None else int(scored.sum()),
+        scored_tokens=None if weights is None else int((weights > 0).sum()),
+        weights_hash=None if uneven is None else files.hash_bytes(uneven),
         truncated_documents=truncated,
     )
 
@@ -93,15 +101,22 @@ class Shard:
         self.path = directory / f"{manifest.name}.tokens"
         self._mapped = Mapped(self.path, dtype, manifest.tokens)
         self.checksums = _read_index(directory / f"{manifest.name}.checksums", "<u4", manifest.checksums_hash)
-        self.scored = (
-            None
-            if manifest.scored_hash is None
-            else _read_index(directory / f"{manifest.name}.scored", "u1", manifest.scored_hash)
+        self._scored, self._weights = (
+            None if expected is None else _read_index(directory / f"{manifest.name}.{suffix}", "u1", expected)
+            for suffix, expected in (("scored", manifest.scored_hash), ("weights", manifest.weights_hash))
         )
 
     @property
     def tokens(self) -> np.ndarray:
         return self._mapped.array
+
+    def weights(self, where: np.ndarray) -> np.ndarray:
+        """How much each of these tokens counts as one to be written, in hundredths, uint8."""
+        if self._weights is not None:
+            return self._weights[where]
+        if self._scored is None:
+            return np.full(len(where), ONE, np.uint8)
+        return (self._scored[where >> 3] >> (where & 7) & 1) * np.uint8(ONE)
 
     def renew(self) -> bool:
         """Whether somebody has written to the tokens since they were last looked at: then no block is checked."""
@@ -153,19 +168,17 @@ class TokenSplit:
             if not self._renew(used):  # while they were read
                 return tokens
 
-    def scored(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Which tokens of the spans, as `take` has them, a model is trained on to write, bool; by default all."""
-        if self.n_scored is None:
-            return np.ones(int(lengths.sum()), bool)
+    def weights(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """How much each token of the spans, as `take` has them, counts as one that a model is trained on to write,
+        float32: 0 for what is not scored, and by default 1."""
         shard_of_span = np.searchsorted(self.shard_starts, starts, side="right") - 1
         where = spans(starts - self.shard_starts[shard_of_span], lengths)
         shard_of_token = np.repeat(shard_of_span, lengths)
-        found = np.empty(len(where), bool)
+        hundredths = np.empty(len(where), np.uint8)
         for index in np.unique(shard_of_span).tolist():
-            bits, mine = self.shards[index].scored, shard_of_token == index
-            assert bits is not None
-            found[mine] = bits[where[mine] >> 3] >> (where[mine] & 7) & 1
-        return found
+            mine = shard_of_token == index
+            hundredths[mine] = self.shards[index].weights(where[mine])
+        return hundredths / np.float32(ONE)
 
     def _renew(self, shards: list[int]) -> bool:
         """Whether somebody has written to one of the shards: then its blocks are to be checked again."""
@@ -255,6 +268,7 @@ def shard_files(shard: ShardManifest) -> dict[str, str]:
         f"{shard.name}.documents": shard.documents_hash,
         f"{shard.name}.checksums": shard.checksums_hash,
         **({} if shard.scored_hash is None else {f"{shard.name}.scored": shard.scored_hash}),
+        **({} if shard.weights_hash is None else {f"{shard.name}.weights": shard.weights_hash}),
     }
 
 
@@ -273,4 +287,5 @@ def shard_sizes(shard: ShardManifest, dtype: str) -> dict[str, int]:
         f"{shard.name}.documents": shard.documents * 8,
         f"{shard.name}.checksums": -(-token_bytes // BLOCK_BYTES) * 4,
         **({} if shard.scored_hash is None else {f"{shard.name}.scored": -(-shard.tokens // 8)}),
+        **({} if shard.weights_hash is None else {f"{shard.name}.weights": shard.tokens}),
     }

@@ -15,6 +15,7 @@ from lmjax.data.chat.scoring import encode_conversation
 from lmjax.data.chat.templates import load_template
 from lmjax.data.config import ChatConfig, DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from lmjax.data.loader import Loader
+from lmjax.data.packing import packed_batches
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.dataset import open_dataset, verify_dataset
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
@@ -62,10 +63,10 @@ def test_what_is_stored_is_what_was_scored(lines: Path, tmp_path: Path) -> None:
         starts, lengths = split.document_starts[:-1], np.diff(split.document_starts)
         backwards = np.arange(split.n_documents)[::-1]
         tokens = np.split(split.take(starts[backwards], lengths[backwards]), np.cumsum(lengths[backwards])[:-1])
-        scored = np.split(split.scored(starts[backwards], lengths[backwards]), np.cumsum(lengths[backwards])[:-1])
+        scored = np.split(split.weights(starts[backwards], lengths[backwards]), np.cumsum(lengths[backwards])[:-1])
         found += [(one.tolist(), bits.tolist()) for one, bits in zip(tokens, scored, strict=True)]
         assert split.n_scored == sum(bits.sum() for bits in scored)
-    assert sorted(found) == sorted((one.tokens, one.scored.tolist()) for one in whole)
+    assert sorted(found) == sorted((one.tokens, (one.weights / 100).tolist()) for one in whole)
     assert sum(split.text_bytes for split in manifest.splits.values()) == sum(one.n_bytes for one in whole)
     assert manifest.splits["valid"].documents == 4
 
@@ -80,10 +81,47 @@ def test_other_bits_make_another_data_set(lines: Path, tmp_path: Path) -> None:
     assert len(digests) == 4
 
 
-def test_any_flipped_bit_is_found(lines: Path, tmp_path: Path) -> None:
-    prepare(recipe(lines), tmp_path / "data", progress=False)
+def weighed(path: Path) -> Path:
+    """The conversations with responses that count half, a third or in full, in lines of their own."""
+    with path.open("w") as file:
+        for number, one in enumerate(CONVERSATIONS):
+            response = {"role": "assistant", "content": one["response"], "weight": (0.5, 0.33, 1)[number % 3]}
+            file.write(json.dumps({"messages": [{"role": "user", "content": one["prompt"]}, response]}) + "\n")
+    return path
+
+
+def test_weights_are_of_training_alone(lines: Path, tmp_path: Path) -> None:
+    """A batch has them as they were given, whoever encodes; validation counts all that is scored alike."""
+    prepare(recipe(lines), tmp_path / "even", progress=False)
+    uneven = weighed(tmp_path / "uneven.jsonl")
+    one, two = (prepare(recipe(uneven, n), tmp_path / str(n), progress=False).fingerprint for n in (1, 2))
+    assert one == two
+    rows, fingerprints = [], set()
+    for name in ("even", "1"):
+        split = open_dataset(tmp_path / name).split("train")
+        data = DataConfig(sources={"a": SourceConfig(path=str(tmp_path / name))}, seq_len=128, documents="whole")
+        loader = Loader(data, batch_size=1)
+        rows.append(loader.batches(0, loader._sources[0].per_epoch))
+        fingerprints |= {split.digest, loader.fingerprint}
+        scored = [batch.weights_BT for batch in packed_batches(split, 128, 4)]
+        assert sum(x_BT.sum() for x_BT in scored) == split.n_scored and set(np.unique(scored)) == {0.0, 1.0}
+    assert len(fingerprints) == 4
+    for even, found in zip(*rows, strict=True):
+        np.testing.assert_array_equal(found.tokens_BT, even.tokens_BT)
+        np.testing.assert_array_equal(found.weights_BT > 0, even.weights_BT)
+        for segment in range(found.segments_BT.max() + 1):
+            mine = found.segments_BT == segment
+            number, *_ = ByteTokenizer().decode(found.tokens_BT[mine].tolist()).removeprefix("[instruction]\n").split()
+            expected = np.float32((0.5, 0.33, 1)[int(number) % 3])
+            assert set(found.weights_BT[mine].tolist()) == {0.0, expected}
+
+
+def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
+    prepare(recipe(weighed(tmp_path / "lines.jsonl")), tmp_path / "data", progress=False)
     rng = random.Random(0)
-    for path in sorted((tmp_path / "data").glob("*.scored")):
+    files = [path for end in ("scored", "weights") for path in sorted((tmp_path / "data").glob(f"*.{end}"))]
+    assert len(files) == 2 * len(list((tmp_path / "data").glob("*.tokens")))
+    for path in files:
         content = path.read_bytes()
         flipped = bytearray(content)
         flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +175,29 @@ def test_hostile_and_broken_templates_fail_in_one_line(
 
 
 def test_the_time_of_a_template_is_that_of_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what passes while the machine does something else."""
+    """Not what passes while the machine does something else: it is stopped in its work, for longer than it may take."""
     monkeypatch.setattr("lmjax.data.chat.rendering._SECONDS", 1)
-    with Renderer(template("{{ messages[0].content }}")) as renderer:
-        renderer.render([{"role": "user", "content": "x"}])  # it has started
-        renderer._process.send_signal(signal.SIGSTOP)
-        going_on = threading.Timer(2, renderer._process.send_signal, [signal.SIGCONT])
-        going_on.start()
+    loops = "{% for a in range(4000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
+    with Renderer(template(loops + "{{ messages[0].content }}")) as renderer:
+        process = renderer._process
+
+        def ticks() -> int:
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            return int(fields[11]) + int(fields[12])
+
+        def stop_in_its_work() -> None:
+            before = ticks()
+            while ticks() < before + 2:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(1.5)
+            process.send_signal(signal.SIGCONT)
+
+        renderer._ask({"source": "", "arguments": {}, "clock": True})  # it has started
+        stopping = threading.Thread(target=stop_in_its_work)
+        stopping.start()
         assert renderer.render([{"role": "user", "content": "y"}]).text == "y"
-        going_on.join()
+        stopping.join()
 
 
 def test_where_a_template_is_found(tmp_path: Path) -> None:

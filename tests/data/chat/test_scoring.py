@@ -91,12 +91,13 @@ def encode() -> Iterator[Callable[..., Scored]]:
 
 def pieces(found: Scored) -> list[str]:
     """Text that is not scored and text that is, in turns."""
-    edges = [0, *(np.flatnonzero(np.diff(found.scored)) + 1), len(found.tokens)]
+    scored = found.weights > 0
+    edges = [0, *(np.flatnonzero(np.diff(scored.astype(int))) + 1), len(found.tokens)]
     spelled = [
         b"".join(END.encode() if token == 256 else bytes([token]) for token in found.tokens[low:high]).decode()
         for low, high in itertools.pairwise(edges)
     ]
-    return ["", *spelled] if found.scored[0] else spelled
+    return ["", *spelled] if scored[0] else spelled
 
 
 @pytest.mark.parametrize(
@@ -186,8 +187,19 @@ def test_what_is_scored(
     found = encode((TEMPLATES | PLAIN | MARKED)[template], conversation, **settings)
     assert pieces(found) == expected
     scored = "".join(expected[1::2])
-    assert found.scored.sum() == len(scored.replace(END, "x").encode())  # to the token
+    assert (found.weights > 0).sum() == len(scored.replace(END, "x").encode())  # to the token
     assert found.n_bytes == len(scored.replace(END, "").encode())
+
+
+@pytest.mark.parametrize("source", [PLAIN["plain"], MARKED["forgets"]])
+def test_a_message_counts_what_its_weight_says(encode: Callable[..., Scored], source: str) -> None:
+    """To the token, its end included; the end of text has the weight of the last one."""
+    uneven = [{**message, "weight": [1, 0.25, 1, 0.5][number]} for number, message in enumerate(TWO["messages"])]
+    found, even = encode(source, {"messages": uneven}), encode(source, TWO)
+    assert found.tokens == even.tokens and found.n_bytes == even.n_bytes
+    assert (found.weights > 0).tolist() == (even.weights == 100).tolist()
+    first, last = (len(piece.replace(END, "x").encode()) for piece in pieces(even)[1::2])
+    assert found.weights[found.weights > 0].tolist() == [25] * first + [50] * last
 
 
 def test_a_message_may_be_left_out(encode: Callable[..., Scored]) -> None:
@@ -219,7 +231,10 @@ def test_a_message_may_be_left_out(encode: Callable[..., Scored]) -> None:
         ("plain", {"messages": TWO["messages"][:1]}, {}, r"no message of the assistant: there is nothing to learn"),
         ("plain", {"messages": [{"role": "assistant", "content": ""}]}, {}, r"message 1, the assistant's, is empty"),
         ("plain", {"messages": [{"role": "user", "content": [{}]}]}, {}, r"message 1 has no text as content but list"),
-        ("plain", {"messages": [{"role": "user", "content": "", "weight": 0.5}]}, {}, r"message 1 has weight=0\.5"),
+        ("plain", {"messages": [{"role": "user", "content": "", "weight": 1.5}]}, {}, r"message 1 has weight=1\.5"),
+        ("plain", {"messages": [{"role": "user", "content": "", "weight": 0.125}]}, {}, r"weight=0\.125: .* two decim"),
+        ("plain", {"messages": [{"role": "user", "content": "", "weight": True}]}, {}, r"message 1 has weight=True"),
+        ("plain", {"messages": [{"role": "user", "content": "", "weight": float("nan")}]}, {}, r"has weight=nan"),
         ("plain", {"prompt": "a", "response": "\ud800"}, {}, r"unpaired surrogate U\+D800"),
     ],
 )  # fmt: skip
@@ -233,7 +248,7 @@ def test_what_cannot_be_scored_is_named(
 
 def test_all_can_be_scored_where_nothing_tells_what_the_assistant_wrote(encode: Callable[..., Scored]) -> None:
     for name in ("forgets", "no announcement"):
-        assert encode(BROKEN[name], TWO, score="all").scored[1:].all()
+        assert encode(BROKEN[name], TWO, score="all").weights[1:].all()
 
 
 def test_too_long_ones_are_refused_or_cut(encode: Callable[..., Scored]) -> None:
@@ -281,7 +296,7 @@ def test_the_masks_are_those_of_transformers(encode: Callable[..., Scored], name
     )
     n = len(expected["input_ids"])
     assert found.tokens[:n] == expected["input_ids"] and found.tokens[n:] in ([], [ours.endoftext_id])
-    assert found.scored[:n].astype(int).tolist() == expected["assistant_masks"]
+    assert (found.weights[:n] > 0).astype(int).tolist() == expected["assistant_masks"]
     assert sum(expected["assistant_masks"]) > 10
 
 
@@ -293,4 +308,4 @@ def test_a_prompt_is_read_in_training_as_generate_reads_it(encode: Callable[...,
             prompt = renderer.render(conversation.messages[:1], add_generation_prompt=True).text
         asked, found = tokenizer.encode_symbols(prompt), encode(source, INPUT, tokenizer)
         assert found.tokens[: len(asked)] == asked
-        assert not found.scored[: len(asked)].any() and found.scored[len(asked) :].all()
+        assert not found.weights[: len(asked)].any() and found.weights[len(asked) :].all()
