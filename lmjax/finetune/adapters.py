@@ -1,11 +1,11 @@
 """The kinds of adapters: small weights that are trained beside a frozen one. A new one is one file and a line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from lmjax.finetune import bottleneck, ia3, low_rank
+from lmjax.finetune import bottleneck, ia3, low_rank, prefix, prompt
 from lmjax.models.read import Compound
 from lmjax.train.config import AdapterConfig
 from lmjax.weights import Spec, Weight
@@ -22,6 +22,10 @@ class Adapter(NamedTuple):
     """(declaration, cfg, the stored weight, what is beside it, keys of dropout [L, B]) -> what the model reads."""
     settings: tuple[str, ...] = ()
     """Those of `tune.adapter` that it reads beside its name and targets."""
+    place: tuple[str, ...] = ()
+    """The weights beside which it always stands; if there are none, `tune.adapter.targets` names them."""
+    check: Callable[[Sequence[str]], None] = lambda targets: None
+    """Raises ConfigError for weights beside which it cannot stand together."""
 
 
 # Adapters by the names that `tune.adapter.name` takes.
@@ -31,4 +35,6 @@ ADAPTERS: dict[str, Adapter] = {
     ),
     "bottleneck": Adapter(bottleneck.fits, bottleneck.weights, bottleneck.attached, ("rank",)),
     "ia3": Adapter(ia3.fits, ia3.weights, ia3.attached),
+    "prompt": Adapter(prompt.fits, prompt.weights, prompt.attached, ("length",), place=("embed",)),
+    "prefix": Adapter(prefix.fits, prefix.weights, prefix.attached, ("length",), check=prefix.check),
 }

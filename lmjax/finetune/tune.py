@@ -1,6 +1,8 @@
 """From a task to one that trains a part of its weights, or small ones beside them: what `tune` in a config says.
 
     train, freeze    which weights are trained themselves (select.py)
+    last_layers      of which layers (last_layers.py)
+    fresh            which do not start from trained ones (fresh.py)
     store            how the others are held (storage.py)
     adapter          what is trained beside them (adapters.py)
 
@@ -13,6 +15,7 @@ import logging
 from collections.abc import Mapping
 from functools import reduce
 from operator import getitem
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +24,8 @@ import jax.numpy as jnp
 from lmjax.devices.mesh import LAYOUTS
 from lmjax.errors import ConfigError
 from lmjax.finetune.adapters import ADAPTERS
+from lmjax.finetune.fresh import with_fresh
+from lmjax.finetune.last_layers import Halves, cuts, joined, one_after_the_other, sized, trained_repeats
 from lmjax.finetune.select import matching
 from lmjax.finetune.storage import stored
 from lmjax.tasks.start import Start, drawn
@@ -28,7 +33,7 @@ from lmjax.tasks.task import Evaluate, Frozen, Task
 from lmjax.train.accounting import Cost
 from lmjax.train.config import AdapterConfig, TuneConfig
 from lmjax.train.objective import Keys
-from lmjax.weights import Params, Spec, Weight, by_path, count, initialize, merge, nested, path_hash
+from lmjax.weights import Params, Spec, Weight, by_path, count, initialize, nested, path_hash
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +52,17 @@ class Parts(NamedTuple):
     targets: list[str]
     """Those with an adapter beside them."""
     cfg: TuneConfig
+    cut: Mapping[str, int] = MappingProxyType({})
+    """The weights that are both: so many of their last layers are trained, the others frozen."""
 
     @property
     def frozen_spec(self) -> Spec:
-        return self._of(self.frozen)
+        return self._of(self.frozen, {path: self._layers(path) - count for path, count in self.cut.items()})
 
     @property
     def params_spec(self) -> Spec:
         """What is trained."""
-        return {**self._of(self.trained), **({ADAPTER: self.adapter_spec} if self.targets else {})}
+        return {**self._of(self.trained, self.cut), **({ADAPTER: self.adapter_spec} if self.targets else {})}
 
     @property
     def adapter_spec(self) -> Spec:
@@ -64,22 +71,38 @@ class Parts(NamedTuple):
         spec: Spec = nested({path: make(weights[path], self.cfg.adapter) for path in self.targets})
         return spec
 
-    def whole(self, frozen: Params, params: Params, keys_B: Keys = None) -> Params:
-        """All weights, as the task's own functions take them; `keys_B` mean training, and so dropout."""
+    def whole(self, frozen: Params, params: Params, keys_B: Keys = None, *, cut: bool = False) -> Params:
+        """All weights, as the task's own functions take them; `keys_B` mean training, and so dropout. Stacks that are
+        cut are joined, but where they are to stay `cut`."""
         beside = params.get(ADAPTER, {})
-        held = by_path(merge(frozen, {name: w for name, w in params.items() if name != ADAPTER}))
+        own = by_path({name: w for name, w in params.items() if name != ADAPTER})
+        held = by_path(frozen)
+        held |= {path: Halves(held[path], w) if path in self.cut else w for path, w in own.items()}
         weights, cfg = by_path(self.spec), self.cfg.adapter
         for path in self.targets:
             assert cfg is not None
             keys = copy_keys(keys_B, path, weights[path]) if keys_B is not None and cfg.dropout else None
-            own = reduce(getitem, path.split("/"), beside)
-            held[path] = ADAPTERS[cfg.name].attached(weights[path], cfg, held[path], own, keys)
-        everything: Params = nested(held)
-        return everything
+            small = reduce(getitem, path.split("/"), beside)
+            held[path] = ADAPTERS[cfg.name].attached(weights[path], cfg, held[path], small, keys)
+        return one_after_the_other(held) if cut and self.cut else joined(self.spec, held)
 
-    def _of(self, paths: list[str]) -> Spec:
+    def layers_of(self, weights: Params, *, last: bool) -> Params:
+        """Whole weights with the last, or the first, layers of those that are cut."""
+
+        def half(path: str, w: jax.Array) -> jax.Array:
+            first = self._layers(path) - self.cut.get(path, 0)
+            return w if path not in self.cut else w[first:] if last else w[:first]
+
+        halves: Params = nested({path: half(path, w) for path, w in by_path(weights).items()})
+        return halves
+
+    def _layers(self, path: str) -> int:
+        layers: int = by_path(self.spec)[path].shape[0]
+        return layers
+
+    def _of(self, paths: list[str], cut: Mapping[str, int]) -> Spec:
         weights = by_path(self.spec)
-        spec: Spec = nested({path: weights[path] for path in paths})
+        spec: Spec = nested({path: sized(weights[path], cut[path]) if path in cut else weights[path] for path in paths})
         return spec
 
 
@@ -104,7 +127,7 @@ def parts(task: Task) -> Parts:
     """
     cfg, spec = task.cfg.tune, task.spec
     targets = adapter_targets(task) if cfg.adapter is not None else []
-    every = [] if targets else list(by_path(spec))
+    every = [] if targets else list(by_path(spec)) if cfg.last_layers is None else matching(spec, ("segments/*",), "")
     if cfg.freeze and targets and cfg.train is None:
         raise ConfigError(
             "tune.freeze means nothing beside tune.adapter, with which no weight is trained itself; leave it out, or "
@@ -119,10 +142,26 @@ def parts(task: Task) -> Parts:
         )
     if not trained and not targets:
         raise ConfigError("tune leaves nothing to train; let tune.freeze match less, or set tune.adapter")
-    kept = [path for path in by_path(spec) if path not in {*trained}]
+    cut = {} if cfg.last_layers is None else cut_stacks(task, trained)
+    trained = [path for path in trained if cut.get(path) != 0]
+    kept = [path for path in by_path(spec) if path in cut or path not in {*trained}]
     if cfg.store != "float32" and not kept:
         raise ConfigError(f"tune.store={cfg.store} is how frozen weights are held, and none is frozen; leave it out")
-    return Parts(spec, trained, kept, targets, cfg)
+    return Parts(spec, trained, kept, targets, cfg, {path: count for path, count in cut.items() if count})
+
+
+def cut_stacks(task: Task, trained: list[str]) -> dict[str, int]:
+    """How many of its last layers are trained, for each trained weight of which not all are.
+
+    Raises ConfigError beside adapters, where stages of a pipeline hold the layers, and as `trained_repeats` does.
+    """
+    cfg, mesh = task.cfg, task.cfg.mesh
+    assert cfg.tune.last_layers is not None
+    if cfg.tune.adapter is not None:
+        raise ConfigError("tune.last_layers is of weights that are trained themselves, not of tune.adapter; use one")
+    if "pipeline" in LAYOUTS[mesh.layout] or (mesh.pipeline or 1) > 1:
+        raise ConfigError("tune.last_layers: the stages of a pipeline hold whole stacks; use another mesh.layout")
+    return cuts(task.spec, trained, trained_repeats(cfg.model, cfg.tune.last_layers))
 
 
 def adapter_targets(task: Task) -> list[str]:
@@ -133,11 +172,13 @@ def adapter_targets(task: Task) -> list[str]:
     cfg = task.cfg.tune.adapter
     assert cfg is not None
     kind = ADAPTERS[cfg.name]
+    read = ("name", *kind.settings) if kind.place else ("name", "targets", *kind.settings)
     for setting, default in dataclasses.asdict(AdapterConfig()).items():
-        if setting not in ("name", "targets", *kind.settings) and getattr(cfg, setting) != default:
+        if setting not in read and getattr(cfg, setting) != default:
             raise ConfigError(f"tune.adapter.{setting} means nothing to tune.adapter.name={cfg.name}; leave it out")
     fitting = {path: weight for path, weight in by_path(task.spec).items() if kind.fits(weight)}
-    targets = matching(nested(fitting), cfg.targets, "tune.adapter.targets")
+    targets = matching(nested(fitting), kind.place or cfg.targets, "tune.adapter.targets")
+    kind.check(targets)
     if cfg.dropout and (outside := [path for path in targets if len(fitting[path].batch_axes) != 1]):
         raise ConfigError(
             f"tune.adapter.dropout acts on what matrices of layers read, not on '{outside[0]}'; set it to 0, or leave "
@@ -156,13 +197,15 @@ def tuned(task: Task) -> Task:
     """The task training what `tune` in its config leaves of its weights. Raises what `parts` does."""
     if task.cfg.tune == TuneConfig():
         return task
-    chosen = parts(task)
+    task, chosen = with_fresh(task) if task.cfg.tune.fresh else task, parts(task)
+    if not chosen.frozen and not chosen.targets:
+        return task
     if task.cfg.train.init_from is None and chosen.frozen:
         logger.warning("tune: what is frozen stays as it is drawn; set train.init_from to stand on trained weights")
     objective, language = task.objective, task.language
 
     def loss(params: Params, frozen: Params, batch: Any, keys_B: Keys, hyper: Any) -> Any:
-        return objective.loss(chosen.whole(frozen[BASE], params, keys_B), frozen[OWN], batch, keys_B, hyper)
+        return objective.loss(chosen.whole(frozen[BASE], params, keys_B, cut=True), frozen[OWN], batch, keys_B, hyper)
 
     def whole(params: Params, frozen: Params) -> tuple[Params, Params]:
         return chosen.whole(frozen[BASE], params), frozen[OWN]
@@ -191,7 +234,7 @@ def start(task: Task, chosen: Parts) -> Start:
 
     def make(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
         own = {name: one for name, one in shardings.items() if name != ADAPTER}
-        params = task.start(key, scalars, own) if own else {}
+        params = chosen.layers_of(task.start(key, scalars, own), last=True) if own else {}
         if chosen.targets:
             beside = {ADAPTER: chosen.adapter_spec}
             params |= drawn(lambda key, _: initialize(beside, key))(key, scalars, {ADAPTER: shardings[ADAPTER]})
@@ -206,7 +249,7 @@ def frozen_part(task: Task, chosen: Parts) -> Frozen:
 
     def make(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
         return {
-            BASE: task.start(key, scalars, shardings[BASE]) if chosen.frozen else {},
+            BASE: chosen.layers_of(task.start(key, scalars, shardings[BASE]), last=False) if chosen.frozen else {},
             OWN: before.start(key, scalars, shardings[OWN]),
         }
 

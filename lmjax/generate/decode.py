@@ -20,6 +20,7 @@ from lmjax.generate.forward import functions
 from lmjax.generate.rows import MOST_STEPS
 from lmjax.generate.spread import auto_mesh, decoding_weights
 from lmjax.generate.writer import Writer, check, stop_array
+from lmjax.models.front import places
 from lmjax.models.model import Model
 from lmjax.process import group
 from lmjax.weights import Params
@@ -105,7 +106,7 @@ def _best_ids(
     stops: Sequence[int],
 ) -> list[list[int]]:
     """By beam search, in one program for all prompts."""
-    check(model.spec, prompts, cfg.tokens)
+    check(model.spec, prompts, cfg.tokens, front=places(params))
     mesh = auto_mesh()
     params = decoding_weights(model, params, mesh)
     with use_mesh(mesh):

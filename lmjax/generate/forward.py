@@ -24,7 +24,7 @@ class Functions(NamedTuple):
 
     hidden: Callable[..., Any]
     unembed: Callable[..., jax.Array]
-    empty_cache: Callable[[int, int], Any] | None
+    empty_cache: Callable[[Params, int, int], Any] | None
     vocab: int
     """Ids that the tokenizer has; a model's table may be padded beyond."""
 
@@ -46,16 +46,17 @@ def prefill(
         texts_BT = jnp.pad(tokens_BT, ((0, 0), (0, room)))
         return _read_again(model, params, texts_BT, lengths_B - 1), texts_BT
     positions_BT = jnp.where(jnp.arange(T) < lengths_B[:, None], jnp.arange(T), -1)
-    cache = model.empty_cache(B, T + room)
+    cache = model.empty_cache(params, B, T + room)
     x_BTD, cache, _ = model.hidden(params, tokens_BT, positions_BT=positions_BT, cache=cache)
     return _logits(model, params, x_BTD, lengths_B - 1), cache
 
 
-def empty_memory(model: Functions, rows: int, length: int) -> Memory:
+def empty_memory(model: Functions, params: Params, rows: int, length: int) -> Memory:
     """Of rows without a token yet, each with room for `length`."""
     if model.empty_cache is None:
         return jnp.zeros((rows, length), jnp.int32)
-    return _by_layer(lambda x: caches.opened(x) if isinstance(x, LayerCache) else x, model.empty_cache(rows, length))
+    cache = model.empty_cache(params, rows, length)
+    return _by_layer(lambda x: caches.opened(x) if isinstance(x, LayerCache) else x, cache)
 
 
 def read(

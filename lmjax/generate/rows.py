@@ -39,17 +39,17 @@ class Rows:
     """Tokens of each row's prompt and text, kept only for a repetition penalty."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="cfg")
-def empty_rows(model: Functions, rows: int, length: int, *, cfg: GenerateConfig) -> Rows:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3), static_argnames="cfg")
+def empty_rows(model: Functions, params: Params, rows: int, length: int, *, cfg: GenerateConfig) -> Rows:
     """Free rows, each with room for `length` tokens."""
     zero_B = jnp.zeros(rows, jnp.int32)
     seen_BV = jnp.zeros((rows, model.vocab), bool) if cfg.repetition_penalty != 1 else None
     keys_B = jnp.broadcast_to(jax.random.key(0), (rows,))
-    memory = forward.empty_memory(model, rows, length)
+    memory = forward.empty_memory(model, params, rows, length)
     return Rows(memory, zero_B, zero_B, zero_B, jnp.ones(rows, bool), keys_B, seen_BV)
 
 
-empty_memory = jax.jit(forward.empty_memory, static_argnums=(0, 1, 2))
+empty_memory = jax.jit(forward.empty_memory, static_argnums=(0, 2, 3))
 read = jax.jit(forward.read, static_argnums=0, donate_argnums=2)
 
 

@@ -17,6 +17,7 @@ from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Memory, functions
 from lmjax.generate.rows import MOST_STEPS
 from lmjax.generate.spread import auto_mesh, decoding_weights, row_pieces
+from lmjax.models.front import places
 from lmjax.models.model import Model
 from lmjax.process import group
 from lmjax.weights import Params, Spec, by_path
@@ -41,7 +42,7 @@ class Writer:
 
         Raises DataError and ConfigError for prompts that the model's tables have no rows for.
         """
-        check(model.spec, prompts, cfg.tokens)
+        check(model.spec, prompts, cfg.tokens, front=places(params))
         self._prompts = [list(prompt) or [endoftext] for prompt in prompts]
         self._parts, self._tokens = functions(model, vocab), np.int32(cfg.tokens)
         # Keys, stop tokens and lengths are data, and no part of a program.
@@ -61,7 +62,7 @@ class Writer:
         self._length = _room(max(max(self._padded(len(ids)), len(ids) + cfg.tokens) for ids in self._prompts))
         with use_mesh(self._mesh):
             self._keys = row_keys(cfg.seed, range(len(prompts)) if numbers is None else numbers)
-            self._rows = rows.empty_rows(self._parts, count, self._length, cfg=self._cfg)
+            self._rows = rows.empty_rows(self._parts, self._params, count, self._length, cfg=self._cfg)
 
     @property
     def is_writing(self) -> bool:
@@ -145,7 +146,7 @@ class Writer:
         positions_GT = np.full((len(prompts), T), -1, np.int32)
         for place, ids in enumerate(prompts):
             tokens_GT[place, T - len(ids) :], positions_GT[place, T - len(ids) :] = ids, np.arange(len(ids))
-        memory = rows.empty_memory(self._parts, len(prompts), self._length)
+        memory = rows.empty_memory(self._parts, self._params, len(prompts), self._length)
         for start in range(0, T, self._chunk):
             now = slice(start, start + self._chunk)
             logits_GV, memory = group.wait_on_cpu(
@@ -179,12 +180,15 @@ def stop_array(stops: Sequence[int], cfg: GenerateConfig) -> np.ndarray:
 # What fits -----------------------------------------------------------------------------------------------------------
 
 
-def check(spec: Spec, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-    """Learned positions end with their table, all others go on. Raises DataError and ConfigError."""
+def check(spec: Spec, prompts: Sequence[Sequence[int]], tokens: int, *, front: int = 0) -> None:
+    """Learned positions end with their table, all others go on. `front` are places in front of every text.
+
+    Raises DataError and ConfigError.
+    """
     check_ids(spec, max(itertools.chain.from_iterable(prompts), default=0))
     for weight in by_path(spec).values():
         if weight.in_axes == ("context",):
-            _check_positions(max(1, *map(len, prompts)), tokens, context=weight.shape[0])
+            _check_positions(max(1, *map(len, prompts)), tokens, context=weight.shape[0], front=front)
 
 
 def check_ids(spec: Spec, highest: int) -> None:
@@ -197,14 +201,14 @@ def check_ids(spec: Spec, highest: int) -> None:
             )
 
 
-def _check_positions(prompt: int, tokens: int, *, context: int) -> None:
+def _check_positions(prompt: int, tokens: int, *, context: int, front: int) -> None:
     """The last new token is not read again, so it needs no position."""
-    if prompt > context:
+    taken = f", {front} of them in front of the prompt" if front else ""
+    table, room = f"the position table: model.context={context}{taken}", context - front
+    if prompt > room:
+        raise ConfigError(f"a prompt of {prompt} tokens is longer than {table}; shorten it")
+    if prompt + tokens - 1 > room:
         raise ConfigError(
-            f"a prompt of {prompt} tokens is longer than the position table: model.context={context}; shorten it"
-        )
-    if prompt + tokens - 1 > context:
-        raise ConfigError(
-            f"a prompt of {prompt} tokens and tokens={tokens} new ones are longer than the position table: "
-            f"model.context={context}; ask for at most {context - prompt + 1} tokens"
+            f"a prompt of {prompt} tokens and tokens={tokens} new ones are longer than {table}; ask for at most "
+            f"{room - prompt + 1} tokens"
         )

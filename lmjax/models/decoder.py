@@ -15,21 +15,24 @@ import jax.numpy as jnp
 from lmjax.devices.mesh import constrain, current_mesh, shards
 from lmjax.devices.rows import token_order
 from lmjax.errors import ConfigError
+from lmjax.models import front
 from lmjax.models.activations import softcap
+from lmjax.models.attention.cache import behind_front
+from lmjax.models.block import block
 from lmjax.models.config import LayerKind, ModelConfig, Segments, dominant, layer_index
-from lmjax.models.dropout import DROPOUTS, EMBED_SITE, MIXER_SITE, MLP_SITE, dropout
+from lmjax.models.dropout import DROPOUTS, EMBED_SITE, dropout
 from lmjax.models.layer_inputs import LayerInputs, Scalars
 from lmjax.models.layers import lookup, lookup_tokens, norm, norm_weights
 from lmjax.models.linear import linear
 from lmjax.models.mixers import MIXERS
-from lmjax.models.mlp import mlp, mlp_weights
+from lmjax.models.mlp import mlp_weights
 from lmjax.models.model import Cache, Model
 from lmjax.models.moe import moe
 from lmjax.models.pipeline import pipelined
 from lmjax.models.position import rotations, sinusoidal
 from lmjax.models.read import as_array, cast, each_array, head, read, ready_for_lookup
 from lmjax.models.remat import REMAT
-from lmjax.parametrization import parametrize, stream_factor
+from lmjax.parametrization import parametrize
 from lmjax.weights import (
     Initializer,
     Params,
@@ -57,7 +60,7 @@ def build(cfg: ModelConfig, *, microbatches: int | None = None) -> Model:
         start=functools.partial(start, cfg=cfg),
         scalars=config_scalars(cfg),
         head=functools.partial(head, spec, names=("embed",) if cfg.tied else ("unembed",)),
-        empty_cache=functools.partial(empty_cache, cfg),
+        empty_cache=functools.partial(empty_cache, spec=spec, cfg=cfg),
         unstack=functools.partial(unstack, spec=spec, segments=cfg.segments),
         mixing_flops=functools.partial(mixing_flops, cfg),
         auxiliary=moe.auxiliary(cfg.moe),
@@ -136,58 +139,6 @@ def block_weights(cfg: ModelConfig, kind: LayerKind, into: Initializer, out: Ini
     return block
 
 
-# The block --------------------------------------------------------------------------------------------------------
-
-
-def block(
-    p: Params,
-    x_BTD: jax.Array,
-    inputs: LayerInputs,
-    cache: Any,
-    cfg: ModelConfig,
-    kind: LayerKind,
-    layer: int | jax.Array,
-) -> tuple[jax.Array, Any, moe.Tally | None]:
-    """One layer: a mixer, then mlp or mixture of experts, each added to the residual stream."""
-    mixer = MIXERS[kind.mixer]
-    h_BTD = read_stream(p, mixer.name, x_BTD, cfg)
-    h_BTD, cache = mixer.mix(p[mixer.name], h_BTD, inputs, cache, cfg, kind, layer)
-    x_BTD = add_to_stream(p, mixer.name, x_BTD, h_BTD, inputs, cfg, layer, MIXER_SITE)
-
-    h_BTD, tally = read_stream(p, "mlp", x_BTD, cfg), None
-    if kind.mlp == "dense":
-        h_BTD = mlp(p["mlp"], h_BTD, cfg)
-    else:
-        h_BTD, tally = moe.mixture(p["moe"], h_BTD, inputs.real_BT, cfg, training=inputs.keys_B is not None)
-    return add_to_stream(p, "mlp", x_BTD, h_BTD, inputs, cfg, layer, MLP_SITE), cache, tally
-
-
-def read_stream(p: Params, part: str, x_BTD: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """What a part of a layer sees of the residual stream."""
-    h_BTD = norm(p[f"{part}_norm"], x_BTD, cfg) if cfg.norm_position in ("pre", "pre_and_output") else x_BTD
-    return constrain(h_BTD, "batch", "time", None)
-
-
-def add_to_stream(
-    p: Params,
-    part: str,
-    x_BTD: jax.Array,
-    h_BTD: jax.Array,
-    inputs: LayerInputs,
-    cfg: ModelConfig,
-    layer: int | jax.Array,
-    site: int,
-) -> jax.Array:
-    """The residual stream with what a part of a layer gives."""
-    h_BTD = constrain(h_BTD, "batch", "residual_time", None)
-    if cfg.norm_position in ("output", "pre_and_output"):
-        h_BTD = norm(p[f"{part}_output_norm"], h_BTD, cfg)
-    if cfg.dropout:
-        h_BTD = dropout(h_BTD, inputs.keys_B, inputs.dropout_rates["dropout"], layer, site)
-    x_BTD = x_BTD + times(h_BTD, stream_factor(cfg.parametrization, cfg.depth))
-    return norm(p[f"{part}_output_norm"], x_BTD, cfg) if cfg.norm_position == "post" else x_BTD
-
-
 # The whole --------------------------------------------------------------------------------------------------------
 
 
@@ -211,15 +162,39 @@ def hidden(
     sample, mean training: they turn dropout, at the rates in `scalars` (default: the config's), and the capacity of
     experts on. `microbatches` are those of a pipeline (default: one per stage).
     """
+    P, row, T = front.places(params), front.Row(tokens_BT, positions_BT, segments_BT), tokens_BT.shape[1]
+    if cache is None and cfg.position == "learned" and cfg.context < P + T:
+        raise ConfigError(
+            f"a sequence of {P + T} tokens is longer than the position table: model.context={cfg.context}"
+        )
+    if P and cache is None and front.has_prompt(params):
+        row = front.behind_prompt(params, row)
+    elif P:
+        positions_BT = token_order(T)[None] if positions_BT is None else positions_BT
+        row = row._replace(positions_BT=front.after_front(positions_BT, P))
+    x_BTD, cache, metrics = whole_rows(params, row, spec, cfg, keys_B, scalars, cache, microbatches)
+    return x_BTD[:, -T:] if P else x_BTD, cache, metrics
+
+
+def whole_rows(
+    params: Params,
+    row: front.Row,
+    spec: Spec,
+    cfg: ModelConfig,
+    keys_B: jax.Array | None = None,
+    scalars: Scalars | None = None,
+    cache: Cache = None,
+    microbatches: int | None = None,
+) -> tuple[jax.Array, Cache, dict[str, Any]]:
+    """`hidden` of rows that have in them what stands in front of their texts."""
+    tokens_BT, positions_BT, segments_BT, front_1T, prompted = row
     T = tokens_BT.shape[1]
-    if cache is None and cfg.position == "learned" and cfg.context < T:
-        raise ConfigError(f"a sequence of {T} tokens is longer than the position table: model.context={cfg.context}")
     all_positions_BT = token_order(T)[None] if positions_BT is None else positions_BT
     real_BT = constrain(jnp.broadcast_to(all_positions_BT >= 0, tokens_BT.shape), "batch", "time")
     scalars = config_scalars(cfg) if scalars is None else scalars
     rates = {name: scalars[name] for name in DROPOUTS}
-    inputs = LayerInputs(rotations(cfg, positions_BT, T), positions_BT, real_BT, segments_BT, keys_B, rates)
-    x_BTD = embed_tokens(params, tokens_BT, all_positions_BT, inputs, spec, cfg)
+    inputs = LayerInputs(rotations(cfg, positions_BT, T), positions_BT, real_BT, segments_BT, keys_B, rates, front_1T)
+    x_BTD = embed_tokens(params, tokens_BT, all_positions_BT, inputs, spec, cfg, prompted=prompted)
     new_cache, tallies = [], {}
     for segment in range(len(cfg.segments)):
         old = None if cache is None else cache[segment]
@@ -238,9 +213,14 @@ def embed_tokens(
     inputs: LayerInputs,
     spec: Spec,
     cfg: ModelConfig,
+    *,
+    prompted: bool = False,
 ) -> jax.Array:
+    """The residual stream before the first layer. Rows that are `prompted` begin with the tokens of a soft prompt."""
     table_VD = each_array(functools.partial(ready_for_lookup, dtype=cfg.dtype), spec["embed"], params["embed"])
-    x_BTD = lookup_tokens(table_VD, tokens_BT, cfg.dtype) * jnp.asarray(cfg.embed_scale, cfg.dtype)
+    x_BTD = lookup_tokens(table_VD, tokens_BT, cfg.dtype)
+    x_BTD = front.add_prompt(table_VD, x_BTD) if prompted else x_BTD
+    x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, cfg.dtype)
     all_positions_BT = constrain(all_positions_BT, "batch" if len(all_positions_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":
         # In float32, since the gradient of a position is a sum over the batch.
@@ -275,8 +255,8 @@ def run_segment(
 ) -> tuple[jax.Array, Any, dict[str, moe.Tally]]:
     """All repeats of one period -> (x_BTD, its new caches, tallies by place, with the repeats in front).
 
-    Unstacked weights run in a loop, stacked ones in a scan; where the mesh has pipeline stages, those of the dominant
-    segment run from stage to stage.
+    Unstacked weights run in a loop, stacked ones in a scan, or in two; where the mesh has pipeline stages, those of the
+    dominant segment run from stage to stage.
     """
     layers = params["segments"][str(segment)]
     period = make_period(spec["segments"][str(segment)], cfg, segment)
@@ -284,7 +264,12 @@ def run_segment(
         return looped(period, inputs, x_BTD, layers, cache)
     assert cache is None, "decoding runs over unstacked weights: model.unstack(params)"
     scan = functools.partial(scanned, REMAT[cfg.remat], unrolled(cfg), period)
-    if shards("layers") > 1 and segment == dominant(cfg.segments):
+    if isinstance(layers, tuple):  # a stack that is cut: finetune/last_layers.py
+        first, last = layers
+        x_BTD, tallies = scan(inputs, x_BTD, first, 0)
+        x_BTD, more = scan(inputs, x_BTD, last, len(jax.tree.leaves(first)[0]))
+        tallies = jax.tree.map(lambda *parts: jnp.concatenate(parts), tallies, more)
+    elif shards("layers") > 1 and segment == dominant(cfg.segments):
         x_BTD, tallies = pipelined(scan, inputs, x_BTD, layers, microbatches)
     else:
         x_BTD, tallies = scan(inputs, x_BTD, layers, 0)
@@ -369,13 +354,23 @@ def unembed(params: Params, x: jax.Array, *, spec: Spec, cfg: ModelConfig) -> ja
     return softcap(logits, cfg.logit_softcap)
 
 
-def empty_cache(cfg: ModelConfig, batch: int, length: int) -> Cache:
-    """Room for `length` tokens a row, for unstacked weights."""
+def empty_cache(params: Params, batch: int, length: int, *, spec: Spec, cfg: ModelConfig) -> Cache:
+    """Room for `length` tokens a row, for unstacked weights. What stands in front of every text is in it."""
+    length += front.places(params)
 
-    def layer(kind: LayerKind) -> Any:
-        return MIXERS[kind.mixer].empty_cache(cfg, kind, batch, length)
+    def layer(kind: LayerKind, p: Params) -> Any:
+        mixer = MIXERS[kind.mixer]
+        return mixer.empty_cache(p[mixer.name], cfg, kind, batch, length)
 
-    return [[[layer(kind) for kind in period] for _ in range(repeats)] for period, repeats in cfg.segments]
+    def period(segment: int, repeat: int) -> list[Any]:
+        layers = params["segments"][str(segment)][repeat]
+        return [layer(kind, layers[str(place)]) for place, kind in enumerate(cfg.segments[segment][0])]
+
+    cache: Cache = [[period(s, i) for i in range(repeats)] for s, (_, repeats) in enumerate(cfg.segments)]
+    if front.has_prompt(params):
+        cache = whole_rows(params, front.prompt_alone(params, batch), spec, cfg, cache=cache)[1]
+        cache = [[list(map(behind_front, layers)) for layers in periods] for periods in cache]
+    return cache
 
 
 def mixing_flops(cfg: ModelConfig, T: int, *, causal: bool) -> int:
@@ -394,5 +389,5 @@ def unstack(params: Params, *, spec: Spec, segments: Segments) -> Params:
 
     unstacked = {str(s): [layer(s, i) for i in range(repeats)] for s, (_, repeats) in enumerate(segments)}
     own_head = "unembed" not in params and jax.default_backend() == "cpu"
-    head = {"unembed": as_array(spec["embed"], params["embed"]).T} if own_head else {}
+    head = {"unembed": as_array(spec["embed"], front.table_alone(params["embed"])).T} if own_head else {}
     return {**params, **head, "segments": unstacked}

@@ -26,6 +26,8 @@ class LayerInputs(NamedTuple):
     """One per sample in training, None in evaluation."""
     dropout_rates: Scalars
     """The rates of dropout, by the names in `dropout.DROPOUTS`."""
+    front_1T: jax.Array | None = None
+    """Which places every document of the row sees, if any: models/front.py."""
 
 
 class Mix(Protocol):
@@ -53,8 +55,8 @@ class Mixer(NamedTuple):
     weights: Callable[[ModelConfig, Initializer, Initializer], Spec]
     """(cfg, initializer into the layer, initializer out of it) -> the weights of one layer"""
     mix: Mix
-    empty_cache: Callable[[ModelConfig, LayerKind, int, int], Any]
-    """(cfg, kind, batch, length) -> one layer's memory of the tokens already seen: arrays with the batch in front, or
-    scalars"""
+    empty_cache: Callable[[Params, ModelConfig, LayerKind, int, int], Any]
+    """(p, cfg, kind, batch, length) -> one layer's memory of the tokens already seen: arrays with the batch in front,
+    or scalars"""
     flops: Callable[..., int]
     """(cfg, kind, T, *, causal) -> FLOPs between activations in one layer's forward pass over a row of T tokens"""

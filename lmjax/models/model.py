@@ -94,8 +94,8 @@ class Model(NamedTuple):
     """What a sweep may vary without another program: dropout rates, weights of auxiliary losses, initial spreads."""
     head: Callable[[Params], Params] = lambda params: {}
     """The weights that `unembed` reads, as arrays that are not gathered yet."""
-    empty_cache: Callable[[int, int], Cache] | None = None
-    """(batch, length) -> a cache for decoding, or None for a model that cannot decode step by step."""
+    empty_cache: Callable[[Params, int, int], Cache] | None = None
+    """(unstacked params, batch, length) -> a cache for decoding; None for a model that cannot decode step by step."""
     unstack: Callable[[Params], Params] = lambda params: params
     """Params as decoding wants them: one layer's weights apart from another's."""
     mixing_flops: Callable[..., int] | None = None

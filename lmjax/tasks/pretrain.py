@@ -25,6 +25,7 @@ from lmjax.generate.decode import generate
 from lmjax.generate.slide import generate_past
 from lmjax.models import architectures
 from lmjax.models.flops import sequence_flops
+from lmjax.models.front import places
 from lmjax.process import group
 from lmjax.schema import validated
 from lmjax.tasks.benchmarks import benchmarks
@@ -236,7 +237,7 @@ def continuations(
     tables = [weight.shape[0] for weight in by_path(model.spec).values() if weight.in_axes == ("context",)]
     settings = sample_settings(cfg)
     if tables:
-        return generate_past(model, weights, tokenizer, prompts, settings, context=min(tables))
+        return generate_past(model, weights, tokenizer, prompts, settings, context=min(tables) - places(weights))
     return [one.text for one in generate(model, weights, tokenizer, prompts, settings)]
 
 

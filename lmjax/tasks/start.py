@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from lmjax.models.config import ModelConfig
 from lmjax.record import checkpoint, files, seal
 from lmjax.record.steps import origin_checkpoint, parse_origin
 from lmjax.record.trees import leaves_by_path, shape_dtype
-from lmjax.weights import Params, Spec, abstract, part
+from lmjax.weights import Params, Spec, abstract, by_path, part
 
 logger = logging.getLogger(__name__)
 _SETTING = "train.init_from"
@@ -42,6 +42,8 @@ class Start:
     """Raises ConfigError or CheckpointError for weights that are not there, or are not this model's: before a step."""
     digest: Callable[[], str | None] = lambda: None
     """Names the values by a hash of the files that hold them, wherever they lie; None for what is drawn, or is gone."""
+    without: "Callable[[Collection[str]], Start] | None" = None
+    """(paths) -> the same without the weights of these paths, which need not be there; None for what is drawn."""
 
     def __call__(self, key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
         return self.make(key, scalars, shardings)
@@ -67,9 +69,15 @@ def drawn(initial: Callable[[jax.Array, Mapping[str, Any]], Params]) -> Start:
 def read_from(init_from: str, model: ModelConfig, spec: Spec, tokenizer_hash: str | None = None) -> Start:
     """The weights of what `train.init_from` names, another run or a Hugging Face directory; nothing else of it."""
     found = hugging_face(init_from)
-    if found is not None:
-        return from_hugging_face(found, model, tokenizer_hash)
-    return from_run(init_from, spec, tokenizer_hash)
+
+    def start(left_out: Collection[str]) -> Start:
+        reads_tokens = any("vocab" in one.names and path not in left_out for path, one in by_path(spec).items())
+        known = tokenizer_hash if reads_tokens else None
+        if found is not None:
+            return from_hugging_face(found, model, known, () if reads_tokens else ("vocab", "tied"))
+        return from_run(init_from, spec, known, left_out)
+
+    return dataclasses.replace(start(()), without=start)
 
 
 def model_of(init_from: str) -> ModelConfig:
@@ -99,14 +107,15 @@ def digest(init_from: str) -> str | None:
 # From a run -------------------------------------------------------------------------------------------------------
 
 
-def from_run(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> Start:
-    """The weights of another run's newest checkpoint, or of `WORKDIR@STEP`; nothing else of that run.
+def from_run(init_from: str, spec: Spec, tokenizer_hash: str | None = None, left_out: Collection[str] = ()) -> Start:
+    """The weights of another run's newest checkpoint, or of `WORKDIR@STEP`, but for those that are `left_out`; nothing
+    else of that run.
 
     Starting raises what `check_origin` does, and CheckpointError for a checkpoint that is damaged.
     """
 
     def start(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
-        saved = check_origin(init_from, spec, tokenizer_hash)
+        saved = check_origin(init_from, spec, tokenizer_hash, left_out)
         shapes = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             part(abstract(spec), shardings),
@@ -117,35 +126,39 @@ def from_run(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> S
         return params
 
     def check() -> None:
-        check_origin(init_from, spec, tokenizer_hash)
+        check_origin(init_from, spec, tokenizer_hash, left_out)
 
     return Start(start, check, functools.partial(digest, init_from))
 
 
-def check_origin(init_from: str, spec: Spec, tokenizer_hash: str | None = None) -> epath.Path:
+def check_origin(
+    init_from: str, spec: Spec, tokenizer_hash: str | None = None, left_out: Collection[str] = ()
+) -> epath.Path:
     """The directory of the checkpoint that the weights come from.
 
-    Raises ConfigError for a run that is not there, whose weights differ in a path or a shape, or that was trained with
-    another tokenizer than the one of this hash.
+    Raises ConfigError for a run that is not there, whose weights differ in a path or a shape, but for those that are
+    `left_out`, or that was trained with another tokenizer than the one of this hash.
     """
     saved, (workdir, _) = origin_checkpoint(_SETTING, init_from), parse_origin(_SETTING, init_from)
     manifest = seal.read(saved)[0]
     part = checkpoint.weights_part(manifest)
     leaves = {path: leaf for path, leaf in manifest.get("leaves", {}).items() if path.startswith(f"{part}/")}
     wanted = {path: shape_dtype(leaf) for path, leaf in leaves_by_path({part: abstract(spec)}).items()}
-    if leaves and leaves != wanted:
-        path = next(path for path in {**leaves, **wanted} if leaves.get(path) != wanted.get(path))
+    unread = {f"{part}/{path}" for path in left_out}
+    compared = [path for path in {**leaves, **wanted} if path not in unread]
+    if leaves and any(leaves.get(path) != wanted.get(path) for path in compared):
+        path = next(path for path in compared if leaves.get(path) != wanted.get(path))
         was, wants = (str(tuple(found[path][0])) if path in found else "absent" for found in (leaves, wanted))
         raise ConfigError(
             f"train.init_from={init_from} has other weights than this model: {path.removeprefix(f'{part}/')} is {was} "
-            f"there, {wants} here; give the model the same sizes"
+            f"there, {wants} here; give the model the same sizes, or name in tune.fresh what is to be drawn anew"
         )
     if tokenizer_hash is not None and not (workdir / "tokenizer").exists():
         logger.warning("train.init_from=%s has no tokenizer; it is taken to be that of the data", init_from)
     elif tokenizer_hash is not None and saved_hash(workdir / "tokenizer") != tokenizer_hash:
         raise ConfigError(
             f"train.init_from={init_from} was trained with another tokenizer than the data's; prepare them with "
-            f"--tokenizer-file={workdir / 'tokenizer'}"
+            f"--tokenizer-file={workdir / 'tokenizer'}, or draw its tables anew: tune.fresh"
         )
     return saved
 
@@ -181,8 +194,10 @@ def hugging_face(init_from: str) -> HuggingFace | None:
     return HuggingFace(directory, None)
 
 
-def from_hugging_face(origin: HuggingFace, model: ModelConfig, tokenizer_hash: str | None = None) -> Start:
-    """The weights of a Hugging Face checkpoint.
+def from_hugging_face(
+    origin: HuggingFace, model: ModelConfig, tokenizer_hash: str | None = None, may_differ: Collection[str] = ()
+) -> Start:
+    """The weights of a Hugging Face checkpoint, of a model that differs at most in these settings.
 
     Starting raises ConfigError for one that is of another model, has other weights than those of the hash, or is of
     another tokenizer, and CheckpointError for tensors that are not those of its config.json.
@@ -197,6 +212,8 @@ def from_hugging_face(origin: HuggingFace, model: ModelConfig, tokenizer_hash: s
         if model.position != "learned":  # how long sequences may be is then no matter of the weights
             lost.pop("context", None)
         for name, (here, there) in lost.items():
+            if name in may_differ:
+                continue
             raise ConfigError(
                 f"{_SETTING}={directory}: model.{name} is {there!r} there, {here!r} here; set what it has"
             )

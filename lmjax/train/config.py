@@ -90,7 +90,7 @@ class AdapterConfig:
     name: Annotated[str, one_of(names_in("lmjax.finetune.adapters", "ADAPTERS"))] = "lora"
     targets: tuple[str, ...] = ("segments/*",)
     """The weights beside which they stand, by patterns as in `tune.train`, of those that can have one; by default every
-    matrix of every layer."""
+    matrix of every layer. A prompt has its own place."""
     rank: Size = 8
     """lora: of the matrices beside. bottleneck: its width."""
     alpha: PositiveFloat = 16.0
@@ -99,6 +99,8 @@ class AdapterConfig:
     """lora: alpha / sqrt(rank) times, so that a larger rank learns as fast (rsLoRA)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """lora: on what the adapters of matrices in layers read."""
+    length: Size = 20
+    """prompt, prefix: places in front of every text."""
 
 
 @config_class
@@ -111,6 +113,11 @@ class TuneConfig:
     ('* -> vocab',). None means all of them, and with an adapter none."""
     freeze: tuple[str, ...] = ()
     """Of these, the weights that are not trained after all."""
+    last_layers: PositiveInt | None = None
+    """Of the layers only so many last ones are trained, and without `train` nothing else."""
+    fresh: tuple[str, ...] = ()
+    """The weights that are drawn anew, not taken from `train.init_from`, which may have them in other sizes or not at
+    all: ('unembed',) for a new head, ('* -> vocab', 'vocab -> *') for another tokenizer."""
     store: Annotated[str, one_of(names_in("lmjax.finetune.storage", "STORAGES"))] = "float32"
     """How frozen matrices and tables are held."""
     adapter: AdapterConfig | None = None

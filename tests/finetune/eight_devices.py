@@ -9,6 +9,7 @@ import pytest
 
 from lmjax.config import Config
 from lmjax.devices.place import shard_batch
+from lmjax.errors import ConfigError
 from lmjax.registry import without_data
 from lmjax.run import assemble
 from tests.finetune.test_low_rank import drawn
@@ -28,7 +29,9 @@ def experiment(family: str, layout: str, tune: dict[str, Any], devices: int, **m
     model = dataclasses.replace(cfg.model, vocab=64, rope=dataclasses.replace(cfg.model.rope, scaling="none"))
     if model.moe.experts is not None:
         model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, experts=6))
-    data, train = dataclasses.replace(cfg.data, seq_len=16), dataclasses.replace(cfg.train, batch=8)
+    documents = "separate" if tune in (PROMPT, PREFIX) else "joined"
+    data = dataclasses.replace(cfg.data, seq_len=16, documents=documents)
+    train = dataclasses.replace(cfg.train, batch=8)
     cfg = dataclasses.replace(cfg, model=model, data=data, train=train)
     return assemble.assemble(without_data(cfg), jax.devices()[:devices] if devices > 1 else None)
 
@@ -48,7 +51,8 @@ def random_batch(cfg: Config) -> Any:
     from lmjax.data.windows import as_batch
 
     rows_BU = np.random.default_rng(3).integers(0, 64, (cfg.train.batch, cfg.data.seq_len + 1)).astype(np.int32)
-    return as_batch(rows_BU, rows_BU, np.arange(cfg.train.batch), cfg.data.documents)
+    segments_BU = np.broadcast_to(np.arange(cfg.data.seq_len + 1, dtype=np.int32) // 7, rows_BU.shape)
+    return as_batch(rows_BU, segments_BU, np.arange(cfg.train.batch), cfg.data.documents)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,8 @@ def alone() -> Any:
 
 
 DROPPED = {"adapter": {"rank": 3, "dropout": 0.25}}
+PROMPT: dict[str, Any] = {"adapter": {"name": "prompt", "length": 4}}
+PREFIX: dict[str, Any] = {"adapter": {"name": "prefix", "length": 4}}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,8 @@ DROPPED = {"adapter": {"rank": 3, "dropout": 0.25}}
         ("llama3", DROPPED, "fsdp+cp+tp", {"tensor": 2, "context": 2}),
         ("llama3", {"adapter": {"name": "ia3"}}, "fsdp+tp", {"tensor": 2}),
         ("mixtral", TUNE, "fsdp+ep", {"expert": 2}),
+        ("llama3", PROMPT, "fsdp+tp", {"tensor": 2}),
+        ("llama3", PREFIX, "fsdp+tp", {"tensor": 2}),
     ],
 )
 def test_a_step_is_that_of_one_device(
@@ -87,3 +95,10 @@ def test_a_step_is_that_of_one_device(
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(metrics[name][0], said[name][0], rtol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, wanted)
+
+
+@pytest.mark.parametrize("tune", [PROMPT, PREFIX])
+def test_what_is_in_front_is_refused_where_devices_share_rows(tune: dict[str, Any]) -> None:
+    one = experiment("llama3", "fsdp+cp", tune, 8, context=2)
+    with pytest.raises(ConfigError, match=r"mesh\.context"):
+        stepped(one)

@@ -67,6 +67,7 @@ def test_a_pattern_matches_paths_their_ends_and_axes(pattern: str, expected: set
         ({"freeze": ("embed",), "adapter": {}}, "means nothing beside tune.adapter, with which no weight is trained"),
         ({"store": "int8"}, r"tune\.store=int8 is how frozen weights are held, and none is frozen; leave it out"),
         ({"adapter": {"name": "ia3", "rank": 4}}, r"tune\.adapter\.rank means nothing to tune\.adapter\.name=ia3"),
+        ({"adapter": {"name": "prompt", "targets": ("query",)}}, r"tune\.adapter\.targets means nothing to .*=prompt"),
         ({"adapter": {"name": "ia3", "targets": ("embed",)}}, "'embed' matches no weight"),
         ({"adapter": {"targets": ("unembed",), "dropout": 0.1}}, "dropout acts on what matrices of layers read"),
         ({"adapter": {"dropout": 0.1}, "mesh": {"layout": "dp+pp"}}, "the stages of a pipeline do not know it"),

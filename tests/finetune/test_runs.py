@@ -164,6 +164,29 @@ def test_a_tuned_run_starts_only_with_the_same_settings(tuned: Path, base: Path,
         (tuned / "summary.kept").rename(tuned / "summary.json")
 
 
+@pytest.mark.parametrize("kind", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
+def test_what_stands_in_front_is_stopped_resumed_evaluated_and_sampled(
+    kind: str, base: Path, place: Path, train: Train, tmp_path: Path
+) -> None:
+    """Nothing else is trained or saved, and neither merged nor exported."""
+    given = (f"train.init_from={base}", f"tune.adapter.name={kind}", "tune.adapter.length=3")
+    given += ("data.documents=separate",)
+    assert train(kind, *given) == DONE
+    assert train(f"{kind}2", *given, faults="terminate@step:3") == PREEMPTED and train(f"{kind}2", *given) == DONE
+    whole, stopped = (inspect(place / name, hashes=True) for name in (kind, f"{kind}2"))
+    assert whole["hashes"] == stopped["hashes"]
+    assert (place / kind / "samples" / "6.txt").exists()
+    said = json.loads((place / kind / "summary.json").read_text())["val_full/own/loss"]
+    scored = evaluate_trained(load_trained(place / kind), [f"{place}/prepared"], split="valid", batch=4, seq_len=16)
+    np.testing.assert_allclose(next(iter(scored.values())).loss, said, rtol=1e-5)
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        merge(str(place / kind), str(tmp_path / "merged"))
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        to_hf(str(place / kind), str(tmp_path / "hf"), step=None, dtype="float32", shard_bytes=1 << 30)
+    with pytest.raises(ConfigError, match="has no LoRA"):
+        to_peft(str(place / kind), str(tmp_path / "peft"))
+
+
 def test_a_base_that_was_moved_is_found_by_its_hash(
     tuned: Path, base: Path, place: Path, train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,6 +22,8 @@ class LayerCache:
     """How many columns were ever filled, int32; the next one is `filled % S`."""
     fresh: bool = flax.struct.field(pytree_node=False, default=False)
     """Whether nothing was written yet, which is known while tracing."""
+    has_front: bool = flax.struct.field(pytree_node=False, default=False)
+    """Whether it began with what stands in front of every text (models/front.py), and padding comes after that."""
 
 
 def empty(batch: int, length: int, kv_heads: int, head_dim: int, dtype: str) -> LayerCache:
@@ -38,6 +40,11 @@ def empty(batch: int, length: int, kv_heads: int, head_dim: int, dtype: str) -> 
 def opened(cache: LayerCache) -> LayerCache:
     """The cache as one that may have been written to: programs that add to it are then the same, empty or not."""
     return cache.replace(fresh=False)  # type: ignore[attr-defined]
+
+
+def behind_front(cache: LayerCache) -> LayerCache:
+    """The cache as one that holds what stands in front of every text."""
+    return cache.replace(has_front=True)  # type: ignore[attr-defined]
 
 
 def replace_rows(old: jax.Array, source_B: jax.Array, new: jax.Array) -> jax.Array:
@@ -59,6 +66,7 @@ def put_rows(cache: LayerCache, source_B: jax.Array, taken: LayerCache) -> Layer
         put(cache.v_BKSH, taken.v_BKSH, 2),
         put(cache.positions_BS, taken.positions_BS, 1),
         filled=cache.filled,
+        has_front=cache.has_front,
     )
 
 
@@ -71,22 +79,22 @@ def extend(
     need what the last of them overwrites: they attend to the old cache, unless it is empty, and to themselves.
 
     Negative positions are padding. It takes up columns like any token, and in a full ring pushes out real ones: let a
-    batch have it only in the first pass, or once a row is done.
+    batch have it only in the first pass, or once a row is done. What is in front of every text is read before the first
+    pass, and is kept.
     """
     new = LayerCache(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), positions_BT, filled=cache.filled)
     if positions_BT.shape[1] == 1:
         written = _write_one(cache, new)
         return written, written
-    written = _write_many(cache, _padding_first(new))
     if cache.fresh:
-        return new, written
+        return new, _write_many(cache, _padding_first(new))
     both = LayerCache(
         jnp.concatenate([cache.k_BKSH, new.k_BKSH], axis=2),
         jnp.concatenate([cache.v_BKSH, new.v_BKSH], axis=2),
         jnp.concatenate([cache.positions_BS, positions_BT], axis=1),
         filled=cache.filled,
     )
-    return both, written
+    return both, _keep_newest(cache, both) if cache.has_front else _write_many(cache, _padding_first(new))
 
 
 def _write_one(cache: LayerCache, new: LayerCache) -> LayerCache:
@@ -108,6 +116,7 @@ def _write_one(cache: LayerCache, new: LayerCache) -> LayerCache:
         put(cache.v_BKSH, new.v_BKSH, 2),
         put(cache.positions_BS, new.positions_BS, 1),
         filled=cache.filled + 1,
+        has_front=cache.has_front,
     )
 
 
@@ -120,6 +129,21 @@ def _write_many(cache: LayerCache, new: LayerCache) -> LayerCache:
         cache.v_BKSH.at[:, :, columns].set(new.v_BKSH[:, :, -S:]),
         cache.positions_BS.at[:, columns].set(new.positions_BS[:, -S:]),
         filled=cache.filled + T,
+    )
+
+
+def _keep_newest(cache: LayerCache, both: LayerCache) -> LayerCache:
+    """Each row's tokens of the highest positions, as many as there is room for: padding gives way to them, and the next
+    column is that of the oldest."""
+    S, filled = cache.positions_BS.shape[1], cache.filled + both.positions_BS.shape[1] - cache.positions_BS.shape[1]
+    newest = jax.tree.map(lambda x: x[..., -S:, :] if x.ndim == 4 else x, _padding_first(both))
+    shift = filled % S
+    return LayerCache(
+        jnp.roll(newest.k_BKSH, shift, axis=2),
+        jnp.roll(newest.v_BKSH, shift, axis=2),
+        jnp.roll(newest.positions_BS[:, -S:], shift, axis=1),
+        filled=filled,
+        has_front=True,
     )
 
 

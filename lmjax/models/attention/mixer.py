@@ -1,7 +1,9 @@
 """Attention as a layer's mixer: weights, projections, positions, cache, FLOPs. The kernels are in attention.py."""
 
 import jax
+import jax.numpy as jnp
 
+from lmjax.models import front
 from lmjax.models.attention import cache as caches
 from lmjax.models.attention.attention import attention
 from lmjax.models.attention.scores import Mask, Score
@@ -61,7 +63,13 @@ def self_attention(
         slopes_N=alibi_slopes(cfg.heads) if cfg.position == "alibi" else None,
         dropout=pair_dropout(inputs.keys_B, cfg, inputs.dropout_rates, layer),
     )
-    mask = Mask(cfg.window_of(kind), inputs.segments_BT)
+    mask, prefix = Mask(cfg.window_of(kind), inputs.segments_BT), front.prefix_of(p)
+    if inputs.front_1T is not None:
+        positions_BT, segments_BT = inputs.positions_BT, inputs.segments_BT
+        mask = Mask(mask.window, segments_BT, positions_BT, positions_BT, segments_BT, inputs.front_1T)
+    if prefix is not None and cache is None:
+        mask = mask._replace(positions_BT=inputs.positions_BT)
+        k_BTKH, v_BTKH, mask = front.with_prefix(prefix, k_BTKH, v_BTKH, mask)
     if cache is not None:
         assert inputs.positions_BT is not None
         seen, cache = caches.extend(cache, k_BTKH, v_BTKH, inputs.positions_BT)
@@ -81,11 +89,16 @@ def pair_dropout(
     return PairDropout(rates["attention_dropout"], layer_keys_B)
 
 
-def empty_cache(cfg: ModelConfig, kind: LayerKind, batch: int, length: int) -> caches.LayerCache:
-    """Room for `length` tokens a row, or for those of the window where attention slides."""
+def empty_cache(p: Params, cfg: ModelConfig, kind: LayerKind, batch: int, length: int) -> caches.LayerCache:
+    """Room for `length` tokens a row, or for those of the window where attention slides; it begins with the prefix."""
     window = cfg.window_of(kind)
     places = length if window is None else min(window, length)
-    return caches.empty(batch, places, cfg.dims["kv_heads"], cfg.dims["head_dim"], cfg.dtype)
+    cache = caches.empty(batch, places, cfg.dims["kv_heads"], cfg.dims["head_dim"], cfg.dtype)
+    if (prefix := front.prefix_of(p)) is None:
+        return cache
+    k_BPKH, v_BPKH = (jnp.broadcast_to(x[None], (batch, *x.shape)).astype(cfg.dtype) for x in prefix)
+    positions_BP = jnp.broadcast_to(jnp.arange(k_BPKH.shape[1], dtype=jnp.int32), (batch, k_BPKH.shape[1]))
+    return caches.behind_front(caches.extend(cache, k_BPKH, v_BPKH, positions_BP)[1])
 
 
 def flops(cfg: ModelConfig, kind: LayerKind, T: int, *, causal: bool) -> int:

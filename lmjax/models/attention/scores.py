@@ -24,6 +24,8 @@ class Mask(NamedTuple):
     key_positions_BS: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
     """The positions of the keys, where they are not the same tokens as the queries."""
+    front_1S: jax.Array | None = None
+    """Keys that the queries of all documents see: models/front.py."""
 
 
 class Score(NamedTuple):
@@ -53,7 +55,8 @@ def visible(mask: Mask, T: int, S: int) -> jax.Array:
         seen &= mask.key_positions_BS[:, None, :] >= 0
     if mask.segments_BT is not None:
         key_segments_BS = mask.segments_BT if mask.key_segments_BS is None else mask.key_segments_BS
-        seen &= mask.segments_BT[:, :, None] == key_segments_BS[:, None, :]
+        same = mask.segments_BT[:, :, None] == key_segments_BS[:, None, :]
+        seen &= same if mask.front_1S is None else same | mask.front_1S[:, None, :]
     return seen
 
 

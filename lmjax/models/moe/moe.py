@@ -296,7 +296,8 @@ def after_update(
         if load_LE is None or "bias" not in layer.get("moe", {}):  # a dense layer, or one whose biases are frozen
             return layer
         error_LE = load_LE.mean(axis=1, keepdims=True) - load_LE
-        bias_LE = layer["moe"]["bias"] + hyper["bias_rate"] * jnp.sign(error_LE)
+        bias_LE = layer["moe"]["bias"]  # of a stack that is cut, those of its last layers
+        bias_LE = bias_LE + hyper["bias_rate"] * jnp.sign(error_LE[-len(bias_LE) :])
         return {**layer, "moe": {**layer["moe"], "bias": bias_LE}}
 
     segments = {
