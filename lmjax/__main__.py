@@ -53,6 +53,12 @@ def widths(text: str) -> tuple[int, ...]:
     return found
 
 
+def prefix_and_tokens(text: str) -> tuple[int, int]:
+    """Two numbers of tokens, with a colon between them."""
+    first, _, last = text.partition(":")
+    return count(first), count(last)
+
+
 def names(text: str) -> tuple[str, ...]:
     """One or more names, by commas."""
     found = tuple(text.split(","))
@@ -228,7 +234,7 @@ def _prepare_arguments(sub: Parser) -> None:
 
 
 def _evaluate_arguments(sub: Parser) -> None:
-    sub.add_argument("--workdir", required=True, help="a trained run")
+    sub.add_argument("--workdir", help="a trained run")
     sub.add_argument("--step", type=int, help="default: the newest checkpoint")
     sub.add_argument("--data", action="append", metavar="DIR", help="prepared data set(s); default: the run's own")
     sub.add_argument("--split", default="valid", choices=["train", "valid"])
@@ -241,13 +247,33 @@ def _evaluate_arguments(sub: Parser) -> None:
         "default: as in training, alone for a model that reads a begin symbol",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--seed", type=whole, default=1234, help="of what is drawn")
+    sub.add_argument("--requests", type=path, metavar="FILE.jsonl", help="write what was said of every question")
+    sub.add_argument("--page", type=path, metavar="FILE.html", help="write a page to look at, with examples")
+    others = sub.add_argument_group("what is written", "in place of a prepared data set (docs/evaluation.md)")
+    others.add_argument(
+        "--memorized",
+        type=prefix_and_tokens,
+        metavar="PREFIX:TOKENS",
+        help="does it go on with its training text word for word: so many tokens after so many",
+    )
+    others.add_argument("--texts", type=path, metavar="FILE", help="how good these texts are, whoever wrote them")
+    others.add_argument("--references", type=path, metavar="FILE", help="of --texts: what people wrote, line by line")
+    _benchmark_arguments(sub)
+
+
+def _benchmark_arguments(sub: Parser) -> None:
     tasks = sub.add_argument_group("benchmarks", "in place of a prepared data set (docs/evaluation.md)")
-    tasks.add_argument("--tasks", type=names, metavar="NAME,NAME,...", help="as lambada,piqa,mmlu")
+    tasks.add_argument(
+        "--tasks",
+        type=names,
+        metavar="NAME,NAME,...",
+        help="as lambada,piqa,mmlu; KIND:FILE for one's own file",
+    )
     tasks.add_argument("--task-data", type=path, metavar="DIR", help="where their files are")
     tasks.add_argument("--harness", type=names, metavar="NAME,NAME,...", help="tasks of lm-eval (lmjax[eval]) instead")
     tasks.add_argument("--include-path", type=path, metavar="DIR", help="of --harness: more tasks, as YAML files")
     tasks.add_argument("--shots", type=whole, metavar="N", help="examples before a question; default: the benchmark's")
-    tasks.add_argument("--seed", type=whole, default=1234, help="of examples that are drawn")
     tasks.add_argument(
         "--limit",
         type=count,
@@ -255,7 +281,14 @@ def _evaluate_arguments(sub: Parser) -> None:
         help="most questions of each, chosen by their hashes; by the harness, the first",
     )
     tasks.add_argument("--against", type=path, metavar="WORKDIR", help="another run, compared question by question")
-    tasks.add_argument("--requests", type=path, metavar="FILE.jsonl", help="write what was said of every question")
+    tasks.add_argument(
+        "--perturb",
+        type=names,
+        metavar="NAME,NAME,...",
+        help="ask the same otherwise, and compare: typos, lower, upper (case), reworded",
+    )
+    tasks.add_argument("--tokens", type=count, metavar="N", help="of prompts:FILE: most that are written; default: 64")
+    tasks.add_argument("--temperature", type=float, help="of prompts:FILE; default: 0, the most probable tokens")
 
 
 def _generate_arguments(sub: Parser) -> None:

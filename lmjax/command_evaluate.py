@@ -1,4 +1,5 @@
-"""The command `lmjax evaluate`: likelihood on prepared data, scores on benchmarks, or on the tasks of lm-eval."""
+"""The command `lmjax evaluate`: likelihood on prepared data, scores on benchmarks or the tasks of lm-eval, text that is
+known by heart, and how good texts are."""
 
 import argparse
 import contextlib
@@ -8,15 +9,18 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lmjax.errors import ConfigError
 from lmjax.process import ending
 from lmjax.schema import validated
 
+if TYPE_CHECKING:
+    from lmjax.run.benchmarks import Outcome
+
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Loss, bits per byte and accuracy of a trained model on a prepared data set, or its scores on benchmarks."""
+    """How good a trained model is: by the likelihood of prepared data, on benchmarks, by what it writes."""
     from lmjax.process import start_up
 
     kind = _kind(arguments)
@@ -27,31 +31,30 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def _kind(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
     """What is asked for. Raises ConfigError for a flag that would not be read, or is missing."""
-    kind = _KINDS["benchmarks" if arguments.tasks else "the harness's tasks" if arguments.harness else "prepared data"]
-    for name in dict.fromkeys(name for other in _KINDS.values() for name in other.reads):
+    kind = next(kind for kind in _KINDS if kind.flag is None or getattr(arguments, kind.flag))
+    for name in dict.fromkeys(name for other in _KINDS for name in other.reads):
         if name not in kind.reads and getattr(arguments, name) is not None:
-            what = next(what for what, other in _KINDS.items() if other is kind)
-            raise ConfigError(f"--{name.replace('_', '-')} is not read by an evaluation on {what}; leave it out")
+            raise ConfigError(f"--{name.replace('_', '-')} is not read by an evaluation on {kind.of}; leave it out")
+    if "workdir" in kind.reads and arguments.workdir is None:
+        raise ConfigError(f"--workdir=DIR is missing: the trained run whose evaluation on {kind.of} this is")
     if arguments.tasks and arguments.task_data is None:
         raise ConfigError("--tasks needs --task-data=DIR, where the benchmarks' files are (docs/evaluation.md)")
-    if arguments.requests and not os.path.isdir(os.path.dirname(arguments.requests) or "."):
-        raise ConfigError(f"--requests={arguments.requests}: there is no such folder; make it, or name another file")
+    if arguments.perturb and arguments.against:
+        raise ConfigError("--perturb compares a run with itself, and --against with another; leave out the one")
+    for flag in ("requests", "page"):
+        path = getattr(arguments, flag)
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise ConfigError(f"--{flag}={path}: there is no such folder; make it, or name another file")
     return kind.run
 
 
 def _on_prepared_data(arguments: argparse.Namespace) -> int:
-    from lmjax.run.trained import described, evaluate_trained, load_trained
+    from lmjax.run.trained import data_of, described, evaluate_trained, load_trained
 
     trained = load_trained(arguments.workdir, arguments.step)
-    paths = arguments.data or [source.path for source in trained.cfg.data.sources.values()]
-    if not paths:
-        raise ConfigError(
-            f"{arguments.workdir} names no data set: give --data=DIR, made by lmjax prepare TEXT --out=DIR "
-            f"--tokenizer-file={arguments.workdir}/tokenizer"
-        )
     results = evaluate_trained(
         trained,
-        paths,
+        arguments.data or data_of(trained, arguments.workdir),
         split=arguments.split,
         batch=arguments.batch,
         seq_len=arguments.seq_len or trained.cfg.data.seq_len,
@@ -70,12 +73,40 @@ def _on_benchmarks(arguments: argparse.Namespace) -> int:
     from lmjax.run import benchmarks
     from lmjax.train.config import EvaluationsConfig
 
-    given = {name: getattr(arguments, name) for name in ("tasks", "limit", "shots", "seed")}
-    cfg = validated(EvaluationsConfig, given | {"data": arguments.task_data}, "--")
-    runs = [benchmarks.Run(arguments.workdir, arguments.step)]
-    runs += [benchmarks.Run(arguments.against)] if arguments.against else []
-    outcome = benchmarks.evaluate(runs, cfg, batch=arguments.batch, seq_len=arguments.seq_len)
-    return _shown(arguments, outcome)
+    given = {name: getattr(arguments, name) for name in ("tasks", "shots", "seed", "tokens", "temperature")}
+    given = {name: value for name, value in given.items() if value is not None}
+    cfg = validated(EvaluationsConfig, given | {"limit": arguments.limit, "data": arguments.task_data}, "--")
+    run = benchmarks.Run(arguments.workdir, arguments.step)
+    rows = {"batch": arguments.batch, "seq_len": arguments.seq_len}
+    if arguments.perturb:
+        return _shown_with_page(arguments, benchmarks.perturb(run, cfg, arguments.perturb, **rows))
+    others = [benchmarks.Run(arguments.against)] if arguments.against else []
+    return _shown_with_page(arguments, benchmarks.evaluate([run, *others], cfg, **rows))
+
+
+def _on_memorized_text(arguments: argparse.Namespace) -> int:
+    from lmjax.evaluate.memorization import Lengths
+    from lmjax.run import benchmarks
+
+    outcome = benchmarks.memorized(
+        benchmarks.Run(arguments.workdir, arguments.step),
+        arguments.data,
+        Lengths(*arguments.memorized),
+        count=arguments.limit or _PREFIXES,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        seq_len=arguments.seq_len,
+    )
+    return _shown_with_page(arguments, outcome)
+
+
+_PREFIXES = 1000
+
+
+def _on_texts(arguments: argparse.Namespace) -> int:
+    from lmjax.run import benchmarks
+
+    return _shown_with_page(arguments, benchmarks.judge(arguments.texts, arguments.references))
 
 
 def _on_harness(arguments: argparse.Namespace) -> int:
@@ -119,14 +150,35 @@ def _shown(arguments: argparse.Namespace, outcome: _Outcome) -> int:
     return 0
 
 
+def _shown_with_page(arguments: argparse.Namespace, outcome: "Outcome") -> int:
+    """Also write a page where that is asked for."""
+    from lmjax.record import files
+
+    if arguments.page:
+        files.write_atomically(files.locate(arguments.page), outcome.page())
+    return _shown(arguments, outcome)
+
+
 class _Kind(NamedTuple):
+    of: str
+    flag: str | None
+    """What asks for it."""
     run: Callable[[argparse.Namespace], int]
     reads: tuple[str, ...]
     """Flags that not all kinds read."""
 
 
-_KINDS: dict[str, _Kind] = {
-    "prepared data": _Kind(_on_prepared_data, ("data", "documents")),
-    "benchmarks": _Kind(_on_benchmarks, ("tasks", "task_data", "shots", "limit", "against", "requests")),
-    "the harness's tasks": _Kind(_on_harness, ("harness", "include_path", "shots", "limit", "requests")),
-}
+_TASK_FLAGS = ("workdir", "shots", "limit", "requests")
+_KINDS: tuple[_Kind, ...] = (
+    _Kind(
+        "benchmarks",
+        "tasks",
+        _on_benchmarks,
+        ("tasks", "task_data", "against", "perturb", "tokens", "temperature", "page", *_TASK_FLAGS),
+    ),
+    _Kind("the harness's tasks", "harness", _on_harness, ("harness", "include_path", *_TASK_FLAGS)),
+    _Kind("text that it may have memorized", "memorized", _on_memorized_text,
+          ("memorized", "workdir", "data", "limit", "requests", "page")),
+    _Kind("texts", "texts", _on_texts, ("texts", "references", "requests", "page")),
+    _Kind("prepared data", None, _on_prepared_data, ("workdir", "data", "documents")),
+)  # fmt: skip

@@ -4,7 +4,7 @@ import ast
 import difflib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -71,14 +71,19 @@ def one_of(names: Iterable[str]) -> pydantic.AfterValidator:
     choices = list(names)
 
     def check(name: str) -> str:
-        if name not in choices:
-            close = difflib.get_close_matches(name, choices, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(choices)}"
-            raise ValueError(f"there is no '{name}' ({hint})")
-        return name
+        return chosen(name, choices)
 
     check.choices = choices  # type: ignore[attr-defined]  # for docs/config_page.py
     return pydantic.AfterValidator(check)
+
+
+def chosen(name: str, choices: Sequence[str]) -> str:
+    """The name. Raises ValueError, with the nearest choice or all of them, if it is none."""
+    if name not in choices:
+        close = difflib.get_close_matches(name, choices, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(choices)}"
+        raise ValueError(f"there is no '{name}' ({hint})")
+    return name
 
 
 def names_in(module: str, registry: str) -> list[str]:

@@ -73,6 +73,7 @@ MISSING = {
     "an hour",
     "libtpu",
     "lmjax[curate]",
+    "lmjax[eval]",
     "minutes",
     "Slurm",
     "two machines",

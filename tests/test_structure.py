@@ -67,6 +67,7 @@ ORDER: list[tuple[str, str]] = [
     ("lmjax.record.files", "lmjax.record.seal"),
     ("lmjax.record.seal", "lmjax.record.checkpoint"),
     ("lmjax.evaluate.requests", "lmjax.evaluate.tasks"),
+    ("lmjax.evaluate.texts", "lmjax.evaluate.tasks"),
     ("lmjax", "analysis"),
     ("lmjax", "launch"),
     ("analysis", "launch"),

@@ -15,10 +15,12 @@ Z_95 = 1.959963984540054
 
 
 class Estimate(NamedTuple):
-    """A number with its standard error; that is nan where a single item gives none."""
+    """A number with its standard error and 95% interval; these are nan where a single item gives none."""
 
     value: float
     stderr: float
+    low: float
+    high: float
     items: int
 
 
@@ -41,8 +43,24 @@ class McNemar(NamedTuple):
 
 
 def estimate(y_B: np.ndarray, weight_B: np.ndarray) -> Estimate:
-    """sum(y) / sum(weight)."""
-    return Estimate(float(y_B.sum() / weight_B.sum()), ratio_stderr(y_B, weight_B), len(y_B))
+    """sum(y) / sum(weight). Its interval is that of normal theory; of a share, where every item is 0 or 1, Wilson's."""
+    value, stderr = float(y_B.sum() / weight_B.sum()), ratio_stderr(y_B, weight_B)
+    if np.all(weight_B == 1) and np.all((y_B == 0) | (y_B == 1)):
+        return Estimate(value, stderr, *wilson(value, len(y_B)), len(y_B))
+    return of_normal_theory(value, stderr, len(y_B))
+
+
+def of_normal_theory(value: float, stderr: float, items: int) -> Estimate:
+    return Estimate(value, stderr, value - Z_95 * stderr, value + Z_95 * stderr, items)
+
+
+def wilson(share: float, items: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22, p. 209): all shares from which this one is less
+    than 1.96 of their own standard errors away. Unlike value +- 1.96 stderr it says something of none and of all."""
+    shrink = 1 + Z_95**2 / items
+    centre = (share + Z_95**2 / (2 * items)) / shrink
+    half = Z_95 * math.sqrt(share * (1 - share) / items + Z_95**2 / (4 * items**2)) / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def ratio_stderr(y_B: np.ndarray, weight_B: np.ndarray) -> float:
@@ -84,7 +102,7 @@ def _with_interval(value: float, stderr: float, items: int) -> Difference:
 def macro(estimates: Sequence[Estimate]) -> Estimate:
     """The mean over categories, which count the same however many items they have."""
     value, stderr = _mean([one.value for one in estimates], [one.stderr for one in estimates])
-    return Estimate(value, stderr, sum(one.items for one in estimates))
+    return of_normal_theory(value, stderr, sum(one.items for one in estimates))
 
 
 def macro_difference(differences: Sequence[Difference]) -> Difference:

@@ -36,8 +36,8 @@ def html_page(title: str, parts: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str | Bar]]) -> Iterator[str]:
-    """Plain text in cells, a bar for each `Bar`. What begins with a digit, or a sign before one, is a number and stands
-    to the right, but in the first column."""
+    """Plain text in cells, a bar for each `Bar`. What begins with a digit, or a sign or bracket before one, is a number
+    and stands to the right, but in the first column."""
     kinds = ["", *map(_kind, rows[0][1:])] if rows else [""] * len(head)
     titles = "".join(f"<th{kind}>{escape(title)}</th>" for kind, title in zip(kinds, head, strict=True))
     yield "<table>" + (f"<tr>{titles}</tr>" if any(head) else "")
@@ -53,7 +53,7 @@ def _cell(value: str | Bar) -> str:
 
 
 def _kind(value: str | Bar) -> str:
-    return ' class="number"' if isinstance(value, str) and value.lstrip("+-")[:1].isdigit() else ""
+    return ' class="number"' if isinstance(value, str) and value.lstrip("+-[")[:1].isdigit() else ""
 
 
 def escape(text: str) -> str:

@@ -1,16 +1,19 @@
-"""A trained model on benchmarks, and beside another one."""
+"""A trained model on benchmarks, alone, beside another one, or asked otherwise; and other measures of texts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from lmjax.errors import ConfigError
+from lmjax.evaluate.memorization import Lengths, ask
+from lmjax.evaluate.page import page
 from lmjax.evaluate.requests import Scorer
-from lmjax.evaluate.tasks.registry import BENCHMARKS
-from lmjax.evaluate.tasks.results import Result, answer, as_json
+from lmjax.evaluate.tasks import given
+from lmjax.evaluate.tasks.results import Result, as_json
 from lmjax.evaluate.tasks.table import table
-from lmjax.run.trained import Trained, load_trained
-from lmjax.tasks.benchmarks import questions
+from lmjax.run.trained import Trained, data_of, load_trained, opened
+from lmjax.tasks.benchmarks import asked_otherwise, questions
 from lmjax.train.config import EvaluationsConfig
 
 
@@ -30,6 +33,10 @@ class Outcome(NamedTuple):
 
     def text(self) -> str:
         return "\n".join([self.title, *table(self.results, self.against)])
+
+    def page(self) -> str:
+        """As HTML, with examples."""
+        return page(self.title, self.results, self.against)
 
     def as_json(self) -> dict[str, Any]:
         """By benchmark, metric and category; of two models also their differences."""
@@ -64,8 +71,63 @@ def evaluate(runs: Sequence[Run], cfg: EvaluationsConfig, *, batch: int, seq_len
     asked = questions(cfg)
     trained = [load_trained(*run) for run in runs]
     results, *others = (
-        {name: answer(BENCHMARKS[name], scorer(one, batch=batch, seq_len=seq_len), asked[name]) for name in asked}
+        {name: of_name.answer(scorer(one, batch=batch, seq_len=seq_len)) for name, of_name in asked.items()}
         for one in trained
     )
-    names = [f"{run.workdir}, step {one.step}" for run, one in zip(runs, trained, strict=True)]
+    names = [_name(run, one) for run, one in zip(runs, trained, strict=True)]
     return Outcome("; other: ".join(names), results, others[0] if others else None)
+
+
+def perturb(
+    run: Run, cfg: EvaluationsConfig, hows: Sequence[str], *, batch: int, seq_len: int | None = None
+) -> Outcome:
+    """Put questions to a run otherwise, beside the same as they are. Raises as `asked_otherwise` and `evaluate` do."""
+    asked = asked_otherwise(cfg, hows)
+    trained = load_trained(*run)
+    model = scorer(trained, batch=batch, seq_len=seq_len)
+    results: dict[str, Result] = {}
+    against: dict[str, Result] = {}
+    for name, (plain, others) in asked.items():
+        expected = plain.answer(model)
+        results |= {f"{name} {how}": other.answer(model) for how, other in others.items()}
+        against |= {f"{name} {how}": expected for how in others}
+    return Outcome(f"{_name(run, trained)}; other: the same questions as they are", results, against)
+
+
+def memorized(
+    run: Run,
+    paths: Sequence[str] | None,
+    lengths: Lengths,
+    *,
+    count: int,
+    seed: int,
+    batch: int,
+    seq_len: int | None = None,
+) -> Outcome:
+    """How much of its own data, or of those at `paths`, a run knows by heart, beside what it was not trained on.
+
+    Raises ConfigError for pieces longer than what the model reads, and what `data_of`, `opened` and `ask` do.
+    """
+    trained = load_trained(*run)
+    model, before, after = scorer(trained, batch=batch, seq_len=seq_len), *lengths
+    if before + after > model.context:
+        raise ConfigError(
+            f"--memorized={before}:{after} are more tokens than the {model.context} that the model reads at once; ask "
+            "for fewer, or raise --seq-len"
+        )
+    results = {}
+    for path in paths or data_of(trained, run.workdir):
+        dataset = opened(trained, path)
+        for split in dataset.manifest.splits:
+            where = f"{path}, {split}"
+            results[where] = ask(model, dataset.split(split), lengths, count=count, seed=seed, where=where)
+    return Outcome(f"{_name(run, trained)}: {after} tokens after {before}", results, None)
+
+
+def judge(texts: epath.PathLike, references: epath.PathLike | None) -> Outcome:
+    """Texts of a file, whoever wrote them. Raises what `given.judge` does."""
+    return Outcome(f"{texts}", {epath.Path(texts).name: given.judge(texts, references)}, None)
+
+
+def _name(run: Run, trained: Trained) -> str:
+    return f"{run.workdir}, step {trained.step}"

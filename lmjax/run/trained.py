@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from lmjax.config import Config, from_json
-from lmjax.data.store.dataset import check_same_tokenizer, open_dataset
+from lmjax.data.store.dataset import Dataset, check_same_tokenizer, open_dataset
 from lmjax.data.store.shards import TokenSplit
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
@@ -75,16 +75,7 @@ def evaluate_trained(
     """
     results = {}
     for path in paths:
-        dataset = open_dataset(path, cache=trained.cfg.data.cache)
-        check_same_tokenizer(
-            {path: dataset},
-            trained.tokenizer.hash,
-            lambda name: (
-                f"{name} was prepared with another tokenizer than this model's; prepare it with --tokenizer-file="
-                "WORKDIR/tokenizer"
-            ),
-        )
-        content = dataset.split(split)
+        content = opened(trained, path).split(split)
         how = rows_of(trained, content) if documents is None else documents
         if content.n_scored is not None and how != "whole":
             raise ConfigError(
@@ -105,6 +96,31 @@ def evaluate_trained(
             data = dataclasses.replace(trained.cfg.data, seq_len=seq_len, documents=how)
             results[path] = evaluate_split(trained.scorer, trained.params, content, data, batch=batch)
     return results
+
+
+def opened(trained: Trained, path: str) -> Dataset:
+    """A prepared data set for the model. Raises DataError for one of another tokenizer, and what opening it does."""
+    dataset = open_dataset(path, cache=trained.cfg.data.cache)
+    check_same_tokenizer(
+        {path: dataset},
+        trained.tokenizer.hash,
+        lambda name: (
+            f"{name} was prepared with another tokenizer than this model's; prepare it with --tokenizer-file="
+            "WORKDIR/tokenizer"
+        ),
+    )
+    return dataset
+
+
+def data_of(trained: Trained, workdir: epath.PathLike) -> list[str]:
+    """Where the data lie that a run was trained on. Raises ConfigError where it names none."""
+    paths = [source.path for source in trained.cfg.data.sources.values()]
+    if not paths:
+        raise ConfigError(
+            f"{workdir} names no data set: give --data=DIR, made by lmjax prepare TEXT --out=DIR "
+            f"--tokenizer-file={workdir}/tokenizer"
+        )
+    return paths
 
 
 def rows_of(trained: Trained, content: TokenSplit) -> Documents:

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lmjax.errors import ConfigError
 from lmjax.generate.config import Temperature
@@ -15,6 +15,7 @@ from lmjax.schema import (
     PositiveInt,
     Seed,
     Size,
+    chosen,
     config_class,
     names_in,
     one_of,
@@ -61,15 +62,28 @@ class SampleConfig:
     temperature: Annotated[Temperature, Field(gt=0)] = 0.8
 
 
+_BENCHMARKS, _KINDS = (names_in("lmjax.evaluate.tasks.registry", registry) for registry in ("BENCHMARKS", "OWN"))
+
+
+def _benchmark(name: str) -> str:
+    """A benchmark's name, or KIND:FILE."""
+    kind, colon, file = name.partition(":")
+    if not colon:
+        return chosen(name, _BENCHMARKS)
+    if not file:
+        raise ValueError(f"'{name}' names no file; write {kind}:FILE")
+    return f"{chosen(kind, _KINDS)}:{file}"
+
+
 @config_class
 class EvaluationsConfig:
     """Benchmarks (docs/evaluation.md)."""
 
-    tasks: Annotated[
-        tuple[Annotated[str, one_of(names_in("lmjax.evaluate.tasks.registry", "BENCHMARKS"))], ...],
-        Field(min_length=1),
-    ] = ("lambada", "hellaswag")
-    """Their names."""
+    tasks: Annotated[tuple[Annotated[str, AfterValidator(_benchmark)], ...], Field(min_length=1)] = (
+        "lambada",
+        "hellaswag",
+    )
+    """Their names, or KIND:FILE for a file of one's own, as `pairs:mine.jsonl`."""
     every: PositiveInt | None = None
     """Steps between them, a multiple of `train.evaluate_every`; None means at each evaluation. They are always answered
     at the end."""
@@ -80,7 +94,11 @@ class EvaluationsConfig:
     shots: NonNegativeInt | None = None
     """Examples before each question; None means each benchmark's own number."""
     seed: Seed = 1234
-    """Of the examples."""
+    """Of examples that are drawn, and of what is sampled."""
+    tokens: Size = 64
+    """Of `prompts:FILE`: how many a model writes at most after each."""
+    temperature: Temperature = 0.0
+    """Of `prompts:FILE`: 0 takes the most probable token."""
 
 
 @config_class

@@ -15,7 +15,9 @@ from lmjax.evaluate.statistics import (
     macro,
     macro_difference,
     mcnemar,
+    of_normal_theory,
     ratio_stderr,
+    wilson,
 )
 
 # One number -------------------------------------------------------------------------------------------------------
@@ -54,6 +56,37 @@ def test_the_interval_of_an_accuracy_covers() -> None:
     assert covered == pytest.approx(0.95, abs=0.012)  # three standard errors of 4000 coins
 
 
+@pytest.mark.parametrize("items", [1, 30, 400])
+def test_the_interval_of_a_share_is_wilson_s(items: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for right in {0, 1, items // 3, items}:
+        expected = stats.binomtest(right, items).proportion_ci(method="wilson")
+        y_B = np.arange(items) < right
+        one = estimate(y_B.astype(float), np.ones(items))
+        assert (one.low, one.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.97])
+def test_the_interval_of_a_share_covers(share: float) -> None:
+    """By enumeration, where value +- 1.96 stderr does not cover, too."""
+    items = 100
+    right = np.arange(items + 1)
+    log_counts = [math.lgamma(items + 1) - math.lgamma(k + 1) - math.lgamma(items - k + 1) for k in right]
+    p = np.exp(log_counts + right * math.log(share) + (items - right) * math.log1p(-share))
+    low, high = np.array([wilson(k / items, items) for k in right]).T
+    assert p[(low <= share) & (share <= high)].sum() == pytest.approx(0.95, abs=0.035)
+    half = 1.96 * np.sqrt(right / items * (1 - right / items) / (items - 1))
+    plain = p[np.abs(right / items - share) <= half].sum()
+    assert plain < 0.9 or share in (0.1, 0.5)
+
+
+def test_other_numbers_have_the_interval_of_normal_theory() -> None:
+    rng = np.random.default_rng(0)
+    one = estimate(rng.random(50), np.ones(50))
+    half = 1.96 * one.stderr
+    assert (one.low, one.high) == pytest.approx((one.value - half, one.value + half), abs=1e-4)
+
+
 def test_the_interval_of_bits_per_byte_covers() -> None:
     """Items of very unequal size, whose rate depends on their size."""
     rng = np.random.default_rng(0)
@@ -69,7 +102,7 @@ def test_the_interval_of_bits_per_byte_covers() -> None:
 
 
 def test_a_macro_average_counts_categories_the_same() -> None:
-    one = macro([Estimate(0.2, 0.03, 10), Estimate(0.6, 0.04, 990)])
+    one = macro([of_normal_theory(0.2, 0.03, 10), of_normal_theory(0.6, 0.04, 990)])
     assert one.value == pytest.approx(0.4) and one.stderr == pytest.approx(0.025) and one.items == 1000
 
 

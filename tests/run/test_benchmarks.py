@@ -143,6 +143,37 @@ def test_two_checkpoints_side_by_side(trained: Path, data: Path, tmp_path: Path,
     assert float(acc[2]) == pytest.approx(accuracy, abs=1e-4)
 
 
+def test_a_page_and_questions_asked_otherwise(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Beside the same questions as they are, which have the numbers that they have alone."""
+    options = (f"--workdir={trained}", "--tasks=piqa", f"--task-data={data}")
+    alone = asked(capsys, *options)["piqa"]["metrics"]
+    found = asked(capsys, *options, "--perturb=upper,reworded", f"--page={tmp_path / 'page.html'}")
+    assert list(found) == ["piqa upper", "piqa reworded 1", "piqa reworded 2"]
+    for one in found.values():
+        assert one["against"] == alone and one["metrics"] != alone
+        interval = one["difference"]["gold_bpb"]["all"]
+        assert interval["value"] == pytest.approx(
+            one["metrics"]["gold_bpb"]["all"]["value"] - alone["gold_bpb"]["all"]["value"]
+        )
+        assert interval["low"] < interval["value"] < interval["high"]
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!doctype html>") and "piqa reworded 2" in page and "McNemar p" in page
+
+
+def test_what_a_run_knows_by_heart(trained: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of each split of its own data, as many prefixes as are asked for, the same every time."""
+    options = (f"--workdir={trained}", "--memorized=8:4", "--limit=40")
+    found = asked(capsys, *options)
+    assert list(found) == [f"{corpus}/{name}.prepared, {split}" for name in "ab" for split in ("train", "valid")]
+    assert all(one["items"] == 40 and one["metrics"]["memorized"]["all"]["items"] == 40 for one in found.values())
+    assert asked(capsys, *options) == found
+    assert asked(capsys, *options, "--seed=5") != found
+    with pytest.raises(ConfigError, match="--memorized=30:4 are more tokens than the 32 that the model reads"):
+        evaluate(f"--workdir={trained}", "--memorized=30:4")
+
+
 # What does not fit ------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +220,12 @@ def test_names_are_those_of_benchmarks(corpus: Path) -> None:
         (["--limit=3"], "--limit is not read by an evaluation on prepared data"),
         (["--against=x", "--harness=y"], "--against is not read by an evaluation on the harness's tasks"),
         (["--tasks=piqa", "--task-data=x", "--harness=y"], "--harness is not read by an evaluation on benchmarks"),
+        (["--tasks=pears:x.jsonl", "--task-data=x"], r"--tasks\.0: there is no 'pears' \(did you mean 'pairs'"),
+        (["--tasks=pairs:", "--task-data=x"], r"'pairs:' names no file; write pairs:FILE"),
+        (["--tasks=piqa", "--task-data=x", "--perturb=lower", "--against=y"], "leave out the one"),
+        (["--texts=x"], "--workdir is not read by an evaluation on texts"),
+        (["--memorized=8"], "argument --memorized"),
+        (["--tasks=piqa", "--task-data=x", "--page=nowhere/x.html"], "--page=nowhere/x.html: there is no such folder"),
     ],
 )
 def test_flags_that_do_not_go_together(arguments: list[str], message: str) -> None:

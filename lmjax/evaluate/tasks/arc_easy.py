@@ -15,4 +15,14 @@ def item(line: Mapping[str, Any]) -> Item:
     return Item(f"{line['query']}\nAnswer:", tuple(line["choices"]), line["gold"])
 
 
-ARC_EASY = Benchmark("arc_easy.jsonl", item, MultipleChoice(unconditional="Answer:"))
+def shorter(line: Mapping[str, Any]) -> Item:
+    question = line["query"].removeprefix("Question: ")
+    return Item(f"Q: {question}\nA:", tuple(line["choices"]), line["gold"])
+
+
+def longer(line: Mapping[str, Any]) -> Item:
+    question = line["query"].removeprefix("Question: ")
+    return Item(f"Here is a question of science: {question}\nThe answer is:", tuple(line["choices"]), line["gold"])
+
+
+ARC_EASY = Benchmark("arc_easy.jsonl", item, MultipleChoice(unconditional="Answer:"), rewordings=(shorter, longer))

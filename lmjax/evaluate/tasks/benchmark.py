@@ -30,6 +30,8 @@ class Benchmark(NamedTuple):
     """Ends each example."""
     shots: int = 0
     """Examples before each question."""
+    rewordings: tuple[Callable[[Mapping[str, Any]], Item], ...] = ()
+    """Other ways to ask the same: robustness is tested with them."""
     examples: str | None = None
     """A file that examples come from, the first ones of the question's category; default: drawn from the questions."""
 
@@ -86,7 +88,8 @@ def read_lines(path: epath.Path) -> list[tuple[str, bytes]]:
 def _item(benchmark: Benchmark, line: bytes, where: str) -> Item:
     try:
         item = benchmark.item(json.loads(line))
-        if not all(isinstance(text, str) for text in (item.context, *item.choices)):
+        texts = (item.context, item.category, *item.choices, *item.references, *item.patterns)
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text is no string")
         if not 0 <= item.gold < max(1, len(item.choices)):
             raise ValueError(f"the answer {item.gold} is none of {len(item.choices)} choices")

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from lmjax.evaluate.requests import (
     room,
     windows,
 )
+from lmjax.evaluate.statistics import Estimate
 from lmjax.evaluate.tasks.prompt import Prompt
 from lmjax.generate.config import GenerateConfig
 
@@ -40,6 +42,15 @@ class Answer(NamedTuple):
     """Most tokens that one of its requests lost to the model's length."""
 
 
+class Together(NamedTuple):
+    """What only all answers together tell."""
+
+    numbers: Mapping[str, Estimate] = MappingProxyType({})
+    """By metric: those that are no ratios of sums over items."""
+    notes: Sequence[str] = ()
+    """What was counted, a line each: without it such numbers do not compare."""
+
+
 class Form(Protocol):
     def check(self, scorer: Scorer, prompts: Sequence[Prompt]) -> None:
         """Raise what `answers` would, before there are weights."""
@@ -47,9 +58,13 @@ class Form(Protocol):
     def answers(self, scorer: Scorer, prompts: Sequence[Prompt]) -> list[Answer]:
         """In the order of the prompts. Raises what requests.py does."""
 
+    def together(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Together:
+        """What is no mean over items."""
+        return Together()
+
 
 @dataclasses.dataclass(frozen=True)
-class MultipleChoice:
+class MultipleChoice(Form):
     """Which of its choices does the model find the most probable? Of equally probable ones it has chosen the first.
 
     acc         by log p(choice | context)
@@ -63,10 +78,10 @@ class MultipleChoice:
     """A context that says nothing of the question, as "Answer:"."""
 
     def check(self, scorer: Scorer, prompts: Sequence[Prompt]) -> None:
-        check(scorer, _requests(scorer, self._pairs(prompts)))
+        check(scorer, requests_of(scorer, self._pairs(prompts)))
 
     def answers(self, scorer: Scorer, prompts: Sequence[Prompt]) -> list[Answer]:
-        found = _by_text(scorer, self._pairs(prompts))
+        found = by_text(scorer, self._pairs(prompts))
 
         def answer(prompt: Prompt) -> Answer:
             given = [found[prompt.context, text] for text in prompt.continuations]
@@ -82,7 +97,7 @@ class MultipleChoice:
             scores = {name: (float(np.argmax(values) == gold), 1.0) for name, values in by.items()}
             scores["gold_bpb"] = _bits_per_byte(given[gold])
             record = {"logprobs": logp.tolist(), "chosen": {name: int(np.argmax(x)) for name, x in by.items()}}
-            return Answer(scores, record | {"tokens": [one.tokens for one in given], "gold": gold}, _unread(given))
+            return Answer(scores, record | {"tokens": [one.tokens for one in given], "gold": gold}, unread(given))
 
         return [answer(prompt) for prompt in prompts]
 
@@ -92,7 +107,7 @@ class MultipleChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cloze:
+class Cloze(Form):
     """Would the model write the answer?
 
     acc  each token of the answer is the most probable one
@@ -101,11 +116,11 @@ class Cloze:
     """
 
     def check(self, scorer: Scorer, prompts: Sequence[Prompt]) -> None:
-        check(scorer, _requests(scorer, self._pairs(prompts)))
+        check(scorer, requests_of(scorer, self._pairs(prompts)))
 
     def answers(self, scorer: Scorer, prompts: Sequence[Prompt]) -> list[Answer]:
         pairs = self._pairs(prompts)
-        found = _by_text(scorer, pairs)
+        found = by_text(scorer, pairs)
 
         def answer(one: Likelihood) -> Answer:
             scores = {"acc": (float(one.greedy), 1.0), "nll": (-one.logprob, 1.0), "bpb": _bits_per_byte(one)}
@@ -118,7 +133,7 @@ class Cloze:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rolling:
+class Rolling(Form):
     """How probable are whole texts?
 
     nll  -log p(text), nats per token; perplexity is its exponential
@@ -144,7 +159,7 @@ class Rolling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class Generation(Form):
     """Does the model write the answer?
 
     exact_match  the share of its continuations that are the answer, but for white space around it
@@ -185,13 +200,13 @@ class Generation:
         return [answer(prompt) for prompt in prompts]
 
 
-def _by_text(scorer: Scorer, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Likelihood]:
+def by_text(scorer: Scorer, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Likelihood]:
     """The likelihood of each continuation after its context; what is asked twice is scored once."""
     different = list(dict.fromkeys(pairs))
-    return dict(zip(different, log_likelihoods(scorer, _requests(scorer, different)), strict=True))
+    return dict(zip(different, log_likelihoods(scorer, requests_of(scorer, different)), strict=True))
 
 
-def _requests(scorer: Scorer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+def requests_of(scorer: Scorer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
     return [request(scorer.tokenizer, *pair) for pair in pairs]
 
 
@@ -199,5 +214,6 @@ def _bits_per_byte(one: Likelihood) -> tuple[float, float]:
     return -one.logprob / math.log(2), float(one.bytes)
 
 
-def _unread(found: Sequence[Likelihood]) -> int:
+def unread(found: Sequence[Likelihood]) -> int:
+    """Most tokens that one of them lost."""
     return max(one.unread for one in found)

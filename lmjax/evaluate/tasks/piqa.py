@@ -16,4 +16,14 @@ def item(line: Mapping[str, Any]) -> Item:
     return Item(f"{line['query']}Answer:", tuple(line["choices"]), line["gold"])
 
 
-PIQA = Benchmark("piqa.jsonl", item, MultipleChoice(unconditional="Answer:"))
+def shorter(line: Mapping[str, Any]) -> Item:
+    goal = line["query"].removeprefix("Question: ")
+    return Item(f"Q: {goal}A:", tuple(line["choices"]), line["gold"])
+
+
+def longer(line: Mapping[str, Any]) -> Item:
+    goal = line["query"].removeprefix("Question: ")
+    return Item(f"This is to be done: {goal}This is how:", tuple(line["choices"]), line["gold"])
+
+
+PIQA = Benchmark("piqa.jsonl", item, MultipleChoice(unconditional="Answer:"), rewordings=(shorter, longer))

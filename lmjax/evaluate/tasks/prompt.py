@@ -16,6 +16,10 @@ class Item(NamedTuple):
     """Part of the benchmark that has a number of its own."""
     description: str = ""
     """Stands before the examples."""
+    references: tuple[str, ...] = ()
+    """What people wrote where a model writes."""
+    patterns: tuple[str, ...] = ()
+    """Regular expressions that are looked for in what a model writes."""
 
 
 class Prompt(NamedTuple):

@@ -18,7 +18,7 @@ from lmjax.evaluate.statistics import (
     mcnemar,
 )
 from lmjax.evaluate.tasks.benchmark import Benchmark
-from lmjax.evaluate.tasks.forms import Answer
+from lmjax.evaluate.tasks.forms import Answer, Together
 from lmjax.evaluate.tasks.prompt import Prompt
 from lmjax.record.files import hash_bytes
 
@@ -35,10 +35,12 @@ class Result(NamedTuple):
     answers: Sequence[Answer]
     digest: str
     """Of all that was asked: numbers compare where it is the same."""
+    together: Together = Together()
 
     @property
     def metrics(self) -> list[str]:
-        return list(self.answers[0].scores)
+        """Those of items; not every item need have each."""
+        return list(dict.fromkeys(metric for answer in self.answers for metric in answer.scores))
 
     @property
     def unread(self) -> int:
@@ -55,14 +57,14 @@ class Result(NamedTuple):
             found[metric] = by
         if "nll" in found:
             found["perplexity"] = {name: _exponential(one) for name, one in found["nll"].items()}
-        return found
+        return found | {metric: {ALL: number} for metric, number in self.together.numbers.items()}
 
     def less(self, other: "Result") -> dict[str, dict[str, Difference]]:
         """Metric -> category -> this model less another, which answered the same items.
 
         What is counted by tokens is left out where the models have other tokens.
         """
-        assert self.digest == other.digest, "not the same questions"
+        self._check_same_items(other)
         found = {}
         for metric in self.metrics:
             mine, theirs = self._by_category(metric), other._by_category(metric)
@@ -76,7 +78,7 @@ class Result(NamedTuple):
 
     def disagreements(self, other: "Result") -> dict[str, McNemar]:
         """Metric -> McNemar's test, for metrics that are right or wrong."""
-        assert self.digest == other.digest, "not the same questions"
+        self._check_same_items(other)
         found = {}
         for metric in self.metrics:
             (mine, weights), (theirs, _) = self._of(metric), other._of(metric)
@@ -97,30 +99,41 @@ class Result(NamedTuple):
             for prompt, answer in zip(self.prompts, self.answers, strict=True)
         ]
 
+    def _check_same_items(self, other: "Result") -> None:
+        mine, theirs = ([(one.number, one.item.gold) for one in of.prompts] for of in (self, other))
+        assert mine == theirs, "not the same items"
+
     def _of(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        y_B, weight_B = np.array([answer.scores[metric] for answer in self.answers]).T
+        y_B, weight_B = np.array([answer.scores[metric] for answer in self.answers if metric in answer.scores]).T
         return y_B, weight_B
 
     def _by_category(self, metric: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         y_B, weight_B = self._of(metric)
-        categories = np.array([prompt.item.category for prompt in self.prompts])
+        pairs = zip(self.prompts, self.answers, strict=True)
+        categories = np.array([prompt.item.category for prompt, answer in pairs if metric in answer.scores])
         chosen = {name: categories == name for name in sorted({*categories.tolist()} - {""})}
         return {ALL: (y_B, weight_B)} | {name: (y_B[rows], weight_B[rows]) for name, rows in chosen.items()}
 
 
 def _exponential(one: Estimate) -> Estimate:
-    """exp of an estimate, its standard error by the delta method."""
-    value = float(np.exp(one.value))
-    return Estimate(value, value * one.stderr, one.items)
+    """exp of an estimate and of its interval, the standard error by the delta method."""
+    value, low, high = (float(np.exp(x)) for x in (one.value, one.low, one.high))
+    return Estimate(value, value * one.stderr, low, high, one.items)
 
 
 def answer(benchmark: Benchmark, scorer: Scorer, prompts: Sequence[Prompt]) -> Result:
     """Ask a model. All processes call it together. Raises what requests.py does."""
-    return Result(prompts, benchmark.form.answers(scorer, prompts), _digest(prompts))
+    answers = benchmark.form.answers(scorer, prompts)
+    return Result(prompts, answers, digest(prompts), benchmark.form.together(prompts, answers))
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
-    texts = (text for one in prompts for text in (one.context, str(one.item.gold), *one.continuations))
+def digest(prompts: Sequence[Prompt]) -> str:
+    """The hash of all that is asked, and of what answers are judged by."""
+    texts = (
+        text
+        for one in prompts
+        for text in (one.context, str(one.item.gold), *one.continuations, *one.item.references, *one.item.patterns)
+    )
     return hash_bytes("\0".join(texts).encode(), digest_size=8)
 
 

@@ -8,20 +8,20 @@ from lmjax.evaluate.tasks.results import ALL, MACRO, Result
 
 
 def table(results: Mapping[str, Result], against: Mapping[str, Result] | None = None) -> list[str]:
-    """A line for each benchmark and metric, over all items and as the mean over categories.
-
-    With `against`, the same items answered by another model: its number, the difference with its 95% interval, and
-    McNemar's p where answers are right or wrong.
-    """
-    head = ["benchmark", "metric", "", "value", "+-", "items"]
-    if against is not None:
-        head += ["other", "+-", "difference", "95% interval", "McNemar p"]
-    rows = [
-        row
+    """A line for each benchmark and metric, as `rows` has them, then what is to be said of them."""
+    named = [
+        [name, *row]
         for name, result in results.items()
-        for row in _rows(name, result, None if against is None else against[name])
+        for row in rows(result, None if against is None else against[name])
     ]
-    return [*aligned([head, *rows]), *_not_read(results)]
+    notes = dict.fromkeys(note for result in results.values() for note in result.together.notes)
+    return [*aligned([["benchmark", *head(against is not None)], *named]), *notes, *_not_read(results)]
+
+
+def head(is_compared: bool) -> list[str]:
+    """Of the columns of `rows`."""
+    more = ["items", "other", "+-", "difference", "95% interval", "McNemar p"]
+    return ["metric", "", "value", "+-", *(more if is_compared else ["95% interval", "items"])]
 
 
 def _not_read(results: Mapping[str, Result]) -> Iterator[str]:
@@ -33,7 +33,12 @@ def _not_read(results: Mapping[str, Result]) -> Iterator[str]:
             )
 
 
-def _rows(name: str, result: Result, other: Result | None) -> Iterator[list[str]]:
+def rows(result: Result, other: Result | None) -> Iterator[list[str]]:
+    """One for each metric, over all items and as the mean over categories, with a 95% interval.
+
+    With `other`, the same items answered by another model, or asked otherwise: its number, the difference with its 95%
+    interval, and McNemar's p where answers are right or wrong.
+    """
     numbers = result.numbers()
     theirs = other.numbers() if other is not None else {}
     differences = result.less(other) if other is not None else {}
@@ -42,11 +47,14 @@ def _rows(name: str, result: Result, other: Result | None) -> Iterator[list[str]
         for category in (ALL, MACRO):
             if category not in by:
                 continue
-            row = [name, metric, category, *_shown(by[category]), str(by[category].items)]
-            if other is not None:
+            one = by[category]
+            row = [metric, category, *_shown(one)]
+            if other is None:
+                row += [_interval(one), str(one.items)]
+            else:
                 difference = differences.get(metric, {}).get(category)
                 test = tests.get(metric) if category == ALL else None
-                row += [*_shown(theirs[metric][category]), *_compared(difference, test)]
+                row += [str(one.items), *_shown(theirs[metric][category]), *_compared(difference, test)]
             yield row
 
 
@@ -57,6 +65,11 @@ def _shown(one: Estimate) -> list[str]:
 def number(value: float) -> str:
     """Nothing for what there is none of, such as the standard error of one item."""
     return "" if math.isnan(value) else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
+
+
+def _interval(one: Estimate) -> str:
+    """Nothing where there is none."""
+    return "" if math.isnan(one.low) else f"[{number(one.low)}, {number(one.high)}]"
 
 
 def _compared(one: Difference | None, test: McNemar | None) -> list[str]:

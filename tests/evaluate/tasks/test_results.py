@@ -94,7 +94,9 @@ def test_the_table_says_what_was_not_read() -> None:
 
 def test_as_json_has_no_nan() -> None:
     plain = as_json(result({"a": [1.0], "b": [1, 0]}).numbers())
-    assert plain["acc"]["a"] == {"value": 1.0, "stderr": None, "items": 1}
+    low = pytest.approx(0.2065, abs=1e-4)
+    assert plain["acc"]["a"] == {"value": 1.0, "stderr": None, "low": low, "high": 1.0, "items": 1}
+    assert plain["nll"]["a"] == {"value": 2.0, "stderr": None, "low": None, "high": None, "items": 1}
     json.dumps(plain, allow_nan=False)
     assert plain["acc"]["all"]["items"] == 3
 
