@@ -26,6 +26,7 @@ the config classes by `python docs/config_page.py > docs/config.md`.
 # What a step has no default for.
 NEEDED: dict[str, dict[str, Any]] = {
     "quality": {"good": ("FILES",), "bad": ("FILES",)},
+    "toxicity": {"labelled": ("FILES",)},
     "decontaminate": {"sets": {"NAME": "FILE"}},
 }
 

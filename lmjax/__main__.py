@@ -85,6 +85,12 @@ def gigabytes(text: str) -> float:
     return size
 
 
+def classifier_file(text: str) -> str:
+    if not text.endswith(".classifier"):
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' does not end in .classifier")
+    return text
+
+
 def path(text: str) -> str:
     """Not empty, which would mean the current directory."""
     if not text or "\0" in text:
@@ -108,6 +114,7 @@ def parser() -> Parser:
     _plan_arguments(command(commands.plan))
     _coordinates_arguments(command(commands.coordinates))
     _curate_arguments(command(commands.curate))
+    _classifier_arguments(command(commands.classifier))
     _prepare_arguments(command(commands.prepare))
     sub = command(commands.tokenizer)
     sub.add_argument(
@@ -133,7 +140,7 @@ def parser() -> Parser:
     sub.add_argument("path", help="a work directory or a checkpoint")
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--hash", action="store_true", help="hash the contents, whatever mesh they were saved from")
-    command(commands.verify).add_argument("path", help="a work directory, a checkpoint or a prepared data set")
+    command(commands.verify).add_argument("path", help="a work directory, a checkpoint, prepared data or a curation")
     return main
 
 
@@ -185,6 +192,14 @@ def _curate_arguments(sub: Parser) -> None:
     sub.add_argument("--out", type=path, required=True, help="the directory to write")
     sub.add_argument("--workers", type=count, help="processes; default: one per CPU")
     sub.epilog = "then: lmjax prepare OUT --out=DIR (see docs/curation.md)"
+
+
+def _classifier_arguments(sub: Parser) -> None:
+    sub.add_argument("labelled", nargs="+", type=path, metavar="FILE", help="JSON lines, by glob: a text and a label")
+    sub.add_argument("--out", type=classifier_file, required=True, metavar="NAME.classifier", help="the file to write")
+    sub.add_argument("--text-key", default="text", help="the field that holds the text")
+    sub.add_argument("--label-key", default="label", help="true or 1 for the kind that is looked for, false or 0")
+    sub.epilog = "then: the step toxicity of lmjax curate (see docs/curation.md)"
 
 
 def _prepare_arguments(sub: Parser) -> None:

@@ -9,10 +9,13 @@ import functools
 import json
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lmjax.command_data import classifier as classifier
+from lmjax.command_data import curate as curate
+from lmjax.command_data import prepare as prepare
+from lmjax.command_data import tokenizer as tokenizer
 from lmjax.command_evaluate import evaluate as evaluate
 from lmjax.errors import CheckpointError, ConfigError, StallError, visible
 from lmjax.process import ending
@@ -157,83 +160,6 @@ def coordinates(arguments: Arguments) -> int:
     return 0
 
 
-def curate(arguments: Arguments) -> int:
-    """Clean a corpus: its documents through the steps of a recipe, with a page that shows what became of them."""
-    from lmjax.config import ConfigFile
-    from lmjax.data.curate.curate import curate
-    from lmjax.data.curate.recipe import CurateConfig
-
-    given = {} if arguments.workers is None else {"workers": arguments.workers}
-    cfg = validated(CurateConfig, ConfigFile(arguments.config).tree().to_dict() | given, "config.")
-    print("\n".join(curate(cfg, arguments.out).lines()))
-    print(f"{arguments.out}: curation.html shows what was dropped and why")
-    return 0
-
-
-def prepare(arguments: Arguments) -> int:
-    """Turn text, or conversations, into a directory of token shards."""
-    from lmjax.data.config import ChatConfig, PrepareConfig
-    from lmjax.data.prepare.prepare import prepare
-
-    tokenizer = {
-        "kind": "file" if arguments.tokenizer_file else arguments.tokenizer,
-        "path": arguments.tokenizer_file,
-        "vocab": arguments.vocab,
-        "sample_bytes": arguments.sample_bytes,
-        "endoftext": arguments.endoftext,
-    }
-    fields = {field.name for field in dataclasses.fields(PrepareConfig)}
-    given = {name: value for name, value in vars(arguments).items() if name in fields} | {"tokenizer": tokenizer}
-    chat = ChatConfig(
-        **{
-            field.name: getattr(arguments, field.name)
-            for field in dataclasses.fields(ChatConfig)
-            if field.name != "template"
-        }
-    )
-    if arguments.chat is not None:
-        given["chat"] = dataclasses.asdict(chat) | {"template": arguments.chat}
-    elif chat != ChatConfig():
-        raise ConfigError("--score, --headers, --no-ends, --longest and --too-long are of conversations: add --chat")
-    manifest = prepare(validated(PrepareConfig, given), arguments.out)
-    for name, split in manifest.splits.items():
-        if split.scored_tokens is None:
-            print(f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} tokens")
-        else:
-            print(f"{name}: {split.documents:,} conversations, {split.tokens:,} tokens, {split.scored_tokens:,} scored")
-    print(f"{arguments.out}: fingerprint {manifest.fingerprint}")
-    if arguments.chat is not None:
-        _show_example(arguments.out)
-    return 0
-
-
-def tokenizer(arguments: Arguments) -> int:
-    """What a tokenizer makes of texts: bytes per token, unknown tokens, round trips, use of the vocabulary."""
-    from lmjax.data.config import PrepareConfig
-    from lmjax.data.prepare.sources import list_inputs, read_documents
-    from lmjax.data.tokenizers import report
-    from lmjax.data.tokenizers.load import load_tokenizer
-
-    loaded = load_tokenizer(arguments.tokenizer)
-    cfg = PrepareConfig(text_key=arguments.text_key, invalid_utf8="replace")
-    usages = {}
-    for pattern in arguments.texts:
-        documents = read_documents(list_inputs((pattern,)), cfg, lambda n_bytes: None)
-        usages[pattern] = report.measure(loaded, (document.text for document in documents if document.text))
-    print(visible("\n".join(report.lines(loaded, usages))))
-    return 0
-
-
-def _show_example(path: str) -> None:
-    from lmjax.data.chat.show import shown
-    from lmjax.data.store.dataset import open_dataset
-
-    dataset, colour = open_dataset(path), sys.stdout.isatty()
-    how = "in colour" if colour else "between >> and <<"
-    print(f"--- the first conversation, what is scored {how}")
-    print(shown(dataset.split("train"), dataset.tokenizer(), colour=colour))
-
-
 def generate(arguments: Arguments) -> int:
     """Text from a trained model."""
     from lmjax.generate import decode
@@ -370,13 +296,18 @@ def inspect(arguments: Arguments) -> int:
 
 
 def verify(arguments: Arguments) -> int:
-    """Hash every file of a run's checkpoints, or of a prepared data set, against its manifest."""
+    """Hash every file of a run's checkpoints, of a prepared data set or of a curation, against its record."""
     from etils import epath
 
+    from lmjax.data.curate import result
     from lmjax.data.store import dataset, manifest
     from lmjax.run import workdir
 
     path = epath.Path(arguments.path)
+    if (path / result.FILE).exists():
+        fingerprint = result.verified_curation(path).fingerprint
+        print(f"{path}: every file is as it was written; fingerprint {fingerprint}")
+        return 0
     if (path / manifest.FILE).exists():
         fingerprint = dataset.verify_dataset(path).manifest.fingerprint
         print(f"{path}: every file is as it was written; fingerprint {fingerprint}")

@@ -100,10 +100,10 @@ class Normalize(DocumentStep):
         """The text in its one spelling; to apply it again changes nothing."""
         if self.invisible:
             text = _INVISIBLE.sub("", text)
-        if self.joiners != "keep":
-            text = _IDLE.sub("", text) if self.joiners == "tidy" else text.replace(ZWNJ, " ")
         if self.unicode != "none":
             text = unicodedata.normalize(_FORMS[self.unicode], text)
+        if self.joiners != "keep":  # beside what is a blank now
+            text = _IDLE.sub("", text) if self.joiners == "tidy" else text.replace(ZWNJ, " ")
         if self.persian:
             text = text.translate(_PERSIAN)
         if self.whitespace:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,14 +21,14 @@ from lmjax.data.curate import packages, report, result
 from lmjax.data.curate.account import Account
 from lmjax.data.curate.chunk import FOLDER, Chunk, gather_keys, load_learned, save_learned
 from lmjax.data.curate.progress import Progress
-from lmjax.data.curate.read import Files, chunks, list_others, list_sources
+from lmjax.data.curate.read import Inputs, chunks, list_files
 from lmjax.data.curate.recipe import CurateConfig, choices
-from lmjax.data.curate.result import FILE, PAGE, Curation, read_curation
+from lmjax.data.curate.result import FILE, PAGE, Curation, verified_curation
 from lmjax.data.curate.stage import plan
 from lmjax.data.curate.step import CorpusStep, DocumentStep
 from lmjax.data.curate.workers import RECIPE, Order, work
 from lmjax.data.prepare.corpus import Omitted
-from lmjax.data.prepare.sources import contents
+from lmjax.data.prepare.sources import contents, stamps
 from lmjax.errors import DataError
 from lmjax.record.files import is_remote, locate, locked, read_bytes, reporting, write_bytes
 
@@ -47,33 +48,44 @@ def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = 
     directory = locate(path)
     if is_remote(directory):
         raise DataError(f"{directory}: curate writes to a disk; put the result into the bucket when it is done")
-    files = list_sources(cfg)
-    others = list_others(cfg)
-    recipe = choices(cfg) | {"contents": contents([*(file for found in files.values() for file in found), *others])}
-    recipe |= {PACKAGES: packages.versions(step["step"] for step in cfg.steps)}
     if (directory / FILE).exists():
-        return _finished(directory, recipe)
+        return _finished(cfg, directory, progress)
+    inputs = list_files(cfg)
+    untouched = stamps(inputs.all)
+    recipe = choices(cfg) | {"contents": contents(inputs.all)}
+    recipe |= {PACKAGES: packages.versions(step["step"] for step in cfg.steps)}
     folder, new = directory / FOLDER, not directory.exists()
     with reporting(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if (directory / FILE).exists():  # another process made it while this one waited
-            return _finished(directory, recipe)
+            return _finished(cfg, directory, progress)
         _begin_or_continue(directory, recipe)
         try:
-            return _make(cfg, directory, files, recipe, progress)
+            with Progress(progress, [READ, *_stage_names(cfg)]) as shown:
+                _fit(cfg, folder)
+                count = _read(cfg, folder, inputs, untouched, shown)
+                return _make(cfg, directory, recipe, count, shown)
         except DataError:
             if not (folder / DOCUMENTS_READ).exists():  # nothing that is worth going on from
                 shutil.rmtree(directory if new else folder)
             raise
 
 
-def _finished(directory: epath.Path, recipe: dict[str, Any]) -> Curation:
-    curation = read_curation(directory)
-    if differing := _difference(curation.recipe, recipe | {PACKAGES: curation.recipe.get(PACKAGES)}):
+def _finished(cfg: CurateConfig, directory: epath.Path, progress: bool) -> Curation:
+    """What is there, if it is whole and of this recipe. Its inputs need not exist any more, but must not be others."""
+    curation = verified_curation(directory)
+    wanted = choices(cfg) | {PACKAGES: curation.recipe.get(PACKAGES)}
+    try:
+        wanted["contents"] = contents(list_files(cfg).all)
+    except DataError:
+        wanted["contents"] = curation.recipe["contents"]
+    if differing := _difference(curation.recipe, wanted):
         raise DataError(f"{directory} was curated differently: {differing}; use a new directory or delete this one")
     if (directory / FOLDER).exists():  # it was killed when all that was left to do was this
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
+    if progress:
+        print(f"note: {directory} was finished before, and its files are as they were written", file=sys.stderr)
     return curation
 
 
@@ -109,28 +121,25 @@ def _begin_or_continue(directory: epath.Path, recipe: dict[str, Any]) -> None:
 # Making ---------------------------------------------------------------------------------------------------------------
 
 
-def _make(cfg: CurateConfig, directory: epath.Path, files: Files, recipe: dict[str, Any], progress: bool) -> Curation:
-    folder = directory / FOLDER
-    steps = cfg.parsed()
+def _make(cfg: CurateConfig, directory: epath.Path, recipe: dict[str, Any], count: int, shown: Progress) -> Curation:
+    """Take `count` chunks of documents, which have been read, through the steps."""
+    folder, steps = directory / FOLDER, cfg.parsed()
     processes = cfg.workers or _cpu_count()
-    _fit(cfg, folder)
-    with Progress(progress, [READ, *_stage_names(cfg)]) as shown:
-        count = _read(cfg, folder, files, shown)
-        totals = _totals(_chunks(folder, 0, count))
-        totals[0].facts |= json.loads(read_bytes(folder / DOCUMENTS_READ))["omitted"]
-        for number, stage in enumerate(plan(steps), 1):
-            _work(folder, number, count, processes, shown)
-            for total, place in zip(_totals(_chunks(folder, number, count)), stage.all, strict=True):
-                learned = load_learned(folder, place)
-                assert learned is not None
-                total.facts |= learned.facts
-                totals.append(total)
-            if not any(chunk.record()["documents"] for chunk in _chunks(folder, number, count)):
-                raise DataError(f"no document is left after {totals[-1].step}: see {folder}; loosen the steps")
-            if stage.keys is not None:
-                _decide(folder, stage.keys, steps[stage.keys][1], _chunks(folder, number, count))
-        last = _chunks(folder, len(plan(steps)), count)
-        shards = result.write_shards(directory, (one for chunk in last for one in chunk.documents()), cfg.shard_bytes)
+    totals = _totals(_chunks(folder, 0, count))
+    totals[0].facts |= json.loads(read_bytes(folder / DOCUMENTS_READ))["omitted"]
+    for number, stage in enumerate(plan(steps), 1):
+        _work(folder, number, count, processes, shown)
+        for total, place in zip(_totals(_chunks(folder, number, count)), stage.all, strict=True):
+            learned = load_learned(folder, place)
+            assert learned is not None
+            total.facts |= learned.facts
+            totals.append(total)
+        if not any(chunk.record()["documents"] for chunk in _chunks(folder, number, count)):
+            raise DataError(f"no document is left after {totals[-1].step}: see {folder}; loosen the steps")
+        if stage.keys is not None:
+            _decide(folder, stage.keys, steps[stage.keys][1], _chunks(folder, number, count))
+    last = _chunks(folder, len(plan(steps)), count)
+    shards = result.write_shards(directory, (one for chunk in last for one in chunk.documents()), cfg.shard_bytes)
     curation = Curation(recipe=recipe, steps=totals, shards=shards)
     write_bytes(directory / PAGE, report.page(curation).encode())
     result.write_curation(directory, curation)
@@ -159,15 +168,18 @@ def _stage_names(cfg: CurateConfig) -> Iterator[str]:
         yield ", ".join(names[place] for place in stage.all)
 
 
-def _read(cfg: CurateConfig, folder: epath.Path, files: Files, shown: Progress) -> int:
-    """Write the documents as chunks of stage 0; gives how many. The record of the last says that all are there."""
+def _read(cfg: CurateConfig, folder: epath.Path, inputs: Inputs, untouched: str, shown: Progress) -> int:
+    """Write the documents as chunks of stage 0; gives how many. The record of the last says that all are there.
+
+    Raises DataError where the stamps of the files are no longer `untouched`: then old text stands beside new.
+    """
     done = folder / DOCUMENTS_READ
     if done.exists():
         return int(json.loads(read_bytes(done))["chunks"])
     (folder / "0").mkdir(exist_ok=True)
     omitted, count = Omitted(), 0
-    shown.start(0, sum(file.size for found in files.values() for file in found))
-    for count, documents in enumerate(chunks(cfg, files, shown.read, omitted), 1):
+    shown.start(0, sum(file.size for found in inputs.sources.values() for file in found))
+    for count, documents in enumerate(chunks(cfg, inputs.sources, shown.read, omitted), 1):
         chunk = Chunk(folder, 0, count - 1)
         account = Account(READ)
         for document in documents:
@@ -177,6 +189,8 @@ def _read(cfg: CurateConfig, folder: epath.Path, files: Files, shown: Progress) 
         shown.add(account.read, account.kept)
     if count == 0:
         raise DataError(f"no text in {', '.join(cfg.sources)}: every document is empty or was skipped")
+    if stamps(inputs.all) != untouched:
+        raise DataError("the files of the sources, or of the steps, changed while they were read; run it again")
     left_out = {"empty": omitted.empty, "not_utf8": omitted.invalid}
     write_bytes(done, json.dumps({"chunks": count, "omitted": left_out}).encode())
     return count

@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from lmjax.data.curate.document import Changed, Document, Dropped, Outcome
@@ -53,7 +53,7 @@ class Privacy(DocumentStep):
         if not matches:
             return document
         return Changed(
-            document._replace(text=_masked(document.text, matches)), tuple(_NAMES[match.kind] for match in matches)
+            document._replace(text=masked(document.text, matches)), tuple(_NAMES[match.kind] for match in matches)
         )
 
 
@@ -62,10 +62,11 @@ _NAMES = {"email": "an e-mail address", "ip": "an IP address", "phone": "a telep
 
 def mask(text: str) -> str:
     """The text with a mask for everything private."""
-    return _masked(text, find(text))
+    return masked(text, find(text))
 
 
-def _masked(text: str, matches: list[Match]) -> str:
+def masked(text: str, matches: Sequence[Match]) -> str:
+    """The text with `<kind>` in place of each passage, and no other character changed."""
     parts, end = [], 0
     for match in matches:
         parts += [text[end : match.start], f"<{match.kind}>"]

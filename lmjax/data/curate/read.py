@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from lmjax.data.config import PrepareConfig
 from lmjax.data.curate.document import Document
@@ -17,21 +18,30 @@ Files = dict[str, tuple[InputFile, ...]]
 _READERS = READERS | {".html": read_text, ".htm": read_text, ".warc": read_warc, ".warc.gz": read_warc}
 
 
-def list_sources(cfg: CurateConfig) -> Files:
-    """The files of each source. Raises DataError for a source without any, and for a file in two of them."""
+class Inputs(NamedTuple):
+    """What a recipe reads."""
+
+    sources: Files
+    others: tuple[InputFile, ...]
+    """What its steps read besides."""
+
+    @property
+    def all(self) -> list[InputFile]:
+        """Every file."""
+        return [*(file for files in self.sources.values() for file in files), *self.others]
+
+
+def list_files(cfg: CurateConfig) -> Inputs:
+    """The files of the recipe. Raises DataError for a source without any, and for a file in two of them."""
     files = {name: list_inputs(patterns, _READERS) for name, patterns in cfg.sources.items()}
     owner: dict[str, str] = {}
     for source, found in files.items():
         for file in found:
             if owner.setdefault(file.name, source) != source:
                 raise DataError(f"{file.name} is in the sources {owner[file.name]} and {source}; take it out of one")
-    return files
-
-
-def list_others(cfg: CurateConfig) -> tuple[InputFile, ...]:
-    """The files that steps read besides."""
     steps = [step for _, step in cfg.parsed() if isinstance(step, DocumentStep)]
-    return list_inputs([pattern for step in steps for pattern in step.inputs()])
+    others = [pattern for step in steps for pattern in step.inputs()]
+    return Inputs(files, list_inputs(others, READERS | {".classifier": read_text}))
 
 
 def chunks(cfg: CurateConfig, files: Files, report: Report, omitted: Omitted) -> Iterator[list[Document]]:

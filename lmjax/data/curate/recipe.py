@@ -17,6 +17,7 @@ from lmjax.data.curate.privacy import Blocklist, Privacy
 from lmjax.data.curate.quality import Quality
 from lmjax.data.curate.quality_rules import Gopher, Repetition
 from lmjax.data.curate.step import CorpusStep, DocumentStep
+from lmjax.data.curate.toxicity import Toxicity
 from lmjax.data.curate.web_rules import C4, FineWeb
 from lmjax.errors import ConfigError
 from lmjax.schema import PositiveInt, config_class, validated
@@ -37,6 +38,7 @@ STEPS: dict[str, type[DocumentStep] | type[CorpusStep]] = {
     "near_duplicates": NearDuplicates,
     "repeated_parts": RepeatedParts,
     "quality": Quality,
+    "toxicity": Toxicity,
     "decontaminate": Decontaminate,
 }
 

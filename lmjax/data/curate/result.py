@@ -10,6 +10,7 @@ from etils import epath
 
 from lmjax.data.curate.account import Account
 from lmjax.data.curate.document import Document, as_line
+from lmjax.data.prepare.corpus import fingerprint_of
 from lmjax.errors import DataError
 from lmjax.record import formats
 from lmjax.record.files import drafted, hash_bytes, hash_file, naming, read_bytes, reporting, write_bytes
@@ -117,6 +118,13 @@ def write_curation(directory: epath.Path, curation: Curation) -> None:
     """Write `curation.json`: from now on the curation is finished."""
     content = dataclasses.asdict(curation) | {"fingerprint": curation.fingerprint} | formats.stamp(FORMAT)
     write_bytes(directory / FILE, json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+
+
+def verified_curation(directory: epath.Path) -> Curation:
+    """`read_curation`, once it is sure that every file is as it was written. Raises DataError where one is not."""
+    curation = read_curation(directory)
+    fingerprint_of(directory / FILE)
+    return curation
 
 
 def read_curation(directory: epath.Path) -> Curation:

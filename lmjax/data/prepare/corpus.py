@@ -3,6 +3,7 @@
 import dataclasses
 import heapq
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from lmjax.data.prepare.clean import clean
 from lmjax.data.prepare.sources import InputFile, Report, read_documents
 from lmjax.data.tokenizers.sections import sections
 from lmjax.errors import DataError
+from lmjax.record.files import hash_file, read_bytes
 
 Split = Literal["train", "valid"]
 
@@ -90,12 +92,34 @@ def read_corpus(
 
 def curation_of(file: InputFile) -> epath.Path | None:
     """The record of the curation that made the file, if one did. Raises DataError for one that has not ended."""
-    if not re.fullmatch(r"(train|valid)-\d{5}\.jsonl\.zst", file.path.name):
+    if not _CURATED.fullmatch(file.path.name):
         return None
     path = file.path.parent / "curation.json"
     if not path.exists() and (path.parent / "curating").exists():
         raise DataError(f"{path.parent} is a curation that has not ended; run lmjax curate again, then prepare it")
     return path if path.exists() else None
+
+
+def fingerprint_of(record: epath.Path) -> str:
+    """Of a curation. Raises DataError where its record or a file of it is damaged, or a file missing or not its own."""
+    try:
+        content = json.loads(read_bytes(record))
+        hashes = {shard["name"]: shard["hash"] for shard in content["shards"]}
+        fingerprint = content["fingerprint"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{record} is damaged ({error}); curate again into a new directory") from error
+    there = {path.name: path for path in record.parent.iterdir() if _CURATED.fullmatch(path.name)}
+    if missing := sorted(hashes.keys() - there.keys()):
+        raise DataError(f"{record.parent} has lost {missing[0]}; restore it, or curate again into a new directory")
+    if foreign := sorted(there.keys() - hashes.keys()):
+        raise DataError(f"{record.parent} holds {foreign[0]}, which its curation has not made; take it away")
+    for name, expected in hashes.items():
+        if hash_file(there[name]) != expected:
+            raise DataError(f"{there[name]} is not as it was curated; restore it, or curate again into a new directory")
+    return fingerprint
+
+
+_CURATED = re.compile(r"(train|valid)-\d{5}\.jsonl\.zst")
 
 
 def _held_out(file: InputFile) -> bool:

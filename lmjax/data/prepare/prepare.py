@@ -8,7 +8,6 @@ but what these records say was made by this recipe.
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from lmjax.data.prepare.corpus import (
     Text,
     curation_of,
     documents_needed,
+    fingerprint_of,
     read_corpus,
     sample_passages,
 )
@@ -40,7 +40,7 @@ from lmjax.data.tokenizers.load import load_tokenizer, train_tokenizer
 from lmjax.data.tokenizers.pieces import VocabularyError
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import DataError
-from lmjax.record.files import locate, read_bytes, reporting, write_bytes
+from lmjax.record.files import locate, reporting, write_bytes
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
 _BATCH_CHARS = 1 << 20  # what one request to a worker holds at least
@@ -104,6 +104,7 @@ def _check_given_tokenizer(cfg: PrepareConfig) -> None:
 
 
 def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...], progress: bool) -> Manifest:
+    curations = _curations(files)
     recipe = records.begin_or_continue(cfg, directory, files)
     how: Division = recipe["division"]
     tokenizer = _tokenizer(cfg, directory, files, how)
@@ -128,7 +129,7 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
         invalid_documents=omitted.invalid,
         unknown_documents=sum(writer.unknown for writer in writers.values()),
         template_hash=template_hash,
-        curations=_curations(files),
+        curations=curations,
         splits={split: SplitManifest.of(tuple(writer.shards)) for split, writer in writers.items() if writer.shards},
         recipe=recipe,
     )
@@ -143,12 +144,9 @@ def _make(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...
 
 
 def _curations(files: tuple[InputFile, ...]) -> tuple[str, ...]:
-    """The fingerprints of the curations that made the files. Raises DataError for one whose record is damaged."""
+    """The fingerprints of the curations that made the files. Raises DataError for one that is not as it was written."""
     records = dict.fromkeys(path for path in map(curation_of, files) if path is not None)
-    try:
-        return tuple(json.loads(read_bytes(path))["fingerprint"] for path in records)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{', '.join(map(str, records))}: a damaged curation ({error}); curate again") from error
+    return tuple(map(fingerprint_of, records))
 
 
 def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile, ...], how: Division) -> Tokenizer:

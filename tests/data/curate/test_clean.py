@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmjax.data.curate.clean import ZWNJ, Extract, Normalize, Repair
@@ -16,13 +16,18 @@ def document(text: str) -> Document:
     return Document(text, "s/1", "s")
 
 
-marks = st.text(st.sampled_from("ab كىي\u200c\u200b\ufeff\u00ad \t\n\r\x85\u2028é́ﬁ"), max_size=20)
+marks = st.text(st.sampled_from("ab كىي\u200c\u200b\ufeff\u00ad \t\n\r\x85\u2028é́ﬁ¨\ufe70ﷺ\u0654"), max_size=20)
+joiners_and_forms = {
+    "joiners": st.sampled_from(["keep", "tidy", "space"]),
+    "form": st.sampled_from(["none", "nfc", "nfkc"]),
+}
 
 
-@given(text=marks, persian=st.booleans(), joiners=st.sampled_from(["keep", "tidy", "space"]))
-def test_normal_text_is_normal(text: str, persian: bool, joiners: str) -> None:
+@given(text=marks, persian=st.booleans(), **joiners_and_forms)
+@example(text="a\u200c\ufe70", persian=False, joiners="tidy", form="nfkc")  # which has a blank in this form
+def test_normal_text_is_normal(text: str, persian: bool, joiners: str, form: str) -> None:
     """To normalize twice changes nothing more, whatever the marks, and says so."""
-    step = Normalize(persian=persian, joiners=joiners)
+    step = Normalize(persian=persian, joiners=joiners, unicode=form)
     once = step.apply(text)
     assert step.apply(once) == once
     assert not set(once) & set("\u200b\ufeff\u00ad\r\x85\u2028") and "\n\n\n" not in once

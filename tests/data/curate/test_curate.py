@@ -18,6 +18,7 @@ from lmjax import config
 from lmjax.__main__ import parse
 from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.curate.curate import curate
+from lmjax.data.curate.read import chunks
 from lmjax.data.curate.recipe import STEPS, CurateConfig, parse_step
 from lmjax.data.curate.result import Curation, read_curation
 from lmjax.data.curate.stage import Stage, plan
@@ -124,7 +125,9 @@ def test_killed_at_any_time_and_run_again_gives_the_same_bytes(
     assert files_of(target) == files_of(tmp_path / "whole")
 
 
-def test_a_finished_curation_is_left_alone_and_another_one_refused(recipe: CurateConfig, tmp_path: Path) -> None:
+def test_a_finished_curation_is_left_alone_and_another_one_refused(
+    recipe: CurateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "out"
     curation = curate(recipe, target, progress=False)
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
@@ -144,6 +147,60 @@ def test_a_finished_curation_is_left_alone_and_another_one_refused(recipe: Curat
     moved.write_text(moved.read_text() + '{"text": "more"}\n')
     with pytest.raises(DataError, match="the files of the sources, or of the steps, changed since"):
         curate(recipe, target)
+    moved.unlink()  # it is needed no more
+    assert curate(recipe, target, progress=True) == curation
+    assert "was finished before, and its files are as they were written" in capsys.readouterr().err
+    with pytest.raises(DataError, match="curated differently: it had 7 steps, now 6"):
+        curate(dataclasses.replace(recipe, steps=STEPS_WITHOUT_PACKAGES[:6]), target)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "has lost train-00001.jsonl.zst"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+            "train-00001.jsonl.zst is not as it was curated",
+        ),
+        (lambda path: (path.parent / "train-00009.jsonl.zst").touch(), "holds train-00009.jsonl.zst, which its cur"),
+    ],
+)
+def test_files_that_a_curation_has_lost_are_noticed(
+    recipe: CurateConfig, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    """By whoever is to use it."""
+    target = tmp_path / "out"
+    curate(recipe, target, progress=False)
+    verify = parse(["verify", str(target)])
+    assert verify.function(verify) == 0
+    spoil(target / "train-00001.jsonl.zst")
+    with pytest.raises(DataError, match=message):
+        curate(recipe, target, progress=False)
+    with pytest.raises(DataError, match=message):
+        verify.function(verify)
+    cfg = PrepareConfig(inputs=(str(target),), tokenizer=TokenizerConfig(kind="bytes"), workers=1)
+    with pytest.raises(DataError, match=message):
+        prepare(cfg, tmp_path / "data", progress=False)
+    assert not (tmp_path / "data").exists()
+
+
+def test_files_that_are_edited_while_they_are_read_are_noticed(
+    recipe: CurateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(recipe.sources["books"][0])
+
+    def edited(*arguments: Any) -> Any:
+        for number, chunk in enumerate(chunks(*arguments)):
+            if number == 1:
+                source.write_text(source.read_text().replace("a", "b"))
+            yield chunk
+
+    monkeypatch.setattr("lmjax.data.curate.curate.chunks", edited)
+    with pytest.raises(DataError, match="changed while they were read; run it again"):
+        curate(recipe, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert curate(recipe, tmp_path / "out", progress=False).shards
 
 
 def test_a_beginning_is_not_finished_with_another_version_of_a_package(

@@ -23,7 +23,7 @@ def step(tmp_path: Path, sentences: Callable[[int, int], str]) -> Quality:
 
 def test_it_tells_good_from_bad(step: Quality, sentences: Callable[[int, int], str]) -> None:
     learned = step.fit()
-    assert learned.facts["accuracy"] > 0.9 and learned.facts["passages_held_out"] > 5
+    assert learned.facts["accuracy"] > 0.9 and learned.facts["held_out"] > 5
     judge = step.start(learned.arrays)
     good = judge(Document(sentences(10, 1) + " The committee therefore concludes." * 4, "s/1", "s"))
     assert isinstance(good, Changed) and 0.5 < good.document.labels["quality"] <= 1

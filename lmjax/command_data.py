@@ -1,0 +1,98 @@
+"""The commands that make data, from raw documents to tokens, and that tell what a tokenizer makes of texts."""
+
+import argparse
+import dataclasses
+import sys
+
+from lmjax.errors import ConfigError, visible
+from lmjax.schema import validated
+
+
+def curate(arguments: argparse.Namespace) -> int:
+    """Clean a corpus: its documents through the steps of a recipe, with a page that shows what became of them."""
+    from lmjax.config import ConfigFile
+    from lmjax.data.curate.curate import curate
+    from lmjax.data.curate.recipe import CurateConfig
+
+    given = {} if arguments.workers is None else {"workers": arguments.workers}
+    cfg = validated(CurateConfig, ConfigFile(arguments.config).tree().to_dict() | given, "config.")
+    print("\n".join(curate(cfg, arguments.out).lines()))
+    print(f"{arguments.out}: curation.html shows what was dropped and why")
+    return 0
+
+
+def classifier(arguments: argparse.Namespace) -> int:
+    """Learn to tell texts of one kind, such as toxic ones, from others, and keep what was learned in a file."""
+    from lmjax.data.curate.classifier import save_classifier
+    from lmjax.data.curate.labelled import Labelled
+
+    fields = {field.name for field in dataclasses.fields(Labelled)}
+    cfg = validated(Labelled, {name: value for name, value in vars(arguments).items() if name in fields})
+    learned, facts = cfg.learn([*cfg.examples()])
+    save_classifier(learned, arguments.out)
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+    return 0
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """Turn text, or conversations, into a directory of token shards."""
+    from lmjax.data.config import ChatConfig, PrepareConfig
+    from lmjax.data.prepare.prepare import prepare
+
+    tokenizer = {
+        "kind": "file" if arguments.tokenizer_file else arguments.tokenizer,
+        "path": arguments.tokenizer_file,
+        "vocab": arguments.vocab,
+        "sample_bytes": arguments.sample_bytes,
+        "endoftext": arguments.endoftext,
+    }
+    fields = {field.name for field in dataclasses.fields(PrepareConfig)}
+    given = {name: value for name, value in vars(arguments).items() if name in fields} | {"tokenizer": tokenizer}
+    chat = ChatConfig(
+        **{
+            field.name: getattr(arguments, field.name)
+            for field in dataclasses.fields(ChatConfig)
+            if field.name != "template"
+        }
+    )
+    if arguments.chat is not None:
+        given["chat"] = dataclasses.asdict(chat) | {"template": arguments.chat}
+    elif chat != ChatConfig():
+        raise ConfigError("--score, --headers, --no-ends, --longest and --too-long are of conversations: add --chat")
+    manifest = prepare(validated(PrepareConfig, given), arguments.out)
+    for name, split in manifest.splits.items():
+        if split.scored_tokens is None:
+            print(f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} tokens")
+        else:
+            print(f"{name}: {split.documents:,} conversations, {split.tokens:,} tokens, {split.scored_tokens:,} scored")
+    print(f"{arguments.out}: fingerprint {manifest.fingerprint}")
+    if arguments.chat is not None:
+        _show_example(arguments.out)
+    return 0
+
+
+def tokenizer(arguments: argparse.Namespace) -> int:
+    """What a tokenizer makes of texts: bytes per token, unknown tokens, round trips, use of the vocabulary."""
+    from lmjax.data.config import PrepareConfig
+    from lmjax.data.prepare.sources import list_inputs, read_documents
+    from lmjax.data.tokenizers import report
+    from lmjax.data.tokenizers.load import load_tokenizer
+
+    loaded = load_tokenizer(arguments.tokenizer)
+    cfg = PrepareConfig(text_key=arguments.text_key, invalid_utf8="replace")
+    usages = {}
+    for pattern in arguments.texts:
+        documents = read_documents(list_inputs((pattern,)), cfg, lambda n_bytes: None)
+        usages[pattern] = report.measure(loaded, (document.text for document in documents if document.text))
+    print(visible("\n".join(report.lines(loaded, usages))))
+    return 0
+
+
+def _show_example(path: str) -> None:
+    from lmjax.data.chat.show import shown
+    from lmjax.data.store.dataset import open_dataset
+
+    dataset, colour = open_dataset(path), sys.stdout.isatty()
+    how = "in colour" if colour else "between >> and <<"
+    print(f"--- the first conversation, what is scored {how}")
+    print(shown(dataset.split("train"), dataset.tokenizer(), colour=colour))
