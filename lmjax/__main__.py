@@ -120,7 +120,8 @@ def parser() -> Parser:
     sub.add_argument(
         "tokenizer", type=path, metavar="TOKENIZER", help="a folder tokenizer/, a .model or a tokenizer.json"
     )
-    sub.add_argument("texts", nargs="+", type=path, metavar="TEXT", help="files by glob, or folders: a line for each")
+    sub.add_argument("texts", nargs="+", type=path, metavar="TEXT", help="files by glob, folders, curations")
+    sub.add_argument("--by", default="source", choices=["source", "language"], help="what there is a line for each of")
     sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")
     _evaluate_arguments(command(commands.evaluate))
     _generate_arguments(command(commands.generate))
@@ -235,7 +236,7 @@ def _prepare_arguments(sub: Parser) -> None:
     chat.add_argument("--too-long", default="error", choices=["error", "left", "right"], help="stop, or cut it there")
     tokenizer = sub.add_argument_group("tokenizer")
     kind = tokenizer.add_mutually_exclusive_group()
-    kind.add_argument("--tokenizer", default="bpe", choices=["bpe", "unigram", "bytes", "chars"])
+    kind.add_argument("--tokenizer", default="bpe", choices=["bpe", "unigram", "wordpiece", "bytes", "chars"])
     kind.add_argument("--tokenizer-file", help="a SentencePiece .model or a Hugging Face tokenizer.json instead")
     tokenizer.add_argument("--vocab", type=int, default=32_000, help="vocabulary size to train")
     tokenizer.add_argument("--sample-bytes", type=int, default=100_000_000, help="text to train it on at most")

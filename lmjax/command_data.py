@@ -3,9 +3,14 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from lmjax.errors import ConfigError, visible
+from lmjax.errors import ConfigError, DataError, visible
 from lmjax.schema import validated
+
+if TYPE_CHECKING:
+    from lmjax.data.curate.document import Document
 
 
 def curate(arguments: argparse.Namespace) -> int:
@@ -74,18 +79,34 @@ def prepare(arguments: argparse.Namespace) -> int:
 def tokenizer(arguments: argparse.Namespace) -> int:
     """What a tokenizer makes of texts: bytes per token, unknown tokens, round trips, use of the vocabulary."""
     from lmjax.data.config import PrepareConfig
-    from lmjax.data.prepare.sources import list_inputs, read_documents
+    from lmjax.data.curate.result import read_documents
     from lmjax.data.tokenizers import report
     from lmjax.data.tokenizers.load import load_tokenizer
 
     loaded = load_tokenizer(arguments.tokenizer)
     cfg = PrepareConfig(text_key=arguments.text_key, invalid_utf8="replace")
-    usages = {}
-    for pattern in arguments.texts:
-        documents = read_documents(list_inputs((pattern,)), cfg, lambda n_bytes: None)
-        usages[pattern] = report.measure(loaded, (document.text for document in documents if document.text))
+    group = _GROUPS[arguments.by]()
+    documents = (one for pattern in arguments.texts for one in read_documents(pattern, cfg))
+    usages = report.measure(loaded, ((group(document), document.text) for document in documents))
+    if not usages:
+        raise DataError(f"no text in {', '.join(arguments.texts)}: every document is empty")
     print(visible("\n".join(report.lines(loaded, usages))))
     return 0
+
+
+def _by_source() -> Callable[["Document"], str]:
+    return lambda document: document.source
+
+
+def _by_language() -> Callable[["Document"], str]:
+    """As a curation has labelled the document, or as the step `language` would."""
+    from lmjax.data.curate.language import identifier
+
+    language_of = identifier()
+    return lambda document: document.labels.get("language") or language_of(document.text)[0]
+
+
+_GROUPS = {"source": _by_source, "language": _by_language}
 
 
 def _show_example(path: str) -> None:

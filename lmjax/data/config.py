@@ -16,14 +16,14 @@ _LEAST = 1e-9  # share of the documents that can be for validation
 class TokenizerConfig:
     """A tokenizer trained on the documents, or given as a file."""
 
-    kind: Literal["bpe", "unigram", "bytes", "chars", "file"] = "bpe"
-    """SentencePiece trained here (bpe, unigram), raw bytes, the characters that occur (in any document, those for
-    validation included), or a file."""
+    kind: Literal["bpe", "unigram", "wordpiece", "bytes", "chars", "file"] = "bpe"
+    """Trained here, on the training documents alone: SentencePiece (bpe, unigram), or WordPiece by Hugging Face's
+    tokenizers; raw bytes; the characters that occur (in any document, those for validation included); or a file."""
     vocab: Annotated[int, Field(gt=0, lt=2**31)] = 32_000
     """Vocabulary size of the trained kinds, the 256 bytes and three symbols included; a text too short for it gives as
     many as it can."""
     sample_bytes: PositiveInt = 100_000_000
-    """Text that bpe and unigram learn from: a random sample of passages of the training documents.
+    """Text that bpe, unigram and wordpiece learn from: a random sample of passages of the training documents.
     Learning takes about 0.15 s (bpe) or 5 s (unigram) per million bytes."""
     path: str | None = None
     """The file of kind `file`: a SentencePiece .model or a Hugging Face tokenizer.json."""
@@ -36,6 +36,11 @@ class TokenizerConfig:
                               "and only `file` takes one")  # fmt: skip
         if self.endoftext is not None and self.kind != "file":
             raise ConfigError(f"tokenizer.endoftext={self.endoftext!r}: only kind `file` takes it, not {self.kind!r}")
+
+    @property
+    def learns(self) -> bool:
+        """Whether it learns `vocab` tokens from texts."""
+        return self.kind in ("bpe", "unigram", "wordpiece")
 
 
 def _template(name: str) -> str:
@@ -145,8 +150,7 @@ class SourceConfig:
     @property
     def learning(self) -> PrepareConfig | None:
         """The recipe, if it trains a tokenizer of its own, of `tokenizer.vocab` tokens."""
-        learns = self.prepare is not None and self.prepare.tokenizer.kind in ("bpe", "unigram")
-        return self.prepare if learns else None
+        return self.prepare if self.prepare is not None and self.prepare.tokenizer.learns else None
 
 
 @config_class

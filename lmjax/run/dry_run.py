@@ -133,7 +133,7 @@ def with_vocab(cfg: Config, manifests: Manifests) -> Config:
     for found in manifests.values():
         vocab = vocab or (found.vocab_size if found is not None else None)
     for recipe in recipes:
-        vocab = vocab or (recipe.vocab if recipe.kind in ("bpe", "unigram") else None)
+        vocab = vocab or (recipe.vocab if recipe.learns else None)
         vocab = vocab or (ByteTokenizer.vocab_size if recipe.kind == "bytes" else None)
     if vocab is None:
         raise ConfigError("the vocabulary is not known before the data is prepared; set model.vocab")

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 
-from lmjax.data.config import TokenizerConfig
+from lmjax.data.config import PrepareConfig, TokenizerConfig
+from lmjax.data.prepare.corpus import validation_documents
+from lmjax.data.prepare.prepare import prepare
+from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.load import load_tokenizer, saved_hash, train_tokenizer
 from lmjax.data.tokenizers.sections import SECTION_CHARS, sections
 from lmjax.data.tokenizers.tokenizer import ENDOFTEXT
@@ -20,22 +23,24 @@ from lmjax.errors import DataError
 
 CODE = 'def f(x):\n\tif x:\n        return "<a> " + x\n\n\nclass A:\n    pass  # ▁ über\n'
 TRAINED = ("bpe", "unigram")
+LEARNED = (*TRAINED, "wordpiece")
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_model(request):
+def learned(request):
+    """learned(kind): a tokenizer of 600 tokens, trained on code and words."""
     from lmjax.data.tokenizers import tokenizer as module
 
     texts = [CODE * 20, *(f"{word} {word}s the {word}ing of a {word}er\n" * 3 for word in dir(module) + dir(np))]
     return lambda kind: train_tokenizer(TokenizerConfig(kind=kind, vocab=600), texts)
 
 
-@pytest.fixture(scope="module", params=[*TRAINED, "bytes"])
-def tokenizer(request, sentencepiece_model):
+@pytest.fixture(scope="module", params=[*LEARNED, "bytes"])
+def tokenizer(request, learned):
     kind = request.param
-    return sentencepiece_model(kind) if kind in TRAINED else train_tokenizer(TokenizerConfig(kind=kind), [])
+    return learned(kind) if kind in LEARNED else train_tokenizer(TokenizerConfig(kind=kind), [])
 
 
 @settings(max_examples=300, deadline=None)
@@ -90,13 +95,28 @@ def test_what_is_not_text_is_refused(tokenizer):
         tokenizer.decode_bytes([0, tokenizer.vocab_size + 5])
 
 
-@pytest.mark.parametrize("kind", TRAINED)
-def test_training_again_gives_the_same_bits(sentencepiece_model, kind):
-    assert sentencepiece_model(kind).content() == sentencepiece_model(kind).content()
+@pytest.mark.parametrize("kind", LEARNED)
+def test_training_again_gives_the_same_bits(learned, kind):
+    assert learned(kind).content() == learned(kind).content()
 
 
-def test_bpe_writes_code_compactly_and_lines_apart(sentencepiece_model):
-    tokenizer = sentencepiece_model("bpe")
+@pytest.mark.parametrize("kind", LEARNED)
+def test_only_what_is_trained_on_is_learned_from(kind, tmp_path):
+    """Other documents for validation change nothing, and other ones for training do."""
+    hashes = []
+    drawn = {*itertools.takewhile(lambda number: number < 60, validation_documents(0, 0.05))}
+    for valid, train in (("one", "two"), ("three", "two"), ("one", "four")):
+        names = [valid if number in drawn else train for number in range(60)]
+        texts = [f"{name} text of {n * 37} " + " ".join(dir(np)[n : n + 9]) for n, name in enumerate(names)]
+        source = tmp_path / f"{valid}-{train}.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        cfg = PrepareConfig(inputs=(str(source),), tokenizer=TokenizerConfig(kind=kind, vocab=560), workers=1)
+        hashes.append(prepare(cfg, tmp_path / f"{valid}-{train}", progress=False).tokenizer_hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_bpe_writes_code_compactly_and_lines_apart(learned):
+    tokenizer = learned("bpe")
     assert len(tokenizer.encode(" " * 64)) <= 16
     assert len(tokenizer.encode("a\n\tb")) == 4
     table = [tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size)]
@@ -113,12 +133,67 @@ def test_sections_join_to_the_text_and_cut_between_words(lines, end):
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_long_texts_have_the_tokens_that_the_library_gives(sentencepiece_model, kind, reference):
-    tokenizer = sentencepiece_model(kind)
+def test_long_texts_have_the_tokens_that_the_library_gives(learned, kind, reference):
+    tokenizer = learned(kind)
     text = (reference / "tinyshakespeare" / "input.txt").read_text()[: 5 * SECTION_CHARS]
     assert tokenizer.encode(text) == tokenizer._processor.encode(text)
     one_line = text.replace("\n", " ")
     assert tokenizer.encode(one_line) == tokenizer._processor.encode(one_line)
+
+
+@pytest.fixture(scope="module")
+def wordpiece(learned):
+    pytest.importorskip("tokenizers")
+    return learned("wordpiece")
+
+
+def test_wordpiece_cuts_words_into_the_longest_pieces(wordpiece):
+    """From their beginnings on, written out; words as GPT-2 cuts them, # apart."""
+    vocabulary = {wordpiece._tokenizer.id_to_token(index) for index in range(wordpiece.vocab_size)}
+    words = re.compile(r" ?[a-z]+| ?[0-9]+|\s+(?!\S)|\s+|#| ?[^\sa-z0-9#]+")
+    text = "the wording of a number # and ## of arrays;  its 12 dimensions"
+    expected = []
+    for word in words.findall(text):
+        spelled, at = word.replace(" ", "Ġ"), 0
+        while at < len(spelled):
+            ends = [end for end in range(len(spelled), at, -1) if "##" * bool(at) + spelled[at:end] in vocabulary]
+            expected.append("##" * bool(at) + spelled[at : ends[0]])
+            at = ends[0]
+    assert [wordpiece._tokenizer.id_to_token(index) for index in wordpiece.encode(text)] == expected
+    assert any(len(piece) > 4 and piece.startswith("##") for piece in vocabulary)
+
+
+def test_wordpiece_takes_no_text_for_its_marks(wordpiece):
+    for text in ("## ### #### a##b ##a [UNK] <|endoftext|>##", "x" * 500, "#" * 500, "\u0120\u010a", "Ġ##Ċ"):
+        ids = wordpiece.encode(text)
+        assert wordpiece.decode(ids) == text and not {wordpiece.unknown_id, wordpiece.endoftext_id} & set(ids)
+
+
+def test_wordpiece_on_long_texts_is_what_the_library_gives(wordpiece, reference):
+    text = (reference / "tinyshakespeare" / "input.txt").read_text()[: 5 * SECTION_CHARS]
+    assert wordpiece.encode(text) == wordpiece._tokenizer.encode(text).ids
+
+
+def test_wordpiece_is_what_transformers_makes_of_its_file(wordpiece, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    wordpiece.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ids = theirs.encode(CODE, add_special_tokens=False)
+    assert ids == wordpiece.encode(CODE) and theirs.decode(ids) == CODE == wordpiece.decode(ids)
+
+
+def test_berts_words_have_blanks_between_them():
+    """As the library's own decoder says, which also spells what a stream of tokens is."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordPiece(
+        {"[UNK]": 0, "[SEP]": 1, "play": 2, "##ing": 3, "chess": 4, "a": 5}, unk_token="[UNK]"
+    )
+    bert = tokenizers.Tokenizer(model)
+    bert.pre_tokenizer, bert.decoder = tokenizers.pre_tokenizers.BertPreTokenizer(), tokenizers.decoders.WordPiece()
+    tokenizer = HuggingFaceTokenizer(bert.to_str().encode(), "[SEP]")
+    ids = tokenizer.encode("playing chess")
+    assert ids == [2, 3, 4] and tokenizer.decode(ids) == "playing chess"
+    assert tokenizer.decode_bytes(ids) == b" playing chess" and tokenizer.prefix == b" "
 
 
 def test_impossible_vocabularies_say_what_is_possible():
@@ -129,6 +204,13 @@ def test_impossible_vocabularies_say_what_is_possible():
         train_tokenizer(TokenizerConfig(vocab=100), texts)
     with pytest.raises(DataError, match="documents are empty"):
         train_tokenizer(TokenizerConfig(vocab=300), [""])
+    pytest.importorskip("tokenizers")
+    with pytest.raises(DataError, match=r"tokenizer.vocab=9999 is more than this text can give: at most \d+"):
+        train_tokenizer(TokenizerConfig(kind="wordpiece", vocab=9999), texts)
+    with pytest.raises(DataError, match=r"tokenizer.vocab=100 is too small .*: at least 513"):
+        train_tokenizer(TokenizerConfig(kind="wordpiece", vocab=100), texts)
+    with pytest.raises(DataError, match="documents are empty"):
+        train_tokenizer(TokenizerConfig(kind="wordpiece", vocab=600), [""])
 
 
 def test_configs_that_contradict_themselves():
@@ -169,7 +251,7 @@ def load_content(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["sp_test_model.model", "t5_cc_all.32000.100extra.model"])
-def test_given_sentencepiece_models_are_run_exactly(reference, name):
+def test_given_learneds_are_run_exactly(reference, name):
     import sentencepiece
 
     path = reference / "tokenizers" / name

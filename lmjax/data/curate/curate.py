@@ -90,7 +90,11 @@ def _finished(cfg: CurateConfig, directory: epath.Path, progress: bool) -> Curat
 
 
 def _difference(was: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first choice in which two recipes differ; files may lie elsewhere than they did, if they are the same."""
+    """The first choice in which two recipes differ; files may lie elsewhere than they did, if they are the same.
+
+    What a recipe of an earlier version does not name has its default.
+    """
+    was = choices(CurateConfig(sources={"_": ("_",)}, steps=())) | was
     for place, (old, new) in enumerate(zip(was["steps"], wanted["steps"], strict=False)):
         if old != new:
             names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))

@@ -24,19 +24,33 @@ class Language(DocumentStep):
     """How much of a document is looked at: equal parts from its beginning, its middle and its end."""
 
     def start(self, arrays: Arrays) -> Callable[[Document], Outcome]:
-        module = packages.load("py3langid.langid", "language")
-        identifier = module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
+        language_of = identifier(self.characters)
 
         def identify(document: Document) -> Outcome:
-            language, probability = identifier.classify(sample(document.text, self.characters))
-            found = (str(language),)
+            language, probability = language_of(document.text)
+            found = (language,)
             if self.keep and language not in self.keep:
                 return Dropped("in another language", found)
             if probability < self.least:
                 return Dropped("in no language for sure", found)
-            return Changed(document.labelled(language=str(language)), found=found)
+            return Changed(document.labelled(language=language), found=found)
 
         return identify
+
+
+def identifier(characters: int = 4000) -> Callable[[str], tuple[str, float]]:
+    """The function from a text to its most probable language and how probable that is, by so many of its characters.
+
+    Raises DataError where py3langid is not installed.
+    """
+    module = packages.load("py3langid.langid", "language")
+    model = module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
+
+    def classify(text: str) -> tuple[str, float]:
+        language, probability = model.classify(sample(text, characters))
+        return str(language), float(probability)
+
+    return classify
 
 
 def sample(text: str, characters: int) -> str:

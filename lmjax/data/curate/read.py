@@ -10,12 +10,15 @@ from lmjax.data.curate.recipe import CurateConfig
 from lmjax.data.curate.step import DocumentStep
 from lmjax.data.curate.warc import read_warc
 from lmjax.data.prepare.corpus import Omitted
-from lmjax.data.prepare.sources import READERS, InputFile, Report, list_inputs, read_documents, read_text
+from lmjax.data.prepare.sources import READERS, InputFile, Readers, Report, list_inputs, read_documents, read_text
 from lmjax.errors import DataError
 
 Files = dict[str, tuple[InputFile, ...]]
 
-_READERS = READERS | {".html": read_text, ".htm": read_text, ".warc": read_warc, ".warc.gz": read_warc}
+
+def _readers(cfg: CurateConfig) -> Readers:
+    further = dict.fromkeys((".html", ".htm", *cfg.text_suffixes), read_text)
+    return READERS | further | {".warc": read_warc, ".warc.gz": read_warc}
 
 
 class Inputs(NamedTuple):
@@ -33,7 +36,7 @@ class Inputs(NamedTuple):
 
 def list_files(cfg: CurateConfig) -> Inputs:
     """The files of the recipe. Raises DataError for a source without any, and for a file in two of them."""
-    files = {name: list_inputs(patterns, _READERS) for name, patterns in cfg.sources.items()}
+    files = {name: list_inputs(patterns, _readers(cfg)) for name, patterns in cfg.sources.items()}
     owner: dict[str, str] = {}
     for source, found in files.items():
         for file in found:
@@ -71,7 +74,7 @@ def _documents(cfg: CurateConfig, files: Files, report: Report, omitted: Omitted
     )
     for source, found in files.items():
         named = [file._replace(name=f"{source}/{_utf8(file.path.name)}") for file in found]
-        for document in read_documents(named, reading, report, _READERS):
+        for document in read_documents(named, reading, report, _readers(cfg)):
             if document.text is None:
                 omitted.invalid += 1
             elif document.text.strip():

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lmjax.data.curate.clean import Extract, Normalize, Repair
+from lmjax.data.curate.code_rules import Code, Licence
 from lmjax.data.curate.decontaminate import Decontaminate
 from lmjax.data.curate.duplicates import ExactDuplicates, RepeatedParts
 from lmjax.data.curate.held_out import HeldOut
@@ -31,6 +32,8 @@ STEPS: dict[str, type[DocumentStep] | type[CorpusStep]] = {
     "repetition": Repetition,
     "c4": C4,
     "fineweb": FineWeb,
+    "code": Code,
+    "licence": Licence,
     "privacy": Privacy,
     "blocklist": Blocklist,
     "held_out": HeldOut,
@@ -56,6 +59,8 @@ class CurateConfig:
     """In order: each one's name under `step`, and its settings."""
     text_key: str = "text"
     """The field of a JSON line, or the column of a Parquet file, that holds the text."""
+    text_suffixes: tuple[Annotated[str, Field(pattern=r"^\.\w+$")], ...] = ()
+    """Further ends of file names that are read as text, such as .c or .rs."""
     document_separator: str | None = None
     """Splits a .txt file into documents; by default a file is one document."""
     document_bytes: PositiveInt = 1 << 27

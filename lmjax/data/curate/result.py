@@ -8,9 +8,12 @@ from typing import Any
 import zstandard
 from etils import epath
 
+from lmjax.data.config import PrepareConfig
 from lmjax.data.curate.account import Account
 from lmjax.data.curate.document import Document, as_line
-from lmjax.data.prepare.corpus import fingerprint_of
+from lmjax.data.prepare import sources
+from lmjax.data.prepare.corpus import curation_of, fingerprint_of
+from lmjax.data.prepare.sources import list_inputs, read_records
 from lmjax.errors import DataError
 from lmjax.record import formats
 from lmjax.record.files import drafted, hash_bytes, hash_file, naming, read_bytes, reporting, write_bytes
@@ -112,6 +115,17 @@ class _Writer:
             self._open.__exit__(None, None, None)
         self._open = None
         self._shards.append(Shard(self._path.name, self._documents, self._bytes, hash_file(self._path)))
+
+
+def read_documents(pattern: str, cfg: PrepareConfig) -> Iterator[Document]:
+    """The documents of files, by glob, with what a curation says of those that it has made; of others the source is the
+    pattern. Those without any text are left out."""
+    for file in list_inputs((pattern,)):
+        if curation_of(file) is not None:
+            yield from (Document(**record) for record in read_records((file,), cfg))
+        else:
+            found = sources.read_documents((file,), cfg, lambda n_bytes: None)
+            yield from (Document(document.text, document.name, pattern) for document in found if document.text)
 
 
 def write_curation(directory: epath.Path, curation: Curation) -> None:

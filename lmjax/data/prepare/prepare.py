@@ -155,7 +155,7 @@ def _tokenizer(cfg: PrepareConfig, directory: epath.Path, files: tuple[InputFile
     marker = directory / records.FOLDER / records.TOKENIZER_DONE
     if not marker.exists():
         texts = read_corpus(files, cfg, how, _ignore, Omitted())
-        learns = cfg.tokenizer.kind in ("bpe", "unigram")
+        learns = cfg.tokenizer.learns
         sample = (
             sample_passages(texts, cfg.tokenizer.sample_bytes, cfg.seed) if learns else (item.text for item in texts)
         )

@@ -33,6 +33,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._is_byte_level = '"ByteLevel"' in json.dumps(self._json.get("decoder"))
         self._may_cut = self._is_byte_level and '"add_prefix_space": true' not in json.dumps(self._json)
         model = self._json.get("model", {})
+        self._inside = model.get("continuing_subword_prefix") if model.get("type") == "WordPiece" else None
         unknown = model.get("unk_token")
         if unknown is None and isinstance(model.get("unk_id"), int):  # a Unigram model names the id
             unknown = model["vocab"][model["unk_id"]][0]
@@ -85,7 +86,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return bytes_of(ids, self._bytes)
 
     def _spell(self, token: str) -> bytes:
-        return _spell_byte_level(token) if self._is_byte_level else _spell_pieces(token)
+        if self._inside is None:
+            return _spell_byte_level(token) if self._is_byte_level else _spell_pieces(token)
+        piece = token.removeprefix(self._inside)
+        if self._is_byte_level:
+            return _spell_byte_level(piece)
+        return (piece if piece != token else f" {token}").encode()  # BERT's decoder puts blanks between words
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:

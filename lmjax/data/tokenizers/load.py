@@ -12,6 +12,7 @@ from lmjax.data.tokenizers.alphabets import ByteTokenizer, CharacterTokenizer
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.pieces import SentencePieceTokenizer, train_sentencepiece
 from lmjax.data.tokenizers.tokenizer import DESCRIPTION, FILES, FORMAT, NO_TEXT, USE, Tokenizer, content_hash
+from lmjax.data.tokenizers.wordpiece import train_wordpiece
 from lmjax.errors import DataError, one_line
 from lmjax.record import files, formats
 
@@ -48,7 +49,7 @@ def saved_hash(directory: str | os.PathLike[str]) -> str:
 
 
 def train_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that the config asks for; bpe, unigram and chars learn from `texts`, all of them.
+    """The tokenizer that the config asks for; those that are trained, and chars, learn from `texts`, all of them.
 
     The same texts in the same order give the same tokenizer, bit by bit. Raises DataError if the texts cannot give a
     vocabulary of the size asked for.
@@ -60,7 +61,7 @@ def train_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if cfg.kind == "file":
         assert cfg.path is not None
         return load_tokenizer(cfg.path, cfg.endoftext)
-    return train_sentencepiece(cfg, texts)
+    return train_wordpiece(cfg, texts) if cfg.kind == "wordpiece" else train_sentencepiece(cfg, texts)
 
 
 def _characters(texts: Iterable[str]) -> set[str]:

@@ -35,28 +35,37 @@ class Usage:
         """All of them."""
         return int(self.counts.sum())
 
-
-def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Usage:
-    """Encode the texts, one at a time, and decode them again."""
-    usage = Usage(np.zeros(tokenizer.vocab_size, np.int64))
-    tokenizer.replaces_unknown = tokenizer.unknown_id is not None
-    for text in texts:
-        usage.documents += 1
+    def add(self, tokenizer: Tokenizer, text: str) -> None:
+        """Encode a text, decode it again, and count what that was."""
+        self.documents += 1
         try:
             ids = tokenizer.encode(text)
         except DataError:
-            usage.refused += 1
-            continue
-        usage.counts += np.bincount(np.array(ids, np.int64), minlength=tokenizer.vocab_size)
-        usage.text_bytes += len(text.encode("utf-8"))
-        usage.characters += len(text)
-        usage.unknown += ids.count(tokenizer.unknown_id) if tokenizer.unknown_id is not None else 0
-        usage.inexact += tokenizer.decode(ids) != text
-    return usage
+            self.refused += 1
+            return
+        self.counts += np.bincount(np.array(ids, np.int64), minlength=tokenizer.vocab_size)
+        self.text_bytes += len(text.encode("utf-8"))
+        self.characters += len(text)
+        self.unknown += ids.count(tokenizer.unknown_id) if tokenizer.unknown_id is not None else 0
+        self.inexact += tokenizer.decode(ids) != text
+
+
+def measure(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict[str, Usage]:
+    """What becomes of (group, text), one at a time, by group; and of all, where there are several."""
+    tokenizer.replaces_unknown = tokenizer.unknown_id is not None
+    usages: dict[str, Usage] = {}
+    for group, text in texts:
+        if group not in usages:
+            usages[group] = Usage(np.zeros(tokenizer.vocab_size, np.int64))
+        usages[group].add(tokenizer, text)
+    if len(usages) < 2:
+        return usages
+    parts = [dataclasses.asdict(usage) for usage in usages.values()]
+    return usages | {"all": Usage(**{name: sum(part[name] for part in parts) for name in parts[0]})}
 
 
 def lines(tokenizer: Tokenizer, usages: Mapping[str, Usage]) -> list[str]:
-    """A table of the texts by name, and what is to be said of the vocabulary."""
+    """A table of what `measure` found, and what is to be said of the vocabulary."""
     width = max(map(len, usages))
     rows = ["  ".join([" " * width, *_TITLES])]
     for name, one in usages.items():
@@ -67,7 +76,7 @@ def lines(tokenizer: Tokenizer, usages: Mapping[str, Usage]) -> list[str]:
         cells += [f"{count:,}" for count in (one.unknown, one.refused, one.inexact)]
         padded = (f"{cell:>{len(title)}}" for cell, title in zip(cells, _TITLES, strict=True))
         rows.append("  ".join([f"{name:<{width}}", *padded]))
-    used = np.sum([one.counts for one in usages.values()], axis=0) > 0
+    used = [*usages.values()][-1].counts > 0
     spelled = {
         index: tokenizer.decode_bytes([index]).decode("utf-8", "replace") for index in map(int, np.flatnonzero(used))
     }
