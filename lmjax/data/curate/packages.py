@@ -1,4 +1,4 @@
-"""Packages of the extra `lmjax[curate]`, imported where a step first needs them."""
+"""Packages of the extras `lmjax[curate]` and `lmjax[names]`, imported where a step first needs them."""
 
 import contextlib
 import importlib
@@ -8,7 +8,13 @@ from types import ModuleType
 
 from lmjax.errors import DataError
 
-_OF_STEP = {"extract": "trafilatura", "repair": "ftfy", "language": "py3langid", "near_duplicates": "rensa"}
+_OF_STEP = {
+    "extract": "trafilatura",
+    "repair": "ftfy",
+    "language": "py3langid",
+    "names": "spacy",
+    "near_duplicates": "rensa",
+}
 
 
 def load(name: str, step: str) -> ModuleType:
@@ -16,8 +22,8 @@ def load(name: str, step: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.split(".")[0]
-        raise DataError(f"the step {step} needs {package} ({error}): install lmjax[curate]") from error
+        package, extra = name.split(".")[0], "names" if step == "names" else "curate"
+        raise DataError(f"the step {step} needs {package} ({error}): install lmjax[{extra}]") from error
 
 
 def versions(steps: Iterable[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from lmjax.data.curate.decontaminate import Decontaminate
 from lmjax.data.curate.duplicates import ExactDuplicates, RepeatedParts
 from lmjax.data.curate.held_out import HeldOut
 from lmjax.data.curate.language import Language
+from lmjax.data.curate.names import Names
 from lmjax.data.curate.near_duplicates import NearDuplicates
 from lmjax.data.curate.privacy import Blocklist, Privacy
 from lmjax.data.curate.quality import Quality
@@ -35,6 +36,7 @@ STEPS: dict[str, type[DocumentStep] | type[CorpusStep]] = {
     "code": Code,
     "licence": Licence,
     "privacy": Privacy,
+    "names": Names,
     "blocklist": Blocklist,
     "held_out": HeldOut,
     "exact_duplicates": ExactDuplicates,
