@@ -26,6 +26,8 @@ class Account:
     """What went in."""
     kept: Count = dataclasses.field(default_factory=lambda: [0, 0])
     """What came out."""
+    tokens: Count | None = None
+    """[read, kept], where the recipe names a tokenizer."""
     sources: dict[str, Count] = dataclasses.field(default_factory=dict)
     """What came out, by source."""
     lengths: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -45,6 +47,7 @@ class Account:
     def add(self, before: Document, outcome: Outcome) -> Document | None:
         """Count what became of a document, and give it back if it goes on."""
         _count(self.read, before.size)
+        self._count_tokens(before, read=True)
         for what in () if isinstance(outcome, Document) else outcome.found:
             self.found[what] = self.found.get(what, 0) + 1
         if isinstance(outcome, Dropped):
@@ -65,6 +68,7 @@ class Account:
         """Count a document that comes out."""
         size = document.size
         _count(self.kept, size)
+        self._count_tokens(document, read=False)
         _count(self.sources.setdefault(document.source, [0, 0]), size)
         length = str(1 << max(0, size.bit_length() - 1))
         self.lengths[length] = self.lengths.get(length, 0) + 1
@@ -75,6 +79,8 @@ class Account:
         for name in ("read", "kept"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, [a + b for a, b in zip(mine, theirs, strict=True)])
+        if other.tokens is not None:
+            self.tokens = [a + b for a, b in zip(self.tokens or [0, 0], other.tokens, strict=True)]
         for name in ("sources", "dropped", "changed"):
             for key, value in getattr(other, name).items():
                 mine = getattr(self, name)
@@ -86,6 +92,11 @@ class Account:
         for key, shown in other.examples.items():
             self.examples[key] = sorted([*self.examples.get(key, []), *shown])[:EXAMPLES]
         self.facts |= other.facts
+
+    def _count_tokens(self, document: Document, *, read: bool) -> None:
+        if document.tokens is not None:
+            self.tokens = self.tokens or [0, 0]
+            self.tokens[0 if read else 1] += document.tokens
 
     def _show(self, why: str, document: Document, text: Callable[[], str]) -> None:
         draw = hash_text(f"{self.step} {why} {document.name}") >> 16

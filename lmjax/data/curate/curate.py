@@ -29,8 +29,9 @@ from lmjax.data.curate.step import CorpusStep, DocumentStep
 from lmjax.data.curate.workers import RECIPE, Order, work
 from lmjax.data.prepare.corpus import Omitted
 from lmjax.data.prepare.sources import contents, stamps
+from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.errors import DataError
-from lmjax.record.files import is_remote, locate, locked, read_bytes, reporting, write_bytes
+from lmjax.record.files import hash_bytes, is_remote, locate, locked, read_bytes, reporting, write_bytes
 
 READ = "read"
 PACKAGES = "packages"
@@ -52,7 +53,7 @@ def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = 
         return _finished(cfg, directory, progress)
     inputs = list_files(cfg)
     untouched = stamps(inputs.all)
-    recipe = choices(cfg) | {"contents": contents(inputs.all)}
+    recipe = choices(cfg) | {"contents": _contents(cfg, inputs)}
     recipe |= {PACKAGES: packages.versions(step["step"] for step in cfg.steps)}
     folder, new = directory / FOLDER, not directory.exists()
     with reporting(folder, "write"):
@@ -72,12 +73,18 @@ def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = 
             raise
 
 
+def _contents(cfg: CurateConfig, inputs: Inputs) -> str:
+    """A hash of all that is read."""
+    files = contents(inputs.all)
+    return files if cfg.tokenizer is None else hash_bytes(f"{files} {load_tokenizer(cfg.tokenizer).hash}".encode())
+
+
 def _finished(cfg: CurateConfig, directory: epath.Path, progress: bool) -> Curation:
     """What is there, if it is whole and of this recipe. Its inputs need not exist any more, but must not be others."""
     curation = verified_curation(directory)
     wanted = choices(cfg) | {PACKAGES: curation.recipe.get(PACKAGES)}
     try:
-        wanted["contents"] = contents(list_files(cfg).all)
+        wanted["contents"] = _contents(cfg, list_files(cfg))
     except DataError:
         wanted["contents"] = curation.recipe["contents"]
     if differing := _difference(curation.recipe, wanted):
@@ -142,6 +149,8 @@ def _make(cfg: CurateConfig, directory: epath.Path, recipe: dict[str, Any], coun
             raise DataError(f"no document is left after {totals[-1].step}: see {folder}; loosen the steps")
         if stage.keys is not None:
             _decide(folder, stage.keys, steps[stage.keys][1], _chunks(folder, number, count))
+    if len(totals) > 1 and totals[1].tokens is not None:  # what the first step was given is what was read
+        totals[0].tokens = [totals[1].tokens[0]] * 2
     last = _chunks(folder, len(plan(steps)), count)
     shards = result.write_shards(directory, (one for chunk in last for one in chunk.documents()), cfg.shard_bytes)
     curation = Curation(recipe=recipe, steps=totals, shards=shards)

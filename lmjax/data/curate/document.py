@@ -26,6 +26,11 @@ class Document(NamedTuple):
         return self._replace(labels={**self.labels, **labels})
 
     @property
+    def tokens(self) -> int | None:
+        """Of its text, where the recipe names a tokenizer to count them with."""
+        return self.labels.get("tokens")
+
+    @property
     def size(self) -> int:
         """Bytes of its text in UTF-8."""
         return len(self.text.encode("utf-8"))

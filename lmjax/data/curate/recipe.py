@@ -73,6 +73,9 @@ class CurateConfig:
     """Documents are worked on in chunks of so much text: memory is a few times that for each process."""
     shard_bytes: PositiveInt = 1 << 28
     """Text in a file of the result."""
+    tokenizer: str | None = None
+    """A tokenizer, by its folder or file: after each step, tokens are counted, too, which takes as long as encoding all
+    that it was given or has changed."""
     workers: PositiveInt | None = None
     """Processes; by default one per CPU. The result does not depend on it."""
 

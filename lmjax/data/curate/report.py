@@ -37,12 +37,19 @@ def page(curation: Curation) -> str:
 
 def _funnel(steps: Sequence[Account]) -> Iterator[str]:
     total = max(1, steps[0].kept[1])
-    rows = [
-        (account.step, f"{account.kept[0]:,}", in_words(account.kept[1]), _share(account.kept[1], total),
-         Bar(account.kept[1] / total), _share(account.read[1] - account.kept[1], max(1, account.read[1])))
+    rows: list[list[str | Bar]] = [
+        [account.step, f"{account.kept[0]:,}", in_words(account.kept[1]), *_tokens(account),
+         _share(account.kept[1], total), Bar(account.kept[1] / total),
+         _share(account.read[1] - account.kept[1], max(1, account.read[1]))]
         for account in steps
     ]  # fmt: skip
-    yield from table(("after", "documents", "bytes", "of all", "", "taken away here"), rows)
+    counted = ["tokens"] * len(_tokens(steps[0]))
+    yield from table(["after", "documents", "bytes", *counted, "of all", "", "taken away here"], rows)
+
+
+def _tokens(account: Account) -> list[str]:
+    """The cell of what was kept, if tokens were counted."""
+    return [] if account.tokens is None else [f"{account.tokens[1]:,}"]
 
 
 def _mixture(first: Account, last: Account) -> Iterator[str]:

@@ -49,12 +49,18 @@ class Curation:
     @property
     def fingerprint(self) -> str:
         """A hash of the documents and of how they came about, wherever the input files lay."""
-        content = {name: value for name, value in dataclasses.asdict(self).items() if name != "recipe"}
+        steps = [{name: value for name, value in dataclasses.asdict(step).items() if value is not None}
+                 for step in self.steps]  # fmt: skip
+        content = {"steps": steps, "shards": [dataclasses.asdict(shard) for shard in self.shards]}
         return hash_bytes(json.dumps(content, sort_keys=True).encode())
 
     def lines(self) -> list[str]:
         """What was left after each step, and the fingerprint."""
-        counts = [f"{one.step:<18} {one.kept[0]:>12,} documents {one.kept[1]:>16,} bytes" for one in self.steps]
+        counts = [
+            f"{one.step:<18} {one.kept[0]:>12,} documents {one.kept[1]:>16,} bytes"
+            + ("" if one.tokens is None else f" {one.tokens[1]:>14,} tokens")
+            for one in self.steps
+        ]
         return [*counts, f"fingerprint {self.fingerprint}"]
 
 

@@ -11,9 +11,13 @@ from etils import epath
 
 from lmjax.data.curate.account import Account
 from lmjax.data.curate.chunk import Chunk, load_learned
-from lmjax.data.curate.document import Document, Outcome
+from lmjax.data.curate.document import Changed, Document, Outcome
 from lmjax.data.curate.recipe import Step
 from lmjax.data.curate.step import Arrays, CorpusStep
+from lmjax.data.tokenizers.load import load_tokenizer
+
+Treatment = Callable[[int, Document], Outcome]
+"""A step as a function of a document and of its number in the stage before."""
 
 
 class Stage(NamedTuple):
@@ -44,11 +48,14 @@ def plan(steps: Sequence[tuple[str, Step]]) -> list[Stage]:
 class Work:
     """One stage, ready to work on its chunks."""
 
-    def __init__(self, folder: epath.Path, steps: Sequence[tuple[str, Step]], number: int):
+    def __init__(self, folder: epath.Path, steps: Sequence[tuple[str, Step]], number: int, tokenizer: str | None):
         """Stage `number`, from 1. Raises DataError for a package that is not installed."""
+        self._count = None if tokenizer is None else _counter(tokenizer)
         self._folder, self._number = folder, number
         stage = plan(steps)[number - 1]
         self._steps = [_ready(folder, place, *steps[place]) for place in stage.all]
+        if self._count is not None:
+            self._steps = [step._replace(treat=_counting(step.treat, self._count)) for step in self._steps]
         final = None if stage.keys is None else steps[stage.keys][1]
         self._keys: Callable[[Document], Arrays] | None = final.keys() if isinstance(final, CorpusStep) else None
 
@@ -57,7 +64,10 @@ class Work:
         before = Chunk(self._folder, self._number - 1, number)
         accounts = [Account(step.name) for step in self._steps]
         kept: list[Document] = []
-        for place, document in enumerate(before.documents(), first):
+        documents = before.documents()
+        if self._count is not None and self._number == 1:
+            documents = map(self._count, documents)
+        for place, document in enumerate(documents, first):
             left: Document | None = document
             for step, account in zip(self._steps, accounts, strict=True):
                 if left is not None:
@@ -68,11 +78,30 @@ class Work:
         Chunk(self._folder, self._number, number).write(kept, keys, accounts)
 
 
+def _counter(path: str) -> Callable[[Document], Document]:
+    """The function that labels a document with the number of its tokens."""
+    tokenizer = load_tokenizer(path)
+    tokenizer.replaces_unknown = tokenizer.unknown_id is not None
+    return lambda document: document.labelled(tokens=len(tokenizer.encode(document.text)))
+
+
+def _counting(treat: Treatment, count: Callable[[Document], Document]) -> Treatment:
+    """The same step; tokens are counted again where it has changed the text."""
+
+    def treat_and_count(number: int, document: Document) -> Outcome:
+        outcome = treat(number, document)
+        if isinstance(outcome, Changed) and outcome.document.text != document.text:
+            return outcome._replace(document=count(outcome.document))
+        return outcome
+
+    return treat_and_count
+
+
 class _Ready(NamedTuple):
-    """A step as a function of a document and of its number in the stage before."""
+    """A step that documents can go through."""
 
     name: str
-    treat: Callable[[int, Document], Outcome]
+    treat: Treatment
 
 
 def _ready(folder: epath.Path, place: int, name: str, step: Step) -> _Ready:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from lmjax.data.curate.recipe import Step, parse_step
+from lmjax.data.curate.recipe import parse_step
 from lmjax.data.curate.stage import Work
 from lmjax.errors import DataError
 from lmjax.record.files import read_bytes
@@ -69,19 +69,16 @@ class _Here:
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        self._steps = steps_of(folder)
+        recipe = json.loads(read_bytes(folder / RECIPE))
+        self._steps = [parse_step(place, values) for place, values in enumerate(recipe["steps"])]
+        self._tokenizer = recipe.get("tokenizer")
         self._stage = 0
 
     def do(self, order: Order) -> None:
         if order.stage != self._stage:
-            self._work, self._stage = Work(self._folder, self._steps, order.stage), order.stage
+            work = Work(self._folder, self._steps, order.stage, self._tokenizer)
+            self._work, self._stage = work, order.stage
         self._work.do(order.chunk, order.first)
-
-
-def steps_of(folder: epath.Path) -> list[tuple[str, Step]]:
-    """The steps of the recipe in `curating/`."""
-    recipe = json.loads(read_bytes(folder / RECIPE))
-    return [parse_step(place, values) for place, values in enumerate(recipe["steps"])]
 
 
 class _Worker:

@@ -25,6 +25,7 @@ from lmjax.data.curate.stage import Stage, plan
 from lmjax.data.curate.workers import Order, _Worker
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.store.dataset import open_dataset
+from lmjax.data.tokenizers.alphabets import ByteTokenizer, CharacterTokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.schema import validated
 
@@ -87,6 +88,28 @@ def test_what_becomes_of_a_corpus(recipe: CurateConfig, tmp_path: Path, sentence
     assert sum(shard.documents for shard in curation.shards) == steps["repeated_parts"].kept[0] == 68
     assert steps["held_out"].found.keys() == {"train", "valid"}
     assert read_curation(tmp_path / "out") == curation  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("leave_out", [0, 4])  # with steps before the first pass, and without
+def test_tokens_are_counted_where_the_recipe_names_a_tokenizer(
+    recipe: CurateConfig, tmp_path: Path, leave_out: int
+) -> None:
+    """Of the texts as they are after each step: here a token is a byte."""
+    steps = STEPS_WITHOUT_PACKAGES[leave_out:]
+    plain = curate(dataclasses.replace(recipe, steps=steps), tmp_path / "plain", progress=False)
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    counting = dataclasses.replace(recipe, steps=steps, tokenizer=str(tmp_path / "tokenizer"))
+    curation = curate(counting, tmp_path / "counted", progress=False)
+    assert [account.tokens for account in curation.steps[1:]] == [
+        [account.read[1], account.kept[1]] for account in plain.steps[1:]
+    ]
+    assert curation.steps[0].tokens == [plain.steps[0].kept[1]] * 2 and plain.steps[0].tokens is None
+    page = (tmp_path / "counted" / "curation.html").read_text()
+    assert f"{plain.steps[-1].kept[1]:,}</td>" in page and "tokens</th>" in page
+    assert f"{plain.steps[-1].kept[1]:,} tokens" in curation.lines()[-2]
+    CharacterTokenizer({*"abc"}).save(tmp_path / "tokenizer")
+    with pytest.raises(DataError, match="the files of the sources, or of the steps, changed since"):
+        curate(counting, tmp_path / "counted", progress=False)
 
 
 def test_the_number_of_processes_changes_nothing(recipe: CurateConfig, tmp_path: Path) -> None:
