@@ -80,7 +80,7 @@ def lines(tokenizer: Tokenizer, usages: Mapping[str, Usage]) -> list[str]:
     spelled = {
         index: tokenizer.decode_bytes([index]).decode("utf-8", "replace") for index in map(int, np.flatnonzero(used))
     }
-    longest = sorted(spelled.values(), key=lambda piece: (-len(piece), piece))[:_LONGEST]
+    longest = sorted(spelled.values(), key=lambda piece: (-len(piece.strip()), piece))[:_LONGEST]
     return [
         *rows,
         f"vocabulary: {tokenizer.vocab_size:,} tokens, {used.sum():,} of them used ({used.mean():.1%})",
