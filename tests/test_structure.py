@@ -47,7 +47,7 @@ FLOORS: list[set[str]] = [
     {"registry"},
     {"run"},
     {"plan", "coordinates"},
-    {"command_data", "command_evaluate", "lm_eval"},
+    {"arguments", "command_data", "command_evaluate", "lm_eval"},
     {"commands"},
     {"__main__"},
 ]
