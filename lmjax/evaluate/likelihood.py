@@ -79,11 +79,19 @@ def _score(params: Params, batch: Batch, *, hidden, unembed, head, chunk: int) -
     return constrain(sums_B3, None, None)
 
 
-def token_scores(params: Params, batch: Batch, *, hidden, unembed, head, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """(log p of every target, whether no token was more probable), both float32 [B, T], whatever their weights."""
+def token_scores(
+    params: Params, batch: Batch, *, hidden, unembed, head, chunk: int, ends_BA: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """(log p of every target, whether no token was more probable), both float32 [B, T], whatever their weights; the
+    same, [B, A], of `ends_BA`, if given, in the place of each row's last target that has a weight."""
     with jax.default_matmul_precision("highest"):
         x_BTD, _, _ = hidden(params, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT)
-        return token_logprobs(unembed, head(params), x_BTD, batch.targets_BT, chunk=chunk)
+        scores = token_logprobs(unembed, head(params), x_BTD, batch.targets_BT, chunk=chunk)
+        if ends_BA is None:
+            return scores
+        last_B = batch.weights_BT.shape[1] - 1 - jnp.argmax(batch.weights_BT[:, ::-1], axis=1)
+        x_BAD = jnp.repeat(jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1), ends_BA.shape[1], axis=1)
+        return (*scores, *token_logprobs(unembed, head(params), x_BAD, ends_BA, chunk=chunk))
 
 
 def _summarize(sums_B3: np.ndarray, n_tokens: int, n_bytes: int) -> Evaluation:

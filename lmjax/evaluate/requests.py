@@ -2,7 +2,8 @@
 
 Requests are sorted by length and scored in batches of a few shapes, so programs are few and little is padding. Rows are
 independent of each other and sums are taken on the host in float64, so a result depends neither on the batch size nor
-on the requests beside it, but for the rounding of float32 products.
+on the requests beside it, but for the rounding of float32 products. Requests that differ in their last token alone, as
+choices by a letter do, share a row.
 """
 
 import dataclasses
@@ -170,21 +171,54 @@ def _joined(parts: Sequence[Likelihood]) -> Likelihood:
     )
 
 
+class _Row(NamedTuple):
+    """Requests that differ in their last token alone, if at all."""
+
+    places: list[int]
+    ends: list[int]
+    """Their last tokens, each once."""
+
+
 def _score(scorer: Scorer, requests: Sequence[Request]) -> list[Likelihood]:
     """The likelihoods of continuations that the model reads at once."""
     model, found = scorer.model, dict[int, Likelihood]()
     score = functools.partial(_scores, hidden=model.hidden, unembed=model.unembed, head=model.head)
-    pending: tuple[list[int], Any] | None = None
+    rows = _rows(scorer, requests)
+    most = max((len(row.ends) for row in rows), default=1)
+    pending: tuple[list[_Row], Any] | None = None
     with use_mesh(scorer.mesh):
-        for places, batch in _batches(scorer, requests):
+        for numbers, batch in _batches(scorer, [requests[row.places[0]] for row in rows]):
             scorer.on_batch()
-            dispatched = wait_on_cpu(score(scorer.params, _placed(scorer.mesh, batch)))
+            some = [rows[number] for number in numbers]
+            dispatched = wait_on_cpu(score(scorer.params, _placed(scorer.mesh, batch), _ends(some, batch, most)))
             if pending is not None:  # read the batch before while the device works on this one
                 found |= _collected(scorer, requests, *pending)
-            pending = places, dispatched
+            pending = some, dispatched
         if pending is not None:
             found |= _collected(scorer, requests, *pending)
     return [found[place] for place in range(len(requests))]
+
+
+def _rows(scorer: Scorer, requests: Sequence[Request]) -> list[_Row]:
+    """Requests by rows. On a mesh, where devices may share the tokens of a row, each has its own."""
+    rows: dict[Any, _Row] = {}
+    for place, one in enumerate(requests):
+        read = (tuple(one.context), tuple(one.continuation[:-1])) if scorer.mesh is None else place
+        row = rows.setdefault(read, _Row([], []))
+        row.places.append(place)
+        if one.continuation[-1] not in row.ends:
+            row.ends.append(one.continuation[-1])
+    return list(rows.values())
+
+
+def _ends(rows: Sequence[_Row], batch: Batch, most: int) -> np.ndarray | None:
+    """The last tokens of every row, [B, A], filled up with some of them; none where no row has two."""
+    if most == 1:
+        return None
+    ends_BA = np.zeros((len(batch.ids_B), most), np.int32)
+    for number, row in enumerate(rows):
+        ends_BA[number] = np.resize(row.ends, most)
+    return ends_BA
 
 
 def _placed(mesh: jax.sharding.Mesh | None, batch: Batch) -> Batch:
@@ -197,11 +231,14 @@ def _placed(mesh: jax.sharding.Mesh | None, batch: Batch) -> Batch:
 class _Scores:
     logprobs_BT: Any = axes("batch time")
     correct_BT: Any = axes("batch time")
+    end_logprobs_BA: Any = axes("batch choice", default=None)
+    end_correct_BA: Any = axes("batch choice", default=None)
 
 
 @functools.partial(jax.jit, static_argnames=("hidden", "unembed", "head"))
-def _scores(params: Params, batch: Batch, *, hidden, unembed, head) -> _Scores:
-    return _Scores(*token_scores(params, batch, hidden=hidden, unembed=unembed, head=head, chunk=_CHUNK))
+def _scores(params: Params, batch: Batch, ends_BA: jax.Array | None, *, hidden, unembed, head) -> _Scores:
+    scores = token_scores(params, batch, hidden=hidden, unembed=unembed, head=head, chunk=_CHUNK, ends_BA=ends_BA)
+    return _Scores(*scores)
 
 
 def _batches(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[list[int], Batch]]:
@@ -222,21 +259,27 @@ def _batches(scorer: Scorer, requests: Sequence[Request]) -> Iterator[tuple[list
 
 
 def _collected(
-    scorer: Scorer, requests: Sequence[Request], places: list[int], scores: _Scores
+    scorer: Scorer, requests: Sequence[Request], rows: Sequence[_Row], scores: _Scores
 ) -> dict[int, Likelihood]:
     fetched, found = on_host(scorer.mesh, scores), {}
-    for row, place in enumerate(places):
-        one = requests[place]
-        total = len(one.context) + len(one.continuation) - 1
-        end = min(total, scorer.context)
-        scored = slice(end - len(one.continuation), end)
-        found[place] = Likelihood(
-            logprob=float(fetched.logprobs_BT[row, scored].sum(dtype=np.float64)),
-            greedy=bool(fetched.correct_BT[row, scored].all()),
-            tokens=len(one.continuation),
-            bytes=one.bytes,
-            unread=max(0, total - scorer.context),
-        )
+    for number, row in enumerate(rows):
+        for place in row.places:
+            one = requests[place]
+            total = len(one.context) + len(one.continuation) - 1
+            end = min(total, scorer.context)
+            scored = slice(end - len(one.continuation), end)
+            logprobs, correct = fetched.logprobs_BT[number, scored], fetched.correct_BT[number, scored]
+            if fetched.end_logprobs_BA is not None:
+                choice = row.ends.index(one.continuation[-1])
+                logprobs = [*logprobs[:-1], fetched.end_logprobs_BA[number, choice]]
+                correct = [*correct[:-1], fetched.end_correct_BA[number, choice]]
+            found[place] = Likelihood(
+                logprob=float(np.sum(logprobs, dtype=np.float64)),
+                greedy=bool(np.all(correct)),
+                tokens=len(one.continuation),
+                bytes=one.bytes,
+                unread=max(0, total - scorer.context),
+            )
     return found
 
 

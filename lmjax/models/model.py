@@ -3,7 +3,7 @@
 The names of arrays end with the letters of their axes, as in x_BTD; 1 is an axis of length one. Each letter has the
 same meaning in all of lmjax:
 
-    A  choices: pairs of a token and one of its experts, T X of a sequence, or those of all rows
+    A  choices: pairs of a token and one of its experts, T X of a sequence, or those of all rows; last tokens of a row
     B  rows of a batch
     C  positions in a chunk of a row
     D  embed, the width of the residual stream

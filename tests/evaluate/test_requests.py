@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -130,6 +132,30 @@ def test_shapes_are_few() -> None:
     before = module._scores._cache_size()
     log_likelihoods(scorer(), [*drawn(), *drawn()[::2]])
     assert module._scores._cache_size() == before
+
+
+def test_requests_that_differ_in_their_last_token_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices by a letter: the context is read once, and the numbers are those that each request has alone."""
+    rng = np.random.default_rng(5)
+    asked = []
+    for length, before, ends in ((9, 0, V), (30, 0, 5), (CONTEXT + 7, 0, 4), (12, 3, 3), (20, 2, 1)):
+        context, shared = (rng.integers(V, size=n).tolist() for n in (length, before))
+        asked += [Request(context, [*shared, int(end)], 1) for end in rng.choice(V, ends, replace=False)]
+    asked = [asked[place] for place in rng.permutation(len(asked))]
+    alone = [by_hand(one) for one in asked]
+    rows = 0
+    real = module._batches
+
+    def counted(scorer: Scorer, some: list[Request]) -> Iterator[Any]:
+        nonlocal rows
+        rows += len(some)
+        return real(scorer, some)
+
+    monkeypatch.setattr(module, "_batches", counted)
+    found = log_likelihoods(scorer(4), asked)
+    assert rows == 5 and len(asked) == V + 5 + 4 + 3 + 1
+    assert all(close(one, other) for one, other in zip(found, alone, strict=True))
+    assert any(one.greedy for one in found) and len({one.logprob for one in found}) == len(asked)
 
 
 def test_what_does_not_fit_is_left_out_at_its_start() -> None:
