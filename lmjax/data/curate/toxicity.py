@@ -6,6 +6,7 @@ from typing import Literal
 
 from lmjax.data.curate.classifier import Classifier, load_classifier
 from lmjax.data.curate.document import Changed, Document, Dropped, Outcome
+from lmjax.data.curate.hashing import words
 from lmjax.data.curate.labelled import Labelled
 from lmjax.data.curate.privacy import Match, masked
 from lmjax.data.curate.quality import tenth
@@ -13,7 +14,9 @@ from lmjax.data.curate.step import Arrays, DocumentStep, Learned
 from lmjax.errors import ConfigError
 from lmjax.schema import Fraction, PositiveInt, config_class
 
-_SENTENCE = re.compile(r"[^\s.!?؟۔。！？](?:[^\n.!?؟۔。！？]|[.!?؟۔。！？](?!\s|\Z))*[.!?؟۔。！？]*")
+_MARKS = ".!?؟۔。！？"
+_SENTENCE = re.compile(rf"[^\s{_MARKS}](?:[^\n{_MARKS}]|\n(?!\s*\n)|[{_MARKS}](?!\s|\Z))*[{_MARKS}]*")
+"""Up to a mark before white space, or to an empty line."""
 
 
 @config_class
@@ -27,6 +30,8 @@ class Toxicity(Labelled, DocumentStep):
     """A file, *.classifier, that `lmjax classifier` made, in place of `labelled`."""
     most: Fraction = 0.9
     """Probability of being toxic, were both kinds equally frequent, above which a sentence is."""
+    least_words: PositiveInt = 4
+    """Shorter sentences stay: what a word or two mean depends on the others."""
     action: Literal["drop", "mask"] = "drop"
     least: PositiveInt = 1
     """How many toxic sentences it takes to drop a document."""
@@ -49,6 +54,7 @@ class Toxicity(Labelled, DocumentStep):
 
         def treat(document: Document) -> Outcome:
             sentences = [(match.start(), match[0].rstrip()) for match in _SENTENCE.finditer(document.text)]
+            sentences = [one for one in sentences if len(words(one[1])) >= self.least_words]
             scores = classifier.score(sentence for _, sentence in sentences)
             found = (tenth(max(scores, default=0.0)),)
             scored = zip(sentences, scores, strict=True)

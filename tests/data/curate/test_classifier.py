@@ -108,12 +108,15 @@ def test_toxic_sentences_are_masked_and_nothing_else(labelled: str, sentences: C
     treat = step.start(step.fit().arrays)
     kind = "And so it goes on, 3.14 and all;\n\n  and so it goes! And so it goes…"
     assert text_of(treat(Document(kind, "s/1", "s"))) == kind
-    for before, after in ((" ", "."), ("\n", "\r\n"), ("", "?! ")):
+    for before, after in ((" ", "."), ("\n", ".\r\n"), ("", "?! ")):
         toxic = f"{kind}.{before or ' '}{INSULT}{after}\t{kind}"
         outcome = treat(Document(toxic, "s/1", "s"))
         assert isinstance(outcome, Changed) and outcome.what == ("a toxic sentence",)
         rest = after.lstrip("?!.")
         assert outcome.document.text == f"{kind}.{before or ' '}<toxic>{rest}\t{kind}"
+    broken = INSULT.replace("idiot and", "idiot\nand")
+    assert text_of(treat(Document(f"{kind}\n \n{broken}\n\n{kind}", "s/1", "s"))) == f"{kind}\n \n<toxic>\n\n{kind}"
+    assert text_of(treat(Document("You idiot. Complete idiot!", "s/1", "s"))) == "You idiot. Complete idiot!"
 
 
 def test_documents_with_enough_toxic_sentences_are_dropped(labelled: str) -> None:
