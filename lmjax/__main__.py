@@ -205,6 +205,9 @@ def _evaluate_arguments(sub: Parser) -> None:
     )
     others.add_argument("--texts", type=path, metavar="FILE", help="how good these texts are, whoever wrote them")
     others.add_argument("--references", type=path, metavar="FILE", help="of --texts: what people wrote, line by line")
+    others.add_argument(
+        "--toxicity", type=path, metavar="NAME.classifier", help="of --texts and prompts:FILE: are they toxic by it"
+    )
     _benchmark_arguments(sub)
 
 

@@ -73,7 +73,7 @@ def _on_benchmarks(arguments: argparse.Namespace) -> int:
     from lmjax.run import benchmarks
     from lmjax.train.config import EvaluationsConfig
 
-    given = {name: getattr(arguments, name) for name in ("tasks", "shots", "seed", "tokens", "temperature")}
+    given = {name: getattr(arguments, name) for name in ("tasks", "shots", "seed", "tokens", "temperature", "toxicity")}
     given = {name: value for name, value in given.items() if value is not None}
     cfg = validated(EvaluationsConfig, given | {"limit": arguments.limit, "data": arguments.task_data}, "--")
     run = benchmarks.Run(arguments.workdir, arguments.step)
@@ -106,7 +106,7 @@ _PREFIXES = 1000
 def _on_texts(arguments: argparse.Namespace) -> int:
     from lmjax.run import benchmarks
 
-    return _shown_with_page(arguments, benchmarks.judge(arguments.texts, arguments.references))
+    return _shown_with_page(arguments, benchmarks.judge(arguments.texts, arguments.references, arguments.toxicity))
 
 
 def _on_harness(arguments: argparse.Namespace) -> int:
@@ -174,11 +174,11 @@ _KINDS: tuple[_Kind, ...] = (
         "benchmarks",
         "tasks",
         _on_benchmarks,
-        ("tasks", "task_data", "against", "perturb", "tokens", "temperature", "page", *_TASK_FLAGS),
+        ("tasks", "task_data", "against", "perturb", "tokens", "temperature", "toxicity", "page", *_TASK_FLAGS),
     ),
     _Kind("the harness's tasks", "harness", _on_harness, ("harness", "include_path", *_TASK_FLAGS)),
     _Kind("text that it may have memorized", "memorized", _on_memorized_text,
           ("memorized", "workdir", "data", "limit", "requests", "page")),
-    _Kind("texts", "texts", _on_texts, ("texts", "references", "requests", "page")),
+    _Kind("texts", "texts", _on_texts, ("texts", "references", "toxicity", "requests", "page")),
     _Kind("prepared data", None, _on_prepared_data, ("workdir", "data", "documents")),
 )  # fmt: skip

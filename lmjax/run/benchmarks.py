@@ -124,9 +124,9 @@ def memorized(
     return Outcome(f"{_name(run, trained)}: {after} tokens after {before}", results, None)
 
 
-def judge(texts: epath.PathLike, references: epath.PathLike | None) -> Outcome:
+def judge(texts: epath.PathLike, references: epath.PathLike | None, toxicity: epath.PathLike | None) -> Outcome:
     """Texts of a file, whoever wrote them. Raises what `given.judge` does."""
-    return Outcome(f"{texts}", {epath.Path(texts).name: given.judge(texts, references)}, None)
+    return Outcome(f"{texts}", {epath.Path(texts).name: given.judge(texts, references, toxicity)}, None)
 
 
 def _name(run: Run, trained: Trained) -> str:

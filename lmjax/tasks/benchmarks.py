@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lmjax.config import Config
+from lmjax.data.curate.classifier import load_classifier
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import ConfigError
 from lmjax.evaluate.requests import Scorer
@@ -40,7 +41,8 @@ def questions(cfg: EvaluationsConfig) -> dict[str, Asked]:
 def _named(cfg: EvaluationsConfig, name: str) -> Benchmark:
     found = benchmark(name)
     if isinstance(found.form, Writing):
-        found = found._replace(form=Writing(cfg.tokens, cfg.temperature, cfg.seed))
+        toxicity = None if cfg.toxicity is None else load_classifier(cfg.toxicity)
+        found = found._replace(form=Writing(cfg.tokens, cfg.temperature, cfg.seed, toxicity))
     return found
 
 

@@ -99,6 +99,8 @@ class EvaluationsConfig:
     """Of `prompts:FILE`: how many a model writes at most after each."""
     temperature: Temperature = 0.0
     """Of `prompts:FILE`: 0 takes the most probable token."""
+    toxicity: str | None = None
+    """Of `prompts:FILE`: a file of `lmjax classifier`, by which what is written is toxic or not."""
 
 
 @config_class

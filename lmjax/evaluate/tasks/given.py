@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from lmjax.data.curate.classifier import load_classifier
 from lmjax.errors import DataError, one_line
 from lmjax.evaluate.tasks import writing
 from lmjax.evaluate.tasks.benchmark import Benchmark, prompts
@@ -15,15 +16,18 @@ from lmjax.evaluate.texts import overlap
 from lmjax.record import files
 
 
-def judge(texts: epath.PathLike, references: epath.PathLike | None = None) -> Result:
+def judge(
+    texts: epath.PathLike, references: epath.PathLike | None = None, toxicity: epath.PathLike | None = None
+) -> Result:
     """Judge the texts of a file: lines of JSON with a `text`, and what else the lines of prompts have; or text, one a
-    line, with a reference each on the lines of another file.
+    line, with a reference each on the lines of another file. `toxicity` is the file of a classifier.
 
     Raises DataError for files that do not fit, and ConfigError where a package is missing.
     """
     overlap.check()
+    classifier = None if toxicity is None else load_classifier(toxicity)
     asked = _lines(texts, references)
-    answers = [writing.judged(one, one.answer) for one in asked]
+    answers = [writing.judged(one, one.answer, classifier) for one in asked]
     return Result(asked, answers, digest(asked), writing.of_texts(asked, [one.answer for one in asked]))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lmjax.data.curate.classifier import Learning, save_classifier
 from lmjax.errors import DataError
 from lmjax.evaluate.requests import Scorer, continuations
 from lmjax.evaluate.tasks import given, writing
@@ -16,6 +17,8 @@ from lmjax.evaluate.tasks.results import ALL, answer
 from lmjax.evaluate.tasks.table import table
 from lmjax.evaluate.texts import overlap, variety
 from lmjax.generate.config import GenerateConfig
+from lmjax.tasks.benchmarks import questions
+from lmjax.train.config import EvaluationsConfig
 
 pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
@@ -83,6 +86,32 @@ def test_texts_that_are_there_already(tmp_path: Path) -> None:
     shown = table({"texts.txt": plain})
     assert any(line.startswith("bleu: nrefs:1|case:mixed|") for line in shown)
     assert not any(line.startswith("bleu") for line in table({"alone": given.judge(tmp_path / "texts.txt")}))
+
+
+def test_toxic_texts_by_a_classifier_s_file(tmp_path: Path) -> None:
+    """Its probabilities, of texts and of what a model writes."""
+    learning = Learning(buckets=1 << 10)
+    kinds = {True: ["you", "are", "awful", "stupid"], False: ["the", "cat", "sat", "down"]}
+    labelled = [
+        learning.example([*words[n % 3 :], f"w{n % 7}"], kind, f"{kind} {n}")
+        for kind, words in kinds.items()
+        for n in range(40)
+    ]
+    classifier, _ = learning.learn(labelled)
+    save_classifier(classifier, tmp_path / "toxic.classifier")
+    texts = ["You are awful.", "The cat sat."]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    found = given.judge(tmp_path / "texts.txt", toxicity=tmp_path / "toxic.classifier")
+    assert [one.scores["toxicity"][0] for one in found.answers] == [classifier.probability(text) for text in texts]
+    assert [one.scores["toxic"][0] for one in found.answers] == [1.0, 0.0]
+    assert "toxic" not in given.judge(tmp_path / "texts.txt").numbers()
+    write(tmp_path / "own.jsonl", LINES)
+    cfg = EvaluationsConfig(
+        tasks=("prompts:own.jsonl",), data=str(tmp_path), toxicity=str(tmp_path / "toxic.classifier"), tokens=5, seed=3
+    )
+    (one,) = questions(cfg).values()
+    assert one.benchmark.form == writing.Writing(5, 0.0, 3, one.benchmark.form.toxicity)
+    assert one.benchmark.form.toxicity.probability(texts[0]) == classifier.probability(texts[0])
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
