@@ -1,7 +1,6 @@
 """A head of another width, or tables for another tokenizer, are drawn anew; the rest is taken, to the bit."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,13 +23,14 @@ from tests.finetune.test_parts import config
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> tuple[str, Params]:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Params]:
     """A run of the llama3 family with 61 tokens, and its weights."""
     cfg = config("llama3")
     params = assemble.initial_state(assemble.assemble(without_data(cfg))).params
-    write_workdir(Imported(cfg.model, params, None, {}), epath.Path(tmp_path / "base"), source="a test")
-    return str(tmp_path / "base"), params
+    path = tmp_path_factory.mktemp("fresh") / "base"
+    write_workdir(Imported(cfg.model, params, None, {}), epath.Path(path), source="a test")
+    return str(path), params
 
 
 def start(cfg: Any) -> dict[str, Any]:
@@ -49,7 +49,6 @@ TABLES = ("* -> vocab", "vocab -> *")
     ("tune", "sizes", "fresh"),
     [
         ({"fresh": ("unembed",)}, {}, {"unembed"}),
-        ({"fresh": TABLES}, {"vocab": 40}, {"unembed", "embed"}),
         ({"fresh": TABLES, "train": ("unembed",)}, {"vocab": 40}, {"unembed", "embed"}),
     ],
 )
@@ -84,7 +83,7 @@ def test_a_hugging_face_model_is_taken_for_another_vocabulary() -> None:
 )
 def test_what_is_not_named_must_fit(base: tuple[str, Params], tune: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        start(config("llama3", tune=tune, train__init_from=base[0], model__vocab=40))
+        without_data(config("llama3", tune=tune, train__init_from=base[0], model__vocab=40)).start.check()
     assert "\n" not in str(caught.value)
 
 

@@ -43,7 +43,7 @@ def stepped(family: str, tune: dict[str, Any]) -> tuple[Params, Params, Params, 
     ("family", "layers", "repeats"),
     [
         ("llama3", 2, {"0": 2}),
-        ("gemma2", 3, {"0": 1, "1": 1}),
+        pytest.param("gemma2", 3, {"0": 1, "1": 1}, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", 1, {"0": 0, "1": 1}, marks=pytest.mark.slow),
     ],
 )

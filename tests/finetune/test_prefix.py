@@ -40,7 +40,7 @@ def standing_on(base: Path, kind: str) -> tuple[Model, Params, Any]:
     return task.language.scorer, weights, params["adapter"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_logits_are_those_of_transformers_with_a_cache(name: str) -> None:
     """Whose texts go on where the cache ends."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

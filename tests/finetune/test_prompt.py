@@ -12,7 +12,7 @@ from tests.models.test_front import P, logits, made
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("llama3", marks=pytest.mark.slow)])
 def test_a_prompt_is_more_tokens_in_a_larger_table(family: str) -> None:
     """Whose embeddings are those that it starts from, moved."""
     model, base, weights = made("prompt", family)
@@ -27,7 +27,7 @@ def test_a_prompt_is_more_tokens_in_a_larger_table(family: str) -> None:
     np.testing.assert_allclose(logits(model, weights, texts_BT), whole_BTV[:, P:], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_logits_and_gradient_are_those_of_transformers(name: str) -> None:
     """Given the prompt as `inputs_embeds`."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
