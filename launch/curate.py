@@ -16,12 +16,14 @@ hosts must share FOLDER, DIR and this checkout, and have the packages of `lmjax[
 import argparse
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmjax.config import ConfigFile
-from lmjax.data.curate.document import Changed, Document, Dropped
+from lmjax.data.curate.document import Changed, Document, Dropped, Outcome
 from lmjax.data.curate.duplicates import ExactDuplicates
 from lmjax.data.curate.hashing import words
 from lmjax.data.curate.held_out import HeldOut
@@ -80,15 +82,20 @@ def treat(documents: Iterable[Any], rank: int, world_size: int, *, steps: Steps)
         assert isinstance(step, DocumentStep)
         functions.append(step.start(step.fit().arrays))
     for theirs in documents:
-        document: Document | None = Document(theirs.text, theirs.id, "", theirs.metadata)
-        for function in functions:
-            if document is not None:
-                outcome = function(document)
-                document = outcome.document if isinstance(outcome, Changed) else outcome  # type: ignore[assignment]
-                document = None if isinstance(outcome, Dropped) else document
+        document = _through(functions, Document(theirs.text, theirs.id, "", theirs.metadata))
         if document is not None:
             theirs.text, theirs.metadata = document.text, dict(document.labels)
             yield theirs
+
+
+def _through(functions: Sequence[Callable[[Document], Outcome]], document: Document) -> Document | None:
+    """What is left of a document."""
+    for function in functions:
+        outcome = function(document)
+        if isinstance(outcome, Dropped):
+            return None
+        document = outcome.document if isinstance(outcome, Changed) else outcome
+    return document
 
 
 class Stage(NamedTuple):
@@ -169,11 +176,17 @@ def curate(arguments: argparse.Namespace) -> int:
     folders = [pattern for patterns in cfg.sources.values() for pattern in patterns]
     if len(folders) != 1 or not Path(folders[0]).is_dir():
         raise ConfigError(f"{arguments.config}: its sources must be one folder of JSON lines, not {', '.join(folders)}")
+    if arguments.partition is not None and shutil.which("sbatch") is None:
+        raise ConfigError(
+            f"--partition={arguments.partition}: there is no sbatch here; leave it out to work without Slurm"
+        )
     cut = parts(cfg.steps)
     out = Path(arguments.out).resolve()
     try:
         start(stages(str(Path(folders[0]).resolve()), out, cut, arguments), out, arguments)
     except ImportError as error:
         raise ConfigError(f"launch curate needs datatrove and orjson ({error}): install them") from error
+    except subprocess.CalledProcessError as error:
+        raise ConfigError(f"--partition={arguments.partition}: sbatch refused a job, as it says above") from error
     print(f"left for lmjax curate of {out}/documents: {', '.join(step['step'] for step in cut.rest) or 'nothing'}")
     return DONE
