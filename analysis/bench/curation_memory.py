@@ -1,15 +1,21 @@
 """Memory and speed of a whole recipe on a gigabyte of text: figures of docs/curation.md.
 
     python -m analysis.bench.curation_memory DATA [--config=configs/curate/books.py] [--gigabytes=1] [--workers=2]
+    python -m analysis.bench.curation_memory --pass-alone [--gigabytes=1]
 
 The text is the passages of the books in DATA/gutenberg, again and again until there is enough of it, each time with
 three words of ten replaced by others of the books, so that no two of a passage are near duplicates; every tenth is an
 exact copy, every fifth a web page. Memory is the resident set, mapped files included, looked at twenty times a second:
 of all processes together, where what they share counts for each, and of the largest. CPU time is that of all.
+
+All that grows with the corpus is what a pass holds while it decides, in one process, and of all passes near duplicates
+hold most. `--pass-alone` has it decide over keys that were drawn: as many as such a corpus has, of documents of 400
+words, a tenth of them copies of the one before.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -20,10 +26,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from etils import epath
+
 from analysis.bench import dirt
+from lmjax.data.curate.chunk import Chunk, gather_keys
+from lmjax.data.curate.document import Document
+from lmjax.data.curate.near_duplicates import NearDuplicates
 
 REPLACED = 0.3
 COPIES, PAGES = 10, 5
+CHUNK_DOCUMENTS = 3500
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -62,13 +75,49 @@ def resident(root: int) -> list[int]:
     return [parents[pid][1] for pid in family if pid in parents]
 
 
+def decide_alone(gigabytes: float) -> str:
+    """What near duplicates take to decide over keys of so much text."""
+    rng = np.random.default_rng(0)
+    document = Document("", "", "")
+    with tempfile.TemporaryDirectory() as name:
+        folder = epath.Path(name)
+        (folder / "1").mkdir()
+        chunks = [Chunk(folder, 1, number) for number in range(math.ceil(gigabytes * 1e9 / CHUNK_DOCUMENTS / 2400))]
+        for chunk in chunks:
+            keys = [_drawn(rng) for _ in range(CHUNK_DOCUMENTS)]
+            keys[COPIES::COPIES] = keys[COPIES - 1 : -1 : COPIES]
+            chunk.write([document] * CHUNK_DOCUMENTS, keys, [])
+        before, began = _peak(), time.process_time()
+        learned = NearDuplicates().decide(gather_keys(chunks))
+        seconds = time.process_time() - began
+    return (f"near_duplicates alone, {len(chunks) * CHUNK_DOCUMENTS:,} documents: {_peak():,.0f} MB, {before:,.0f} MB "
+            f"of it before, {seconds:,.0f} s of CPU time, {learned.facts['pairs_joined']:,} pairs joined")  # fmt: skip
+
+
+def _drawn(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Keys of a document that is like no other."""
+    runs = rng.integers(0, 1 << 32, 400, np.uint64).astype(np.uint32)
+    return {"bands": rng.integers(0, 1 << 63, NearDuplicates().bands, np.uint64), "runs": np.unique(runs)}
+
+
+def _peak() -> float:
+    """Megabytes of this process, at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--pass-alone", action="store_true")
     parser.add_argument("--config", default="configs/curate/books.py")
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.pass_alone:
+        print(decide_alone(arguments.gigabytes))
+        return
+    if arguments.data is None:
+        parser.error("say where the texts are: DATA, with gutenberg/ in it")
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
