@@ -70,7 +70,8 @@ def test_several_tokens_after_a_prompt() -> None:
     assert model.empty_cache is not None
     params, tokens_BT = random_params(model.spec), random_texts()
     whole_BTD = jax.jit(model.hidden)(params, tokens_BT)[0]
-    unstacked, cache = model.unstack(params), model.empty_cache(*tokens_BT.shape)
+    unstacked = model.unstack(params)
+    cache = model.empty_cache(unstacked, *tokens_BT.shape)
     hidden, pieces = jax.jit(model.hidden), []
     for low, high in ((0, 7), (7, 11), (11, 12), (12, 21)):
         positions_BT = np.broadcast_to(np.arange(low, high), (len(tokens_BT), high - low))
