@@ -24,6 +24,10 @@ from lmjax.arguments import (
 from lmjax.errors import ConfigError
 from lmjax.process import ending, start_up
 from lmjax.record import buckets
+from lmjax.schema import names_in
+
+LAYOUTS = names_in("lmjax.devices.mesh", "LAYOUTS")
+SPREAD = "how weights are spread over several devices; default: as the run's mesh says"
 
 # Arguments --------------------------------------------------------------------------------------------------------
 
@@ -60,6 +64,7 @@ def parser() -> Parser:
     sub.add_argument("workdir", type=path, metavar="WORKDIR", help="a run with adapters, or with frozen weights")
     sub.add_argument("--out", type=path, required=True, metavar="DIR", help="the work directory to make")
     sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")
+    sub.add_argument("--layout", choices=LAYOUTS, help=SPREAD)
     sub = command(commands.replay)
     sub.add_argument("workdir", type=path, metavar="WORKDIR", help="a run")
     sub.add_argument("step", type=count, metavar="STEP", help="one after a checkpoint that the run still has")
@@ -243,6 +248,13 @@ def _benchmark_arguments(sub: Parser) -> None:
 def _generate_arguments(sub: Parser) -> None:
     sub.add_argument("--workdir", required=True, help="a trained run")
     sub.add_argument("--step", type=int, help="default: the newest checkpoint")
+    sub.add_argument(
+        "--adapter",
+        type=path,
+        action="append",
+        metavar="DIR",
+        help="a run that stands on --workdir, or an adapter of PEFT for it; may be repeated: each of them answers",
+    )
     sub.add_argument("--prompt", action="append", help="may be repeated; default: the start of a document")
     sub.add_argument("--chat", action="store_true", help="answer the prompt, by the model's chat template")
     sub.add_argument("--system", metavar="TEXT", help="with --chat: the message that stands before the prompt")
@@ -261,9 +273,11 @@ def _convert_arguments(sub: Parser) -> None:
     direction = sub.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-hf", type=path, metavar="DIR", help="read a Hugging Face checkpoint into --workdir")
     direction.add_argument("--from-llama2c", type=path, metavar="FILE.bin", help="read a llama2.c model into --workdir")
-    direction.add_argument("--from-peft", type=path, metavar="DIR", help="read a LoRA that PEFT saved into --workdir")
+    direction.add_argument(
+        "--from-peft", type=path, metavar="DIR", help="read an adapter that PEFT saved into --workdir"
+    )
     direction.add_argument("--to-hf", action="store_true", help="write the model of --workdir to --out")
-    direction.add_argument("--to-peft", action="store_true", help="write the LoRA of --workdir to --out")
+    direction.add_argument("--to-peft", action="store_true", help="write the adapter of --workdir, for PEFT, to --out")
     sub.add_argument("--workdir", type=path, required=True, help="the work directory to make, or a trained run")
     sub.add_argument(
         "--sha256",
@@ -278,6 +292,7 @@ def _convert_arguments(sub: Parser) -> None:
     sub.add_argument("--base", metavar="DIR", help="of --from-peft: the run or Hugging Face directory that it is for")
     sub.add_argument("--out", metavar="DIR", help="where --to-hf and --to-peft write")
     sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")
+    sub.add_argument("--layout", choices=LAYOUTS, help=f"of --to-hf: {SPREAD}")
     sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of --to-hf's files; default: float32")
     sub.add_argument("--shard-gb", type=gigabytes, help="largest file that --to-hf writes, in 1e9 bytes; default: 5")
 

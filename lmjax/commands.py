@@ -17,12 +17,11 @@ from lmjax.command_data import curate as curate
 from lmjax.command_data import prepare as prepare
 from lmjax.command_data import tokenizer as tokenizer
 from lmjax.command_evaluate import evaluate as evaluate
+from lmjax.command_generate import generate as generate
 from lmjax.errors import CheckpointError, ConfigError, StallError, visible
 from lmjax.process import ending
-from lmjax.schema import validated
 
 if TYPE_CHECKING:
-    from lmjax.data.tokenizers.tokenizer import Tokenizer
     from lmjax.run.run import Options
 
 Arguments = argparse.Namespace
@@ -160,67 +159,19 @@ def coordinates(arguments: Arguments) -> int:
     return 0
 
 
-def generate(arguments: Arguments) -> int:
-    """Text from a trained model."""
-    from lmjax.generate import decode
-    from lmjax.generate.config import GenerateConfig
-    from lmjax.process import start_up
-    from lmjax.run.trained import load_trained
-
-    if arguments.system is not None and not arguments.chat:
-        raise ConfigError("--system stands before a conversation: add --chat, or leave it out")
-    start_up.enable_compile_cache()
-    fields = {field.name for field in dataclasses.fields(GenerateConfig)}
-    given = {name: value for name, value in vars(arguments).items() if name in fields}
-    if arguments.temperature is None:
-        given["temperature"] = 0.8 if arguments.beams == 1 else 0.0
-    cfg = validated(GenerateConfig, given | {"stop_at_endoftext": not arguments.ignore_endoftext})
-    trained = load_trained(arguments.workdir, arguments.step)
-    prompts = arguments.prompt or [""]
-    asked = _conversations(arguments, trained.tokenizer) if arguments.chat else prompts
-    shown = [""] * len(prompts) if arguments.chat else prompts
-    with ending.within_memory("--tokens, --beams or the number of prompts"):
-        if len(prompts) == 1 and cfg.beams == 1:
-            pieces = decode.stream(trained.model, trained.params, trained.tokenizer, asked[0], cfg)
-            print(visible(shown[0]), end="", flush=True)
-            for piece in pieces:
-                print(visible(piece), end="", flush=True)
-            print()
-            return 0
-        generations = decode.generate(trained.model, trained.params, trained.tokenizer, asked, cfg)
-    for prompt, opening, generation in zip(prompts, shown, generations, strict=True):
-        print(f"--- {prompt!r}\n{visible(opening + generation.text)}")
-    return 0
-
-
-def _conversations(arguments: Arguments, tokenizer: "Tokenizer") -> list[list[int]]:
-    """Each prompt as the first turn of a conversation, by the model's own template."""
-    from lmjax.data.chat.rendering import Renderer
-    from lmjax.data.chat.templates import load_template
-
-    if not arguments.prompt:
-        raise ConfigError("--chat needs something to answer: give --prompt=TEXT")
-    template = load_template(f"{arguments.workdir}/tokenizer")
-    turns = [[{"role": "user", "content": prompt}] for prompt in arguments.prompt]
-    if arguments.system is not None:
-        turns = [[{"role": "system", "content": arguments.system}, *turn] for turn in turns]
-    with Renderer(template) as renderer:
-        texts = [renderer.render(turn, add_generation_prompt=True).text for turn in turns]
-    return [tokenizer.encode_symbols(text) for text in texts]
-
-
 def convert(arguments: Arguments) -> int:
     """A foreign checkpoint or adapter into a work directory (--from-hf, --from-llama2c, --from-peft), or back."""
     from lmjax.models import decoder
-    from lmjax.run import convert, peft
+    from lmjax.run import convert, merge, peft
     from lmjax.weights import count
 
     convert.check_flags(vars(arguments))
     if arguments.to_hf:
-        files = convert.to_hf(
+        files = merge.to_hf(
             arguments.workdir,
             arguments.out,
             step=arguments.step,
+            layout=arguments.layout,
             dtype=arguments.dtype or "float32",
             shard_bytes=max(1, round((arguments.shard_gb or 5.0) * 1e9)),
         )
@@ -231,7 +182,7 @@ def convert(arguments: Arguments) -> int:
         return 0
     if arguments.from_peft:
         adapter = peft.from_peft(arguments.from_peft, arguments.base, arguments.workdir)
-        print(f"{arguments.workdir}: LoRA of rank {adapter.rank} beside {len(adapter.targets)} weights")
+        print(f"{arguments.workdir}: {adapter.name} beside {len(adapter.targets)} weights")
         return 0
     if arguments.from_llama2c:
         imported = convert.from_llama2c(
@@ -248,10 +199,10 @@ def convert(arguments: Arguments) -> int:
 def merge(arguments: Arguments) -> int:
     """One plain model of a work directory that stands on frozen weights: adapters are added to what they are beside."""
     from lmjax.models import decoder
-    from lmjax.run import convert
+    from lmjax.run import merge
     from lmjax.weights import count
 
-    merged = convert.merge(arguments.workdir, arguments.out, step=arguments.step)
+    merged = merge.merge(arguments.workdir, arguments.out, step=arguments.step, layout=arguments.layout)
     print(f"{arguments.out}: {count(decoder.weights(merged.model)).total:,} parameters")
     return 0
 

@@ -47,7 +47,7 @@ FLOORS: list[set[str]] = [
     {"registry"},
     {"run"},
     {"plan", "coordinates"},
-    {"arguments", "command_data", "command_evaluate", "lm_eval"},
+    {"arguments", "command_data", "command_evaluate", "command_generate", "lm_eval"},
     {"commands"},
     {"__main__"},
 ]

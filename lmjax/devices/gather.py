@@ -61,6 +61,14 @@ def _gather(w: jax.Array) -> jax.Array:
     return checkpoint_name(jax.sharding.reshard(w, _without(jax.typeof(w).sharding.spec, GATHERED)), GATHER)
 
 
+def constant(w: jax.Array) -> jax.Array:
+    """A gathered weight as a value without a gradient, whose type says nothing of one either."""
+    w = jax.lax.stop_gradient(w)
+    return (
+        w if current_mesh() is None else jax.sharding.reshard(w, PartitionSpec(*jax.typeof(w).sharding.spec.partitions))
+    )
+
+
 def _gather_unreduced(w: jax.Array) -> jax.Array:
     """All-gather a matrix so that its gradient has the type `unreduced`.
 

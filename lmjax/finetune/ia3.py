@@ -54,11 +54,16 @@ def fits(weight: Weight) -> bool:
     return weight.kind == "matmul" and "experts" not in weight.batch_axes
 
 
+def rescales_inputs(weight: Weight) -> bool:
+    """Whether it writes to the residual stream, and so what it reads is rescaled."""
+    return weight.out_axes == _STREAM
+
+
 def vector(weight: Weight) -> Weight:
     axes, before = weight.out_axes, len(weight.batch_axes)
     middle = before + len(weight.in_axes)
     sizes = weight.sizes[middle:]
-    if axes == _STREAM:
+    if rescales_inputs(weight):
         axes, sizes = weight.in_axes, weight.sizes[before:middle]
     copies = f"{' '.join(weight.batch_axes)} | " if before else ""
     return Weight(f"{copies}-> {' '.join(axes)}", kind="scale", init=ones, sizes=(*weight.sizes[:before], *sizes))
@@ -69,4 +74,4 @@ def weights(weight: Weight, cfg: AdapterConfig) -> Spec:
 
 
 def attached(weight: Weight, cfg: AdapterConfig, base: Any, beside: Any, keys: jax.Array | None) -> Rescaled:
-    return Rescaled(base, beside["by"], weight.out_axes == _STREAM)
+    return Rescaled(base, beside["by"], rescales_inputs(weight))

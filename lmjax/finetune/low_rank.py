@@ -34,13 +34,10 @@ class LowRank:
 
     def as_array(self, weight: Weight) -> jax.Array:
         """W + scale A B, in float32."""
-
-        def product(down: jax.Array, up: jax.Array) -> jax.Array:
-            return jnp.tensordot(down, up, axes=1)
-
+        beside = product
         for _ in weight.batch_axes:
-            product = jax.vmap(product)
-        return as_array(weight, self.base).astype(jnp.float32) + self.scale * product(self.down, self.up)
+            beside = jax.vmap(beside)
+        return as_array(weight, self.base).astype(jnp.float32) + self.scale * beside(self.down, self.up)
 
     def map_parts(self, function: Callable[[Weight, Any], Any], weight: Weight) -> "LowRank":
         beside = factors(weight, self.down.shape[-1])
@@ -57,6 +54,18 @@ class LowRank:
 
     def lookup(self, rows: Callable[[Any], jax.Array]) -> jax.Array:
         return rows(self.base) + self.scale * linear(rows(self.down), self.up)
+
+
+def product(down: jax.Array, up: jax.Array) -> jax.Array:
+    """A B, its terms added up one after another: shards of it have the bits of the whole, which a matrix product, made
+    otherwise for every shape, does not promise."""
+    columns, spread = jnp.moveaxis(down, -1, 0), (..., *[None] * (up.ndim - 1))
+
+    def add(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        column, row = pair
+        return total + column[spread] * row, None
+
+    return jax.lax.scan(add, columns[0][spread] * up[0], (columns[1:], up[1:]))[0]
 
 
 def fits(weight: Weight) -> bool:

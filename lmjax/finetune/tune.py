@@ -11,16 +11,18 @@ are the weights that are trained, at their own paths, and under `adapter/` what 
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
-from functools import reduce
 from operator import getitem
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from lmjax.devices import mesh as meshes
 from lmjax.devices.mesh import LAYOUTS
 from lmjax.errors import ConfigError
 from lmjax.finetune.adapters import ADAPTERS
@@ -33,7 +35,7 @@ from lmjax.tasks.task import Evaluate, Frozen, Task
 from lmjax.train.accounting import Cost
 from lmjax.train.config import AdapterConfig, TuneConfig
 from lmjax.train.objective import Keys
-from lmjax.weights import Params, Spec, Weight, by_path, count, initialize, nested, path_hash
+from lmjax.weights import Params, Spec, Weight, by_path, count, initialize, map_weights, nested, part, path_hash
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,11 @@ class Parts(NamedTuple):
         return {**self._of(self.trained, self.cut), **({ADAPTER: self.adapter_spec} if self.targets else {})}
 
     @property
+    def targets_spec(self) -> Spec:
+        """What has an adapter beside it."""
+        return self._of(self.targets, {})
+
+    @property
     def adapter_spec(self) -> Spec:
         assert self.cfg.adapter is not None
         make, weights = ADAPTERS[self.cfg.adapter.name].weights, by_path(self.spec)
@@ -82,7 +89,7 @@ class Parts(NamedTuple):
         for path in self.targets:
             assert cfg is not None
             keys = copy_keys(keys_B, path, weights[path]) if keys_B is not None and cfg.dropout else None
-            small = reduce(getitem, path.split("/"), beside)
+            small = functools.reduce(getitem, path.split("/"), beside)
             held[path] = ADAPTERS[cfg.name].attached(weights[path], cfg, held[path], small, keys)
         return one_after_the_other(held) if cut and self.cut else joined(self.spec, held)
 
@@ -230,7 +237,7 @@ def tuned(task: Task) -> Task:
 
 
 def start(task: Task, chosen: Parts) -> Start:
-    """Trained weights start as the task's do, adapters as they are declared."""
+    """Trained weights start as the task's do, adapters as they are declared, or from what they stand beside."""
 
     def make(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
         own = {name: one for name, one in shardings.items() if name != ADAPTER}
@@ -238,9 +245,35 @@ def start(task: Task, chosen: Parts) -> Start:
         if chosen.targets:
             beside = {ADAPTER: chosen.adapter_spec}
             params |= drawn(lambda key, _: initialize(beside, key))(key, scalars, {ADAPTER: shardings[ADAPTER]})
+            params[ADAPTER] = from_base(key, scalars, params[ADAPTER], shardings[ADAPTER])
         return params
 
+    def from_base(key: jax.Array, scalars: Mapping[str, Any], beside: Params, shardings: Any) -> Params:
+        """The adapters, with what starts from the weights beside them, as these are held, in its place."""
+        assert chosen.cfg.adapter is not None
+        values, spec = ADAPTERS[chosen.cfg.adapter.name].start, chosen.targets_spec
+        if values is None:
+            return beside
+
+        def of_all(base: Params) -> Params:
+            found: Params = map_weights(values, spec, stored(spec, base, chosen.cfg.store))
+            return found
+
+        base = task.start(key, scalars, on_devices_of(shardings, spec))
+        laid_out = part(shardings, jax.eval_shape(of_all, base))
+        whole: Params = nested(by_path(beside) | by_path(jax.jit(of_all, out_shardings=laid_out)(base)))
+        return whole
+
     return Start(make, task.start.check, task.start.digest)
+
+
+def on_devices_of(shardings: Any, spec: Spec) -> Any:
+    """A tree of shardings for weights where others are that have these."""
+    one = jax.tree.leaves(shardings)[0]
+    if not isinstance(one, NamedSharding):
+        return map_weights(lambda _: one, spec)
+    assert isinstance(one.mesh, Mesh)
+    return meshes.shardings(spec, one.mesh)
 
 
 def frozen_part(task: Task, chosen: Parts) -> Frozen:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from lmjax.data.chat.templates import FILE, SETTINGS, special_tokens
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.load import load_tokenizer
@@ -54,6 +56,11 @@ def read_tokenizer(directory: Path, cfg: ModelConfig) -> tuple[Tokenizer | None,
     tokenizer.begin_id = symbols.begin_id(tokenizer, settings)
     tokenizer.stop_ids = symbols.stop_ids(directory, tokenizer)
     return tokenizer, files
+
+
+def kept_files(directory: epath.Path) -> dict[str, bytes]:
+    """The files beside a tokenizer that a work directory has kept."""
+    return {name: (directory / name).read_bytes() for name in KEPT if (directory / name).exists()}
 
 
 def _load(directory: Path, settings: Mapping[str, Any]) -> Tokenizer | None:

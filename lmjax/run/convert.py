@@ -1,4 +1,4 @@
-"""The convert command: foreign checkpoints into work directories, and back."""
+"""The convert command: foreign checkpoints into work directories. Back: merge.py."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,14 @@ from etils import epath
 from lmjax import config as configs
 from lmjax.config import Config
 from lmjax.data.config import DataConfig
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import CheckpointError, ConfigError
-from lmjax.hf import llama2c, tokenizer_files
-from lmjax.hf.imported import Imported, read_checkpoint, write_checkpoint
-from lmjax.models import decoder
-from lmjax.models.read import as_array
+from lmjax.hf import llama2c
+from lmjax.hf.imported import Imported, read_checkpoint
 from lmjax.record.checkpoint import Checkpoints
 from lmjax.record.trees import one_array_at_a_time
-from lmjax.run.trained import load_trained
 from lmjax.run.workdir import make_workdir
 from lmjax.tasks.pretrain import save_tokenizer
-from lmjax.weights import abstract, map_weights
 
 SEQ_LEN = 1024
 
@@ -60,7 +57,7 @@ def from_llama2c(path: str, tokenizer: str, workdir: str, pins: Pins = ()) -> Im
 def check_flags(given: Mapping[str, Any]) -> None:
     """Raise ConfigError for a flag that the direction needs, or that it would not read."""
     read: dict[str, tuple[str, ...]] = {
-        "to_hf": ("out", "step", "dtype", "shard_gb"),
+        "to_hf": ("out", "step", "dtype", "shard_gb", "layout"),
         "to_peft": ("out", "step"),
         "from_llama2c": ("tokenizer", "sha256"),
         "from_hf": ("sha256",),
@@ -126,40 +123,15 @@ def write_workdir(imported: Imported, workdir: epath.Path, *, source: str, data:
     context = one_array_at_a_time(imported.params)
     checkpoints.save(0, {"params": imported.params}, {"source": source}, context=context)
     checkpoints.wait()
-    if imported.tokenizer is not None:
-        save_tokenizer(imported.tokenizer, workdir)
-        for name, content in imported.files.items():
-            (workdir / "tokenizer" / name).write_bytes(content)
+    write_tokenizer(imported.tokenizer, imported.files, workdir)
     data = data or DataConfig(seq_len=min(SEQ_LEN, imported.model.context))
     configs.write_json(workdir / "config.json", Config(model=imported.model, data=data))
 
 
-def merge(workdir: str, out: str, *, step: int | None = None) -> Imported:
-    """Make a work directory of one that stands on frozen weights, with an array in place of each weight.
-
-    Raises what `trained.load_trained` and `write_workdir` do, and ConfigError for adapters that no array can replace.
-    """
-    target = new_workdir(out, "--out")
-    imported, data = read_workdir(workdir, step)
-    write_workdir(imported, target, source=workdir, data=data)
-    return imported
-
-
-def read_workdir(workdir: str, step: int | None) -> tuple[Imported, DataConfig]:
-    """The model of a work directory, with an array in place of each weight, and the data that it was trained on."""
-    cfg = configs.from_json(epath.Path(workdir) / "config.json")
-    with one_array_at_a_time(abstract(decoder.weights(cfg.model))):
-        trained = load_trained(workdir, step)
-    beside = {name: epath.Path(workdir) / "tokenizer" / name for name in tokenizer_files.KEPT}
-    files = {name: path.read_bytes() for name, path in beside.items() if path.exists()}
-    weights = map_weights(lambda one, w: as_array(one, w).astype(jnp.float32), trained.model.spec, trained.params)
-    return Imported(trained.cfg.model, weights, trained.tokenizer, files), trained.cfg.data
-
-
-def to_hf(workdir: str, out: str, *, step: int | None, dtype: str, shard_bytes: int) -> list[str]:
-    """Write the model of a work directory for transformers; the names of the files.
-
-    Raises what `trained.load_trained` and `write_checkpoint` do.
-    """
-    imported, _ = read_workdir(workdir, step)
-    return write_checkpoint(Path(out), imported, dtype=dtype, shard_bytes=shard_bytes)
+def write_tokenizer(tokenizer: Tokenizer | None, files: Mapping[str, bytes], workdir: epath.Path) -> None:
+    """The tokenizer of a work directory, if there is one, and the files beside it."""
+    if tokenizer is None:
+        return
+    save_tokenizer(tokenizer, workdir)
+    for name, content in files.items():
+        (workdir / "tokenizer" / name).write_bytes(content)

@@ -12,13 +12,16 @@ from lmjax.data.store.dataset import Dataset, check_same_tokenizer, open_dataset
 from lmjax.data.store.shards import TokenSplit
 from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
+from lmjax.devices.place import use_mesh
 from lmjax.errors import ConfigError
 from lmjax.evaluate.likelihood import Evaluation
 from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split
 from lmjax.models.model import Model
 from lmjax.record import checkpoint
 from lmjax.registry import without_data
+from lmjax.run.assemble import abstract_sharded, spec_shardings
 from lmjax.run.origin import with_found_start
+from lmjax.tasks.task import Task
 from lmjax.weights import Params, abstract
 
 
@@ -34,30 +37,45 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_trained(workdir: epath.PathLike, step: int | None = None) -> Trained:
-    """The model of a work directory with the weights of a checkpoint (default: the newest), on one device.
+def load_trained(workdir: epath.PathLike, step: int | None = None, *, mesh: jax.sharding.Mesh | None = None) -> Trained:
+    """The model of a work directory with the weights of a checkpoint (default: the newest), on one device, or spread
+    over a mesh.
 
     Raises ConfigError where no language model was trained, and what reading the checkpoint and the tokenizer does.
     """
     workdir = epath.Path(workdir)
     cfg = from_json(workdir / "config.json")
     task = without_data(cfg)
-    if task.frozen is not None and task.language is not None and task.language.needs_frozen:
+    if _stands_on_frozen(task):
         cfg = with_found_start(workdir, cfg)
         task = without_data(cfg)
     if task.language is None:
         raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), abstract(task.spec))
-    params, meta, found = checkpoint.restore_weights(workdir, shapes, step=step)
+    params, found = restore(workdir, task, step, mesh)
     frozen: Params = {}
-    if task.frozen is not None and task.language.needs_frozen:
-        task.frozen.check_same(meta, f"{workdir}, step {found}")
-        shardings = jax.tree.map(lambda _: single, abstract(task.frozen.spec))
-        frozen = task.frozen.weights(jax.random.key(cfg.train.seed), task.objective.scalars, shardings)
+    if task.frozen is not None and _stands_on_frozen(task):
+        laid_out = spec_shardings(task.frozen.spec, mesh)
+        with use_mesh(mesh):
+            frozen = task.frozen.weights(jax.random.key(cfg.train.seed), task.objective.scalars, laid_out)
     language, tokenizer = task.language, load_tokenizer(workdir / "tokenizer")
     weights = language.weights(frozen, params)
     return Trained(cfg, language.model, language.scorer, weights, tokenizer, found)
+
+
+def restore(
+    workdir: epath.PathLike, task: Task, step: int | None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Params, int]:
+    """What a run has trained, and the step. Raises CheckpointError where it stands on other frozen weights than this
+    task's."""
+    shapes = abstract_sharded(abstract(task.spec), spec_shardings(task.spec, mesh))
+    params, meta, found = checkpoint.restore_weights(workdir, shapes, step=step)
+    if task.frozen is not None and _stands_on_frozen(task):
+        task.frozen.check_same(meta, f"{workdir}, step {found}")
+    return params, found
+
+
+def _stands_on_frozen(task: Task) -> bool:
+    return task.frozen is not None and task.language is not None and task.language.needs_frozen
 
 
 def evaluate_trained(

@@ -14,11 +14,13 @@ import jax
 from etils import epath
 
 from lmjax import config as configs
-from lmjax.data.tokenizers.load import saved_hash
+from lmjax.data.tokenizers.load import load_tokenizer, saved_hash
+from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import ConfigError
 from lmjax.hf import imported
 from lmjax.hf.config_json import differences
 from lmjax.hf.params import check_tensors, read_params
+from lmjax.hf.tokenizer_files import kept_files, read_tokenizer
 from lmjax.models.config import ModelConfig
 from lmjax.record import checkpoint, files, seal
 from lmjax.record.steps import origin_checkpoint, parse_origin
@@ -102,6 +104,21 @@ def digest(init_from: str) -> str | None:
         return None
     listed = json.dumps(manifest["files"], sort_keys=True) if not problems else None
     return None if listed is None else files.hash_bytes(listed.encode(), digest_size=16)
+
+
+def directory_of(init_from: str) -> epath.Path:
+    """The work directory, or the Hugging Face directory, that `train.init_from` names, without step or hash."""
+    found = hugging_face(init_from)
+    return parse_origin(_SETTING, init_from)[0] if found is None else epath.Path(found.path)
+
+
+def tokenizer_of(init_from: str, model: ModelConfig) -> tuple[Tokenizer | None, dict[str, bytes]]:
+    """The tokenizer of what it names, and the files that belong beside it, such as a chat template."""
+    found = hugging_face(init_from)
+    if found is not None:
+        return read_tokenizer(found.path, model)
+    saved = directory_of(init_from) / "tokenizer"
+    return (load_tokenizer(saved), kept_files(saved)) if saved.exists() else (None, {})
 
 
 # From a run -------------------------------------------------------------------------------------------------------
@@ -239,7 +256,7 @@ def hash_weights(directory: Path) -> str:
 def _check_its_tokenizer(directory: Path, model: ModelConfig, tokenizer_hash: str | None) -> None:
     if tokenizer_hash is None:
         return
-    tokenizer, _ = imported.read_tokenizer(directory, model)
+    tokenizer, _ = read_tokenizer(directory, model)
     if tokenizer is None:
         logger.warning("%s=%s has no tokenizer; it is taken to be that of the data", _SETTING, directory)
     elif tokenizer.hash != tokenizer_hash:

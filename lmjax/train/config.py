@@ -112,13 +112,13 @@ class AdapterConfig:
     """The weights beside which they stand, by patterns as in `tune.train`, of those that can have one; by default every
     matrix of every layer. A prompt has its own place."""
     rank: Size = 8
-    """lora: of the matrices beside. bottleneck: its width."""
+    """lora, dora: of the matrices beside. bottleneck: its width."""
     alpha: PositiveFloat = 16.0
-    """lora: what is beside counts alpha / rank times."""
+    """lora, dora: what is beside counts alpha / rank times."""
     rank_stabilized: bool = False
-    """lora: alpha / sqrt(rank) times, so that a larger rank learns as fast (rsLoRA)."""
+    """lora, dora: alpha / sqrt(rank) times, so that a larger rank learns as fast (rsLoRA)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """lora: on what the adapters of matrices in layers read."""
+    """lora, dora: on what the adapters of matrices in layers read."""
     length: Size = 20
     """prompt, prefix: places in front of every text."""
 

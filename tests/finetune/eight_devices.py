@@ -1,4 +1,4 @@
-"""Adapters on a mesh; run by test_low_rank.py in a process with 8 devices."""
+"""Adapters on a mesh; run by test_adapters.py in a process with 8 devices."""
 
 import dataclasses
 from typing import Any
@@ -73,6 +73,7 @@ def alone() -> Any:
 DROPPED = {"adapter": {"rank": 3, "dropout": 0.25}}
 PROMPT: dict[str, Any] = {"adapter": {"name": "prompt", "length": 4}}
 PREFIX: dict[str, Any] = {"adapter": {"name": "prefix", "length": 4}}
+OTHERS = ("dora", "bottleneck", "ia3")
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,8 @@ PREFIX: dict[str, Any] = {"adapter": {"name": "prefix", "length": 4}}
     [
         ("llama3", TUNE, "fsdp", {}),
         ("llama3", TUNE, "fsdp+tp", {"tensor": 2}),
+        *(("llama3", {"adapter": {"name": kind, "targets": ("*",)}}, "fsdp+tp", {"tensor": 2}) for kind in OTHERS),
         ("llama3", DROPPED, "fsdp+cp+tp", {"tensor": 2, "context": 2}),
-        ("llama3", {"adapter": {"name": "ia3"}}, "fsdp+tp", {"tensor": 2}),
         ("mixtral", TUNE, "fsdp+ep", {"expert": 2}),
         ("llama3", PROMPT, "fsdp+tp", {"tensor": 2}),
         ("llama3", PREFIX, "fsdp+tp", {"tensor": 2}),

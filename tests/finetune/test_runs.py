@@ -1,26 +1,32 @@
 """A run that stands on frozen weights: started, stopped, resumed, evaluated, merged, and refused another base."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from lmjax import config as configs
+from lmjax.__main__ import parse
 from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.prepare.prepare import prepare
 from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError
+from lmjax.finetune.adapters import ADAPTERS
 from lmjax.process import faults as fault_hooks
 from lmjax.record.inspect import inspect
 from lmjax.record.tracking import read_jsonl
 from lmjax.registry import with_data
 from lmjax.run import assemble, run
-from lmjax.run.convert import merge, to_hf
+from lmjax.run.adapters import load_adapters
+from lmjax.run.merge import merge, to_hf
 from lmjax.run.peft import to_peft
 from lmjax.run.trained import evaluate_trained, load_trained
+from tests.finetune.test_adapters import IN_FRONT
 from tests.tasks.test_start import load
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "compile_cache")
@@ -85,6 +91,20 @@ def test_it_is_stopped_and_resumed_to_the_same_bits(tuned: Path, train: Train, b
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind not in IN_FRONT])
+def test_after_a_kill_it_ends_with_the_same_bits(kind: str, train: Train, base: Path) -> None:
+    """A kill after step 5 leaves the checkpoints up to step 4, whatever else was written."""
+    whole, killed = (base.parent / f"{kind}-{name}" for name in ("whole", "killed"))
+    given = (f"train.init_from={base}", f"tune.adapter.name={kind}", "train.sample.prompts=()")
+    assert train(whole.name, *given) == DONE
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints" / "6")
+    (killed / "summary.json").unlink()
+    assert train(killed.name, *given) == DONE
+    hashes = [inspect(path, hashes=True)["hashes"] for path in (whole, killed)]
+    assert hashes[0] == hashes[1]
+
+
 def test_its_checkpoints_hold_what_is_trained_alone(tuned: Path, base: Path) -> None:
     seal = json.loads((tuned / "checkpoints" / "6" / "LMJAX_MANIFEST.json").read_text())
     params = [path.removeprefix("params/") for path in seal["leaves"] if path.startswith("params/")]
@@ -147,6 +167,69 @@ def test_a_base_of_other_shapes_or_with_adapters_is_refused(tuned: Path, base: P
         train("again", f"train.init_from={tuned}", *LORA)
 
 
+def test_several_adapters_answer_on_one_base(
+    tuned: Path, train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each as it would by itself, and so does what PEFT has of one; the base is read once."""
+    train("second", f"train.init_from={base}", "tune.adapter.name=dora", "optimizer.learning_rate=0.2")
+    to_peft(str(base.parent / "second"), str(tmp_path / "peft"))
+    names = [str(tuned), str(base.parent / "second"), str(tmp_path / "peft")]
+    given = ["--prompt=stone", "--prompt=river", "--tokens=12", "--temperature=0", "--ignore-endoftext"]
+    alone = [_said(capsys, f"--workdir={name}", *given) for name in names[:2]]
+    together = _said(capsys, f"--workdir={base}", *(f"--adapter={name}" for name in names), *given)
+    begins, *answers = together.split("=== ")
+    assert begins.count("starting from the weights") == 1 and "starting from" not in "".join(answers)
+    assert [answer.partition("\n")[0] for answer in answers] == names
+    found = [answer.partition("\n")[2] for answer in answers]
+    assert found[:2] == [text[text.index("---") :] for text in alone] and found[0] != found[1] == found[2]
+
+
+def _said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    parsed = parse(["generate", *arguments])
+    assert parsed.function(parsed) == DONE
+    return capsys.readouterr().out
+
+
+def test_what_is_no_adapter_of_this_base_is_said_in_one_line(
+    tuned: Path, train: Train, base: Path, tmp_path: Path
+) -> None:
+    assert train("elsewhere", "train.seed=7", "train.steps=2") == DONE
+    assert train("wide", "model.mlp=32", "train.steps=2") == DONE
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (base.parent / "elsewhere", tuned, CheckpointError, "stands on the weights with the hash"),
+        (
+            base.parent / "wide",
+            tuned,
+            ConfigError,
+            f"--adapter={tuned} is for another model: model.mlp is 24 there, 32",
+        ),
+        (base, base, ConfigError, f"--adapter={base} is a model of its own"),
+        (base, tmp_path / "empty", ConfigError, "is it a work directory?"),
+        (tuned, tuned, ConfigError, "has other weights than this model"),
+    ]
+    for workdir, adapter, error, message in cases:
+        with pytest.raises(error, match=re.escape(message)) as caught:
+            list(load_adapters(str(workdir), [str(adapter)]))
+        assert "\n" not in str(caught.value)
+
+
+def test_eight_devices_merge_to_the_bits_of_one(
+    tuned: Path, base: Path, train: Train, tmp_path: Path, on_eight_devices: Callable[..., None], monkeypatch: Any
+) -> None:
+    """And write the same files for transformers."""
+    merge(str(tuned), str(tmp_path / "one"))
+    to_hf(str(tuned), str(tmp_path / "one-hf"), step=None, dtype="float32", shard_bytes=1 << 30)
+    monkeypatch.setenv("LMJAX_TUNED", str(tuned))
+    monkeypatch.setenv("LMJAX_OUT", str(tmp_path))
+    on_eight_devices(Path(__file__).parent / "merge_devices.py")
+    one, eight = (inspect(tmp_path / name, hashes=True)["hashes"] for name in ("one", "eight"))
+    assert one == eight
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one-hf", "eight-hf")]
+    assert files[0] == files[1]
+
+
 def test_the_head_alone_is_trained(base: Path, train: Train) -> None:
     workdir = base.parent / "head"
     assert train("head", f"train.init_from={base}", "tune.train=('unembed',)") == DONE
@@ -183,7 +266,7 @@ def test_what_stands_in_front_is_stopped_resumed_evaluated_and_sampled(
         merge(str(place / kind), str(tmp_path / "merged"))
     with pytest.raises(ConfigError, match="cannot be merged"):
         to_hf(str(place / kind), str(tmp_path / "hf"), step=None, dtype="float32", shard_bytes=1 << 30)
-    with pytest.raises(ConfigError, match="has no LoRA"):
+    with pytest.raises(ConfigError, match="for which PEFT has no form"):
         to_peft(str(place / kind), str(tmp_path / "peft"))
 
 

@@ -30,7 +30,7 @@ from lmjax.record.inspect import inspect
 from lmjax.record.ledger import read_ledger
 from lmjax.record.tracking import read_jsonl
 from lmjax.run import run
-from lmjax.run.convert import to_hf
+from lmjax.run.merge import to_hf
 from lmjax.run.trained import evaluate_trained, load_trained
 from lmjax.tasks.pretrain import open_data, pretrain, with_data, with_tokenizer_vocab, without_data
 from lmjax.tasks.start import drawn

@@ -13,6 +13,7 @@ from lmjax import config as configs
 from lmjax.config import Config, default_config
 from lmjax.data.config import PrepareConfig, TokenizerConfig
 from lmjax.data.prepare.prepare import prepare
+from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.errors import DONE, CheckpointError, ConfigError
 from lmjax.hf.imported import Imported, write_checkpoint
 from lmjax.models import decoder
@@ -20,6 +21,7 @@ from lmjax.models.config import ModelConfig
 from lmjax.record.tracking import read_events
 from lmjax.run import run
 from lmjax.tasks.pretrain import without_data
+from lmjax.tasks.start import directory_of, tokenizer_of
 from lmjax.weights import abstract, by_path, initialize
 from tests.hf.test_convert import tokenizer_json
 
@@ -135,3 +137,13 @@ def load(directory: Path, overrides: list[str]) -> Config:
         "    config.data.sources = {'own': as_config_dict(SourceConfig(path='none'))}\n    return config\n"
     )
     return configs.load(str(directory / "config.py"), overrides)
+
+
+def test_a_directory_may_have_an_at_sign_in_its_name(tmp_path: Path) -> None:
+    """What stands behind the last one is a step or a hash, or belongs to the name."""
+    workdir = tmp_path / "me@home"
+    ByteTokenizer().save(workdir / "tokenizer")
+    for named in (f"{workdir}@12", f"{workdir}", f"{workdir}@{'0' * 32}"):
+        assert Path(directory_of(named)) == workdir
+    tokenizer, files = tokenizer_of(f"{workdir}@12", ModelConfig())
+    assert tokenizer is not None and tokenizer.hash == ByteTokenizer().hash and files == {}

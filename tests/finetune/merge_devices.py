@@ -1,0 +1,24 @@
+"""A run merged on a mesh; run by test_runs.py in a process with 8 devices."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from lmjax.run.merge import merge, read_workdir, to_hf
+
+TUNED, OUT = os.environ["LMJAX_TUNED"], Path(os.environ["LMJAX_OUT"])
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_each_device_holds_an_eighth_of_every_matrix() -> None:
+    imported, _ = read_workdir(TUNED, None, "fsdp")
+    held = sum(w.addressable_shards[0].data.nbytes for w in jax.tree.leaves(imported.params))
+    assert held < sum(w.nbytes for w in jax.tree.leaves(imported.params)) / 7
+
+
+def test_it_is_written() -> None:
+    merge(TUNED, str(OUT / "eight"), layout="fsdp")
+    to_hf(TUNED, str(OUT / "eight-hf"), step=None, dtype="float32", shard_bytes=1 << 30, layout="fsdp")
