@@ -1,6 +1,6 @@
 """Is a model better for curation, at equal tokens? A table of docs/curation.md.
 
-    python -m analysis.bench.curated_training DATA --out=DIR [--seeds 3] [--passages 400]
+    python -m analysis.bench.curated_training DATA --out=DIR [--seeds 3] [--passages 240]
 
 DATA holds gutenberg/ (JSON lines of books) and persian/ (poets). A corpus is made dirty: half of its bytes are passages
 of books, each once, the rest copies, junk and another language, in the shares that are printed. Four corpora come of
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--passages", type=int, default=400, help="of books, each once: half of the bytes")
+    parser.add_argument("--passages", type=int, default=240, help="of books, each once: half of the bytes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     make_corpora(arguments.data, arguments.passages, arguments.out)
