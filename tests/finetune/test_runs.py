@@ -207,7 +207,7 @@ def test_what_is_no_adapter_of_this_base_is_said_in_one_line(
         ),
         (base, base, ConfigError, f"--adapter={base} is a model of its own"),
         (base, tmp_path / "empty", ConfigError, "is it a work directory?"),
-        (tuned, tuned, ConfigError, "has other weights than this model"),
+        (tuned, tuned, CheckpointError, "stands on the weights with the hash"),
     ]
     for workdir, adapter, error, message in cases:
         with pytest.raises(error, match=re.escape(message)) as caught:
