@@ -33,9 +33,7 @@ def to_peft(workdir: str, out: str, *, step: int | None = None) -> list[str]:
     adapter = cfg.tune.adapter
     if adapter is None or format_of(adapter.name) is None:
         has = "no adapters" if adapter is None else f"adapters of the kind {adapter.name}"
-        raise ConfigError(
-            f"{workdir} has {has}, for which PEFT has no form; lmjax convert --to-hf writes a whole model"
-        )
+        raise ConfigError(f"{workdir} has {has}, which are not written in PEFT's form; those of lora, dora and ia3 are")
     if cfg.tune.train:
         raise ConfigError(
             f"{workdir} has trained {cfg.tune.train[0]}, too, which PEFT's file has no place for; merge it"

@@ -266,7 +266,7 @@ def test_what_stands_in_front_is_stopped_resumed_evaluated_and_sampled(
         merge(str(place / kind), str(tmp_path / "merged"))
     with pytest.raises(ConfigError, match="cannot be merged"):
         to_hf(str(place / kind), str(tmp_path / "hf"), step=None, dtype="float32", shard_bytes=1 << 30)
-    with pytest.raises(ConfigError, match="for which PEFT has no form"):
+    with pytest.raises(ConfigError, match="not written in PEFT's form"):
         to_peft(str(place / kind), str(tmp_path / "peft"))
 
 

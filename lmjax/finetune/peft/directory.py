@@ -31,7 +31,7 @@ _IRRELEVANT = {
 
 
 def format_of(kind: str) -> str | None:
-    """The `peft_type` of adapters with this `tune.adapter.name`; None where PEFT has none."""
+    """The `peft_type` of adapters with this `tune.adapter.name`; None where it is not written."""
     return next((name for name, one in FORMATS.items() if kind in one.adapters), None)
 
 
