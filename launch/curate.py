@@ -5,16 +5,18 @@
 FOLDER holds JSON lines; each task reads its share of the files. The steps that look at a document at a time are the
 recipe's own functions, so that they keep and change what `lmjax curate` would. Near duplicates are found by datatrove,
 from the same runs of the same words: documents that agree in one of `--buckets` of `--hashes`, without the comparison
-that `lmjax curate` makes of each such pair. Documents that are equal are among them. What is left lies in
-DIR/documents, .jsonl.gz, for `lmjax prepare`, or for `lmjax curate` with the steps that were left out, which it prints.
+that `lmjax curate` makes of each such pair. Documents that are equal are among them, but for those of fewer words than
+a run, which datatrove does not compare. What is left lies in DIR/documents, .jsonl.gz, for `lmjax prepare`, or for
+`lmjax curate` with the steps that were left out, which it prints.
 
-It submits five jobs, each waiting for the one before it, and ends; given again, it starts what has not ended well. The
-hosts must share FOLDER, DIR and this checkout, and have the packages of `lmjax[curate]`, datatrove and orjson. Without
-`--partition` it does the work here.
+It submits five jobs, each waiting for the one before it, and ends; given again, it starts what has not ended well, of
+the same recipe. The hosts must share FOLDER, DIR and this checkout, and have the packages of `lmjax[curate]`, datatrove
+and orjson. Without `--partition` it does the work here.
 """
 
 import argparse
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -31,6 +33,7 @@ from lmjax.data.curate.near_duplicates import NearDuplicates
 from lmjax.data.curate.recipe import CurateConfig, parse_step
 from lmjax.data.curate.step import CorpusStep, DocumentStep
 from lmjax.errors import DONE, ConfigError
+from lmjax.record import files
 from lmjax.schema import validated
 
 Steps = Sequence[dict[str, Any]]
@@ -60,7 +63,7 @@ def parts(steps: Steps) -> Parts:
         if isinstance(step, NearDuplicates) and near is None and not _passes(rest):
             near = step
         elif isinstance(step, ExactDuplicates) and near is None:
-            continue  # they have the same words, so the same signature
+            continue  # they have the same words, so the same signature, if they have enough of them for one
         elif isinstance(step, HeldOut | CorpusStep) or _passes(rest):
             rest.append(values)
         else:
@@ -106,7 +109,7 @@ class Stage(NamedTuple):
     tasks: int
 
 
-def stages(folder: str, out: Path, cut: Parts, arguments: argparse.Namespace) -> list[Stage]:
+def stages(folder: str, text_key: str, out: Path, cut: Parts, arguments: argparse.Namespace) -> list[Stage]:
     """The jobs in order."""
     from datatrove.pipeline.dedup import (
         MinhashConfig,
@@ -140,7 +143,7 @@ def stages(folder: str, out: Path, cut: Parts, arguments: argparse.Namespace) ->
     cleaned, signatures, pairs, removed, kept = (
         str(out / name) for name in ("cleaned", "signatures", "pairs", "removed", "documents")
     )
-    reader = JsonlReader(folder, glob_pattern="*.jsonl*", add_file_path=False)
+    reader = JsonlReader(folder, glob_pattern="*.jsonl*", text_key=text_key, add_file_path=False)
     again = JsonlReader(cleaned, add_file_path=False)
     before, after = (functools.partial(treat, steps=steps) for steps in (cut.before, cut.after))
     return [
@@ -171,6 +174,19 @@ def start(wanted: Sequence[Stage], out: Path, arguments: argparse.Namespace) -> 
         before.run()
 
 
+def begin_or_continue(out: Path, wanted: dict[str, Any]) -> None:
+    """Record what the jobs do, or see that it is what those did that are there: datatrove starts none that has ended.
+
+    Raises ConfigError where another recipe began.
+    """
+    path, content = out / "recipe.json", json.dumps(wanted, indent=1, sort_keys=True)
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, content)
+    elif path.read_text() != content:
+        raise ConfigError(f"--out={out} holds what another recipe, or other flags, made: {path}; use a new directory")
+
+
 def curate(arguments: argparse.Namespace) -> int:
     cfg = validated(CurateConfig, ConfigFile(arguments.config).tree().to_dict(), "config.")
     folders = [pattern for patterns in cfg.sources.values() for pattern in patterns]
@@ -181,9 +197,12 @@ def curate(arguments: argparse.Namespace) -> int:
             f"--partition={arguments.partition}: there is no sbatch here; leave it out to work without Slurm"
         )
     cut = parts(cfg.steps)
-    out = Path(arguments.out).resolve()
+    folder, out = str(Path(folders[0]).resolve()), Path(arguments.out).resolve()
+    shares = {name: getattr(arguments, name) for name in ("tasks", "buckets", "hashes")}
     try:
-        start(stages(str(Path(folders[0]).resolve()), out, cut, arguments), out, arguments)
+        jobs = stages(folder, cfg.text_key, out, cut, arguments)
+        begin_or_continue(out, {"folder": folder, "text_key": cfg.text_key, "steps": cfg.steps} | shares)
+        start(jobs, out, arguments)
     except ImportError as error:
         raise ConfigError(f"launch curate needs datatrove and orjson ({error}): install them") from error
     except subprocess.CalledProcessError as error:

@@ -1,5 +1,4 @@
-"""Weights that are drawn anew where the others are taken from trained ones: a head of another width, tables for another
-tokenizer."""
+"""Weights that are drawn anew where others are taken from trained ones: a new head, tables for another tokenizer."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -73,10 +73,12 @@ def read_from(init_from: str, model: ModelConfig, spec: Spec, tokenizer_hash: st
     found = hugging_face(init_from)
 
     def start(left_out: Collection[str]) -> Start:
-        reads_tokens = any("vocab" in one.names and path not in left_out for path, one in by_path(spec).items())
-        known = tokenizer_hash if reads_tokens else None
+        reads = {name for path, one in by_path(spec).items() if path not in left_out for name in one.names}
+        known = tokenizer_hash if "vocab" in reads else None
         if found is not None:
-            return from_hugging_face(found, model, known, () if reads_tokens else ("vocab", "tied"))
+            unread = {"vocab", "context"} - reads
+            is_tied_or_not = {"tied"} if "vocab" in unread or "unembed" in left_out else set()
+            return from_hugging_face(found, model, known, unread | is_tied_or_not)
         return from_run(init_from, spec, known, left_out)
 
     return dataclasses.replace(start(()), without=start)

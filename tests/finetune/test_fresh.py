@@ -1,4 +1,4 @@
-"""A head of another width, or tables for another tokenizer, are drawn anew; the rest is taken, to the bit."""
+"""A new head, or tables for another tokenizer, are drawn anew; the rest is taken, to the bit."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from lmjax.config import Config
+from lmjax.data.config import DataConfig
 from lmjax.errors import ConfigError
 from lmjax.hf.imported import Imported
 from lmjax.registry import without_data
@@ -70,6 +71,24 @@ def test_a_hugging_face_model_is_taken_for_another_vocabulary() -> None:
     found = start(Config(model=dataclasses.replace(model, vocab=30), train=train, tune=TuneConfig(fresh=TABLES)))
     assert found["embed"].shape[0] == 30 and taken["embed"].shape[0] == 19
     inner = [name for name in taken if name not in ("embed", "unembed")]
+    jax.tree.map(np.testing.assert_array_equal, {n: taken[n] for n in inner}, {n: found[n] for n in inner})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fresh"),
+    [({"tied": False}, "unembed"), ({"context": 48}, "position")],
+    ids=["a head beside a table that was the head", "a longer table of positions"],
+)
+def test_a_hugging_face_model_need_not_have_what_is_drawn(sizes: dict[str, Any], fresh: str) -> None:
+    base = FIXTURES / "gpt2" / "base"
+    train, data = TrainConfig(init_from=str(base), batch=2), DataConfig(seq_len=16)
+    taken = start(Config(model=model_of(str(base)), train=train, data=data))
+    model = dataclasses.replace(model_of(str(base)), **sizes)
+    with pytest.raises(ConfigError, match=f"model.{next(iter(sizes))} is"):
+        start(Config(model=model, train=train, data=data))
+    found = start(Config(model=model, train=train, data=data, tune=TuneConfig(fresh=(fresh,))))
+    assert {fresh} == {name for name in found if name not in taken or found[name].shape != taken[name].shape}
+    inner = [name for name in taken if name != fresh]
     jax.tree.map(np.testing.assert_array_equal, {n: taken[n] for n in inner}, {n: found[n] for n in inner})
 
 

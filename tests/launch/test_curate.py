@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.curate import parts, treat
+from launch.curate import begin_or_continue, parts, treat
 from lmjax.data.config import PrepareConfig
 from lmjax.data.curate.curate import curate
 from lmjax.data.curate.recipe import CurateConfig
@@ -74,6 +74,14 @@ def test_who_does_which_steps() -> None:
             parts(steps)
 
 
+def test_jobs_that_have_ended_are_never_taken_for_those_of_another_recipe(tmp_path: Path) -> None:
+    wanted = {"steps": ({"step": "c4", "words": ("a", "b")},), "tasks": 2}
+    begin_or_continue(tmp_path / "out", wanted)
+    begin_or_continue(tmp_path / "out", wanted)
+    with pytest.raises(ConfigError, match=r"what another recipe, or other flags, made: .*recipe\.json; use a new"):
+        begin_or_continue(tmp_path / "out", wanted | {"tasks": 3})
+
+
 @pytest.mark.parametrize("partition", [None, pytest.param("debug", marks=pytest.mark.slow)])
 def test_the_same_documents_are_kept(tmp_path: Path, partition: str | None) -> None:
     """Here, and on the cluster that SLURM_CONF names: tests/launch/slurm_up.sh makes one."""
@@ -84,9 +92,9 @@ def test_the_same_documents_are_kept(tmp_path: Path, partition: str | None) -> N
         pytest.skip("needs a Slurm cluster")
     (tmp_path / "in").mkdir()
     for share in range(2):
-        lines = (json.dumps({"text": text}) + "\n" for text in texts()[share::2])
+        lines = (json.dumps({"content": text}) + "\n" for text in texts()[share::2])
         (tmp_path / "in" / f"{share}.jsonl").write_text("".join(lines))
-    recipe = {"sources": {"s": [f"{tmp_path}/in"]}, "steps": STEPS}
+    recipe = {"sources": {"s": [f"{tmp_path}/in"]}, "steps": STEPS, "text_key": "content"}
     (tmp_path / "recipe.py").write_text(
         f"from ml_collections import ConfigDict\nget_config = lambda: ConfigDict({recipe})"
     )
@@ -103,6 +111,7 @@ def test_the_same_documents_are_kept(tmp_path: Path, partition: str | None) -> N
     deadline = time.monotonic() + 300
     while len(list(tmp_path.glob("theirs/logs/keep/completions/*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.5)
-    curate(CurateConfig(sources={"s": (f"{tmp_path}/in",)}, steps=STEPS, workers=1), tmp_path / "ours", progress=False)
+    cfg = CurateConfig(sources={"s": (f"{tmp_path}/in",)}, steps=STEPS, text_key="content", workers=1)
+    curate(cfg, tmp_path / "ours", progress=False)
     ours = sorted(texts_of(f"{tmp_path}/ours/*.jsonl.zst"))
     assert len(ours) == 60 and ours == sorted(texts_of(f"{tmp_path}/theirs/documents/*.jsonl.gz"))
