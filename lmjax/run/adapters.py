@@ -14,6 +14,7 @@ from lmjax.data.tokenizers.load import load_tokenizer
 from lmjax.data.tokenizers.tokenizer import Tokenizer
 from lmjax.errors import ConfigError
 from lmjax.finetune.peft.format import CONFIG
+from lmjax.finetune.select import matching
 from lmjax.finetune.tune import BASE, OWN
 from lmjax.hf.config_json import differences
 from lmjax.models import architectures
@@ -24,7 +25,7 @@ from lmjax.run.peft import standing_on
 from lmjax.run.trained import Trained, restore
 from lmjax.tasks.start import directory_of, model_of, pinned, read_from, tokenizer_of
 from lmjax.tasks.task import Task
-from lmjax.weights import Params, part
+from lmjax.weights import Params, by_path, part
 
 
 class Adapter(NamedTuple):
@@ -78,6 +79,12 @@ def _of_run(name: str, origin: str, model: ModelConfig) -> _Found:
     task = without_data(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, init_from=origin)))
     if task.language is None or cfg.tune.adapter is None or cfg.tune.last_layers is not None:
         raise ConfigError(f"--adapter={name} is a model of its own, not one beside another; give it as --workdir")
+    assert task.frozen is not None
+    drawn = matching(architectures.build(model).spec, cfg.tune.fresh, "tune.fresh")
+    if own := [path for path in drawn if path in by_path(task.frozen.spec[BASE])]:
+        raise ConfigError(
+            f"--adapter={name} has {own[0]} drawn anew (tune.fresh), not of the base; give it as --workdir"
+        )
     params, step = restore(workdir, task, None)
     templates = workdir / "tokenizer"
     return _Found(name, task, params, step, load_tokenizer(templates), templates)

@@ -26,8 +26,8 @@ from lmjax.weights import Params, abstract
 def to_peft(workdir: str, out: str, *, step: int | None = None) -> list[str]:
     """Write the adapters that a run has trained; the names of the files.
 
-    Raises ConfigError for a run that trains none that PEFT has, or other weights beside them; CheckpointError for a
-    checkpoint that is missing or damaged.
+    Raises ConfigError for a run that trains none that PEFT has, or has other weights than its base beside them;
+    CheckpointError for a checkpoint that is missing or damaged.
     """
     cfg = configs.from_json(epath.Path(workdir) / "config.json")
     adapter = cfg.tune.adapter
@@ -37,6 +37,10 @@ def to_peft(workdir: str, out: str, *, step: int | None = None) -> list[str]:
     if cfg.tune.train:
         raise ConfigError(
             f"{workdir} has trained {cfg.tune.train[0]}, too, which PEFT's file has no place for; merge it"
+        )
+    if cfg.tune.fresh:
+        raise ConfigError(
+            f"{workdir} has {cfg.tune.fresh[0]} drawn anew (tune.fresh), which PEFT's file has no place for; merge it"
         )
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     spec = without_data(cfg).spec

@@ -215,6 +215,19 @@ def test_what_is_no_adapter_of_this_base_is_said_in_one_line(
         assert "\n" not in str(caught.value)
 
 
+def test_what_stands_on_weights_that_were_drawn_anew_is_no_adapter_of_the_base(base: Path, train: Train) -> None:
+    """There is no knowing them from the base."""
+    given = (f"train.init_from={base}", "tune.adapter.rank=2", "tune.fresh=('unembed',)", "train.steps=2")
+    assert train("redrawn", *given) == DONE
+    workdir = base.parent / "redrawn"
+    with pytest.raises(
+        ConfigError, match=r"has unembed drawn anew \(tune\.fresh\), not of the base; give it as --workdir"
+    ):
+        list(load_adapters(str(base), [str(workdir)]))
+    with pytest.raises(ConfigError, match=r"has unembed drawn anew \(tune\.fresh\), which PEFT's file has no place"):
+        to_peft(str(workdir), str(base.parent / "redrawn-peft"))
+
+
 def test_eight_devices_merge_to_the_bits_of_one(
     tuned: Path, base: Path, train: Train, tmp_path: Path, on_eight_devices: Callable[..., None], monkeypatch: Any
 ) -> None:
