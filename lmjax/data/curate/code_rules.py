@@ -84,18 +84,20 @@ class Licence(DocumentStep):
         "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "ISC", "MIT", "MIT-0", "NCSA",
         "PSF-2.0", "PostgreSQL", "Python-2.0", "Unlicense", "X11", "Zlib",
     )  # fmt: skip
-    """SPDX identifiers: by default some of those that the Blue Oak Council rates as permissive."""
+    """SPDX identifiers, in capitals or not: by default some of those that the Blue Oak Council rates as permissive."""
     unlicensed: Literal["keep", "drop"] = "keep"
     characters: PositiveInt = 4000
     """How much of a file's beginning is looked at."""
 
     def start(self, arrays: Arrays) -> Callable[[Document], Outcome]:
+        keep = {name.lower() for name in self.keep}
+
         def check(document: Document) -> Outcome:
             licences = [*self.licences(document.text[: self.characters])]
             found = tuple(dict.fromkeys(" OR ".join(choices) for choices in licences)) or ("none",)
             if not licences and self.unlicensed == "drop":
                 return Dropped("no licence", found)
-            if refused := [choices for choices in licences if not set(choices) & set(self.keep)]:
+            if refused := [choices for choices in licences if keep.isdisjoint(map(str.lower, choices))]:
                 return Dropped(f"a licence such as {refused[0][0]}", found)
             return Changed(document.labelled(licence=" AND ".join(found)), found=found)
 

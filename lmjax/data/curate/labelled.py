@@ -22,11 +22,11 @@ class Labelled(Learning):
     """true or false, 1 or 0, or a share of judges who say so: from a half on it is."""
 
     def examples(self) -> Iterator[Example]:
-        """Of each text. Raises DataError, naming file and line, for what has no text or no label."""
-        files = list_inputs(self.labelled)
-        for number, record in enumerate(read_records(files, PrepareConfig(inputs=self.labelled)), 1):
-            text, label = self._read(record, f"{', '.join(self.labelled)}, item {number}")
-            yield self.example(words(text), label >= 0.5, text)
+        """Of each text. Raises DataError, naming file and place, for what has no text or no label."""
+        for file in list_inputs(self.labelled):
+            for number, record in enumerate(read_records((file,), PrepareConfig(inputs=self.labelled)), 1):
+                text, label = self._read(record, f"{file.name}, item {number}")
+                yield self.example(words(text), label >= 0.5, text)
 
     def _read(self, record: Any, where: str) -> tuple[str, float]:
         text, label = (record.get(key) if isinstance(record, dict) else None for key in (self.text_key, self.label_key))

@@ -91,10 +91,11 @@ def test_a_file_gives_the_same_scores_or_is_refused(tmp_path: Path) -> None:
 def test_what_has_no_label_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "labelled.jsonl"
     path.write_text('{"text": "b", "label": 0}\n' + line + "\n")
+    (tmp_path / "other.jsonl").write_text('{"text": "b", "label": 0}\n' * 3)
     with pytest.raises(
         DataError, match=r"labelled\.jsonl, item 2: it needs a text under 'text' and under 'label' true"
     ):
-        list(Labelled(labelled=(str(path),)).examples())
+        list(Labelled(labelled=(f"{tmp_path}/other.jsonl", str(path))).examples())
     path.write_text('{"text": "b", "label": 0}\n')
     with pytest.raises(DataError, match="too few to learn from: at least 20 of each"):
         Toxicity(labelled=(str(path),)).fit()

@@ -61,6 +61,7 @@ MIT = "Permission is hereby granted, free of charge, to any person obtaining a c
     [
         ("# SPDX-License-Identifier: Apache-2.0\n", ("Apache-2.0",)),
         ("/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */\n", ("GPL-2.0-only OR MIT",)),
+        ("# SPDX-License-Identifier: apache-2.0\n", ("apache-2.0",)),
         ("<!-- SPDX-License-Identifier: MIT AND ISC -->\n", ("MIT", "ISC")),
         ("// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception\n", ("Apache-2.0",)),
         (f"# {MIT}\n".replace(" of ", "\n# of "), ("MIT",)),
