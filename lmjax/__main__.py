@@ -65,6 +65,7 @@ def parser() -> Parser:
     sub.add_argument("--out", type=path, required=True, metavar="DIR", help="the work directory to make")
     sub.add_argument("--step", type=int, help="of the run; default: the newest checkpoint")
     sub.add_argument("--layout", choices=LAYOUTS, help=SPREAD)
+    _teach_arguments(command(commands.teach))
     sub = command(commands.replay)
     sub.add_argument("workdir", type=path, metavar="WORKDIR", help="a run")
     sub.add_argument("step", type=count, metavar="STEP", help="one after a checkpoint that the run still has")
@@ -102,6 +103,14 @@ def _train_arguments(sub: Parser) -> None:
         "any setting: --config.train.steps=100 (see docs/config.md). Many runs through one step: what they share, then "
         "after `--` what is each one's own, -- --workdir=runs/a --config.train.seed=1 -- --workdir=runs/b ..."
     )
+
+
+def _teach_arguments(sub: Parser) -> None:
+    sub.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="that of the students (Python code)")
+    sub.add_argument("--out", type=path, required=True, metavar="DIR", help="the directory to write, or to go on with")
+    sub.add_argument("--top", type=count, default=32, metavar="K", help="tokens to store at every place")
+    sub.add_argument("--samples", type=count, metavar="N", help="default: those that a run of the config reads")
+    sub.epilog = "any setting: --config.train.distill.teacher=runs/base (see docs/tuning.md)"
 
 
 def _plan_arguments(sub: Parser) -> None:
@@ -317,7 +326,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = main.parse_known_args(rest)
     if unknown:
         raise ConfigError(f"unexpected argument '{unknown[0]}'{_hint(unknown[0], main, arguments.command)}")
-    if overrides and arguments.command not in ("train", "plan", "coordinates"):
+    if overrides and arguments.command not in ("train", "plan", "coordinates", "teach"):
         raise ConfigError(f"lmjax {arguments.command} takes no --config.{overrides[0]}")
     arguments.overrides, arguments.words = overrides, argv
     return arguments

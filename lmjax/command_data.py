@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lmjax.errors import ConfigError, DataError, visible
+from lmjax.process import ending
 from lmjax.schema import validated
 
 if TYPE_CHECKING:
@@ -91,6 +92,22 @@ def tokenizer(arguments: argparse.Namespace) -> int:
     if not usages:
         raise DataError(f"no text in {', '.join(arguments.texts)}: every document is empty")
     print(visible("\n".join(report.lines(loaded, usages))))
+    return 0
+
+
+def teach(arguments: argparse.Namespace) -> int:
+    """Store the likeliest next tokens that a teacher sees in the samples of a run, to distill from them without it."""
+    from lmjax import config
+    from lmjax.process import start_up
+
+    cfg = config.load(arguments.config, arguments.overrides)
+    start_up.enable_compile_cache()
+    from lmjax.finetune.teach import teach
+    from lmjax.record.files import locate
+
+    with ending.within_memory("train.batch, data.seq_len or train.loss.chunk"):
+        manifest = teach(cfg, locate(arguments.out), top=arguments.top, samples=arguments.samples)
+    print(f"{arguments.out}: {manifest.samples:,} samples; train with --config.train.distill.stored={arguments.out}")
     return 0
 
 

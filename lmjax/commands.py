@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lmjax.command_data import classifier as classifier
 from lmjax.command_data import curate as curate
 from lmjax.command_data import prepare as prepare
+from lmjax.command_data import teach as teach
 from lmjax.command_data import tokenizer as tokenizer
 from lmjax.command_evaluate import evaluate as evaluate
 from lmjax.command_generate import generate as generate
@@ -247,11 +248,12 @@ def inspect(arguments: Arguments) -> int:
 
 
 def verify(arguments: Arguments) -> int:
-    """Hash every file of a run's checkpoints, of a prepared data set or of a curation, against its record."""
+    """Hash every file of checkpoints, prepared data, a curation, or of what a teacher said, against its record."""
     from etils import epath
 
     from lmjax.data.curate import result
     from lmjax.data.store import dataset, manifest
+    from lmjax.finetune import stored
     from lmjax.run import workdir
 
     path = epath.Path(arguments.path)
@@ -262,6 +264,10 @@ def verify(arguments: Arguments) -> int:
     if (path / manifest.FILE).exists():
         fingerprint = dataset.verify_dataset(path).manifest.fingerprint
         print(f"{path}: every file is as it was written; fingerprint {fingerprint}")
+        return 0
+    if (path / stored.FILE).exists():
+        stored.Store(path).verify()
+        print(f"{path}: every file is as it was written")
         return 0
     if problems := workdir.verify(path):
         raise CheckpointError(f"{path}: {'; '.join(problems)}")

@@ -277,17 +277,58 @@ class Output(NamedTuple):
     x_BTD: jax.Array
 
 
+class Likeliest(NamedTuple):
+    """The K tokens that a model held likeliest to come next, and all others taken as one more, J = K + 1 in all.
+
+    A divergence between such distributions is at most that between whole ones, and 0 where the student has the
+    teacher's probabilities. What only K probabilities say, made to sum to 1, is biased: the student learns to be surer
+    than its teacher (Anshumann et al. 2025, arXiv:2503.16870).
+    """
+
+    tokens_BTK: Any
+    logp_BTJ: Any
+    """The log-probabilities of these tokens and of all others together."""
+
+
+def likeliest(output: Output, *, K: int, temperature: float, chunk: int) -> Likeliest:
+    """Of a model at this temperature, chunk by chunk."""
+
+    def of_chunk(x_BCD: jax.Array) -> Likeliest:
+        logits_BCV = output.unembed(output.head, x_BCD).astype(jnp.float32) / temperature
+        log_p_BCV = jax.nn.log_softmax(logits_BCV)
+        tokens_BCK = jax.lax.top_k(log_p_BCV, K)[1]
+        return Likeliest(tokens_BCK, _with_rest(log_p_BCV, tokens_BCK))
+
+    pieces = jax.lax.map(of_chunk, _split(output.x_BTD, chunk))
+    return jax.tree.map(lambda x: _joined(x, output.x_BTD.shape[1]), pieces)
+
+
+def _with_rest(logp_BCV: jax.Array, tokens_BCK: jax.Array) -> jax.Array:
+    """The log-probabilities of some tokens and, last, of all others together."""
+    others_BCV = jnp.put_along_axis(logp_BCV, tokens_BCK, -jnp.inf, axis=-1, inplace=False)
+    rest_BC1 = jax.nn.logsumexp(others_BCV, axis=-1, keepdims=True)
+    return jnp.concatenate([jnp.take_along_axis(logp_BCV, tokens_BCK, axis=-1), rest_BC1], axis=-1)
+
+
 def token_divergences(
-    teacher: Output, student: Output, targets_BT: jax.Array, *, divergence: str, temperature: float, chunk: int
+    teacher: Output | Likeliest,
+    student: Output,
+    targets_BT: jax.Array,
+    *,
+    divergence: str,
+    temperature: float,
+    chunk: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(how far the student's next token is from the teacher's, both at this temperature; the student's log p(target),
     at temperature 1; whether no token was more probable to it), all float32 [B, T], chunk by chunk.
 
-    Raises ConfigError where devices share the vocabulary.
+    Of a teacher of whom only the likeliest tokens are known, at this temperature, the rest counts as one token for the
+    student, too. Raises ConfigError where devices share the vocabulary.
     """
     if shards("vocab") > 1:
         raise ConfigError("task=distill needs whole vocabularies; use a mesh without tensor")
-    outputs = teacher, student
+    known = teacher if isinstance(teacher, Likeliest) else None
+    outputs = [student] if isinstance(teacher, Likeliest) else [student, teacher]
     local = functools.partial(
         _token_divergences,
         [output.unembed for output in outputs],
@@ -297,9 +338,9 @@ def token_divergences(
         chunk,
     )
     tokens, activations = partition_spec(_TOKENS), partition_spec((*_TOKENS, None))
-    in_specs = tuple(specs_of(output.head) for output in outputs), (activations, activations), tokens
-    heads, x = tuple(output.head for output in outputs), tuple(output.x_BTD for output in outputs)
-    return per_device(local, in_specs, (tokens, tokens, tokens))(heads, x, targets_BT)
+    x = tuple(output.x_BTD for output in outputs), known
+    in_specs = tuple(specs_of(output.head) for output in outputs), jax.tree.map(lambda _: activations, x), tokens
+    return per_device(local, in_specs, (tokens, tokens, tokens))(tuple(one.head for one in outputs), x, targets_BT)
 
 
 def _token_divergences(
@@ -309,15 +350,19 @@ def _token_divergences(
 
     @jax.checkpoint
     def score(x: Any, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
-        pairs = zip(unembeds, heads, x, strict=True)
-        logits = [unembed(head, x_BCD).astype(jnp.float32) for unembed, head, x_BCD in pairs]
-        softened = [logits_BCV / temperature for logits_BCV in logits]
-        log_p, log_q = map(jax.nn.log_softmax, softened)
+        outputs, known = x
+        triples = zip(unembeds, heads, outputs, strict=True)
+        logits_BCV, *teacher = [unembed(head, x_BCD).astype(jnp.float32) for unembed, head, x_BCD in triples]
+        log_q = jax.nn.log_softmax(logits_BCV / temperature)
+        if known is None:
+            log_p = jax.nn.log_softmax(teacher[0] / temperature)
+        else:  # what was rounded is made to sum to 1
+            log_p, log_q = jax.nn.log_softmax(known.logp_BTJ), _with_rest(log_q, known.tokens_BTK)
         far_BC = jnp.sum(terms(log_p, log_q), axis=-1)
-        correct_BC = _of_targets(logits[1], targets_BC) >= _max(logits[1])
-        return far_BC, -negative_log_likelihood(logits[1], targets_BC), correct_BC.astype(jnp.float32)
+        correct_BC = _of_targets(logits_BCV, targets_BC) >= _max(logits_BCV)
+        return far_BC, -negative_log_likelihood(logits_BCV, targets_BC), correct_BC.astype(jnp.float32)
 
-    pieces = tuple(_split(one, chunk) for one in x), _split(targets_BT, chunk)
+    pieces = jax.tree.map(lambda one: _split(one, chunk), (x, targets_BT))
     return tuple(_joined(one, targets_BT.shape[1]) for one in jax.lax.map(lambda piece: score(*piece), pieces))
 
 

@@ -224,13 +224,14 @@ def tuned(task: Task) -> Task:
     return task._replace(
         spec=chosen.params_spec,
         start=start(task, chosen),
-        frozen=frozen_part(task, chosen),
+        frozen=frozen_part(task, chosen, task.frozen),
         objective=objective._replace(loss=loss),
         evaluations={name: evaluated(evaluate) for name, evaluate in task.evaluations.items()},
         sample=None if sample is None else lambda params, frozen: sample(*whole(params, frozen)),
         language=language
         and language._replace(
-            weights=lambda frozen, params: language.weights(*reversed(whole(params, frozen))), needs_frozen=True
+            weights=lambda frozen, params: language.weights(*reversed(whole(params, frozen))),
+            frozen=frozen_part(task, chosen, language.frozen),
         ),
         cost=cost(task, chosen),
     )
@@ -276,9 +277,9 @@ def on_devices_of(shardings: Any, spec: Spec) -> Any:
     return meshes.shardings(spec, one.mesh)
 
 
-def frozen_part(task: Task, chosen: Parts) -> Frozen:
-    """What is frozen now, and what the task had frozen itself."""
-    before = task.frozen or Frozen({}, Start(lambda key, scalars, shardings: {}))
+def frozen_part(task: Task, chosen: Parts, own: Frozen | None) -> Frozen:
+    """What is frozen now, and what had been frozen before."""
+    before = own or Frozen({}, Start(lambda key, scalars, shardings: {}))
 
     def make(key: jax.Array, scalars: Mapping[str, Any], shardings: Any) -> Params:
         return {
@@ -290,7 +291,14 @@ def frozen_part(task: Task, chosen: Parts) -> Frozen:
         held = stored(chosen.frozen_spec, weights[BASE], chosen.cfg.store)
         return {BASE: held, OWN: before.hold(weights[OWN])}
 
-    return Frozen({BASE: chosen.frozen_spec, OWN: before.spec}, Start(make, task.start.check, task.start.digest), hold)
+    def digest() -> str | None:
+        return "+".join(filter(None, (task.start.digest(), before.start.digest()))) or None
+
+    def check() -> None:
+        task.start.check()
+        before.start.check()
+
+    return Frozen({BASE: chosen.frozen_spec, OWN: before.spec}, Start(make, check, digest), hold)
 
 
 def cost(task: Task, chosen: Parts) -> Cost:

@@ -60,8 +60,9 @@ def load_adapters(base: str, names: Sequence[str]) -> Iterator[Adapter]:
     weights = read_from(origin, model, spec)(jax.random.key(0), {}, spec_shardings(spec, None))
     for one in found:
         task = one.task
-        assert task.frozen is not None and task.language is not None
-        frozen = task.frozen.hold({BASE: part(weights, task.frozen.spec[BASE]), OWN: {}})
+        assert task.language is not None and task.language.frozen is not None
+        stands_on = task.language.frozen
+        frozen = stands_on.hold({BASE: part(weights, stands_on.spec[BASE]), OWN: {}})
         whole = task.language.weights(frozen, one.params)
         trained = Trained(task.cfg, task.language.model, task.language.scorer, whole, one.tokenizer, one.step)
         yield Adapter(one.name, trained, one.templates)

@@ -28,6 +28,8 @@ def describe(cfg: Config) -> Iterator[str]:
     cfg = with_vocab(cfg, manifests)
     task = without_data(cfg)
     task.start.check()
+    if task.frozen is not None:
+        task.frozen.start.check()
     if cfg.train.branch_from is not None:
         branch.check(cfg)
     experiment = assemble.assemble(task)

@@ -1,4 +1,4 @@
-"""Where the weights that a run started from lie: pinned at its first start, and perhaps moved since."""
+"""Where the weights that a run started or learns from lie: pinned at its first start, and perhaps moved since."""
 
 import dataclasses
 import logging
@@ -15,15 +15,22 @@ from lmjax.tasks.start import digest
 logger = logging.getLogger(__name__)
 
 
-def with_pinned_start(cfg: Config, saved: Config | None) -> Config:
-    """The config whose `train.init_from` names the step, or the hash, that this run's first attempt found and `saved`
-    as its config."""
-    given = cfg.train.init_from
-    if not given or saved is None or saved.train.init_from is None:
+def with_pinned_origins(cfg: Config, saved: Config | None) -> Config:
+    """The config whose `train.init_from` and `train.distill.teacher` name the step, or the hash, that this run's first
+    attempt found and `saved` as its config."""
+    if saved is None:
         return cfg
-    if saved.train.init_from.rpartition("@")[0] != os.fspath(files.locate(given)):
-        return cfg
-    return _starting_from(cfg, saved.train.init_from)
+    train, before = cfg.train, saved.train
+    if train.init_from and before.init_from:
+        train = dataclasses.replace(train, init_from=_pinned(train.init_from, before.init_from))
+    if train.distill and train.distill.teacher and before.distill:
+        teacher = _pinned(train.distill.teacher, before.distill.teacher)
+        train = dataclasses.replace(train, distill=dataclasses.replace(train.distill, teacher=teacher))
+    return dataclasses.replace(cfg, train=train)
+
+
+def _pinned(given: str, saved: str) -> str:
+    return saved if saved.rpartition("@")[0] == os.fspath(files.locate(given)) else given
 
 
 def is_same_start(workdir: epath.Path, cfg: Config) -> bool:

@@ -21,7 +21,7 @@ from lmjax.record import checkpoint
 from lmjax.registry import without_data
 from lmjax.run.assemble import abstract_sharded, spec_shardings
 from lmjax.run.origin import with_found_start
-from lmjax.tasks.task import Task
+from lmjax.tasks.task import Frozen, Task
 from lmjax.weights import Params, abstract
 
 
@@ -46,17 +46,17 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, *, mesh: jax.
     workdir = epath.Path(workdir)
     cfg = from_json(workdir / "config.json")
     task = without_data(cfg)
-    if _stands_on_frozen(task):
+    if _base(task) is not None:
         cfg = with_found_start(workdir, cfg)
         task = without_data(cfg)
     if task.language is None:
         raise ConfigError(f"{workdir}: task={cfg.task} trains no language model, which this command reads")
     params, found = restore(workdir, task, step, mesh)
     frozen: Params = {}
-    if task.frozen is not None and _stands_on_frozen(task):
-        laid_out = spec_shardings(task.frozen.spec, mesh)
+    if (base := _base(task)) is not None:
+        laid_out = spec_shardings(base.spec, mesh)
         with use_mesh(mesh):
-            frozen = task.frozen.weights(jax.random.key(cfg.train.seed), task.objective.scalars, laid_out)
+            frozen = base.weights(jax.random.key(cfg.train.seed), task.objective.scalars, laid_out)
     language, tokenizer = task.language, load_tokenizer(workdir / "tokenizer")
     weights = language.weights(frozen, params)
     return Trained(cfg, language.model, language.scorer, weights, tokenizer, found)
@@ -69,13 +69,14 @@ def restore(
     task's."""
     shapes = abstract_sharded(abstract(task.spec), spec_shardings(task.spec, mesh))
     params, meta, found = checkpoint.restore_weights(workdir, shapes, step=step)
-    if task.frozen is not None and _stands_on_frozen(task):
-        task.frozen.check_same(meta, f"{workdir}, step {found}")
+    if (base := _base(task)) is not None:
+        base.check_same(meta, f"{workdir}, step {found}")
     return params, found
 
 
-def _stands_on_frozen(task: Task) -> bool:
-    return task.frozen is not None and task.language is not None and task.language.needs_frozen
+def _base(task: Task) -> Frozen | None:
+    """What is frozen of a task and its model is not whole without."""
+    return None if task.language is None else task.language.frozen
 
 
 def evaluate_trained(

@@ -66,7 +66,7 @@ class Evaluate(Protocol):
 class Frozen(NamedTuple):
     """Weights that the loss reads and nothing changes: sharded by their own spec, never donated, never saved.
 
-    A checkpoint of what stands on them names them by `start.digest()`.
+    A checkpoint of what stands on them names them by `start.digest()`, and is read with some of them, too.
     """
 
     spec: Spec
@@ -81,10 +81,11 @@ class Frozen(NamedTuple):
 
     def check_same(self, meta: Mapping[str, Any], where: str) -> None:
         """Raise CheckpointError unless the checkpoint with this meta, at `where`, stands on these weights."""
-        if meta.get("base") != (here := self.start.digest()):
+        known, here = meta.get("base"), self.start.digest()
+        if not {*(here or "").split("+")} <= {"", *(known or "").split("+")}:
             raise CheckpointError(
-                f"{where} stands on the weights with the hash {meta.get('base')}, and those that are named now have "
-                f"{here}; give it those that it was trained on"
+                f"{where} stands on the weights with the hash {known}, and those that are named now have {here}; give "
+                "it those that it was trained on"
             )
 
 
@@ -96,8 +97,8 @@ class Language(NamedTuple):
     """The same computing in float32: what every reported number is measured with."""
     weights: Callable[[Params, Params], Params] = merge
     """(frozen, params) -> the weights of both; one may be what `models/read.py: as_array` takes for an array."""
-    needs_frozen: bool = True
-    """Whether the model is not whole without what is frozen."""
+    frozen: Frozen | None = None
+    """What of the task's frozen weights the model is not whole without."""
 
 
 class Task(NamedTuple):

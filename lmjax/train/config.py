@@ -38,7 +38,10 @@ class DistillConfig:
     """What `task=distill` learns from a teacher."""
 
     teacher: str = ""
-    """The run to learn from, `WORKDIR@STEP`, with the tokenizer of the data."""
+    """What to learn from: a run, `WORKDIR` or `WORKDIR@STEP`, or the directory of a Hugging Face checkpoint, with the
+    tokenizer of the data."""
+    stored: str | None = None
+    """In place of a teacher: a directory in which `lmjax teach` has written what one said of these samples."""
     divergence: Annotated[str, one_of(names_in("lmjax.losses", "DIVERGENCES"))] = "forward_kl"
     """How far the student is from the teacher, token by token."""
     temperature: PositiveFloat = 1.0

@@ -1,6 +1,8 @@
 """Distillation: gradients against PyTorch, masks and microbatches exact, the teacher untouched, resumed to the bit."""
 
 import dataclasses
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from lmjax.config import Config
 from lmjax.devices.place import local_rows
-from lmjax.errors import DONE, PREEMPTED, ConfigError
+from lmjax.errors import DONE, PREEMPTED, CheckpointError, ConfigError
 from lmjax.finetune.distill import distill
 from lmjax.losses import DIVERGENCES, Output, token_divergences
 from lmjax.process import faults as fault_hooks
@@ -22,6 +24,7 @@ from lmjax.run import assemble, run
 from lmjax.run.trained import load_trained
 from lmjax.train.step import accumulate, sample_keys
 from tests.finetune.lessons import STEPS, tiny
+from tests.hf.test_convert import tokenizer_json
 
 pytest.importorskip("jinja2")
 pytestmark = pytest.mark.usefixtures("quick_compilation", "compile_cache")
@@ -152,6 +155,78 @@ def test_a_student_is_trained_stopped_and_read_without_its_teacher(
         shutil.move(aside, place / "teacher")
 
 
+def test_adapters_of_a_student_learn_from_a_teacher(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand on the student's own base, are resumed to the bit, and are read without the teacher."""
+    base = tmp_path / "base"
+    assert run.run(tiny(place, "train.steps=4"), base, run.Options()) == DONE
+    lora = ("tune.adapter.rank=2", "tune.adapter.targets=('segments/*','embed')")
+    cfg = student(place, f"train.init_from={base}", *lora)
+
+    def train(name: str, faults: str = "") -> int:
+        monkeypatch.setenv("LMJAX_FAULTS", faults)
+        monkeypatch.setattr(fault_hooks, "_calls", {})
+        return run.run(cfg, tmp_path / name, run.Options())
+
+    assert train("whole") == DONE
+    assert train("stopped", "terminate@step:5") == PREEMPTED and train("stopped") == DONE
+    whole, stopped = (inspect(tmp_path / name, hashes=True) for name in ("whole", "stopped"))
+    assert whole["hashes"] == stopped["hashes"]
+    rows = [row for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "train/divergence" in row]
+    assert rows[-1]["train/divergence"] < rows[0]["train/divergence"]
+    aside = shutil.move(place / "teacher", tmp_path / "aside")
+    try:
+        assert np.abs(load_trained(tmp_path / "whole").params["final_norm"]["scale"]).sum() > 0
+    finally:
+        shutil.move(aside, place / "teacher")
+    seal = next((tmp_path / "whole" / "checkpoints" / str(STEPS)).glob("LMJAX_MANIFEST*"))
+    assert len(json.loads(seal.read_text())["meta"]["base"].split("+")) == 2  # its base and its teacher
+    shutil.rmtree(base)
+    with pytest.raises(CheckpointError, match=r"stands on the weights of .*, which are not there any more"):
+        load_trained(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_hugging_face_teaches(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers computes it; another tokenizer, other weights in its place and a damaged one are refused."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, **sizes)).float()
+    theirs.save_pretrained(tmp_path / "theirs")
+    cfg = student(place, f"train.distill.teacher={tmp_path / 'theirs'}")
+    task = distill(cfg)
+    assert task.cfg.model.vocab == 260 and task.cfg.train.distill is not None
+    assert re.fullmatch(r".*/theirs@[0-9a-f]{32}", task.cfg.train.distill.teacher)
+    experiment = assemble.assemble(task)
+    state, frozen = assemble.initial_state(experiment), assemble.frozen_params(experiment)
+    assert task.source is not None and task.language is not None
+    batch = next(iter(task.source(rows=local_rows(None, 4), at=0)))
+    first_T = batch.segments_BT[0] == 0  # one document, as transformers reads it
+    tokens = torch.tensor(batch.tokens_BT[0][first_T][None].astype(np.int64))
+    log_p = torch.log_softmax(theirs(tokens).logits[0].double(), -1).detach().numpy()
+    places = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
+    ours_BTV = task.language.scorer.logits(state.params, batch.tokens_BT, **places)
+    log_q = np.asarray(jax.nn.log_softmax(ours_BTV[0]), np.float64)[first_T]
+    weights_T = batch.weights_BT[0] * first_T
+    alone = dataclasses.replace(batch, weights_BT=batch.weights_BT * 0 + np.pad(weights_T[None], ((0, 3), (0, 0))))
+    _, metrics = task.objective.loss(state.params, frozen, alone, None, state.hyper)
+    expected = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * weights_T[first_T]).sum()
+    np.testing.assert_allclose(metrics["divergence"], (expected, weights_T.sum()), rtol=1e-4)
+
+    assert run.run(cfg, tmp_path / "run", run.Options()) == DONE
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.copytree(tmp_path / "theirs", tmp_path / "kept")
+    transformers.LlamaForCausalLM(theirs.config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match=r"train\.distill\.teacher=.*theirs no longer holds the weights"):
+        run.run(cfg, tmp_path / "run", run.Options())
+    (tmp_path / "kept" / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "kept" / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
+    with pytest.raises(ConfigError, match=r"train\.distill\.teacher=.*kept was trained with another tokenizer"):
+        distill(student(place, f"train.distill.teacher={tmp_path / 'kept'}"))
+
+
 def test_eight_devices_learn_what_one_does(place: Path, on_eight_devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMJAX_TEST_TEACHER", str(place))
     on_eight_devices(Path(__file__).with_name("distill_devices.py"))
@@ -160,8 +235,9 @@ def test_eight_devices_learn_what_one_does(place: Path, on_eight_devices: Any, m
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("train.distill.teacher=runs/x",), r"train\.distill\.teacher=runs/x: task=distill needs a run .*WORKDIR@STEP"),
-        (("train.distill=None",), r"train\.distill\.teacher=: task=distill needs a run to learn from"),
+        (("train.distill.teacher=runs/x",), r"train\.distill\.teacher=runs/x: .*/x is not the work directory of a run"),
+        (("train.distill=None",), r"task=distill needs train\.distill\.teacher, another run"),
+        (("train.distill.stored=x",), r"task=distill needs .* or else train\.distill\.stored"),
         (("train.loss.z_weight=0.1",), r"train\.loss\.z_weight and train\.loss\.name have no part in task=distill"),
         (("model.moe.experts=4",), "task=distill trains dense models"),
         (("task=instruct",), "train.distill is of task=distill, not instruct"),

@@ -178,7 +178,7 @@ def test_several_adapters_answer_on_one_base(
     alone = [_said(capsys, f"--workdir={name}", *given) for name in names[:2]]
     together = _said(capsys, f"--workdir={base}", *(f"--adapter={name}" for name in names), *given)
     begins, *answers = together.split("=== ")
-    assert begins.count("starting from the weights") == 1 and "starting from" not in "".join(answers)
+    assert begins.count("train.init_from: the weights of") == 1 and "the weights of" not in "".join(answers)
     assert [answer.partition("\n")[0] for answer in answers] == names
     found = [answer.partition("\n")[2] for answer in answers]
     assert found[:2] == [text[text.index("---") :] for text in alone] and found[0] != found[1] == found[2]

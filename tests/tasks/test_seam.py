@@ -89,15 +89,15 @@ def lora(task: Task, rank: int = 2) -> Task:
     def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, frozen, *more, **named: function(adapted(frozen, params), {}, *more, **named)
 
-    spec = factors(task.spec, rank)
+    spec, frozen = factors(task.spec, rank), Frozen(task.spec, task.start)
     return task._replace(
         spec=spec,
         start=drawn(lambda key, scalars: initialize(spec, key)),
-        frozen=Frozen(task.spec, task.start),
+        frozen=frozen,
         objective=task.objective._replace(loss=with_adapters(task.objective.loss)),
         evaluations={name: with_adapters(evaluate) for name, evaluate in task.evaluations.items()},
         sample=task.sample and with_adapters(task.sample),
-        language=task.language and task.language._replace(weights=adapted),
+        language=task.language and task.language._replace(weights=adapted, frozen=frozen),
     )
 
 
@@ -154,7 +154,9 @@ def dpo(cfg: Config) -> Task:
         total, pairs = -jax.nn.log_sigmoid(margin_B).sum(), jnp.float32(len(margin_B))
         return total, {"loss": (total, pairs), "accuracy": ((margin_B > 0).sum(), pairs)}
 
-    def evaluate(params: Params, frozen: Params, *, mesh: Any, last: bool, on_batch: Any) -> dict[str, float]:
+    def evaluate(
+        params: Params, frozen: Params, *, step: int, mesh: Any, last: bool, on_batch: Any
+    ) -> dict[str, float]:
         on_batch("pairs")
         batch = next(iter(MadePairs(size, np.arange(size), 1000)))
         total, metrics = loss(params, frozen, batch, None, {"beta": 0.5})
