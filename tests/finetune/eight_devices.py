@@ -73,15 +73,19 @@ def alone() -> Any:
 DROPPED = {"adapter": {"rank": 3, "dropout": 0.25}}
 PROMPT: dict[str, Any] = {"adapter": {"name": "prompt", "length": 4}}
 PREFIX: dict[str, Any] = {"adapter": {"name": "prefix", "length": 4}}
-OTHERS = ("dora", "bottleneck", "ia3")
+OTHERS: dict[str, Any] = {
+    kind: {"adapter": {"name": kind, "targets": ("*",)}} for kind in ("dora", "bottleneck", "ia3")
+}
 
 
 @pytest.mark.parametrize(
     ("family", "tune", "layout", "mesh"),
     [
-        ("llama3", TUNE, "fsdp", {}),
+        pytest.param("llama3", TUNE, "fsdp", {}, marks=pytest.mark.slow),
         ("llama3", TUNE, "fsdp+tp", {"tensor": 2}),
-        *(("llama3", {"adapter": {"name": kind, "targets": ("*",)}}, "fsdp+tp", {"tensor": 2}) for kind in OTHERS),
+        ("llama3", OTHERS["dora"], "fsdp+tp", {"tensor": 2}),
+        pytest.param("llama3", OTHERS["bottleneck"], "fsdp+tp", {"tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("llama3", OTHERS["ia3"], "fsdp+tp", {"tensor": 2}, marks=pytest.mark.slow),
         ("llama3", DROPPED, "fsdp+cp+tp", {"tensor": 2, "context": 2}),
         ("mixtral", TUNE, "fsdp+ep", {"expert": 2}),
         ("llama3", PROMPT, "fsdp+tp", {"tensor": 2}),

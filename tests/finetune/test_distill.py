@@ -127,10 +127,8 @@ def test_the_loss_is_what_its_formula_says(place: Path) -> None:
     np.testing.assert_allclose(minimized, 0.7 * 4 * far + 0.3 * nll, rtol=1e-4)
 
 
-def test_a_student_is_trained_stopped_and_read_without_its_teacher(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = student(place)
+def learns_stopped_or_not(cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train `whole` in one go, and `stopped` in two, to the same bits."""
 
     def train(name: str, faults: str = "") -> int:
         monkeypatch.setenv("LMJAX_FAULTS", faults)
@@ -143,6 +141,13 @@ def test_a_student_is_trained_stopped_and_read_without_its_teacher(
     assert whole["hashes"] == stopped["hashes"]
     rows = [row for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "train/divergence" in row]
     assert rows[-1]["train/divergence"] < rows[0]["train/divergence"]
+
+
+def test_a_student_is_trained_stopped_and_read_without_its_teacher(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = student(place)
+    learns_stopped_or_not(cfg, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"train\.distill\.share was 1\.0, now 0\.5"):
         run.run(student(place, "train.distill.share=0.5"), tmp_path / "whole", run.Options())
     aside = shutil.move(place / "teacher", tmp_path / "aside")
@@ -150,7 +155,7 @@ def test_a_student_is_trained_stopped_and_read_without_its_teacher(
         with pytest.raises(ConfigError, match="is not the work directory of a run"):
             distill(cfg)
         assert load_trained(tmp_path / "whole").params["embed"].shape == (257, 16)
-        assert train("whole") == DONE  # it is finished
+        assert run.run(cfg, tmp_path / "whole", run.Options()) == DONE  # it is finished
     finally:
         shutil.move(aside, place / "teacher")
 
@@ -163,18 +168,7 @@ def test_adapters_of_a_student_learn_from_a_teacher(
     assert run.run(tiny(place, "train.steps=4"), base, run.Options()) == DONE
     lora = ("tune.adapter.rank=2", "tune.adapter.targets=('segments/*','embed')")
     cfg = student(place, f"train.init_from={base}", *lora)
-
-    def train(name: str, faults: str = "") -> int:
-        monkeypatch.setenv("LMJAX_FAULTS", faults)
-        monkeypatch.setattr(fault_hooks, "_calls", {})
-        return run.run(cfg, tmp_path / name, run.Options())
-
-    assert train("whole") == DONE
-    assert train("stopped", "terminate@step:5") == PREEMPTED and train("stopped") == DONE
-    whole, stopped = (inspect(tmp_path / name, hashes=True) for name in ("whole", "stopped"))
-    assert whole["hashes"] == stopped["hashes"]
-    rows = [row for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "train/divergence" in row]
-    assert rows[-1]["train/divergence"] < rows[0]["train/divergence"]
+    learns_stopped_or_not(cfg, tmp_path, monkeypatch)
     aside = shutil.move(place / "teacher", tmp_path / "aside")
     try:
         assert np.abs(load_trained(tmp_path / "whole").params["final_norm"]["scale"]).sum() > 0
