@@ -35,7 +35,8 @@ def block(
     if kind.mlp == "dense":
         h_BTD = mlp(p["mlp"], h_BTD, cfg)
     else:
-        h_BTD, tally = moe.mixture(p["moe"], h_BTD, inputs.real_BT, cfg, training=inputs.keys_B is not None)
+        training = inputs.keys_B is not None
+        h_BTD, tally = moe.mixture(p["moe"], h_BTD, inputs.real_BT, cfg, training=training, text_BT=inputs.text_BT)
     return add_to_stream(p, "mlp", x_BTD, h_BTD, inputs, cfg, layer, MLP_SITE), cache, tally
 
 

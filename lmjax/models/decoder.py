@@ -187,14 +187,15 @@ def whole_rows(
     microbatches: int | None = None,
 ) -> tuple[jax.Array, Cache, dict[str, Any]]:
     """`hidden` of rows that have in them what stands in front of their texts."""
-    tokens_BT, positions_BT, segments_BT, front_1T, prompted = row
+    tokens_BT, positions_BT, segments_BT, front_1T, text_BT = row
     T = tokens_BT.shape[1]
     all_positions_BT = token_order(T)[None] if positions_BT is None else positions_BT
     real_BT = constrain(jnp.broadcast_to(all_positions_BT >= 0, tokens_BT.shape), "batch", "time")
     scalars = config_scalars(cfg) if scalars is None else scalars
     rates = {name: scalars[name] for name in DROPOUTS}
-    inputs = LayerInputs(rotations(cfg, positions_BT, T), positions_BT, real_BT, segments_BT, keys_B, rates, front_1T)
-    x_BTD = embed_tokens(params, tokens_BT, all_positions_BT, inputs, spec, cfg, prompted=prompted)
+    placed = (positions_BT, real_BT, segments_BT)
+    inputs = LayerInputs(rotations(cfg, positions_BT, T), *placed, keys_B, rates, front_1T, text_BT)
+    x_BTD = embed_tokens(params, tokens_BT, all_positions_BT, inputs, spec, cfg)
     new_cache, tallies = [], {}
     for segment in range(len(cfg.segments)):
         old = None if cache is None else cache[segment]
@@ -203,7 +204,8 @@ def whole_rows(
     if cfg.norm_position != "post":
         x_BTD = norm(read(spec["final_norm"], params["final_norm"], cfg.dtype), x_BTD, cfg)
     x_BTD = constrain(x_BTD, "batch", "time", None)
-    return x_BTD, (None if cache is None else new_cache), moe.metrics(tallies, real_BT, cfg.moe)
+    counted_BT = real_BT if text_BT is None else text_BT
+    return x_BTD, (None if cache is None else new_cache), moe.metrics(tallies, counted_BT, cfg.moe)
 
 
 def embed_tokens(
@@ -213,13 +215,11 @@ def embed_tokens(
     inputs: LayerInputs,
     spec: Spec,
     cfg: ModelConfig,
-    *,
-    prompted: bool = False,
 ) -> jax.Array:
-    """The residual stream before the first layer. Rows that are `prompted` begin with the tokens of a soft prompt."""
+    """The residual stream before the first layer."""
     table_VD = each_array(functools.partial(ready_for_lookup, dtype=cfg.dtype), spec["embed"], params["embed"])
     x_BTD = lookup_tokens(table_VD, tokens_BT, cfg.dtype)
-    x_BTD = front.add_prompt(table_VD, x_BTD) if prompted else x_BTD
+    x_BTD = x_BTD if inputs.text_BT is None else front.add_prompt(table_VD, x_BTD)
     x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, cfg.dtype)
     all_positions_BT = constrain(all_positions_BT, "batch" if len(all_positions_BT) > 1 else None, "residual_time")
     if cfg.position == "learned":

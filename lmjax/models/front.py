@@ -45,8 +45,8 @@ class Row(NamedTuple):
     segments_BT: jax.Array | None
     front_1T: jax.Array | None = None
     """Which places every document of the row sees, where documents share rows."""
-    prompted: bool = False
-    """Whether the first tokens are those that a soft prompt starts from."""
+    text_BT: jax.Array | None = None
+    """Which tokens are the text's, and no padding, where the first ones are those that a soft prompt starts from."""
 
 
 def has_prompt(params: Params) -> bool:
@@ -79,14 +79,15 @@ def behind_prompt(params: Params, row: Row) -> Row:
         positions_BT = put(jnp.arange(P), after_front(positions_BT, P))
     if segments_BT is not None:
         segments_BT, front_1T = put(jnp.full(P, -1), segments_BT), jnp.arange(P + T)[None] < P
-    return Row(put(ids_P, row.tokens_BT), positions_BT, segments_BT, front_1T, prompted=True)
+    is_real_BT = (row.tokens_BT if row.positions_BT is None else row.positions_BT) >= 0  # no token is negative
+    return Row(put(ids_P, row.tokens_BT), positions_BT, segments_BT, front_1T, put(jnp.zeros(P, bool), is_real_BT))
 
 
 def prompt_alone(params: Params, batch: int) -> Row:
     """Rows of the prompt and nothing else."""
     ids_P = prompt_ids(params)
     ids_BP, positions_BP = (jnp.broadcast_to(x[None], (batch, len(ids_P))) for x in (ids_P, jnp.arange(len(ids_P))))
-    return Row(ids_BP, positions_BP, None, prompted=True)
+    return Row(ids_BP, positions_BP, None, text_BT=jnp.zeros(ids_BP.shape, bool))
 
 
 def add_prompt(table: Any, x_BTD: jax.Array) -> jax.Array:

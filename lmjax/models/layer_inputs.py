@@ -28,6 +28,8 @@ class LayerInputs(NamedTuple):
     """The rates of dropout, by the names in `dropout.DROPOUTS`."""
     front_1T: jax.Array | None = None
     """Which places every document of the row sees, if any: models/front.py."""
+    text_BT: jax.Array | None = None
+    """Which tokens are neither padding nor of a soft prompt, where there is one."""
 
 
 class Mix(Protocol):

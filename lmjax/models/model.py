@@ -102,7 +102,7 @@ class Model(NamedTuple):
     """(T, *, causal) -> FLOPs between the activations of one row of T tokens, in one forward pass."""
     auxiliary: Mapping[str, str] = MappingProxyType({})
     """Metrics of `hidden` that are losses, with the name of the scalar that each is multiplied by in what is minimized.
-    A metric's own weight is the number of tokens that are not padding."""
+    A metric's own weight is the number of tokens given that are not padding."""
     after_update: AfterUpdate = unchanged
 
     def logits(self, params: Params, tokens_BT: jax.Array, **inputs: Any) -> jax.Array:

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.data.batch import Batch
+from lmjax.registry import without_data
+from lmjax.run import assemble
+from lmjax.train.objective import scalar_arrays
 from tests.finetune.peft_fixtures import FIXTURES
+from tests.finetune.test_parts import config
 from tests.finetune.test_prefix import standing_on
 from tests.models.test_front import P, logits, made
 
@@ -25,6 +30,22 @@ def test_a_prompt_is_more_tokens_in_a_larger_table(family: str) -> None:
     x_BTD = model.hidden(swapped, jnp.asarray(np.concatenate([np.tile(start_P, (2, 1)), texts_BT], axis=1)))[0]
     whole_BTV = model.unembed(model.head(base), x_BTD)  # a head that is tied keeps the table that it had
     np.testing.assert_allclose(logits(model, weights, texts_BT), whole_BTV[:, P:], rtol=0, atol=1e-5)
+
+
+def test_auxiliary_losses_are_means_over_the_text() -> None:
+    """As without a prompt: what divides a loss in the gradient is the number of tokens that it is summed over."""
+    experiment = assemble.assemble(without_data(config("mixtral", {"adapter": {"name": "prompt", "length": P}})))
+    objective = experiment.task.objective
+    frozen, params = assemble.frozen_params(experiment), assemble.initial_state(experiment).params
+    positions_BT = np.array([[*range(12)], [*range(9), -1, -1, -1]], np.int32)
+    tokens_BT, weights_BT = np.ones((2, 12), np.int32), (positions_BT >= 0).astype(np.float32)
+    batch = Batch(tokens_BT, tokens_BT, weights_BT, np.arange(2, dtype=np.int32), positions_BT=positions_BT)
+
+    def weights() -> tuple[jax.Array, jax.Array]:
+        _, metrics = objective.loss(params, frozen, batch, None, scalar_arrays(objective.scalars))
+        return objective.weight(batch)["auxiliary"], metrics["balance_loss"][1]
+
+    assert jax.jit(weights)() == (21, 21)
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])

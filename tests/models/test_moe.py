@@ -188,6 +188,11 @@ def test_who_finds_room_by_hand() -> None:
     assert np.any(y_BTD != 0, axis=-1).tolist() == [[False, True, True, False, False, False, False, False]]
     assert float(tally.dropped) == 4
     assert tally.load_E.tolist() == [0, 0, 6, 0]
+    text_BT = real_BT & (
+        jnp.arange(8) >= 2
+    )  # a token before it is in front of the text, and takes a place all the same
+    tally = jax.jit(lambda: moe.mixture(p, x_BTD, real_BT, cfg, training=True, text_BT=text_BT))()[1]
+    assert float(tally.dropped) == 4 and tally.load_E.tolist() == [0, 0, 5, 0]
     y_BTD, tally = jax.jit(lambda: moe.mixture(p, x_BTD, real_BT, cfg, training=False))()
     assert np.all(np.any(y_BTD != 0, axis=-1)) and float(tally.dropped) == 0
 
@@ -222,6 +227,19 @@ def test_balance_and_z_losses_by_hand() -> None:
     assert tally.load_E.tolist() == [2, 0]
     assert float(tally.balance) == pytest.approx(2 * (2 * 0.7), rel=1e-6)
     assert float(tally.router_z) == pytest.approx(2 * np.log(3) ** 2, rel=1e-6)
+
+
+def test_what_is_in_front_of_a_text_is_not_counted() -> None:
+    """Losses and loads are those of the text alone."""
+    cfg = LAYERS["softmax"]
+    p, (x_BTD, real_BT) = random_layer(cfg), random_input(cfg)
+    text_BT = real_BT & (jnp.arange(T) >= 6)
+
+    def tallies() -> list[routing.Tally]:
+        whole = moe.mixture(p, x_BTD, real_BT, cfg, training=True, text_BT=text_BT)[1]
+        return [whole, moe.mixture(p, x_BTD[:, 6:], real_BT[:, 6:], cfg, training=True)[1]]
+
+    assert_close(*jax.jit(tallies)())
 
 
 def test_perfect_balance_has_the_loss_one() -> None:

@@ -68,13 +68,23 @@ class Dispatch(NamedTuple):
 
 
 def mixture(
-    p: Params, x_BTD: jax.Array, real_BT: jax.Array, cfg: ModelConfig, *, training: bool
+    p: Params,
+    x_BTD: jax.Array,
+    real_BT: jax.Array,
+    cfg: ModelConfig,
+    *,
+    training: bool,
+    text_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Tally]:
-    """x_BTD through its experts -> (y_BTD, what the router did). Outside training nothing is dropped."""
+    """x_BTD through its experts -> (y_BTD, what the router did). Outside training nothing is dropped.
+
+    Where a soft prompt is in front of rows, `text_BT` tells the tokens behind it: these alone are counted.
+    """
     with jax.default_matmul_precision("float32"):  # on accelerators too: small differences decide a choice
         logits_BTE = linear(x_BTD.astype(jnp.float32), p["router"])
     dispatch = DISPATCHES[cfg.moe.dispatch if training else "dropless"]
-    y_BTD, tally = _on_devices(dispatch, cfg, p["experts"], p.get("bias"), x_BTD, logits_BTE, real_BT)
+    tokens = (x_BTD, logits_BTE, real_BT) if text_BT is None else (x_BTD, logits_BTE, real_BT, text_BT)
+    y_BTD, tally = _on_devices(dispatch, cfg, p["experts"], p.get("bias"), *tokens)
     if cfg.moe.shared_mlp is not None:
         shared_BTD = mlp(p["shared"], x_BTD, cfg)
         if cfg.moe.shared_gate:
@@ -87,7 +97,7 @@ def mixture(
 def _on_devices(
     dispatch: Dispatch, cfg: ModelConfig, experts: Params, bias_E: jax.Array | None, *tokens: jax.Array
 ) -> tuple[jax.Array, Tally]:
-    """`_routed` of x_BTD, logits_BTE and real_BT; on a mesh every device routes its own tokens."""
+    """`_routed` of x_BTD, logits_BTE, real_BT and perhaps text_BT; on a mesh every device routes its own tokens."""
     if current_mesh() is None:
         return _routed(dispatch, cfg, experts, bias_E, *tokens)
     devices = mesh_axes("batch")
@@ -102,7 +112,7 @@ def _on_devices(
         return y_BTD[:, order_T], jax.tree.map(lambda x: jax.lax.psum(x, devices), tally)
 
     tokens = tuple(constrain(x, *names[: x.ndim]) for x in tokens)
-    in_specs = (experts_specs, replicated, tokens_spec, tokens_spec, partition_spec(names[:2]))
+    in_specs = (experts_specs, replicated, *(partition_spec(names[: x.ndim]) for x in tokens))
     y_BTD, tally = per_device(local, in_specs, (tokens_spec, replicated))(experts, bias_E, *tokens)
     return constrain(y_BTD, "batch", "time", None), tally
 
@@ -115,9 +125,11 @@ def _routed(
     x_BTD: jax.Array,
     logits_BTE: jax.Array,
     real_BT: jax.Array,
+    text_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Tally]:
     scores_BTE = score(logits_BTE, cfg.moe)
     routing = choose(scores_BTE, bias_E, real_BT, cfg.moe)
+    routing = routing if text_BT is None else routing._replace(counted_BT=text_BT)
     y_BTD, dropped = dispatch.run(experts, x_BTD, routing, cfg)
     shared_by = () if dispatch.whole_rows else mesh_axes("residual_time")
     return y_BTD, observe(logits_BTE, scores_BTE, routing, dropped, cfg.moe, shared_by)
@@ -189,8 +201,8 @@ def capacity(p: Params, x_BTD: jax.Array, routing: Routing, cfg: ModelConfig) ->
     y_ERD = feed_forward(project, x_ERD, cfg) if shards("experts") == 1 else _exchanged(project, x_ERD, cfg)
     y_BQD = y_ERD.reshape(E, B, slots, D).swapaxes(0, 1).reshape(B, E * slots, D)
     y_BAD = jax.vmap(lambda y_QD, slot_A: y_QD.at[slot_A].get(mode="fill", fill_value=0))(y_BQD, slot_BA)
-    chosen = routing.real_BT.sum() * cfg.moe.top_k
-    dropped = (chosen - (slot_BA < E * slots).sum()).astype(jnp.float32)
+    has_none_BTX = (slot_BA == E * slots).reshape(B, T, cfg.moe.top_k)
+    dropped = (has_none_BTX & routing.counted_BT[..., None]).sum().astype(jnp.float32)
     return combine(y_BAD.reshape(B, T, cfg.moe.top_k, D), routing.weights_BTX), dropped
 
 
@@ -246,13 +258,13 @@ def scalars(moe: MoeConfig) -> dict[str, float]:
 def auxiliary(moe: MoeConfig) -> dict[str, str]:
     """The auxiliary losses by the names of their metrics, and the scalar that each is multiplied by.
 
-    Each is a mean over tokens and mixture layers.
+    Each is a mean over tokens and mixture layers. The places of a soft prompt take no part, as padding takes none.
     """
     losses = {"balance_loss": "balance_weight", "router_z_loss": "router_z_weight"}
     return {loss: weight for loss, weight in losses.items() if scalars(moe).get(weight)}
 
 
-def metrics(tallies: dict[str, dict[str, Tally]], real_BT: jax.Array, moe: MoeConfig) -> Metrics:
+def metrics(tallies: dict[str, dict[str, Tally]], counted_BT: jax.Array, moe: MoeConfig) -> Metrics:
     """Means over tokens and mixture layers, and the loads: a tree by segment and place in the period, as `tallies` are.
 
     The arrays of both have the repeats of the period in front.
@@ -261,7 +273,7 @@ def metrics(tallies: dict[str, dict[str, Tally]], real_BT: jax.Array, moe: MoeCo
     if not layers:
         return {}
     n_layers = sum(len(tally.balance) for tally in layers)
-    tokens = real_BT.sum().astype(jnp.float32)
+    tokens = counted_BT.sum().astype(jnp.float32)
 
     def mean(name: str, per_token: int = 1) -> tuple[Any, Any]:
         return sum(getattr(tally, name).sum() for tally in layers) / (n_layers * per_token), tokens

@@ -19,10 +19,12 @@ class Routing(NamedTuple):
     """float32, what each one's output is multiplied by."""
     real_BT: jax.Array
     """Which tokens are not padding."""
+    counted_BT: jax.Array
+    """Which of them losses and metrics are about: all but those of a soft prompt."""
 
 
 class Tally(NamedTuple):
-    """What the router of one layer did, summed over tokens that are not padding."""
+    """What the router of one layer did, summed over the tokens that are counted."""
 
     load_E: jax.Array
     """How many tokens chose each expert."""
@@ -49,7 +51,7 @@ def choose(scores_BTE: jax.Array, bias_E: jax.Array | None, real_BT: jax.Array, 
     weights_BTX = jnp.take_along_axis(scores_BTE, chosen_BTX, axis=-1)
     if moe.normalize:
         weights_BTX /= weights_BTX.sum(axis=-1, keepdims=True) + 1e-20  # all sigmoids may be zero
-    return Routing(chosen_BTX, weights_BTX * moe.scale, real_BT)
+    return Routing(chosen_BTX, weights_BTX * moe.scale, real_BT, real_BT)
 
 
 def observe(
@@ -68,15 +70,15 @@ def observe(
     The z-loss is that of ST-MoE (Zoph et al. 2022, arXiv:2202.08906, equation 5).
     """
     E, X = scores_BTE.shape[-1], moe.top_k
-    real_BT1 = routing.real_BT[..., None]
+    counted_BT1 = routing.counted_BT[..., None]
     probabilities_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
 
     def of_row(x: jax.Array) -> jax.Array:
         return jax.lax.psum(x, shared_by)
 
-    load_BE = of_row(jnp.sum(jax.nn.one_hot(routing.chosen_BTX, E).sum(axis=2) * real_BT1, axis=1))
-    probability_BE = of_row(jnp.sum(probabilities_BTE * real_BT1, axis=1))
-    tokens_B = jnp.maximum(of_row(routing.real_BT.sum(axis=1)), 1)
+    load_BE = of_row(jnp.sum(jax.nn.one_hot(routing.chosen_BTX, E).sum(axis=2) * counted_BT1, axis=1))
+    probability_BE = of_row(jnp.sum(probabilities_BTE * counted_BT1, axis=1))
+    tokens_B = jnp.maximum(of_row(routing.counted_BT.sum(axis=1)), 1)
     balance_B = E / X * jnp.sum(load_BE * probability_BE, axis=-1) / tokens_B
-    router_z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * routing.real_BT
+    router_z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * routing.counted_BT
     return Tally(load_BE.sum(axis=0), balance_B.sum(), of_row(router_z_BT.sum()), dropped)
