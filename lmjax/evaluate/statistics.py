@@ -5,7 +5,7 @@ or bits per byte where they are sizes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """One model less another on the same items, with the 95% interval of normal theory."""
+    """One model less another on the same items, with its standard error and 95% interval."""
 
     value: float
     stderr: float
@@ -45,9 +45,13 @@ class McNemar(NamedTuple):
 def estimate(y_B: np.ndarray, weight_B: np.ndarray) -> Estimate:
     """sum(y) / sum(weight). Its interval is that of normal theory; of a share, where every item is 0 or 1, Wilson's."""
     value, stderr = float(y_B.sum() / weight_B.sum()), ratio_stderr(y_B, weight_B)
-    if np.all(weight_B == 1) and np.all((y_B == 0) | (y_B == 1)):
+    if _is_share(y_B, weight_B):
         return Estimate(value, stderr, *wilson(value, len(y_B)), len(y_B))
     return of_normal_theory(value, stderr, len(y_B))
+
+
+def _is_share(y_B: np.ndarray, weight_B: np.ndarray) -> bool:
+    return bool(np.all(weight_B == 1) and np.all((y_B == 0) | (y_B == 1)))
 
 
 def of_normal_theory(value: float, stderr: float, items: int) -> Estimate:
@@ -77,12 +81,38 @@ def difference(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, n
     """The ratio of `first`, a (y_B, weight_B), less that of `second`, whose items are the same in the same order.
 
     What makes an item hard for both models cancels: the standard error is that of the difference item by item, as in a
-    paired t-test, linearized as in `ratio_stderr`.
+    paired t-test, linearized as in `ratio_stderr`. The interval is that of normal theory; of two shares, Tango's.
     """
     assert len(first[0]) == len(second[0]), "not the same items"
+    n = len(first[0])
     value = float(first[0].sum() / first[1].sum() - second[0].sum() / second[1].sum())
     stderr = _stderr_of_sum(_residual(*first) - _residual(*second))
-    return _with_interval(value, stderr, len(first[0]))
+    if _is_share(*first) and _is_share(*second):
+        return Difference(value, stderr, *tango(*_alone(first[0], second[0]), n), n)
+    return Difference(value, stderr, value - Z_95 * stderr, value + Z_95 * stderr, n)
+
+
+def tango(first_only: int, second_only: int, items: int) -> tuple[float, float]:
+    """The 95% interval of a difference of two shares of the same items (Tango 1998, Statist. Med. 17, pp. 891-908), by
+    how many items are in the one alone and in the other alone.
+
+    As Wilson's: all differences from which this one is less than 1.96 of their own standard errors away. It says
+    something of models that never disagree, too.
+    """
+    return -_farthest_above(second_only, first_only, items), _farthest_above(first_only, second_only, items)
+
+
+def _farthest_above(b: int, c: int, n: int) -> float:
+    """The greatest difference that b and c are less than 1.96 standard errors below, by bisection."""
+    low, high = (b - c) / n, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        # The likeliest share of c where the difference is `middle`: the greater root of 2n q^2 + linear q + constant.
+        linear, constant = (2 * n - b + c) * middle - b - c, -c * middle * (1 - middle)
+        q = (math.sqrt(max(0.0, linear**2 - 8 * n * constant)) - linear) / (4 * n)
+        is_near = n * middle - b + c < Z_95 * math.sqrt(n * (2 * q + middle * (1 - middle)))
+        low, high = (middle, high) if is_near else (low, middle)
+    return high
 
 
 def _residual(y_B: np.ndarray, weight_B: np.ndarray) -> np.ndarray:
@@ -95,24 +125,34 @@ def _stderr_of_sum(x_B: np.ndarray) -> float:
     return float(np.sqrt(n / (n - 1) * np.sum(x_B**2))) if n > 1 else math.nan
 
 
-def _with_interval(value: float, stderr: float, items: int) -> Difference:
-    return Difference(value, stderr, value - Z_95 * stderr, value + Z_95 * stderr, items)
-
-
 def macro(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean over categories, which count the same however many items they have."""
-    value, stderr = _mean([one.value for one in estimates], [one.stderr for one in estimates])
-    return of_normal_theory(value, stderr, sum(one.items for one in estimates))
+    """The mean over categories, which count the same however many items they have.
+
+    Its interval is made of theirs, its distances from the mean as if they were standard errors (Zou & Donner 2008,
+    Statist. Med. 27, pp. 1693-1702): the same as that of normal theory where theirs are.
+    """
+    return Estimate(*_mean(estimates), sum(one.items for one in estimates))
 
 
 def macro_difference(differences: Sequence[Difference]) -> Difference:
     """As `macro`."""
-    value, stderr = _mean([one.value for one in differences], [one.stderr for one in differences])
-    return _with_interval(value, stderr, sum(one.items for one in differences))
+    return Difference(*_mean(differences), sum(one.items for one in differences))
 
 
-def _mean(values: Sequence[float], stderrs: Sequence[float]) -> tuple[float, float]:
-    return math.fsum(values) / len(values), math.sqrt(sum(x**2 for x in stderrs)) / len(values)
+def _mean(ones: Sequence[Estimate] | Sequence[Difference]) -> tuple[float, float, float, float]:
+    """(value, stderr, low, high) of the mean of independent numbers."""
+
+    def together(distances: Iterable[float]) -> float:
+        return math.sqrt(sum(x**2 for x in distances)) / len(ones)
+
+    value = math.fsum(one.value for one in ones) / len(ones)
+    below, above = together(one.value - one.low for one in ones), together(one.high - one.value for one in ones)
+    return value, together(one.stderr for one in ones), value - below, value + above
+
+
+def _alone(first_B: np.ndarray, second_B: np.ndarray) -> tuple[int, int]:
+    """How many items the first alone gets right, and how many the second."""
+    return int(np.sum((first_B > 0) & (second_B == 0))), int(np.sum((first_B == 0) & (second_B > 0)))
 
 
 def mcnemar(first_B: np.ndarray, second_B: np.ndarray) -> McNemar:
@@ -121,6 +161,6 @@ def mcnemar(first_B: np.ndarray, second_B: np.ndarray) -> McNemar:
     Of the items that one model alone gets right each is a fair coin if both are equally good. Exact tests of so few
     outcomes are conservative: p <= 0.05 happens in less than 5% of such comparisons.
     """
-    b, c = int(np.sum((first_B > 0) & (second_B == 0))), int(np.sum((first_B == 0) & (second_B > 0)))
+    b, c = _alone(first_B, second_B)
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
     return McNemar(b, c, min(1.0, 2 * tail / (1 << (b + c))))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmjax.evaluate.statistics import (
+    Z_95,
     Difference,
     Estimate,
     difference,
@@ -116,8 +117,15 @@ def test_the_interval_of_a_macro_average_covers() -> None:
         )
 
     found = [draw() for _ in range(3000)]
-    covered = np.mean([abs(one.value - np.mean(rates)) < 1.96 * one.stderr for one in found])
+    covered = np.mean([one.low < np.mean(rates) < one.high for one in found])
     assert covered == pytest.approx(0.95, abs=0.02)
+
+
+def test_a_macro_average_of_none_or_all_is_not_certain() -> None:
+    all_right = estimate(np.ones(30), np.ones(30))
+    one = macro([all_right, all_right])
+    assert one.value == one.high == 1.0 and one.stderr == 0.0
+    assert one.low == pytest.approx(1 - (1 - all_right.low) / math.sqrt(2))
 
 
 # Two models -------------------------------------------------------------------------------------------------------
@@ -136,6 +144,41 @@ def test_the_interval_of_a_paired_difference_covers(edge: float) -> None:
     ones = np.ones(250)
     found = [difference((a, ones), (b, ones)) for a, b in models(edge, 0, 4000)]
     assert np.mean([one.low < edge < one.high for one in found]) == pytest.approx(0.95, abs=0.012)
+
+
+def paired(b: int, c: int, items: int) -> Difference:
+    """Of two models of which one alone is right b times, the other c times."""
+    right_B = np.arange(items)
+    return difference(*(((part).astype(float), np.ones(items)) for part in (right_B < b, right_B >= items - c)))
+
+
+@pytest.mark.parametrize("items", [1, 30, 400])
+def test_the_difference_of_models_that_never_disagree_is_not_certain(items: int) -> None:
+    """It is a share of none: as far as Wilson's interval of none goes, to either side."""
+    one = paired(0, 0, items)
+    assert (one.value, -one.low, one.high) == (0, one.high, pytest.approx(wilson(0.0, items)[1]))
+
+
+def test_the_interval_of_a_difference_of_shares_is_where_their_score_test_ends() -> None:
+    """Zero is in it as long as (b - c)^2 / (b + c), McNemar's statistic, is below 1.96^2."""
+    for b, c in itertools.product(range(12), repeat=2):
+        one = paired(b, c, 40)
+        assert one.low <= one.value <= one.high and one.low >= -1 and one.high <= 1
+        assert (one.low <= 0 <= one.high) == ((b - c) ** 2 <= Z_95**2 * (b + c))
+    assert paired(40, 0, 40).high == paired(40, 0, 40).value == 1
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.01, 0.0), (0.02, 0.01), (0.1, 0.05)])
+def test_the_interval_of_a_difference_of_shares_covers(p: float, q: float) -> None:
+    """By enumeration of who alone is right, which happens with probability p, or q, where +- 1.96 stderr does not."""
+    items, most, covered, plain = 100, 26, 0.0, 0.0
+    for b, c in itertools.product(range(most), repeat=2):
+        same = items - b - c
+        ways = math.factorial(items) // (math.factorial(b) * math.factorial(c) * math.factorial(same))
+        chance, one = ways * p**b * q**c * (1 - p - q) ** same, paired(b, c, items)
+        covered += chance * (one.low <= p - q <= one.high)
+        plain += chance * (abs(one.value - (p - q)) <= 1.96 * one.stderr)
+    assert covered > 0.93 and (plain < 0.9 or p > 0.05)
 
 
 def test_pairs_tell_more_than_two_numbers() -> None:
@@ -164,7 +207,8 @@ def test_the_interval_of_a_difference_of_ratios_covers() -> None:
 
 
 def test_a_macro_difference() -> None:
-    one = macro_difference([Difference(0.1, 0.03, 0, 0, 10), Difference(-0.3, 0.04, 0, 0, 20)])
+    parts = ((0.1, 0.03, 10), (-0.3, 0.04, 20))
+    one = macro_difference([Difference(value, e, value - 1.96 * e, value + 1.96 * e, n) for value, e, n in parts])
     assert (one.value, one.stderr, one.items) == (pytest.approx(-0.1), pytest.approx(0.025), 30)
     assert (one.low, one.high) == (
         pytest.approx(-0.1 - 1.96 * 0.025, abs=1e-5),
