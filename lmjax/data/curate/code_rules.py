@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from lmjax.data.curate import spdx
 from lmjax.data.curate.document import Changed, Document, Dropped, Outcome
 from lmjax.data.curate.step import Arrays, DocumentStep
 from lmjax.schema import Fraction, PositiveFloat, PositiveInt, config_class
@@ -74,8 +75,8 @@ _ENCODED = (
 
 @config_class
 class Licence(DocumentStep):
-    """Keep files under permissive licences, by what their beginnings say: an SPDX identifier (ISO/IEC 5962), or the
-    words of a well-known notice.
+    """Keep files under permissive licences, by what their beginnings say: an SPDX expression (ISO/IEC 5962) or, where
+    there is none, the words of a well-known notice.
 
     A licence of the whole repository, in a file of its own, is not seen. As in The Stack v2, files without any stay.
     """
@@ -93,40 +94,45 @@ class Licence(DocumentStep):
         keep = {name.lower() for name in self.keep}
 
         def check(document: Document) -> Outcome:
-            licences = [*self.licences(document.text[: self.characters])]
-            found = tuple(dict.fromkeys(" OR ".join(choices) for choices in licences)) or ("none",)
+            licences = tuple(dict.fromkeys(self.licences(document.text[: self.characters])))
+            all_of_them = spdx.Combined("AND", licences)
+            found = tuple(map(str, licences)) or ("none",)
             if not licences and self.unlicensed == "drop":
                 return Dropped("no licence", found)
-            if refused := [choices for choices in licences if keep.isdisjoint(map(str.lower, choices))]:
-                return Dropped(f"a licence such as {refused[0][0]}", found)
-            return Changed(document.labelled(licence=" AND ".join(found)), found=found)
+            if refused := all_of_them.refused(keep):
+                return Dropped(f"a licence such as {refused}", found)
+            licence = str(all_of_them) if len(licences) > 1 else found[0]
+            return Changed(document.labelled(licence=licence), found=found)
 
         return check
 
-    def licences(self, beginning: str) -> Iterator[tuple[str, ...]]:
-        """What the text is under, all of them, each as its alternatives."""
-        for match in _SPDX.finditer(beginning):
-            for part in re.split(r"\s+AND\s+", match[1]):
-                yield tuple(part.strip("() \t").split(" WITH ")[0] for part in re.split(r"\s+OR\s+", part))
-        notice = re.sub(r"[\s*#/;%!|-]+", " ", beginning).lower()
-        yield from ((name,) for name, phrase in _NOTICES.items() if phrase in notice)
+    def licences(self, beginning: str) -> Iterator[spdx.Expression]:
+        """What the text is under, all of them."""
+        named = [spdx.parse(match[1]) for match in _SPDX.finditer(beginning)]
+        for one in named:
+            yield from one.parts if isinstance(one, spdx.Combined) and one.operator == "AND" else (one,)
+        if not named:
+            notice = re.sub(r"[\s*#/;%!|-]+", " ", beginning).lower()
+            yield from (spdx.Licence(name) for phrase, name in _NOTICES.items() if phrase in notice)
 
 
-_SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() \t-]*[\w.+)])")
+_SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+:() \t-]*[\w.+)])")
 _NOTICES = {
-    "AGPL": "gnu affero general public license",
-    "GPL": "gnu general public license",
-    "LGPL": "gnu lesser general public license",
-    "MPL-2.0": "mozilla public license",
-    "EPL": "eclipse public license",
-    "CDDL": "common development and distribution license",
-    "SSPL-1.0": "server side public license",
-    "proprietary": "proprietary and confidential",
-    "Apache-2.0": "apache license",
-    "BSD-3-Clause": "redistribution and use in source and binary forms",
-    "BSL-1.0": "boost software license",
-    "ISC": "permission to use, copy, modify, and or distribute this software for any purpose",
-    "MIT": "permission is hereby granted, free of charge, to any person obtaining a copy",
-    "Unlicense": "this is free and unencumbered software released into the public domain",
+    "gnu affero general public license": "AGPL",
+    "gnu general public license": "GPL",
+    "gnu lesser general public license": "LGPL",
+    "gnu library general public license": "LGPL",
+    "mozilla public license": "MPL-2.0",
+    "eclipse public license": "EPL",
+    "common development and distribution license": "CDDL",
+    "server side public license": "SSPL-1.0",
+    "proprietary and confidential": "proprietary",
+    "apache license": "Apache-2.0",
+    "redistribution and use in source and binary forms": "BSD-3-Clause",
+    "boost software license": "BSL-1.0",
+    "distribute this software for any purpose with or without fee": "ISC",
+    "permission is hereby granted, free of charge, to any person obtaining a copy": "MIT",
+    "this is free and unencumbered software released into the public domain": "Unlicense",
+    "permission is granted to anyone to use this software for any purpose, including commercial": "Zlib",
 }
-"""In lower case, without the marks of comments."""
+"""What a notice says, in lower case and without the marks of comments, and whose it is."""

@@ -63,7 +63,13 @@ MIT = "Permission is hereby granted, free of charge, to any person obtaining a c
         ("/* SPDX-License-Identifier: (GPL-2.0-only OR MIT) */\n", ("GPL-2.0-only OR MIT",)),
         ("# SPDX-License-Identifier: apache-2.0\n", ("apache-2.0",)),
         ("<!-- SPDX-License-Identifier: MIT AND ISC -->\n", ("MIT", "ISC")),
-        ("// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception\n", ("Apache-2.0",)),
+        ("// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception\n", ("Apache-2.0 WITH LLVM-exception",)),
+        ("# (SPDX-License-Identifier: MIT)\n", ("MIT",)),
+        (
+            "# SPDX-License-Identifier: GPL-2.0-only OR ISC\n# under the GNU General Public License, or\n",
+            ("GPL-2.0-only OR ISC",),
+        ),
+        ("# to copy, modify, and distribute this software for any purpose\n# with or without fee\n", ("ISC",)),
         (f"# {MIT}\n".replace(" of ", "\n# of "), ("MIT",)),
         (" * Redistribution and use in source and\n * binary forms, with or without\n", ("BSD-3-Clause",)),
         ("import os\n", ("none",)),
@@ -76,11 +82,19 @@ def test_permissive_licences_are_kept(beginning: str, found: tuple[str, ...]) ->
     assert outcome.document.labels == {"licence": " AND ".join(found)}
 
 
+def test_a_label_is_an_expression_again() -> None:
+    beginning = "# SPDX-License-Identifier: MIT\n# SPDX-License-Identifier: ISC OR GPL-2.0-only\n"
+    outcome = Licence().start({})(Document(beginning, "s/1", "s"))
+    assert isinstance(outcome, Changed) and outcome.document.labels == {"licence": "MIT AND (ISC OR GPL-2.0-only)"}
+
+
 @pytest.mark.parametrize(
     ("beginning", "why"),
     [
         ("# SPDX-License-Identifier: GPL-3.0-or-later\n", "GPL-3.0-or-later"),
         ("# SPDX-License-Identifier: MIT AND GPL-2.0-only\n", "GPL-2.0-only"),
+        ("# SPDX-License-Identifier: (MIT OR ISC) AND GPL-2.0-only\n", "GPL-2.0-only"),
+        ("# under the GNU Library General Public License\n", "LGPL"),
         ("/* under the terms of the GNU General\n * Public License as published by\n */", "GPL"),
         ("; Mozilla Public\n; License, v. 2.0\n", "MPL-2.0"),
         (f"# PROPRIETARY AND CONFIDENTIAL\n# {MIT}\n", "proprietary"),
