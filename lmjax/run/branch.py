@@ -57,7 +57,7 @@ def check(cfg: Config) -> tuple[epath.Path, int]:
     if step is None:
         raise ConfigError(f"{SETTING}={given}: say at which step, {given}@STEP")
     steps.origin_checkpoint(SETTING, given)
-    pinned = origin.with_pinned_origins(cfg, saved_config(trunk))
+    pinned = origin.with_pinned_origins(cfg, saved_config(trunk), trunk)
     check_same_until(step, configs.from_json(trunk / "config.json"), pinned)
     return trunk, step
 

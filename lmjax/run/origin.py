@@ -15,14 +15,17 @@ from lmjax.tasks.start import digest
 logger = logging.getLogger(__name__)
 
 
-def with_pinned_origins(cfg: Config, saved: Config | None) -> Config:
-    """The config whose `train.init_from` and `train.distill.teacher` name the step, or the hash, that this run's first
-    attempt found and `saved` as its config."""
+def with_pinned_origins(cfg: Config, saved: Config | None, workdir: epath.Path) -> Config:
+    """The config whose `train.init_from` and `train.distill.teacher` name the step, or the hash, that the first attempt
+    of the run in `workdir` found and `saved` as its config."""
     if saved is None:
         return cfg
     train, before = cfg.train, saved.train
     if train.init_from and before.init_from:
-        train = dataclasses.replace(train, init_from=_pinned(train.init_from, before.init_from))
+        pinned = _pinned(train.init_from, before.init_from)
+        if pinned == train.init_from:
+            pinned = _pinned_elsewhere(workdir, pinned, before.init_from)
+        train = dataclasses.replace(train, init_from=pinned)
     if train.distill and train.distill.teacher and before.distill:
         teacher = _pinned(train.distill.teacher, before.distill.teacher)
         train = dataclasses.replace(train, distill=dataclasses.replace(train.distill, teacher=teacher))
@@ -33,13 +36,24 @@ def _pinned(given: str, saved: str) -> str:
     return saved if saved.rpartition("@")[0] == os.fspath(files.locate(given)) else given
 
 
+def _pinned_elsewhere(workdir: epath.Path, given: str, saved: str) -> str:
+    """The step that the run began with, where the other run has been moved, and perhaps trained on since."""
+    step = saved.rpartition("@")[2]
+    moved = f"{files.locate(given)}@{step}"
+    return moved if step.isdigit() and _began_with(workdir, moved) else given
+
+
 def is_same_start(workdir: epath.Path, cfg: Config) -> bool:
     """Whether the weights that the config names are those that the run's last attempt says it started from."""
+    return cfg.train.init_from is not None and _began_with(workdir, cfg.train.init_from)
+
+
+def _began_with(workdir: epath.Path, init_from: str) -> bool:
     try:
         begun = [event.get("start") for event in read_events(workdir / "metrics.jsonl") if event["event"] == "start"]
     except (OSError, DataError):
         return False
-    return cfg.train.init_from is not None and begun[-1:] == [digest(cfg.train.init_from)] != [None]
+    return begun[-1:] == [digest(init_from)] != [None]
 
 
 def with_found_start(workdir: epath.Path, cfg: Config) -> Config:

@@ -95,7 +95,7 @@ def run(
     """
     workdir = locate(workdir)
     check_agreed(cfg)
-    cfg = origin.with_pinned_origins(cfg, saved_config(workdir))
+    cfg = origin.with_pinned_origins(cfg, saved_config(workdir), workdir)
     if is_finished(workdir, cfg, options) and has_report(workdir) and has_files(workdir, cfg):
         return say_finished(workdir)
     with contextlib.ExitStack() as stack:
