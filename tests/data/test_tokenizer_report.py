@@ -34,6 +34,12 @@ def test_counts_are_those_of_the_texts(kind: str) -> None:
     assert np.array_equal(usage.counts, np.bincount(np.concatenate(ids).astype(int), minlength=tokenizer.vocab_size))
 
 
+def test_a_group_may_be_called_all() -> None:
+    tokenizer = train_tokenizer(TokenizerConfig(kind="bytes"), ())
+    usages = measure(tokenizer, [("all", "abc"), ("some", "de")])
+    assert [(name, usage.tokens) for name, usage in usages.items()] == [("all", 3), ("some", 2), ("(all)", 5)]
+
+
 def test_what_cannot_be_represented_is_told_apart() -> None:
     tokenizer = train_tokenizer(TokenizerConfig(kind="chars"), ["abc"])
     usage = of(tokenizer, ["abc", "xbc", "cab"])

@@ -51,7 +51,7 @@ class Usage:
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict[str, Usage]:
-    """What becomes of (group, text), one at a time, by group; and of all, where there are several."""
+    """What becomes of (group, text), one at a time, by group; and last of all, where there are several."""
     tokenizer.replaces_unknown = tokenizer.unknown_id is not None
     usages: dict[str, Usage] = {}
     for group, text in texts:
@@ -60,8 +60,10 @@ def measure(tokenizer: Tokenizer, texts: Iterable[tuple[str, str]]) -> dict[str,
         usages[group].add(tokenizer, text)
     if len(usages) < 2:
         return usages
-    parts = [dataclasses.asdict(usage) for usage in usages.values()]
-    return usages | {"all": Usage(**{name: sum(part[name] for part in parts) for name in parts[0]})}
+    parts, total = [dataclasses.asdict(usage) for usage in usages.values()], "all"
+    while total in usages:
+        total = f"({total})"
+    return usages | {total: Usage(**{name: sum(part[name] for part in parts) for name in parts[0]})}
 
 
 def lines(tokenizer: Tokenizer, usages: Mapping[str, Usage]) -> list[str]:
