@@ -3,6 +3,7 @@
 local    several processes of one command on this machine:
          python -m launch local --processes=4 --devices-per-process=2 -- lmjax train --config=... --workdir=...
 sweep    the cells of a config file: python -m launch sweep configs/sweeps/cpu_isoflop.py --out=sweeps/first
+grow     the cells that tell most, until N* is known; recommend writes the config of the run that a sweep speaks for
 status   what they are at, from their files; exit code 0 once all are done
 logs     what a cell printed
 stop     have those that run save and end

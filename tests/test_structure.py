@@ -130,6 +130,25 @@ def test_imports_come_from_floors_above(path: Path) -> None:
     assert not wrong, f"{own} may not import {', '.join(sorted(wrong))}"
 
 
+def test_the_readme_s_tree_is_the_house() -> None:
+    """Each file and folder that it lists is there, on its floor; and it lists every folder of modules."""
+    tree = (ROOT / "README.md").read_text().split("\n```\nlmjax/\n")[1].split("\n```\n")[0]
+    tree = tree.replace("\n" + " " * 25, " ")  # lines that go on
+    floor, folders, listed = 0, [ROOT / "lmjax"], {ROOT / "lmjax"}
+    for line in tree.splitlines():
+        depth, names = (len(line) - len(line.lstrip())) // 2, line[:25].split()
+        floor = int(found[1]) if (found := re.search(r"\(floor (\d+)\)", line)) else floor
+        folders = folders[:depth]
+        paths = [Path(*folders[-1:] or [ROOT], name) for name in names]
+        assert all(path.exists() for path in paths), line
+        if folders == [ROOT / "lmjax"]:
+            assert all(FLOOR_OF[of_file(path)] == floor for path in paths), line
+        listed.update(paths)
+        folders += [path for path in paths if path.is_dir()]
+    rooms = {path.parent for path in PROGRAMS}
+    assert not rooms - listed, f"README.md does not list {', '.join(map(str, sorted(rooms - listed)))}"
+
+
 # Who imports whom, module by module ----------------------------------------------------------------------------------
 
 
