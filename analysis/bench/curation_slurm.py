@@ -29,6 +29,8 @@ PASSAGES, COPIES, JUNK, TASKS = 1000, 100, 100, 4
 SIMILARITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 CLEANING = ({"step": "repair"}, {"step": "normalize"}, {"step": "privacy"}, {"step": "repetition"})
 CONFIG = "configs/curate/books.py"
+LONGEST_SECONDS = 3600.0
+"""That the jobs may take, waiting for their turn included."""
 
 
 def texts_in(folder: Path, kind: str) -> Counter[str]:
@@ -37,11 +39,15 @@ def texts_in(folder: Path, kind: str) -> Counter[str]:
 
 
 def on_cluster(folder: Path, partition: str) -> tuple[Counter[str], Counter[str]]:
-    """The documents after the first steps, and at the end."""
+    """The documents after the first steps, and at the end. Ends the program where the jobs take too long."""
     command = [sys.executable, "-m", "launch", "curate", f"{CONFIG}:{folder}/in", f"--out={folder}/theirs",
                f"--tasks={TASKS}", f"--partition={partition}"]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    while len(list(folder.glob("theirs/logs/keep/completions/*"))) < TASKS:
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while (done := len(list(folder.glob("theirs/logs/keep/completions/*")))) < TASKS:
+        if time.monotonic() > deadline:
+            sys.exit(f"after {LONGEST_SECONDS:,.0f} s {done} of {TASKS} tasks of the last job, theirs-keep, are done; "
+                     "see squeue for what waits, and scancel it: its documents are gone")  # fmt: skip
         time.sleep(1.0)
     cleaned, kept = (texts_in(folder / "theirs" / name, "*.jsonl.gz") for name in ("cleaned", "documents"))
     return cleaned, kept
