@@ -3,7 +3,8 @@
     python -m launch curate configs/curate/books.py:FOLDER --out=DIR --tasks=200 --partition=cpu
 
 FOLDER holds JSON lines; each task reads its share of the files. The steps that look at a document at a time are the
-recipe's own functions, so that they keep and change what `lmjax curate` would. Near duplicates are found by datatrove,
+recipe's own functions, so that they keep and change what `lmjax curate` would; what they learn from other files, they
+learn once, here, before the jobs start. Near duplicates are found by datatrove,
 from the same runs of the same words: documents that agree in one of `--buckets` of `--hashes`, without the comparison
 that `lmjax curate` makes of each such pair. Documents that are equal are among them, but for those of fewer words than
 a run, which datatrove does not compare. What is left lies in DIR/documents, .jsonl.gz, for `lmjax prepare`, or for
@@ -24,17 +25,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from lmjax.config import ConfigFile
 from lmjax.data.curate.document import Changed, Document, Dropped, Outcome
 from lmjax.data.curate.duplicates import ExactDuplicates
 from lmjax.data.curate.hashing import words
 from lmjax.data.curate.held_out import HeldOut
 from lmjax.data.curate.near_duplicates import NearDuplicates
-from lmjax.data.curate.recipe import CurateConfig, parse_step
+from lmjax.data.curate.read import list_files
+from lmjax.data.curate.recipe import CurateConfig, Step, parse_step
+from lmjax.data.curate.stage import fit, treatment
 from lmjax.data.curate.step import CorpusStep, DocumentStep
+from lmjax.data.prepare.sources import contents
 from lmjax.errors import DONE, ConfigError
 from lmjax.record import files
 from lmjax.schema import validated
+
+CLEAN, KEEP = "clean", "keep"
+"""The jobs whose steps are the recipe's, and what these have learned."""
 
 Steps = Sequence[dict[str, Any]]
 
@@ -77,13 +86,18 @@ def _passes(steps: Steps) -> bool:
     return any(isinstance(parse_step(0, values)[1], CorpusStep) for values in steps)
 
 
-def treat(documents: Iterable[Any], rank: int, world_size: int, *, steps: Steps) -> Iterator[Any]:
-    """datatrove's documents through steps of ours: a block of a pipeline."""
+def parsed(steps: Steps) -> list[tuple[str, Step]]:
+    """The steps with their names."""
+    return [parse_step(place, values) for place, values in enumerate(steps)]
+
+
+def treat(documents: Iterable[Any], rank: int, world_size: int, *, steps: Steps, learned: Path) -> Iterator[Any]:
+    """datatrove's documents through steps of ours: a block of a pipeline. What the steps had to learn lies in `learned`
+    (stage.fit), so that all tasks have learned the same."""
     functions = []
-    for place, values in enumerate(steps):
-        step = parse_step(place, values)[1]
+    for place, (_, step) in enumerate(parsed(steps)):
         assert isinstance(step, DocumentStep)
-        functions.append(step.start(step.fit().arrays))
+        functions.append(treatment(epath.Path(learned), place, step))
     for theirs in documents:
         document = _through(functions, Document(theirs.text, theirs.id, "", theirs.metadata))
         if document is not None:
@@ -145,13 +159,16 @@ def stages(folder: str, text_key: str, out: Path, cut: Parts, arguments: argpars
     )
     reader = JsonlReader(folder, glob_pattern="*.jsonl*", text_key=text_key, add_file_path=False)
     again = JsonlReader(cleaned, add_file_path=False)
-    before, after = (functools.partial(treat, steps=steps) for steps in (cut.before, cut.after))
+    before, after = (
+        functools.partial(treat, steps=steps, learned=out / name)
+        for name, steps in ((CLEAN, cut.before), (KEEP, cut.after))
+    )
     return [
-        Stage("clean", [reader, before, JsonlWriter(cleaned)], arguments.tasks),
+        Stage(CLEAN, [reader, before, JsonlWriter(cleaned)], arguments.tasks),
         Stage("sign", [again, MinhashDedupSignature(signatures, config, language=Words())], arguments.tasks),
         Stage("pair", [MinhashDedupBuckets(signatures, pairs, config=config)], arguments.buckets),
         Stage("cluster", [MinhashDedupCluster(pairs, removed, config=config)], 1),
-        Stage("keep", [again, MinhashDedupFilter(removed), after, JsonlWriter(kept)], arguments.tasks),
+        Stage(KEEP, [again, MinhashDedupFilter(removed), after, JsonlWriter(kept)], arguments.tasks),
     ]
 
 
@@ -184,7 +201,9 @@ def begin_or_continue(out: Path, wanted: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, content)
     elif path.read_text() != content:
-        raise ConfigError(f"--out={out} holds what another recipe, or other flags, made: {path}; use a new directory")
+        raise ConfigError(
+            f"--out={out} holds what another recipe, other flags or files made: {path}; use a new directory"
+        )
 
 
 def curate(arguments: argparse.Namespace) -> int:
@@ -201,7 +220,12 @@ def curate(arguments: argparse.Namespace) -> int:
     shares = {name: getattr(arguments, name) for name in ("tasks", "buckets", "hashes")}
     try:
         jobs = stages(folder, cfg.text_key, out, cut, arguments)
-        begin_or_continue(out, {"folder": folder, "text_key": cfg.text_key, "steps": cfg.steps} | shares)
+        recipe = {"folder": folder, "text_key": cfg.text_key, "steps": cfg.steps} | shares
+        if read := list_files(cfg).others:
+            recipe["learned_from"] = contents(read)
+        begin_or_continue(out, recipe)
+        for name, steps in ((CLEAN, cut.before), (KEEP, cut.after)):
+            fit(epath.Path(out / name), parsed(steps))
         start(jobs, out, arguments)
     except ImportError as error:
         raise ConfigError(f"launch curate needs datatrove and orjson ({error}): install them") from error

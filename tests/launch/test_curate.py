@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 
-from launch.curate import begin_or_continue, parts, treat
+from launch.curate import begin_or_continue, parsed, parts, treat
 from lmjax.data.config import PrepareConfig
 from lmjax.data.curate.curate import curate
 from lmjax.data.curate.recipe import CurateConfig
+from lmjax.data.curate.stage import fit
 from lmjax.data.prepare.sources import list_inputs, read_records
 from lmjax.errors import ConfigError
 
@@ -50,12 +52,25 @@ def texts() -> list[str]:
 
 
 def test_documents_become_what_the_recipe_makes_of_them(tmp_path: Path) -> None:
-    steps = ({"step": "normalize"}, {"step": "privacy"}, {"step": "gopher", "least_stop_words": 0})
-    made = treat([Theirs(text, str(n)) for n, text in enumerate(texts())], 0, 1, steps=steps)
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    """In any number of tasks: what a step learns is learned once, from files that are read no more."""
+    for name, first in (("good", "w"), ("bad", "v")):
+        lines = (json.dumps({"text": text.replace("w", first)}) + "\n" for text in texts()[:30])
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    quality = {"step": "quality", "good": (f"{tmp_path}/good.jsonl",), "bad": (f"{tmp_path}/bad.jsonl",)}
+    steps = ({"step": "normalize"}, {"step": "privacy"}, {"step": "gopher", "least_stop_words": 0}, quality)
+    given = [text.replace("w", "v") if number % 5 == 0 else text for number, text in enumerate(texts())]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in given))
     cfg = CurateConfig(sources={"s": (str(tmp_path / "in.jsonl"),)}, steps=steps, workers=1)
     curate(cfg, tmp_path / "out", progress=False)
-    assert [one.text for one in made] == texts_of(f"{tmp_path}/out/*.jsonl.zst")
+
+    learned = tmp_path / "learned"
+    fit(epath.Path(learned), parsed(steps))
+    for name in ("good", "bad"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    documents = [Theirs(text, str(number)) for number, text in enumerate(given)]
+    tasks = (treat(documents[task::2], task, 2, steps=steps, learned=learned) for task in range(2))
+    made = [one.text for task in tasks for one in task]
+    assert 40 < len(made) < 70 and sorted(made) == sorted(texts_of(f"{tmp_path}/out/*.jsonl.zst"))
 
 
 def texts_of(pattern: str) -> list[str]:
@@ -78,7 +93,7 @@ def test_jobs_that_have_ended_are_never_taken_for_those_of_another_recipe(tmp_pa
     wanted = {"steps": ({"step": "c4", "words": ("a", "b")},), "tasks": 2}
     begin_or_continue(tmp_path / "out", wanted)
     begin_or_continue(tmp_path / "out", wanted)
-    with pytest.raises(ConfigError, match=r"what another recipe, or other flags, made: .*recipe\.json; use a new"):
+    with pytest.raises(ConfigError, match=r"what another recipe, other flags or files made: .*recipe\.json; use a new"):
         begin_or_continue(tmp_path / "out", wanted | {"tasks": 3})
 
 

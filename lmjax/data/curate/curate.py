@@ -24,7 +24,7 @@ from lmjax.data.curate.progress import Progress
 from lmjax.data.curate.read import Inputs, chunks, list_files
 from lmjax.data.curate.recipe import CurateConfig, choices
 from lmjax.data.curate.result import FILE, PAGE, Curation, verified_curation
-from lmjax.data.curate.stage import plan
+from lmjax.data.curate.stage import fit, plan
 from lmjax.data.curate.step import CorpusStep, DocumentStep
 from lmjax.data.curate.workers import RECIPE, Order, work
 from lmjax.data.prepare.corpus import Omitted
@@ -54,7 +54,7 @@ def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = 
     inputs = list_files(cfg)
     untouched = stamps(inputs.all)
     recipe = choices(cfg) | {"contents": _contents(cfg, inputs)}
-    recipe |= {PACKAGES: packages.versions(step["step"] for step in cfg.steps)}
+    recipe |= {PACKAGES: _versions(cfg)}
     folder, new = directory / FOLDER, not directory.exists()
     with reporting(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def curate(cfg: CurateConfig, path: str | os.PathLike[str], *, progress: bool = 
         _begin_or_continue(directory, recipe)
         try:
             with Progress(progress, [READ, *_stage_names(cfg)]) as shown:
-                _fit(cfg, folder)
+                fit(folder, cfg.parsed())
                 count = _read(cfg, folder, inputs, untouched, shown)
                 return _make(cfg, directory, recipe, count, shown)
         except DataError:
@@ -77,6 +77,14 @@ def _contents(cfg: CurateConfig, inputs: Inputs) -> str:
     """A hash of all that is read."""
     files = contents(inputs.all)
     return files if cfg.tokenizer is None else hash_bytes(f"{files} {load_tokenizer(cfg.tokenizer).hash}".encode())
+
+
+def _versions(cfg: CurateConfig) -> dict[str, str]:
+    """Of all that the steps use, and another version of which may give another result."""
+    found = packages.versions(step["step"] for step in cfg.steps)
+    for _, step in cfg.parsed():
+        found |= step.versions() if isinstance(step, DocumentStep) else {}
+    return found
 
 
 def _finished(cfg: CurateConfig, directory: epath.Path, progress: bool) -> Curation:
@@ -158,20 +166,6 @@ def _make(cfg: CurateConfig, directory: epath.Path, recipe: dict[str, Any], coun
     result.write_curation(directory, curation)
     shutil.rmtree(folder)
     return curation
-
-
-def _fit(cfg: CurateConfig, folder: epath.Path) -> None:
-    """Let the steps learn what they need from other files, and find out early whether their packages are there."""
-    (folder / "learned").mkdir(exist_ok=True)
-    for place, (_, step) in enumerate(cfg.parsed()):
-        if isinstance(step, DocumentStep):
-            if load_learned(folder, place) is None:
-                save_learned(folder, place, step.fit())
-            learned = load_learned(folder, place)
-            assert learned is not None
-            step.start(learned.arrays)
-        else:
-            step.keys()
 
 
 def _stage_names(cfg: CurateConfig) -> Iterator[str]:

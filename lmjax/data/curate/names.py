@@ -1,6 +1,6 @@
 """Names of people, by the named entities of a spaCy pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from lmjax.data.curate import packages
@@ -26,9 +26,13 @@ class Names(DocumentStep):
     """What the pipeline calls such entities."""
     action: Literal["mask", "drop"] = "mask"
 
-    def fit(self) -> Learned:
+    def versions(self) -> Mapping[str, str]:
         meta = _load(self.pipeline).meta
-        return Learned({}, {"pipeline": f"{meta['lang']}_{meta['name']} {meta['version']}"})
+        return {f"{meta['lang']}_{meta['name']}": meta["version"]}
+
+    def fit(self) -> Learned:
+        ((name, version),) = self.versions().items()
+        return Learned({}, {"pipeline": f"{name} {version}"})
 
     def start(self, arrays: Arrays) -> Callable[[Document], Outcome]:
         pipeline = _load(self.pipeline)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 from etils import epath
 
 from lmjax.data.curate.account import Account
-from lmjax.data.curate.chunk import Chunk, load_learned
+from lmjax.data.curate.chunk import Chunk, load_learned, save_learned
 from lmjax.data.curate.document import Changed, Document, Outcome
 from lmjax.data.curate.recipe import Step
-from lmjax.data.curate.step import Arrays, CorpusStep
+from lmjax.data.curate.step import Arrays, CorpusStep, DocumentStep
 from lmjax.data.tokenizers.load import load_tokenizer
+from lmjax.errors import DataError
 
 Treatment = Callable[[int, Document], Outcome]
 """A step as a function of a document and of its number in the stage before."""
@@ -79,10 +80,20 @@ class Work:
 
 
 def _counter(path: str) -> Callable[[Document], Document]:
-    """The function that labels a document with the number of its tokens."""
+    """The function that labels a document with the number of its tokens.
+
+    It raises DataError for one that the tokenizer cannot represent.
+    """
     tokenizer = load_tokenizer(path)
     tokenizer.replaces_unknown = tokenizer.unknown_id is not None
-    return lambda document: document.labelled(tokens=len(tokenizer.encode(document.text)))
+
+    def count(document: Document) -> Document:
+        try:
+            return document.labelled(tokens=len(tokenizer.encode(document.text)))
+        except DataError as error:
+            raise DataError(f"{document.name}: {error}") from error
+
+    return count
 
 
 def _counting(treat: Treatment, count: Callable[[Document], Document]) -> Treatment:
@@ -104,10 +115,32 @@ class _Ready(NamedTuple):
     treat: Treatment
 
 
-def _ready(folder: epath.Path, place: int, name: str, step: Step) -> _Ready:
+def fit(folder: epath.Path, steps: Sequence[tuple[str, Step]]) -> None:
+    """Let the steps learn what they need from other files, once, and find out early whether their packages are there.
+
+    What was learned lies in `folder`, for any process. Raises DataError.
+    """
+    (folder / "learned").mkdir(parents=True, exist_ok=True)
+    for place, (_, step) in enumerate(steps):
+        if isinstance(step, DocumentStep):
+            if load_learned(folder, place) is None:
+                save_learned(folder, place, step.fit())
+            treatment(folder, place, step)
+        else:
+            step.keys()
+
+
+def treatment(folder: epath.Path, place: int, step: DocumentStep) -> Callable[[Document], Outcome]:
+    """The step as a function, once `fit` is done."""
     learned = load_learned(folder, place)
     assert learned is not None
+    return step.start(learned.arrays)
+
+
+def _ready(folder: epath.Path, place: int, name: str, step: Step) -> _Ready:
     if isinstance(step, CorpusStep):
+        learned = load_learned(folder, place)
+        assert learned is not None
         return _Ready(name, step.judge(learned.arrays))
-    function = step.start(learned.arrays)
+    function = treatment(folder, place, step)
     return _Ready(name, lambda number, document: function(document))

@@ -50,6 +50,11 @@ class DocumentStep:
         """Files that it reads besides the corpus: a change of theirs changes the recipe."""
         return ()
 
+    def versions(self) -> Mapping[str, str]:
+        """Of what it uses beside packages, by name: another version may give another result. Raises DataError for what
+        is not installed."""
+        return {}
+
     def fit(self) -> Learned:
         """What it needs to know first; made once, kept on disk. Raises DataError for files that do not do."""
         return Learned({}, {})

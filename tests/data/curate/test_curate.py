@@ -112,6 +112,14 @@ def test_tokens_are_counted_where_the_recipe_names_a_tokenizer(
         curate(counting, tmp_path / "counted", progress=False)
 
 
+def test_what_cannot_be_counted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "abba"}\n{"text": "abbot"}\n')
+    CharacterTokenizer({*"abc"}).save(tmp_path / "tokenizer")
+    recipe = CurateConfig(sources={"s": (f"{tmp_path}/in.jsonl",)}, steps=(), tokenizer=f"{tmp_path}/tokenizer")
+    with pytest.raises(DataError, match=r"^s/in\.jsonl, line 2: character 'o' is not in the tokenizer's alphabet"):
+        curate(dataclasses.replace(recipe, workers=1), tmp_path / "out", progress=False)
+
+
 def test_the_number_of_processes_changes_nothing(recipe: CurateConfig, tmp_path: Path) -> None:
     for workers in (1, 4):
         curate(dataclasses.replace(recipe, workers=workers), tmp_path / f"out{workers}", progress=False)
