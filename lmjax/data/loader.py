@@ -130,7 +130,9 @@ class Loader:
         samples = (firsts[:, None] + self._rows).ravel()
         tokens_BU, segments_BU, *weights = self._read(samples)
         whole = as_batch(tokens_BU, segments_BU, samples, self._cfg.documents, *weights)
-        return [_rows_of(whole, low, low + len(self._rows)) for low in range(0, len(samples), len(self._rows))]
+        columns = [getattr(whole, field.name) for field in dataclasses.fields(Batch)]
+        bounds = ((low, low + len(self._rows)) for low in range(0, len(samples), len(self._rows)))
+        return [Batch(*(None if x is None else x[low:high] for x in columns)) for low, high in bounds]
 
     def _read(self, samples: np.ndarray) -> tuple[np.ndarray, ...]:
         """The rows of these samples, as their sources have them: tokens, segments and perhaps weights."""
@@ -232,11 +234,6 @@ class _BatchGroups:
             return self._loader.batches(first, self._group)
         except DataError as error:
             return error
-
-
-def _rows_of(batch: Batch, low: int, high: int) -> Batch:
-    columns = (getattr(batch, field.name) for field in dataclasses.fields(Batch))
-    return Batch(*(None if column is None else column[low:high] for column in columns))
 
 
 def _carried_cursor(source: _Source, positions: Mapping[str, Position]) -> int:

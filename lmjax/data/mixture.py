@@ -60,6 +60,8 @@ class Mixture:
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source (an index) and the cursor in it, of each global sample index (int64, from `origin` on)."""
+        if len(self.shares) == 1:
+            return np.zeros_like(samples), self._cursors[0] + samples - self._origin
         periods, place = np.divmod(samples - self._origin, self.period)
         source = self._order[place]
         shares = np.array(self.shares, np.int64)[source]

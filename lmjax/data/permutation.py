@@ -17,23 +17,33 @@ def permuted(index: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> n
     """
     side = np.uint64(math.isqrt(n - 1) + 1)
     name = _mixed(_mixed(np.asarray(epoch, np.uint64)) + np.uint64(seed))
-    keys = [np.broadcast_to(_mixed(name + np.uint64(number)), index.shape) for number in range(_ROUNDS)]
+    rounds = np.arange(_ROUNDS, dtype=np.uint64).reshape(-1, *[1] * index.ndim)
+    keys = np.broadcast_to(_mixed(name + rounds), (_ROUNDS, *index.shape))
     result = _network(index.astype(np.uint64), side, keys)
     while (outside := result >= n).any():
-        result[outside] = _network(result[outside], side, [key[outside] for key in keys])
+        result[outside] = _network(result[outside], side, keys[:, outside])
     return result.astype(np.int64)
 
 
-def _network(value: np.ndarray, side: np.uint64, keys: list[np.ndarray]) -> np.ndarray:
-    left, right = np.divmod(value, side)
+def _network(value: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray:
+    left = value // side
+    right = value - left * side
     for key in keys:
-        left, right = right, (left + (_mixed(right + key) >> np.uint64(32))) % side
+        left, right = right, _remainder(left + (_mixed(right + key) >> np.uint64(32)), side)
     return left * side + right
+
+
+def _remainder(value: np.ndarray, side: np.uint64) -> np.ndarray:
+    """value % side; numpy divides many numbers by one with vector instructions, but takes remainders one by one."""
+    return value - value // side * side
 
 
 def _mixed(value: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64: every bit of the result depends on every bit of the value."""
     value = np.atleast_1d(value) + np.uint64(0x9E3779B97F4A7C15)  # scalars would warn when they wrap around
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    value ^= value >> np.uint64(30)
+    value *= np.uint64(0xBF58476D1CE4E5B9)
+    value ^= value >> np.uint64(27)
+    value *= np.uint64(0x94D049BB133111EB)
+    value ^= value >> np.uint64(31)
+    return value

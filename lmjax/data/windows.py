@@ -10,16 +10,16 @@ places in every epoch. Windows are drawn in an order of their own.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lmjax.data.batch import Batch
 from lmjax.data.permutation import permuted
-from lmjax.data.store.shards import TokenSplit
+from lmjax.data.store.shards import TokenSplit, spans
 from lmjax.errors import DataError
 
-_BLOCK = 4096  # window numbers drawn at a time
+_BLOCK = 8192  # windows of an epoch that are drawn and looked up at a time
 _SUBSET_SEED = 0x5B5E7  # far from the seeds that people choose for the order of epochs
 Documents = Literal["joined", "separate", "whole"]
 
@@ -34,11 +34,20 @@ class _Stream:
     """int64 [n_documents + 1]: where the n-th document starts in the stream."""
 
 
+class _Pieces(NamedTuple):
+    """The parts of documents that rows are made of, row after row."""
+
+    per_row: np.ndarray
+    where: np.ndarray
+    """Where each of them starts in the split."""
+    lengths: np.ndarray
+
+
 class Windows:
     """The training samples of one split: sample `cursor`, for any cursor from 0, is a pure function of the arguments.
 
     Cursor c is window `c % n_windows` of epoch `c // n_windows`, in the epoch's own order. Memory: 20 bytes per
-    document, 12 more while a batch lies across two epochs.
+    document, 12 more while a batch lies across two epochs; 16 bytes for each part of a document in 4 blocks of windows.
     """
 
     def __init__(self, split: TokenSplit, seq_len: int, seed: int, documents: Documents, limit: int | None = None):
@@ -58,7 +67,7 @@ class Windows:
         self._documents = documents
         # Per instance, unlike a cache on the method, so that a dropped Windows frees its memory.
         self._stream = functools.lru_cache(maxsize=2)(self._make_stream)
-        self._numbers = functools.lru_cache(maxsize=4)(self._draw_numbers)
+        self._block = functools.lru_cache(maxsize=4)(self._make_block)
 
     def read(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The windows at `cursors` (int64 [B]), all at once.
@@ -66,38 +75,34 @@ class Windows:
         Returns tokens [B, T + 1] in the split's dtype and segments int32 [B, T + 1]: which document of its row, from 0,
         a token belongs to, or 0 everywhere if documents are joined. Raises DataError for damaged tokens.
         """
-        numbers = self._window_numbers(cursors)
-        epochs = cursors // self.n_windows
-        if (epochs == epochs[0]).all():
-            return self._read_epoch(int(epochs[0]), numbers)
+        epochs, windows = np.divmod(cursors, self.n_windows)
+        blocks, rows = np.divmod(windows, _BLOCK)
+        blocks += epochs * (self.n_windows // _BLOCK + 1)
+        if (blocks == blocks[0]).all():
+            return self._read_block(int(blocks[0]), rows)
         tokens_BU = np.empty((len(cursors), self._seq_len + 1), self._split.dtype)
         segments_BU = np.empty(tokens_BU.shape, np.int32)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            tokens_BU[rows], segments_BU[rows] = self._read_epoch(int(epoch), numbers[rows])
+        for block in np.unique(blocks):
+            here = blocks == block
+            tokens_BU[here], segments_BU[here] = self._read_block(int(block), rows[here])
         return tokens_BU, segments_BU
 
-    def _read_epoch(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        starts = self._offset(epoch) + numbers * self._seq_len
-        return _read_stream(self._split, self._stream(epoch), starts, self._seq_len + 1, self._documents)
+    def _read_block(self, block: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pieces, first = self._block(block)
+        per_row = pieces.per_row[rows]
+        chosen = spans(first[rows], per_row)
+        chosen_pieces = _Pieces(per_row, pieces.where[chosen], pieces.lengths[chosen])
+        return _read_pieces(self._split, chosen_pieces, self._seq_len + 1, self._documents)
 
-    def _offset(self, epoch: int) -> int:
+    def _make_block(self, block: int) -> tuple[_Pieces, np.ndarray]:
+        """The pieces of the windows of a block, and which of them is the first of each window."""
+        epoch, part = divmod(block, self.n_windows // _BLOCK + 1)
+        windows = np.arange(part * _BLOCK, min((part + 1) * _BLOCK, self.n_windows))
+        numbers = permuted(windows, self.n_windows, self._seed, 2 * epoch + 1)
         left_out = (self.n_tokens - 1) % self._seq_len
-        return int(permuted(np.array([0]), left_out + 1, self._seed, 2 * epoch)[0])
-
-    def _window_numbers(self, cursors: np.ndarray) -> np.ndarray:
-        """Which window of its epoch's stream each cursor means."""
-        blocks, place = np.divmod(cursors, _BLOCK)
-        numbers = np.empty_like(cursors)
-        for block in np.unique(blocks):
-            rows = blocks == block
-            numbers[rows] = self._numbers(int(block))[place[rows]]
-        return numbers
-
-    def _draw_numbers(self, block: int) -> np.ndarray:
-        cursors = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
-        epochs, numbers = np.divmod(cursors, self.n_windows)
-        return permuted(numbers, self.n_windows, self._seed, 2 * epochs + 1)
+        offset = permuted(np.array([0]), left_out + 1, self._seed, 2 * epoch)
+        pieces = _pieces(self._split, self._stream(epoch), offset + numbers * self._seq_len, self._seq_len + 1)
+        return pieces, np.cumsum(pieces.per_row) - pieces.per_row
 
     def _make_stream(self, epoch: int) -> _Stream:
         n_documents = self._split.n_documents if self._chosen is None else len(self._chosen)
@@ -122,24 +127,27 @@ def _stream(split: TokenSplit, order: np.ndarray) -> _Stream:
     return _Stream(order.astype(np.int32 if len(order) < 1 << 31 else np.int64), starts)
 
 
-def _read_stream(
-    split: TokenSplit, stream: _Stream, starts: np.ndarray, length: int, documents: Documents
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [len(starts), length] of the stream from each of `starts`: the pieces of documents that lie there."""
+def _pieces(split: TokenSplit, stream: _Stream, starts: np.ndarray, length: int) -> _Pieces:
+    """What makes up the rows of `length` tokens of the stream from each of `starts`."""
     first = np.searchsorted(stream.starts, starts, side="right") - 1
     last = np.searchsorted(stream.starts, starts + length, side="left") - 1
-    pieces_per_row = last - first + 1
-    row_ends = np.cumsum(pieces_per_row)
-    rank = np.arange(row_ends[-1]) + np.repeat(first - row_ends + pieces_per_row, pieces_per_row)
-    row_start = np.repeat(starts, pieces_per_row)
+    per_row = last - first + 1
+    rank = spans(first, per_row)
+    row_start = np.repeat(starts, per_row)
     begin = np.maximum(stream.starts[rank], row_start)
     lengths = np.minimum(stream.starts[rank + 1], row_start + length) - begin
-    where = split.document_starts[stream.order[rank]] + begin - stream.starts[rank]
-    tokens = split.take(where, lengths).reshape(len(starts), length)
+    return _Pieces(per_row, split.document_starts[stream.order[rank]] + begin - stream.starts[rank], lengths)
+
+
+def _read_pieces(
+    split: TokenSplit, pieces: _Pieces, length: int, documents: Documents
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `length` tokens, and their segments, as `Windows.read` has them."""
+    tokens = split.take(pieces.where, pieces.lengths).reshape(len(pieces.per_row), length)
     if documents == "joined":
         return tokens, np.broadcast_to(np.int32(0), tokens.shape)
-    segment = (rank - np.repeat(first, pieces_per_row)).astype(np.int32)
-    return tokens, np.repeat(segment, lengths).reshape(tokens.shape)
+    segment = spans(np.zeros_like(pieces.per_row), pieces.per_row).astype(np.int32)
+    return tokens, np.repeat(segment, pieces.lengths).reshape(tokens.shape)
 
 
 def as_batch(
@@ -158,7 +166,7 @@ def as_batch(
     targets_BT = tokens_BU[:, 1:].astype(np.int32)
     ids_B = (ids_B % (1 << 31)).astype(np.int32)
     if documents == "joined":
-        return Batch(tokens_BT, targets_BT, np.ones(tokens_BT.shape, np.float32), ids_B)
+        return Batch(tokens_BT, targets_BT, _ones(tokens_BT.shape), ids_B)
     segments_BT = np.ascontiguousarray(segments_BU[:, :-1])
     weights_BT = (segments_BU[:, 1:] == segments_BT).astype(np.float32)
     if weights_BU is not None:
@@ -166,13 +174,23 @@ def as_batch(
     return Batch(tokens_BT, targets_BT, weights_BT, ids_B, segments_BT, _positions(segments_BT))
 
 
+@functools.lru_cache(maxsize=4)
+def _ones(shape: tuple[int, ...]) -> np.ndarray:
+    """One array, read only, for all batches of a shape: a third of what they would write anew."""
+    ones = np.ones(shape, np.float32)
+    ones.flags.writeable = False
+    return ones
+
+
 def _positions(segments_BT: np.ndarray) -> np.ndarray:
     """int32, counted from where each document starts in its row (a row that opens within a document starts at 0); -1
     for padding."""
-    time = np.arange(segments_BT.shape[1], dtype=np.int32)
-    begins = np.diff(segments_BT, axis=1, prepend=-2) != 0
-    positions_BT = time - np.maximum.accumulate(np.where(begins, time, 0), axis=1)
-    return np.where(segments_BT < 0, np.int32(-1), positions_BT)
+    begins_BT = np.ones(segments_BT.shape, bool)
+    np.not_equal(segments_BT[:, 1:], segments_BT[:, :-1], out=begins_BT[:, 1:])
+    starts = np.flatnonzero(begins_BT)
+    lengths = np.diff(starts, append=segments_BT.size)
+    positions = np.arange(segments_BT.size, dtype=np.int32) - np.repeat(starts.astype(np.int32), lengths)
+    return np.where(segments_BT < 0, np.int32(-1), positions.reshape(segments_BT.shape))
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -236,6 +254,6 @@ def _padded_rows(
     for rows, length in ((slice(0, full), seq_len + 1), (slice(full, full + 1), rest + 1)):
         starts = numbers[rows] * seq_len
         if len(starts) and starts[0] < split.n_tokens - 1:
-            found = _read_stream(split, stream, starts, length, documents)
+            found = _read_pieces(split, _pieces(split, stream, starts, length), length, documents)
             tokens_BU[rows, :length], segments_BU[rows, :length] = found
     return tokens_BU, segments_BU

@@ -70,6 +70,15 @@ def test_reading_is_a_pure_function_of_the_cursor(lengths, seq_len, data):
             assert np.array_equal(tokens[row], one_token[0]) and np.array_equal(segments[row], one_segment[0])
 
 
+def test_how_many_windows_are_looked_up_at_a_time_changes_nothing(monkeypatch):
+    split, cursors = SplitInMemory(numbered([3, 50, 1, 9, 20])), np.random.default_rng(0).permutation(99)
+    expected = Windows(split, 4, 5, "separate").read(cursors)
+    for block in (1, 7, 20):  # an epoch has 20 windows
+        monkeypatch.setattr("lmjax.data.windows._BLOCK", block)
+        found = Windows(split, 4, 5, "separate").read(cursors)
+        assert all(map(np.array_equal, found, expected))
+
+
 @settings(max_examples=100, deadline=None)
 @given(lengths=lengths_lists, seq_len=st.integers(1, 20))
 def test_separate_documents_are_told_apart(lengths, seq_len):

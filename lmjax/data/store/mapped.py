@@ -26,6 +26,7 @@ class Mapped:
 
     def __init__(self, path: epath.Path, dtype: np.dtype, length: int) -> None:
         self.path = path
+        self._name = os.fspath(path)
         self._dtype, self._size = dtype, length * dtype.itemsize
         self._stamp: tuple[int, ...] | None = None
         self.renew()
@@ -36,7 +37,7 @@ class Mapped:
         It costs a microsecond, for a look at size and times: where they are as they were, the content is.
         """
         with files.reporting(self.path):
-            found = os.stat(self.path)
+            found = os.stat(self._name)
         stamp = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         if stamp == self._stamp:
             return False
@@ -46,7 +47,7 @@ class Mapped:
                 "the data set again"
             )
         with files.reporting(self.path):
-            self.array = _map(os.fspath(self.path), self._size).view(self._dtype)
+            self.array = _map(self._name, self._size).view(self._dtype)
         self._stamp = stamp
         return True
 

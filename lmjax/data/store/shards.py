@@ -160,13 +160,16 @@ class TokenSplit:
         shard_of_span = np.searchsorted(self.shard_starts, starts, side="right") - 1
         inside = starts - self.shard_starts[shard_of_span]
         assert (starts + lengths <= self.shard_starts[shard_of_span + 1]).all(), "a span leaves its shard"
-        used = np.unique(shard_of_span).tolist()
+        used = np.flatnonzero(np.bincount(shard_of_span)).tolist()
         self._renew(used)
         while True:
             self._check(shard_of_span, inside, lengths)
-            tokens = self._gathered(shard_of_span, inside, lengths)
+            tokens = self._gathered(used, shard_of_span, inside, lengths)
             if not self._renew(used):  # while they were read
-                return tokens
+                break
+        if tokens.max() >= self.vocab_size:
+            self._raise_outside_vocabulary(tokens, shard_of_span, inside, lengths)
+        return tokens
 
     def weights(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """How much each token of the spans, as `take` has them, counts as one that a model is trained on to write,
@@ -187,35 +190,18 @@ class TokenSplit:
             self._unchecked[self._block_starts[index] : self._block_starts[index + 1]] = True
         return bool(written)
 
-    def _gathered(self, shard_of_span: np.ndarray, inside: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        order = np.argsort(shard_of_span, kind="stable")  # shard by shard: one gather from each
-        where = spans(inside[order], lengths[order])
-        found = np.empty(len(where), self.dtype)
-        for shard, low, high in self._groups(shard_of_span[order], lengths[order]):
-            # Every index is right by construction; "clip" spares a copy that "raise" makes.
-            shard.tokens.take(where[low:high], out=found[low:high], mode="clip")
-            if found[low:high].max() >= self.vocab_size:
-                self._raise_outside_vocabulary(shard, where[low:high])
-        if len(self.shards) == 1:
-            return found
-        tokens = np.empty_like(found)
-        tokens[spans((np.cumsum(lengths) - lengths)[order], lengths[order])] = found
-        return tokens
+    def _gathered(
+        self, used: list[int], shard_of_span: np.ndarray, inside: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray:
+        views = {index: self.shards[index].tokens.data for index in used}  # whose slices cost less than arrays'
+        bounds = zip(shard_of_span.tolist(), inside.tolist(), (inside + lengths).tolist(), strict=True)
+        return np.frombuffer(b"".join([views[index][low:high] for index, low, high in bounds]), self.dtype)
 
     def documents(self) -> Iterator[np.ndarray]:
         """The tokens of each document, the endoftext that closes it left out, in the order of the shards."""
         for start, end in itertools.pairwise(self.document_starts):
             if end - start > 1:
                 yield self.take(np.array([start]), np.array([end - start - 1]))
-
-    def _groups(self, shard_of_span: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[Shard, int, int]]:
-        """The runs of equal shards, as ranges of tokens."""
-        ends = np.cumsum(lengths)
-        last = np.flatnonzero(np.diff(shard_of_span, append=-1))
-        low = 0
-        for index, high in zip(shard_of_span[last].tolist(), ends[last].tolist(), strict=True):
-            yield self.shards[index], low, high
-            low = high
 
     def _check(self, shard_of_span: np.ndarray, inside: np.ndarray, lengths: np.ndarray) -> None:
         """Check the blocks that the spans lie in, unless that was done before."""
@@ -224,16 +210,21 @@ class TokenSplit:
         first, last = inside // size + offset, (inside + lengths - 1) // size + offset
         for step in range(int((last - first).max()) + 1):
             blocks = np.minimum(first + step, last)
-            for block in np.unique(blocks[self._unchecked[blocks]]).tolist():
+            for block in {*blocks[self._unchecked[blocks]].tolist()}:
                 index = int(np.searchsorted(self._block_starts, block, side="right")) - 1
                 self.shards[index].check_block(block - int(self._block_starts[index]))
                 self._unchecked[block] = False
 
-    def _raise_outside_vocabulary(self, shard: Shard, where: np.ndarray) -> NoReturn:
-        place = where[np.argmax(shard.tokens[where] >= self.vocab_size)]
+    def _raise_outside_vocabulary(
+        self, tokens: np.ndarray, shard_of_span: np.ndarray, inside: np.ndarray, lengths: np.ndarray
+    ) -> NoReturn:
+        first = np.argmax(tokens >= self.vocab_size)
+        ends = np.cumsum(lengths)
+        span = np.searchsorted(ends, first, side="right")
         raise DataError(
-            f"{shard.path}: token id {shard.tokens[place]} at token {place} is outside the vocabulary of "
-            f"{self.vocab_size}; prepare the data set again"
+            f"{self.shards[shard_of_span[span]].path}: token id {tokens[first]} at token "
+            f"{inside[span] + lengths[span] - ends[span] + first} is outside the vocabulary of {self.vocab_size}; "
+            "prepare the data set again"
         )
 
 
