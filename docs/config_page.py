@@ -1,11 +1,13 @@
 """Writes docs/config.md from the config classes:  python docs/config_page.py > docs/config.md"""
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import textwrap
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-from pydantic import TypeAdapter
 
 from lmjax.config import Config
 from lmjax.data.config import ChatConfig, PrepareConfig, SourceConfig
@@ -34,18 +36,31 @@ NEEDED: dict[str, dict[str, Any]] = {
 def rows(config: Any, prefix: str) -> Iterator[str]:
     """One table row per setting of a config object, groups of settings after the plain ones."""
     cls, groups = type(config), {}
-    schema = TypeAdapter(cls).json_schema()["properties"]
+    texts = docstrings(cls)
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(config):
         name, default = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(default):
             groups[f"{name}."] = default
             continue
-        described = " ".join(schema[field.name].get("description", "").split()).replace("|", "\\|")
+        described = " ".join(texts.get(field.name, "").split()).replace("|", "\\|")
         listed = ", ".join(f"`{choice}`" for choice in choices(hints[field.name]))
         yield f"| `{name}` | `{default!r}` | {' '.join(filter(None, [listed and f'{listed}.', described]))} |"
     for group, value in groups.items():
         yield from rows(value, group)
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """What stands under each field of a class, and of those that it inherits from. Pydantic could keep it, but every
+    command would read the sources for it."""
+    found = {}
+    for base in reversed(cls.__mro__[:-1]):
+        [node] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(node, ast.ClassDef)
+        for field, text in itertools.pairwise(node.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    return found
 
 
 def choices(hint: Any) -> Sequence[str]:

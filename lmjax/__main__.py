@@ -22,9 +22,8 @@ from lmjax.arguments import (
     widths,
 )
 from lmjax.errors import ConfigError
+from lmjax.names import names_in
 from lmjax.process import ending, start_up
-from lmjax.record import buckets
-from lmjax.schema import names_in
 
 LAYOUTS = names_in("lmjax.devices.mesh", "LAYOUTS")
 SPREAD = "how weights are spread over several devices; default: as the run's mesh says"
@@ -353,10 +352,12 @@ def main() -> NoReturn:
     argv = sys.argv[1:]
 
     def command() -> int:
-        buckets.register()
         arguments, *others = map(parse, split_runs(argv))
-        if arguments.command in ("train", "evaluate", "generate"):
+        if arguments.command in ("train", "evaluate", "generate") and not vars(arguments).get("dry_run"):
             start_up.tune_allocator()
+        from lmjax.record import buckets
+
+        buckets.register()
         if arguments.command in ("convert", "merge"):
             start_up.return_freed_memory()
         return commands.train_together([arguments, *others]) if "--" in argv else arguments.function(arguments)

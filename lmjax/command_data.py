@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from lmjax.errors import ConfigError, DataError, visible
 from lmjax.process import ending
-from lmjax.schema import validated
 
 if TYPE_CHECKING:
     from lmjax.data.curate.document import Document
@@ -19,6 +18,7 @@ def curate(arguments: argparse.Namespace) -> int:
     from lmjax.config import ConfigFile
     from lmjax.data.curate.curate import curate
     from lmjax.data.curate.recipe import CurateConfig
+    from lmjax.schema import validated
 
     given = {} if arguments.workers is None else {"workers": arguments.workers}
     cfg = validated(CurateConfig, ConfigFile(arguments.config).tree().to_dict() | given, "config.")
@@ -31,6 +31,7 @@ def classifier(arguments: argparse.Namespace) -> int:
     """Learn to tell texts of one kind, such as toxic ones, from others, and keep what was learned in a file."""
     from lmjax.data.curate.classifier import save_classifier
     from lmjax.data.curate.labelled import Labelled
+    from lmjax.schema import validated
 
     fields = {field.name for field in dataclasses.fields(Labelled)}
     cfg = validated(Labelled, {name: value for name, value in vars(arguments).items() if name in fields})
@@ -44,6 +45,7 @@ def prepare(arguments: argparse.Namespace) -> int:
     """Turn text, or conversations, into a directory of token shards."""
     from lmjax.data.config import ChatConfig, PrepareConfig
     from lmjax.data.prepare.prepare import prepare
+    from lmjax.schema import validated
 
     tokenizer = {
         "kind": "file" if arguments.tokenizer_file else arguments.tokenizer,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lmjax.errors import ConfigError
 from lmjax.process import ending
-from lmjax.schema import validated
 
 if TYPE_CHECKING:
     from lmjax.run.benchmarks import Outcome
@@ -71,6 +70,7 @@ def _on_prepared_data(arguments: argparse.Namespace) -> int:
 
 def _on_benchmarks(arguments: argparse.Namespace) -> int:
     from lmjax.run import benchmarks
+    from lmjax.schema import validated
     from lmjax.train.config import EvaluationsConfig
 
     given = {name: getattr(arguments, name) for name in ("tasks", "shots", "seed", "tokens", "temperature", "toxicity")}

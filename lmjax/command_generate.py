@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from lmjax.errors import ConfigError, visible
 from lmjax.process import ending
-from lmjax.schema import validated
 
 if TYPE_CHECKING:
     from lmjax.generate.config import GenerateConfig
@@ -18,6 +17,7 @@ def generate(arguments: argparse.Namespace) -> int:
     """Text from a trained model."""
     from lmjax.generate.config import GenerateConfig
     from lmjax.process import start_up
+    from lmjax.schema import validated
 
     if arguments.system is not None and not arguments.chat:
         raise ConfigError("--system stands before a conversation: add --chat, or leave it out")

@@ -30,21 +30,23 @@ Arguments = argparse.Namespace
 
 def train(arguments: Arguments) -> int:
     """Train a config in a work directory, or go on where an earlier attempt stopped. Finished: does nothing."""
-    from lmjax import config
     from lmjax.process import start_up
 
-    cfg = config.load(arguments.config, _train_overrides(arguments))
-    start_up.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
-    start_up.keep_to_owner()
-    if arguments.dry_run:
-        from lmjax.run import dry_run
+    with start_up.importing():
+        from lmjax import config
 
-        for line in dry_run.describe(cfg):
-            print(line)
-        return 0
-    ending.leave_on_sigterm()
-    from lmjax.process import group
-    from lmjax.run import run
+        cfg = config.load(arguments.config, _train_overrides(arguments))
+        start_up.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
+        start_up.keep_to_owner()
+        if arguments.dry_run:
+            from lmjax.run import dry_run
+
+            for line in dry_run.describe(cfg):
+                print(line)
+            return 0
+        ending.leave_on_sigterm()
+        from lmjax.process import group
+        from lmjax.run import run
 
     flags = {
         "LMJAX_COORDINATOR": arguments.coordinator,

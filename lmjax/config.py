@@ -28,13 +28,14 @@ from lmjax.devices.config import MeshConfig
 from lmjax.errors import ConfigError, one_line
 from lmjax.models.config import ModelConfig, require_learning
 from lmjax.models.parameters import parameters
+from lmjax.names import names_in
 from lmjax.optim.config import OptimizerConfig
 from lmjax.optim.hyperparameters import RULES, Rule, Scale, find_rule, is_law, rows, updates
 from lmjax.process.redact import hide
 from lmjax.record import formats
 from lmjax.record.config import CheckpointConfig, TrackingConfig
 from lmjax.record.files import hash_bytes, write_atomically
-from lmjax.schema import config_class, names_in, one_of, validated
+from lmjax.schema import config_class, one_of, validated
 from lmjax.train.config import TrainConfig, TuneConfig
 
 logger = logging.getLogger(__name__)
@@ -396,5 +397,4 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, `{"train.steps": (100, 200)}`. What is hidden in a saved config is in both."""
     before, after = hide(settings(old)), hide(settings(new))
-    keys = dict.fromkeys([*before, *after])
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}

@@ -1,11 +1,8 @@
 """The one decorator that makes a config class: frozen, typed, closed, validated on construction."""
 
-import ast
 import difflib
-import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
@@ -17,7 +14,7 @@ from lmjax.errors import ConfigError
 T = TypeVar("T")
 
 # Lax parsing turns the command line's 1e4 into 10000 for an int; nan and inf never make a sensible setting.
-_CONFIG = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+_CONFIG = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # Numbers that arrays are indexed and counted by: int64 holds them all.
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
@@ -84,17 +81,6 @@ def chosen(name: str, choices: Sequence[str]) -> str:
         hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(choices)}"
         raise ValueError(f"there is no '{name}' ({hint})")
     return name
-
-
-def names_in(module: str, registry: str) -> list[str]:
-    """The keys of a dict that a module defines, read from its source: to import it may take a second, for JAX."""
-    found = importlib.util.find_spec(module)
-    assert found is not None and found.origin is not None, module
-    for node in ast.parse(Path(found.origin).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == registry:
-            assert isinstance(node.value, ast.Dict), registry
-            return [ast.literal_eval(key) for key in node.value.keys if key is not None]
-    raise AssertionError(f"{module} has no {registry}")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -17,8 +17,8 @@ from lmjax.config import Config, _kinds, from_json, load, parse, to_json
 from lmjax.data.config import PrepareConfig
 from lmjax.errors import ConfigError
 from lmjax.models.parameters import parameters
+from lmjax.names import names_in
 from lmjax.optim.hyperparameters import RULES, Scale
-from lmjax.schema import names_in
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from lmjax.errors import ConfigError
-from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, Size, config_class, names_in, one_of
+from lmjax.names import names_in
+from lmjax.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, Size, config_class, one_of
 
 _LEAST = 1e-9  # share of the documents that can be for validation
 

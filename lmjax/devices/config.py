@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from lmjax.schema import PositiveInt, config_class, names_in, one_of
+from lmjax.names import names_in
+from lmjax.schema import PositiveInt, config_class, one_of
 
 
 @config_class

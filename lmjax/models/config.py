@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from lmjax.errors import ConfigError
+from lmjax.names import names_in
 from lmjax.schema import (
     Fraction,
     NonNegativeFloat,
@@ -16,7 +17,6 @@ from lmjax.schema import (
     PositiveInt,
     Size,
     config_class,
-    names_in,
     one_of,
     validated,
 )

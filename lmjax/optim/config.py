@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from lmjax.errors import ConfigError
-from lmjax.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, config_class, names_in, one_of
+from lmjax.names import names_in
+from lmjax.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, config_class, one_of
 
 if TYPE_CHECKING:
     from lmjax.optim.schedules import Hyper

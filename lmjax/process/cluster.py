@@ -3,8 +3,6 @@
 import ipaddress
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -166,6 +164,9 @@ def tpu_metadata(environment: Mapping[str, str]) -> dict[str, str]:
     known = any(environment.get(name) for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "LMJAX_PROCESSES"))
     if known or environment.get("TPU_SKIP_MDS_QUERY") or not _has_tpu():
         return {}
+    import urllib.error
+    import urllib.request
+
     address = environment.get("GCE_METADATA_IP", "metadata.google.internal")
 
     def attribute(name: str) -> str:

@@ -1,5 +1,6 @@
 """From a task to what the loop needs: optimizer, mesh, compiled step, state."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -219,7 +220,8 @@ def state_shapes(experiment: Experiment) -> TrainState:
     opt_state = jax.eval_shape(experiment.optimizer.init, params)
     average = params if keeps_average(experiment) else None
     counters, recent = jax.eval_shape(zero_counters), recent_steps(experiment)
-    return TrainState(params, opt_state, all_scalars(experiment), counters, average, recent)
+    hyper = jax.eval_shape(functools.partial(all_scalars, experiment))
+    return TrainState(params, opt_state, hyper, counters, average, recent)
 
 
 def device_bytes(tree: Any) -> int:

@@ -28,7 +28,6 @@ from lmjax.models.flops import sequence_flops
 from lmjax.models.front import places
 from lmjax.process import group
 from lmjax.schema import validated
-from lmjax.tasks.benchmarks import benchmarks
 from lmjax.tasks.start import drawn, pinned, read_from
 from lmjax.tasks.task import Evaluate, Language, Task
 from lmjax.train.accounting import Cost
@@ -93,6 +92,8 @@ def with_data(task: Task, data: "Data") -> Task:
             PackedRows(split, cfg.data.seq_len)  # what does not fit is said now, not when it is evaluated
     evaluations = {"validation": validation(cfg, language, sets)}
     if cfg.train.evaluations is not None:
+        from lmjax.tasks.benchmarks import benchmarks  # with all tasks, which few runs have
+
         evaluations["benchmarks"] = benchmarks(cfg, language, data.tokenizer)
     return task._replace(
         source=functools.partial(Loader, cfg.data, batch_size=cfg.train.batch),

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field
 from lmjax.errors import ConfigError
 from lmjax.generate.config import Temperature
 from lmjax.models.config import ModelConfig
+from lmjax.names import names_in
 from lmjax.schema import (
     Fraction,
     NonNegativeFloat,
@@ -17,7 +18,6 @@ from lmjax.schema import (
     Size,
     chosen,
     config_class,
-    names_in,
     one_of,
 )
 
