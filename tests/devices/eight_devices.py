@@ -227,7 +227,8 @@ def test_every_layout_computes_what_one_device_does(layout: str, tmp_path: Path)
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("layout", ["fsdp+cp+tp", pytest.param("dp+cp+tp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp+cp+tp", "dp+cp+tp"])
 def test_attention_weights_are_dropped_as_on_one_device(layout: str) -> None:
     check_step(experiment(layout, "dropping"), "dropping")
 
@@ -257,7 +258,7 @@ def test_memory_of_long_rows(attention: str, growth: float | None) -> None:
 @pytest.mark.parametrize(
     ("dispatch", "layout", "sizes"),
     [
-        ("capacity", "fsdp+ep", {"context": 2}),
+        pytest.param("capacity", "fsdp+ep", {"context": 2}, marks=pytest.mark.slow),
         pytest.param("capacity", "dp+cp+tp", {}, marks=pytest.mark.slow),
         ("dropless", "fsdp+ep", {"tensor": 2}),
         pytest.param("dropless", "ep", {"expert": 4, "context": 2}, marks=pytest.mark.slow),
@@ -356,7 +357,9 @@ def summed_loss(model: Model) -> Callable[[Any, Batch], jax.Array]:
     return loss
 
 
-@pytest.mark.parametrize("layout", ["dp", "fsdp+tp", "fsdp+cp+tp"])
+@pytest.mark.parametrize(
+    "layout", ["fsdp+cp+tp", *(pytest.param(one, marks=pytest.mark.slow) for one in ("dp", "fsdp+tp"))]
+)
 def test_every_family_fits_every_mesh(cfg: ModelConfig, layout: str) -> None:
     """An operation that would move data unasked is an error at trace time: tracing the gradient is the test."""
     model = decoder.build(replace(cfg, heads=4, kv_heads=2, vocab=V))  # which two tensor shards divide

@@ -83,10 +83,10 @@ OTHERS: dict[str, Any] = {
     [
         pytest.param("llama3", TUNE, "fsdp", {}, marks=pytest.mark.slow),
         ("llama3", TUNE, "fsdp+tp", {"tensor": 2}),
-        ("llama3", OTHERS["dora"], "fsdp+tp", {"tensor": 2}),
+        pytest.param("llama3", OTHERS["dora"], "fsdp+tp", {"tensor": 2}, marks=pytest.mark.slow),
         pytest.param("llama3", OTHERS["bottleneck"], "fsdp+tp", {"tensor": 2}, marks=pytest.mark.slow),
         pytest.param("llama3", OTHERS["ia3"], "fsdp+tp", {"tensor": 2}, marks=pytest.mark.slow),
-        ("llama3", DROPPED, "fsdp+cp+tp", {"tensor": 2, "context": 2}),
+        pytest.param("llama3", DROPPED, "fsdp+cp+tp", {"tensor": 2, "context": 2}, marks=pytest.mark.slow),
         ("mixtral", TUNE, "fsdp+ep", {"expert": 2}),
         ("mixtral", PROMPT, "fsdp+tp", {"tensor": 2}),
         ("llama3", PREFIX, "fsdp+tp", {"tensor": 2}),

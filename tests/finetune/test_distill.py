@@ -160,6 +160,7 @@ def test_a_student_is_trained_stopped_and_read_without_its_teacher(
         shutil.move(aside, place / "teacher")
 
 
+@pytest.mark.slow
 def test_adapters_of_a_student_learn_from_a_teacher(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +222,7 @@ def test_a_checkpoint_of_hugging_face_teaches(place: Path, tmp_path: Path, monke
         distill(student(place, f"train.distill.teacher={tmp_path / 'kept'}"))
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_does(place: Path, on_eight_devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMJAX_TEST_TEACHER", str(place))
     on_eight_devices(Path(__file__).with_name("distill_devices.py"))

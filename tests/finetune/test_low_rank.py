@@ -48,7 +48,7 @@ def drawn(params: Params) -> Params:
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama3"])
 def test_it_generates_as_merged(family: str) -> None:
     task, frozen, params = made(family)
     model, tuned = task.language.model, task.language.weights(frozen, drawn(params))

@@ -130,9 +130,7 @@ def check(cfg: ModelConfig, layout: str, setting: str, rows: int) -> None:
         ("dp", "sampled", "gpt2", 3),
         ("fsdp+tp", "greedy", "gemma2", 8),
         ("fsdp+tp", "beams", "llama3", 3),
-        ("fsdp+cp+tp", "sampled", "qwen3", 8),
         ("fsdp+ep", "greedy", "mixtral", 8),
-        ("fsdp+pp", "greedy", "gpt2", 8),
     ],
 )
 def test_a_mesh_changes_no_text(cfgs: Cfgs, layout: str, setting: str, family: str, rows: int) -> None:

@@ -101,6 +101,7 @@ def test_it_grows_until_it_knows(
     told = capsys.readouterr().out
     sweep = manifest.read(out)
     assert "stop: half the interval of ln N* is" in told and "inside their intervals" in told
+    assert "warning: so few forecasts hold" not in told
     assert sum(entry.flops_6nd for entry in sweep.cells) < 3e21
     rounds = [entry.round for entry in sweep.cells]
     assert rounds == sorted(rounds) and rounds[-1] >= 1
@@ -167,10 +168,9 @@ def test_short_cells_are_neither_trained_nor_counted(
 def test_forecasts_that_fail_are_a_warning(
     engine: Simulated, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for off in (0.0, 1.0):
-        engine.off = off
-        assert grow(tmp_path / str(off), config, "--until-done", "--budget=2e20") == DONE
-        assert ("warning: so few forecasts hold" in capsys.readouterr().out) == bool(off)
+    engine.off = 1.0
+    assert grow(tmp_path / "sweep", config, "--until-done", "--budget=2e20") == DONE
+    assert "warning: so few forecasts hold" in capsys.readouterr().out
 
 
 def test_it_ends_when_the_money_does(

@@ -165,7 +165,7 @@ def check(compared: Comparison) -> None:
     assert jax.tree.map(lambda x: x.sharding, got.state) == assemble.shardings(experiment)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["dp+pp+fsdp", pytest.param("pp+tp", marks=pytest.mark.slow)])
 def test_a_pipeline_computes_what_one_device_does(compared: Any, name: str) -> None:
     check(compared(name))
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_does_not_know_of_stages(compared: Any, tmp_path: Any) -> N
     assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(whole))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["dp+pp+fsdp", pytest.param("pp+tp", marks=pytest.mark.slow)])
 def test_stages_send_each_other_activations_and_keep_their_weights(compared: Any, name: str) -> None:
     experiment, (*_, program), _ = compared(name)
     cfg, mesh, spec = experiment.cfg, experiment.mesh, by_path(experiment.task.spec)
