@@ -1,12 +1,10 @@
 """Dropout whose masks have names: (sample, layer, site) says which entries are zeroed, whichever devices hold them."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec
 
 from lmjax.devices.mesh import constrain, current_mesh
@@ -15,6 +13,7 @@ from lmjax.devices.rows import token_order
 EMBED_SITE, MIXER_SITE, MLP_SITE, WEIGHTS_SITE = 0, 1, 2, 3  # where dropout acts: part of a mask's name
 DROPOUTS = ("dropout", "attention_dropout", "embed_dropout")  # the settings of a model that are rates of dropout
 Rate = float | jax.Array
+_ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)  # of threefry's rounds, by turns
 
 
 def dropout(x_BTD: jax.Array, keys_B: jax.Array | None, rate: Rate, layer: int | jax.Array, site: int) -> jax.Array:
@@ -41,8 +40,7 @@ def drop_inputs(x: jax.Array, keys_B: jax.Array | None, rate: Rate) -> jax.Array
     place = _places(x.shape[1:], None if current_mesh() is None else jax.typeof(x).sharding.spec[1:])
 
     def one(key: jax.Array, x_T: jax.Array) -> jax.Array:
-        high, low = threefry2x32_p.bind(*jax.random.key_data(key), jnp.zeros_like(place), place)
-        return jnp.where(_uniform(high ^ low) < keep, x_T * scale.astype(x_T.dtype), 0)
+        return jnp.where(_uniform(_bits(key, 0, place)) < keep, x_T * scale.astype(x_T.dtype), 0)
 
     return jax.vmap(one)(keys_B, x)
 
@@ -74,13 +72,27 @@ def bernoulli(key: jax.Array, p: Rate, T: int, D: int) -> jax.Array:
     On a mesh every device draws the bits of its own tokens. Entry i of threefry's stream depends on i alone, so they
     are the bits of a single device, whatever order the tokens are in.
     """
-    if current_mesh() is None:
-        return jax.random.bernoulli(key, p, (T, D))
     assert T * D < 1 << 32, "the upper half of threefry's counter is taken to be 0"
     tokens_T = constrain(token_order(T), "residual_time").astype(jnp.uint32)
     count_TD = tokens_T[:, None] * jnp.uint32(D) + jnp.arange(D, dtype=jnp.uint32)
-    high, low = threefry2x32_p.bind(*jax.random.key_data(key), jnp.zeros_like(count_TD), count_TD)
-    return _uniform(high ^ low) < p
+    return _uniform(_bits(key, 0, count_TD)) < p
+
+
+def _bits(key: jax.Array, high: Any, low: jax.Array) -> jax.Array:
+    """uint32 of a stream of `jax.random` at the places high * 2^32 + low: the two words of Threefry-2x32 with 20 rounds
+    (Salmon et al. 2011), one or the other.
+
+    It is one expression, which XLA makes a single pass over memory. jax's own is a loop over whole arrays on a CPU.
+    """
+    first, second = jax.random.key_data(key)
+    keys = (first, second, first ^ second ^ jnp.uint32(0x1BD11BDA))
+    x, y = high + first, low + second
+    for i, rotations in enumerate(_ROTATIONS[i % 2] for i in range(5)):
+        for left in rotations:
+            x = x + y
+            y = x ^ (y << left | y >> 32 - left)
+        x, y = x + keys[(i + 1) % 3], y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+    return x ^ y
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
@@ -110,9 +122,7 @@ class PairDropout(NamedTuple):
         place_TS = query_T[:, None] * jnp.uint32(row) + key_S.astype(jnp.uint32)
 
         def one(key: jax.Array, p_KGTS: jax.Array) -> jax.Array:
-            nothing = jnp.zeros_like(p_KGTS, dtype=jnp.uint32)
-            high, place = nothing + head_KG[:, :, None, None], nothing + place_TS
-            bits = functools.reduce(jnp.bitwise_xor, threefry2x32_p.bind(*jax.random.key_data(key), high, place))
-            return jnp.where(_uniform(bits) < keep, p_KGTS / keep.astype(p_KGTS.dtype), 0)
+            bits_KGTS = _bits(key, head_KG[:, :, None, None], place_TS)
+            return jnp.where(_uniform(bits_KGTS) < keep, p_KGTS / keep.astype(p_KGTS.dtype), 0)
 
         return jax.vmap(one)(self.keys_B, p_BKGTS)

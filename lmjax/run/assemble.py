@@ -109,7 +109,19 @@ def plain_step(experiment: Experiment) -> Step:
 
 def jitted_step(experiment: Experiment) -> Any:
     """The train step, its state donated, its outputs pinned to the shardings of its inputs; call it in the mesh."""
-    return jax.jit(plain_step(experiment), donate_argnums=0, out_shardings=(shardings(experiment), None))
+    return jax.jit(
+        plain_step(experiment),
+        donate_argnums=0,
+        out_shardings=(shardings(experiment), None),
+        compiler_options=compiler_options(experiment.mesh),
+    )
+
+
+def compiler_options(mesh: jax.sharding.Mesh | None) -> dict[str, bool] | None:
+    """Of a step for the devices of the mesh, or for the one there is. XLA's CPU backend finds by this one that moments
+    can be updated where they are, where it would first copy them all."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
 
 
 def compiled_step(experiment: Experiment) -> Step:
@@ -126,7 +138,8 @@ def compiled_step(experiment: Experiment) -> Step:
 def stacked_step(experiment: Experiment) -> StackedStep:
     """The train step of many runs as one, on one device, compiled anew for each number of them; the experiment is any
     of theirs."""
-    return jax.jit(stacked(plain_step(experiment)), donate_argnums=0)
+    step = stacked(plain_step(experiment))
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(experiment.mesh))
 
 
 def abstract_batch(experiment: Experiment) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from lmjax.devices import replicas
 from lmjax.errors import NumericalError
 from lmjax.metrics import Metrics, finish
+from lmjax.process import start_up
 from lmjax.process.faults import fault
 from lmjax.process.signals import Watchdog
 from lmjax.train.accounting import Accounting
@@ -126,7 +127,7 @@ def train(
                     metrics_logger.read(*pending)
         if step == start_step + 1:  # the first step compiles: keep it out of the throughput
             jax.block_until_ready(metrics)
-            metrics_logger.resume_clock(step)
+            _go_on(metrics_logger, step)
         pending = step, batch, metrics
 
         due = [hook for hook in hooks if hook.due(step, steps)]
@@ -138,10 +139,16 @@ def train(
                     break
                 watchdog.beat(f"{hook.name} at step {step}")
                 hook.run(step, state)
-            metrics_logger.resume_clock(step)
+            _go_on(metrics_logger, step)
     if pending is not None:
         metrics_logger.read(*pending)
     return state, step
+
+
+def _go_on(metrics_logger: MetricsLogger, step: int) -> None:
+    """Train again, after something else: without the memory that it took, or its time."""
+    start_up.give_back_memory()
+    metrics_logger.resume_clock(step)
 
 
 def _with_faults(step: int, state: TrainState, batch: Any) -> tuple[TrainState, Any]:

@@ -12,7 +12,7 @@ from lmjax.models import decoder
 from lmjax.models.attention.attention import BACKENDS, Mask, Score, attention
 from lmjax.models.attention.mixer import pair_dropout
 from lmjax.models.config import ModelConfig
-from lmjax.models.dropout import PairDropout
+from lmjax.models.dropout import PairDropout, bernoulli
 from lmjax.train.step import sample_keys
 from lmjax.weights import initialize
 
@@ -46,6 +46,11 @@ def test_what_is_kept_is_scaled_up_and_every_head_and_pair_has_its_own_draw() ->
     for i, one in enumerate(masks):
         assert np.mean(one[1:] == one[:-1]) == pytest.approx(agree, abs=0.02)
         assert all(np.mean(one == other) == pytest.approx(agree, abs=0.02) for other in masks[:i])
+
+
+def test_a_mask_is_that_of_jax_random() -> None:
+    key = jax.random.key(7)
+    np.testing.assert_array_equal(bernoulli(key, 0.9, 33, 48), jax.random.bernoulli(key, 0.9, (33, 48)))
 
 
 def test_on_average_nothing_changes_and_weights_are_dropped_after_the_softmax() -> None:

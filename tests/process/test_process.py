@@ -103,7 +103,39 @@ def test_the_process_replaces_itself_once_with_the_same_arguments() -> None:
     out, err = process.communicate(timeout=60)
     assert not err
     tunables, arguments, pid, *_ = json.loads(out)
-    assert (tunables, arguments, pid) == ("glibc.malloc.hugetlb=1", ["train", "--config=a b.py", ""], process.pid)
+    assert (tunables, arguments, pid) == (start_up.TUNABLES, ["train", "--config=a b.py", ""], process.pid)
+
+
+KEPT = """
+    import ctypes
+    from lmjax.process import start_up
+    start_up.tune_allocator()
+    c = ctypes.CDLL(None)
+    c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+    def use(mebibytes):
+        block = c.malloc(mebibytes << 20)
+        ctypes.memset(block, 1, mebibytes << 20)
+        c.free(block)
+
+    before = resident()
+    use(256)
+    kept = resident()
+    start_up.give_back_memory()
+    print(kept - before, resident() - before)
+"""
+
+
+@glibc
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    process = start(KEPT)
+    out, err = process.communicate(timeout=60)
+    assert not err
+    kept, left = map(int, out.split())
+    assert kept >= 250 and left < 50, out
 
 
 @glibc
