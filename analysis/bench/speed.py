@@ -5,8 +5,9 @@
 
 It runs on whatever device JAX finds. A plain JAX step of the same shape is trained beside lmjax where it can be: with
 AdamW, in float32, without dropout (`--no-dropout` takes it from all). Other peers are optional: with `torch` a plain
-GPT of the same shape is trained, eager and compiled, and with `transformers`, too, its GPT-2 generates. All alternate
-with lmjax in one process, so that whatever else the machine does falls on all of them.
+GPT of the same shape is trained, eager and compiled, and with `transformers`, too, its GPT-2 generates; with `keras`
+one of its layers is trained on JAX, with AdamW in float32. All alternate with lmjax in one process, so that whatever
+else the machine does falls on all of them.
 
 Convention: a train step is loss, gradient, clipping and update on random tokens that are already on the device, the
 batch's inputs counted as tokens. Generation is one call, prompt included, its new tokens counted. First calls, which
@@ -17,6 +18,7 @@ CPU-seconds are `time.process_time`, which counts every thread, and compare prog
 import argparse
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -56,6 +58,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 CPU_BATCH = {"mini_gpt": 4}
 """The config's own batch takes a CPU half a minute per step."""
 PROMPT, NEW_TOKENS = 32, 64
+PEERS = ("torch", "keras")
 ROWS = (1, 8)
 QUEUE = 64
 """Prompts of unequal lengths, more than there are rows."""
@@ -129,12 +132,12 @@ class Task(NamedTuple):
     tokens: int
     """Of one call."""
     contenders: Mapping[str, Callable[[], Work | None]]
-    """None: not installed."""
+    """None: not installed, or not of this config."""
     flops_per_token: float | None = None
 
 
 def tasks(cfg: Config, only: str | None, bfloat16: bool) -> Iterator[Task]:
-    peer = load_peer()
+    torch, keras = (load_peer(package) for package in PEERS)
     contenders: dict[str, Callable[[], Work | None]]
     if only != "generate":
         T, flops = cfg.data.seq_len, sequence_flops(decoder.build(cfg.model), cfg.data.seq_len).causal
@@ -143,22 +146,24 @@ def tasks(cfg: Config, only: str | None, bfloat16: bool) -> Iterator[Task]:
             in_16_bits = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
             contenders["lmjax, bfloat16"] = functools.partial(train_steps, in_16_bits)
         contenders["plain JAX"] = functools.partial(plain_peer.train_steps, cfg)
-        if peer:
-            contenders["PyTorch"] = functools.partial(peer.train_steps, cfg, compiled=False)
-            contenders["PyTorch, compiled"] = functools.partial(peer.train_steps, cfg, compiled=True)
+        if torch:
+            contenders["PyTorch"] = functools.partial(torch.train_steps, cfg, compiled=False)
+            contenders["PyTorch, compiled"] = functools.partial(torch.train_steps, cfg, compiled=True)
+        if keras:
+            contenders["Keras"] = functools.partial(keras.train_steps, cfg)
         yield Task("train step", cfg.train.batch * T, contenders, flops / T)
     if only != "train":
-        yield from generation_tasks(cfg, peer)
+        yield from generation_tasks(cfg, torch)
 
 
-def generation_tasks(cfg: Config, peer: Any) -> Iterator[Task]:
+def generation_tasks(cfg: Config, torch: Any) -> Iterator[Task]:
     for rows in ROWS:
         contenders: dict[str, Callable[[], Work | None]] = {
             "lmjax": functools.partial(generations, cfg, [PROMPT] * rows, rows)
         }
-        if peer:
+        if torch:
             size = {"batch": rows, "prompt": PROMPT, "tokens": NEW_TOKENS}
-            contenders["transformers"] = functools.partial(peer.generations, cfg.model, **size)
+            contenders["transformers"] = functools.partial(torch.generations, cfg.model, **size)
         yield Task(f"generate, batch {rows}", rows * NEW_TOKENS, contenders)
     lengths = np.random.default_rng(0).integers(1, 2 * PROMPT, QUEUE).tolist()
     ways = {"lmjax": GenerateConfig().rows, "lmjax, one after another": 1}
@@ -166,13 +171,11 @@ def generation_tasks(cfg: Config, peer: Any) -> Iterator[Task]:
     yield Task(f"generate, {QUEUE} prompts of 1 to {2 * PROMPT - 1} tokens", QUEUE * NEW_TOKENS, contenders)
 
 
-def load_peer():
-    """The module `analysis.bench.torch_peer`, or None without PyTorch."""
-    if importlib.util.find_spec("torch") is None:
+def load_peer(package: str) -> Any:
+    """The module that does the work by this package, or None where it is not installed."""
+    if importlib.util.find_spec(package) is None:
         return None
-    from analysis.bench import torch_peer
-
-    return torch_peer
+    return importlib.import_module(f"analysis.bench.{package}_peer")
 
 
 # Measuring --------------------------------------------------------------------------------------------------------
@@ -282,11 +285,11 @@ def cpu_model() -> str:
 
 
 def circumstances(load_before: str) -> str:
-    peer = load_peer()
+    peers = [peer.versions() if (peer := load_peer(package)) else f"no {package}" for package in PEERS]
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lmjax", "jax", "jaxlib"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
-        f"{packages}, Python {platform.python_version()}; {peer.versions() if peer else 'no PyTorch'}; {cores} cores; "
+        f"{packages}, Python {platform.python_version()}; {'; '.join(peers)}; {cores} cores; "
         f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}; load average {load_before} before, {load_average()} "
         f"after (this program's own included). Greedy generation of {NEW_TOKENS} tokens from prompts of {PROMPT}; "
         "FLOP/s of the step count causal attention and no recomputation."
