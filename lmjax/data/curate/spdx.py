@@ -16,6 +16,7 @@ from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 _TOKEN = re.compile(r"[()]|[\w.:+-]+")
+_OPERATORS = ("AND", "OR", "WITH")
 _DEEPEST = 20
 """Parentheses in each other."""
 
@@ -99,9 +100,6 @@ def _simple(tokens: list[str], depth: int) -> Expression:
     if exception in "()":
         raise ValueError
     return Licence(name, exception)
-
-
-_OPERATORS = ("AND", "OR", "WITH")
 
 
 def _takes(tokens: list[str], operator: str) -> bool:
