@@ -85,6 +85,9 @@ METHODS = {
     "all weights": Method({}, 3e-3),
     "head and embeddings (tied)": Method({"train": ("embed",)}, 1e-2),
     "LoRA, rank 8": Method({"adapter": {"name": "lora", "rank": 8, "alpha": 16.0}}, 1e-2),
+    "LoRA, rank 8, of the table too": Method(
+        {"adapter": {"name": "lora", "rank": 8, "alpha": 16.0, "targets": ("*",)}}, 1e-2
+    ),
     "DoRA, rank 8": Method({"adapter": {"name": "dora", "rank": 8, "alpha": 16.0}}, 1e-2),
     "soft prompt, 20 places": Method({"adapter": {"name": "prompt", "length": 20}}, 3e-2),
     "prefix, 20 places": Method({"adapter": {"name": "prefix", "length": 20}}, 3e-2),
