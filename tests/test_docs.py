@@ -152,6 +152,7 @@ def runs(block: Block) -> Any:
     return pytest.param(block, id=f"{block.page.name}:{block.line}", marks=marks)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("block", map(runs, RUN))
 def test_blocks_run(block: Block, place: Path) -> None:
     environment = os.environ | {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}

@@ -89,7 +89,7 @@ OTHERS: dict[str, Any] = {
         pytest.param("llama3", DROPPED, "fsdp+cp+tp", {"tensor": 2, "context": 2}, marks=pytest.mark.slow),
         ("mixtral", TUNE, "fsdp+ep", {"expert": 2}),
         ("mixtral", PROMPT, "fsdp+tp", {"tensor": 2}),
-        ("llama3", PREFIX, "fsdp+tp", {"tensor": 2}),
+        pytest.param("llama3", PREFIX, "fsdp+tp", {"tensor": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_is_that_of_one_device(

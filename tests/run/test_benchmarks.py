@@ -120,7 +120,9 @@ def test_a_model_does_not_differ_from_itself(trained: Path, data: Path, capsys: 
     options = (f"--workdir={trained}", "--tasks=piqa", f"--task-data={data}", f"--against={trained}")
     found = asked(capsys, *options)["piqa"]
     assert found["against"] == found["metrics"] and found["items"] == len(PAIRS)
-    assert found["difference"]["acc"]["all"] == {"value": 0, "stderr": 0, "low": 0, "high": 0, "items": len(PAIRS)}
+    difference = found["difference"]["acc"]["all"]
+    assert difference["value"] == difference["stderr"] == 0 and difference["items"] == len(PAIRS)
+    assert difference["high"] == -difference["low"] > 0  # so few questions leave room for some
     assert found["mcnemar"]["acc"] == {"first_only": 0, "second_only": 0, "p": 1.0}
 
 
