@@ -34,7 +34,7 @@ from lmjax.data.curate.hashing import words
 from lmjax.data.curate.held_out import HeldOut
 from lmjax.data.curate.near_duplicates import NearDuplicates
 from lmjax.data.curate.read import list_files
-from lmjax.data.curate.recipe import CurateConfig, Step, parse_step
+from lmjax.data.curate.recipe import CurateConfig, parse_step, parse_steps
 from lmjax.data.curate.stage import fit, treatment
 from lmjax.data.curate.step import CorpusStep, DocumentStep
 from lmjax.data.prepare.sources import contents
@@ -86,16 +86,11 @@ def _passes(steps: Steps) -> bool:
     return any(isinstance(parse_step(0, values)[1], CorpusStep) for values in steps)
 
 
-def parsed(steps: Steps) -> list[tuple[str, Step]]:
-    """The steps with their names."""
-    return [parse_step(place, values) for place, values in enumerate(steps)]
-
-
 def treat(documents: Iterable[Any], rank: int, world_size: int, *, steps: Steps, learned: Path) -> Iterator[Any]:
     """datatrove's documents through steps of ours: a block of a pipeline. What the steps had to learn lies in `learned`
     (stage.fit), so that all tasks have learned the same."""
     functions = []
-    for place, (_, step) in enumerate(parsed(steps)):
+    for place, (_, step) in enumerate(parse_steps(steps)):
         assert isinstance(step, DocumentStep)
         functions.append(treatment(epath.Path(learned), place, step))
     for theirs in documents:
@@ -225,7 +220,7 @@ def curate(arguments: argparse.Namespace) -> int:
             recipe["learned_from"] = contents(read)
         begin_or_continue(out, recipe)
         for name, steps in ((CLEAN, cut.before), (KEEP, cut.after)):
-            fit(epath.Path(out / name), parsed(steps))
+            fit(epath.Path(out / name), parse_steps(steps))
         start(jobs, out, arguments)
     except ImportError as error:
         raise ConfigError(f"launch curate needs datatrove and orjson ({error}): install them") from error

@@ -113,11 +113,11 @@ def jitted_step(experiment: Experiment) -> Any:
         plain_step(experiment),
         donate_argnums=0,
         out_shardings=(shardings(experiment), None),
-        compiler_options=compiler_options(experiment.mesh),
+        compiler_options=_compiler_options(experiment.mesh),
     )
 
 
-def compiler_options(mesh: jax.sharding.Mesh | None) -> dict[str, bool] | None:
+def _compiler_options(mesh: jax.sharding.Mesh | None) -> dict[str, bool] | None:
     """Of a step for the devices of the mesh, or for the one there is. XLA's CPU backend finds by this one that moments
     can be updated where they are, where it would first copy them all."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -139,7 +139,7 @@ def stacked_step(experiment: Experiment) -> StackedStep:
     """The train step of many runs as one, on one device, compiled anew for each number of them; the experiment is any
     of theirs."""
     step = stacked(plain_step(experiment))
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(experiment.mesh))
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(experiment.mesh))
 
 
 def abstract_batch(experiment: Experiment) -> Any:

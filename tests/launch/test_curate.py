@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from launch.curate import begin_or_continue, parsed, parts, treat
+from launch.curate import begin_or_continue, parts, treat
 from lmjax.data.config import PrepareConfig
 from lmjax.data.curate.curate import curate
-from lmjax.data.curate.recipe import CurateConfig
+from lmjax.data.curate.recipe import CurateConfig, parse_steps
 from lmjax.data.curate.stage import fit
 from lmjax.data.prepare.sources import list_inputs, read_records
 from lmjax.errors import ConfigError
@@ -64,7 +64,7 @@ def test_documents_become_what_the_recipe_makes_of_them(tmp_path: Path) -> None:
     curate(cfg, tmp_path / "out", progress=False)
 
     learned = tmp_path / "learned"
-    fit(epath.Path(learned), parsed(steps))
+    fit(epath.Path(learned), parse_steps(steps))
     for name in ("good", "bad"):
         (tmp_path / f"{name}.jsonl").unlink()
     documents = [Theirs(text, str(number)) for number, text in enumerate(given)]

@@ -64,6 +64,7 @@ RUNS = {
         "gemma2", {"layers": 9, "heads": 4, "vocab": 62, "remat": "full"}, MeshConfig(pipeline=4, data=1, tensor=2), 8
     ),
 }
+CASES = ["dp+pp+fsdp", pytest.param("pp+tp", marks=pytest.mark.slow)]
 MORE_RUNS = {
     "pp": Run("llama3", {"layers": 16}, MeshConfig(layout="pp"), 16),
     "dp+pp": Run("mini_gpt", {"layers": 8, "remat": "dots"}, MeshConfig(pipeline=4, data=2), 4),
@@ -165,7 +166,7 @@ def check(compared: Comparison) -> None:
     assert jax.tree.map(lambda x: x.sharding, got.state) == assemble.shardings(experiment)
 
 
-@pytest.mark.parametrize("name", ["dp+pp+fsdp", pytest.param("pp+tp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CASES)
 def test_a_pipeline_computes_what_one_device_does(compared: Any, name: str) -> None:
     check(compared(name))
 
@@ -196,7 +197,7 @@ def test_a_checkpoint_does_not_know_of_stages(compared: Any, tmp_path: Any) -> N
     assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(whole))
 
 
-@pytest.mark.parametrize("name", ["dp+pp+fsdp", pytest.param("pp+tp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CASES)
 def test_stages_send_each_other_activations_and_keep_their_weights(compared: Any, name: str) -> None:
     experiment, (*_, program), _ = compared(name)
     cfg, mesh, spec = experiment.cfg, experiment.mesh, by_path(experiment.task.spec)

@@ -188,9 +188,7 @@ def test_who_finds_room_by_hand() -> None:
     assert np.any(y_BTD != 0, axis=-1).tolist() == [[False, True, True, False, False, False, False, False]]
     assert float(tally.dropped) == 4
     assert tally.load_E.tolist() == [0, 0, 6, 0]
-    text_BT = real_BT & (
-        jnp.arange(8) >= 2
-    )  # a token before it is in front of the text, and takes a place all the same
+    text_BT = real_BT & (jnp.arange(8) >= 2)  # what is in front of the text takes a place all the same
     tally = jax.jit(lambda: moe.mixture(p, x_BTD, real_BT, cfg, training=True, text_BT=text_BT))()[1]
     assert float(tally.dropped) == 4 and tally.load_E.tolist() == [0, 0, 5, 0]
     y_BTD, tally = jax.jit(lambda: moe.mixture(p, x_BTD, real_BT, cfg, training=False))()

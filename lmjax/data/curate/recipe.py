@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -90,7 +90,12 @@ class CurateConfig:
 
     def parsed(self) -> list[tuple[str, Step]]:
         """The steps with their names. Raises ConfigError for one that does not exist, or settings that do not fit."""
-        return [parse_step(place, values) for place, values in enumerate(self.steps)]
+        return parse_steps(self.steps)
+
+
+def parse_steps(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Step]]:
+    """As `CurateConfig.parsed`, of some of the steps."""
+    return [parse_step(place, values) for place, values in enumerate(steps)]
 
 
 def parse_step(place: int, values: Mapping[str, Any]) -> tuple[str, Step]:
