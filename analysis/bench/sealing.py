@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import jax
 
-from analysis.bench.speed import random_batch
+from analysis.bench.gpt import random_batch
 from analysis.bench.stack import resident
 from lmjax.config import load
 from lmjax.devices.place import shard_batch

@@ -1,16 +1,18 @@
 """Tokens per second of the train step and of generation, beside PyTorch where it is installed.
 
-    python -m analysis.bench [--configs quickstart mini_gpt] [--only train|generate] [--repeats 5] [--dtype X]
-        [--no-dropout] [--bfloat16] [--json FILE]
+    python -m analysis.bench [--configs quickstart mini_gpt tiny] [--only train|generate] [--repeats 5] [--dtype X]
+        [--batch N] [--no-dropout] [--bfloat16] [--json FILE]
 
-It runs on whatever device JAX finds. A plain JAX step of the same shape is trained beside lmjax where it can be: with
-AdamW, in float32, without dropout (`--no-dropout` takes it from all). Other peers are optional: with `torch` a plain
-GPT of the same shape is trained, eager and compiled, and with `transformers`, too, its GPT-2 generates; with `keras`
-one of its layers is trained on JAX, with AdamW in float32. All alternate with lmjax in one process, so that whatever
-else the machine does falls on all of them.
+It runs on whatever device JAX finds. The same model is trained in plain JAX beside lmjax where it can be: with AdamW,
+in float32, without dropout (`--no-dropout` takes it from all). Other peers are optional: with `torch` a GPT is trained,
+eager and compiled, and with `transformers`, too, its GPT-2 generates; with `keras` one of its layers is trained on JAX,
+with AdamW in float32. All alternate with lmjax in one process, so that whatever else the machine does falls on all of
+them. The mini-GPT and the tiny one begin with lmjax's weights everywhere, read the same batches, and without dropout
+must have the same loss, which is given.
 
 Convention: a train step is loss, gradient, clipping and update on random tokens that are already on the device, the
-batch's inputs counted as tokens. Generation is one call, prompt included, its new tokens counted. First calls, which
+batch's inputs counted as tokens; the loss is that of the first batch after one update on it. Generation is one call,
+prompt included, its new tokens counted. First calls, which
 compile, are given apart, from cold caches. Figures are medians over rounds, ratios medians of each round's ratio;
 CPU-seconds are `time.process_time`, which counts every thread, and compare programs on a machine that is shared.
 """
@@ -42,14 +44,15 @@ import jax
 import numpy as np
 
 from analysis.bench import plain_peer
+from analysis.bench.gpt import Work, batches
 from lmjax.config import Config, load
-from lmjax.data.batch import Batch
 from lmjax.devices.chips import peak_flops
 from lmjax.devices.place import shard_batch
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.decode import generate_ids
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
+from lmjax.optim.config import ScheduleConfig
 from lmjax.registry import without_data
 from lmjax.run.assemble import assemble, compiled_step, initial_state
 from lmjax.weights import initialize
@@ -62,24 +65,31 @@ PEERS = ("torch", "keras")
 ROWS = (1, 8)
 QUEUE = 64
 """Prompts of unequal lengths, more than there are rows."""
-BATCHES = 8
-"""Different ones, in turn: none is learnt by heart."""
-
-Work = Callable[[int], None]
-"""Does something that many times and returns when all of it is done."""
 
 
 # What is measured -------------------------------------------------------------------------------------------------
 
 
-def read_config(name: str, dtype: Literal["float32", "bfloat16"] | None) -> Config:
-    """A config file with the vocabulary that its recipe asks for and a batch that suits the device."""
-    cfg = load(str(CONFIGS / f"{name}.py"))
+def read_config(name: str, dtype: Literal["float32", "bfloat16"] | None = None, batch: int | None = None) -> Config:
+    """A config with the vocabulary that its recipe asks for, a batch that suits the device, and a constant learning
+    rate, which every peer has."""
+    cfg = file_config(name)
     (source,) = cfg.data.sources.values()
     assert source.prepare is not None
     model = dataclasses.replace(cfg.model, vocab=source.prepare.tokenizer.vocab, dtype=dtype or cfg.model.dtype)
-    batch = CPU_BATCH.get(name, cfg.train.batch) if jax.default_backend() == "cpu" else cfg.train.batch
-    return dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, batch=batch))
+    optimizer = dataclasses.replace(cfg.optimizer, schedule=ScheduleConfig(name="constant", warmup=0))
+    cpu_batch = CPU_BATCH.get(name) if jax.default_backend() == "cpu" else None
+    train = dataclasses.replace(cfg.train, batch=batch or cpu_batch or cfg.train.batch)
+    return dataclasses.replace(cfg, model=model, optimizer=optimizer, train=train)
+
+
+def file_config(name: str) -> Config:
+    """That of a file in configs/; `tiny` is the mini-GPT with four layers of width 128."""
+    if name != "tiny":
+        return load(str(CONFIGS / f"{name}.py"))
+    small = {"model.layers": 4, "model.embed": 128, "model.heads": 4, "model.mlp": 512, "train.batch": 8}
+    vocab = {"data.sources.text.prepare.tokenizer.vocab": 2048}
+    return load(str(CONFIGS / "mini_gpt.py"), [f"{key}={value}" for key, value in (small | vocab).items()])
 
 
 def without_dropout(cfg: Config) -> Config:
@@ -91,23 +101,18 @@ def without_dropout(cfg: Config) -> Config:
 def train_steps(cfg: Config) -> Work:
     experiment = assemble(without_data(cfg))
     step, mesh, size = compiled_step(experiment), experiment.mesh, cfg.train.batch
-    batches = [shard_batch(random_batch(cfg, seed), mesh, size) for seed in range(BATCHES)]
+    data = [shard_batch(batch, mesh, size) for batch in batches(cfg)]
     state = initial_state(experiment)
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> float:
         nonlocal state
         for i in range(steps):
-            state, metrics = step(state, {}, batches[i % BATCHES])
-        jax.block_until_ready((state, metrics))
+            state, metrics = step(state, {}, data[i % len(data)])
+        jax.block_until_ready(state)
+        total, weight = metrics["loss"]
+        return float(total / weight)
 
     return run
-
-
-def random_batch(cfg: Config, seed: int) -> Batch:
-    shape = (cfg.train.batch, cfg.data.seq_len + 1)
-    rows = np.random.default_rng(seed).integers(0, cfg.model.dims["vocab"], shape, dtype=np.int32)
-    weights = np.ones((shape[0], shape[1] - 1), np.float32)
-    return Batch(rows[:, :-1], rows[:, 1:], weights, np.arange(shape[0], dtype=np.int32) + seed * shape[0])
 
 
 def generations(cfg: Config, lengths: Sequence[int], rows: int) -> Work:
@@ -184,6 +189,8 @@ def load_peer(package: str) -> Any:
 class Timing(NamedTuple):
     """Tokens per second of one contender, round by round."""
 
+    loss: float | None
+    """Of the first batch after one update on it: of contenders that do the same work it is the same."""
     first_call: float
     wall: Sequence[float]
     cpu: Sequence[float]
@@ -192,13 +199,13 @@ class Timing(NamedTuple):
 def measure(task: Task, rounds: int, seconds: float) -> dict[str, Timing]:
     """Rounds of about `seconds` for each contender, in turn. One that fails is named on stderr and left out."""
     works: dict[str, Work] = {}
-    first_calls, calls = {}, {}
+    first_calls, calls, losses = {}, {}, {}
     for name, make in task.contenders.items():
         try:
             if (work := make()) is None:
                 continue
-            first_calls[name], _ = timed(work, 1)
-            once, _ = timed(work, 1)
+            first_calls[name], _, _ = timed(work, 1)
+            once, _, losses[name] = timed(work, 1)
         except Exception as error:
             if name == "lmjax":
                 raise
@@ -208,24 +215,24 @@ def measure(task: Task, rounds: int, seconds: float) -> dict[str, Timing]:
     wall: dict[str, list[float]] = {name: [] for name in works}
     cpu: dict[str, list[float]] = {name: [] for name in works}
     for _, (name, work) in itertools.product(range(rounds), works.items()):
-        wall_time, cpu_time = timed(work, calls[name])
+        wall_time, cpu_time, _ = timed(work, calls[name])
         wall[name].append(calls[name] * task.tokens / wall_time)
         cpu[name].append(calls[name] * task.tokens / cpu_time)
-    return {name: Timing(first_calls[name], wall[name], cpu[name]) for name in works}
+    return {name: Timing(losses[name], first_calls[name], wall[name], cpu[name]) for name in works}
 
 
-def timed(work: Work, calls: int) -> tuple[float, float]:
-    """Wall and CPU seconds."""
+def timed(work: Work, calls: int) -> tuple[float, float, float | None]:
+    """Wall and CPU seconds, and what the work returns."""
     wall, cpu = time.perf_counter(), time.process_time()
-    work(calls)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    loss = work(calls)
+    return time.perf_counter() - wall, time.process_time() - cpu, loss
 
 
 # The table --------------------------------------------------------------------------------------------------------
 
 COLUMNS = [
     *("config", "work", "by", "tokens/s", "lowest to highest", "tokens per CPU-second", "FLOP/s", "first call, s"),
-    *("lmjax over it, by wall time", "by CPU time"),
+    *("loss", "lmjax over it, by wall time", "by CPU time"),
 ]
 
 
@@ -242,6 +249,7 @@ def rows(config: str, task: Task, timings: Mapping[str, Timing]) -> Iterator[tup
             f"{statistics.median(timing.cpu):,.0f}",
             "" if peer or task.flops_per_token is None else utilization(timing, task.flops_per_token),
             f"{timing.first_call:.1f}",
+            "" if timing.loss is None else f"{timing.loss:.5f}",
             ratio(ours.wall, timing.wall) if peer else "",
             ratio(ours.cpu, timing.cpu) if peer else "",
         )
@@ -263,7 +271,7 @@ def line(cells: Sequence[str]) -> str:
 
 
 def shape(name: str, cfg: Config) -> str:
-    m, own = cfg.model, load(str(CONFIGS / f"{name}.py")).train.batch
+    m, own = cfg.model, file_config(name).train.batch
     batch = f"batch {cfg.train.batch}" + ("" if own == cfg.train.batch else f" (for a CPU; the config's is {own})")
     return (
         f"- `{name}`: {m.layers} layers, d {m.embed}, mlp {m.mlp}, {m.heads} heads, vocabulary {m.vocab}, {m.position} "
@@ -302,7 +310,9 @@ def load_average() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", default=["quickstart", "mini_gpt"], choices=["quickstart", "mini_gpt"])
+    names = ["quickstart", "mini_gpt", "tiny"]
+    parser.add_argument("--configs", nargs="+", default=names[:2], choices=names)
+    parser.add_argument("--batch", type=int, help="rows of a train step; default: what suits the device")
     parser.add_argument("--only", choices=["train", "generate"])
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each contender in each round")
@@ -313,7 +323,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     load_before = load_average()
-    configs = {name: read_config(name, arguments.dtype) for name in arguments.configs}
+    configs = {name: read_config(name, arguments.dtype, arguments.batch) for name in arguments.configs}
     if arguments.no_dropout:
         configs = {name: without_dropout(cfg) for name, cfg in configs.items()}
     records = []

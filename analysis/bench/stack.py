@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 import jax
 
-from analysis.bench.speed import random_batch
+from analysis.bench.gpt import random_batch
 from lmjax.config import Config, load
 from lmjax.devices.place import shard_batch
 from lmjax.metrics import finish

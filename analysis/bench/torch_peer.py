@@ -1,8 +1,7 @@
-"""What `speed.py` measures lmjax against: a plain PyTorch GPT, and generation by Hugging Face transformers.
+"""What `speed.py` measures lmjax against: the same GPT in PyTorch, and generation by Hugging Face transformers.
 
-Both have the config's shape (layers, widths, heads, vocabulary, length, biases, activation, dropout) and otherwise
-GPT-2's form: LayerNorm before each part, learned positions, tied head. Normalization elsewhere costs the same; rotary
-positions would cost a little more.
+Of a config that is no GPT (gpt.py) both have the shape (layers, widths, heads, vocabulary, length, biases, activation,
+dropout) and otherwise GPT-2's form. Normalization elsewhere costs the same; rotary positions would cost a little more.
 """
 
 import contextlib
@@ -15,10 +14,12 @@ from typing import Any
 # Our compile times are cold, so PyTorch's are, too.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+import numpy as np
 import torch  # type: ignore[import-not-found, unused-ignore]
 from torch import nn  # type: ignore[import-not-found, unused-ignore]
 from torch.nn import functional as F  # type: ignore[import-not-found, unused-ignore]  # noqa: N812
 
+from analysis.bench import gpt
 from lmjax.config import Config
 from lmjax.models.config import ModelConfig
 from lmjax.optim.config import OptimizerConfig
@@ -39,20 +40,29 @@ class Block(nn.Module):
         super().__init__()
         D, bias = cfg.embed, cfg.bias
         self.heads, self.activation = cfg.heads, ACTIVATIONS[cfg.activation]
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(D, bias=bias), nn.LayerNorm(D, bias=bias)
+        self.post = cfg.norm_position == "post"
+        self.attention_norm, self.mlp_norm = layer_norm(cfg), layer_norm(cfg)
         self.qkv, self.output = nn.Linear(D, 3 * D, bias=bias), nn.Linear(D, D, bias=bias)
         self.up, self.down = nn.Linear(D, cfg.mlp, bias=bias), nn.Linear(cfg.mlp, D, bias=bias)
         self.dropout, self.attention_dropout = nn.Dropout(cfg.dropout), cfg.attention_dropout
 
     def forward(self, x_BTD: Any) -> Any:
+        if self.post:
+            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD)))
+            return self.mlp_norm(x_BTD + self.dropout(self.mlp(x_BTD)))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD)))
+        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+
+    def attention(self, x_BTD: Any) -> Any:
         q_BNTH, k_BNTH, v_BNTH = (
-            y_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for y_BTD in self.qkv(self.attention_norm(x_BTD)).chunk(3, dim=-1)
+            y_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y_BTD in self.qkv(x_BTD).chunk(3, dim=-1)
         )
         rate = self.attention_dropout if self.training else 0.0
         y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, dropout_p=rate, is_causal=True)
-        x_BTD = x_BTD + self.dropout(self.output(y_BNTH.transpose(1, 2).flatten(2)))
-        return x_BTD + self.dropout(self.down(self.activation(self.up(self.mlp_norm(x_BTD)))))
+        return self.output(y_BNTH.transpose(1, 2).flatten(2))
+
+    def mlp(self, x_BTD: Any) -> Any:
+        return self.down(self.activation(self.up(x_BTD)))
 
 
 class GPT(nn.Module):
@@ -61,44 +71,85 @@ class GPT(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(cfg.vocab, cfg.embed), nn.Embedding(cfg.context, cfg.embed)
+        self.embed_norm = layer_norm(cfg) if cfg.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.norm = nn.LayerNorm(cfg.embed, bias=cfg.bias)
+        self.norm = nn.Identity() if cfg.norm_position == "post" else layer_norm(cfg)
         for table in (self.embed, self.position):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, tokens_BT: Any, targets_BT: Any) -> Any:
         T = tokens_BT.shape[1]
-        x_BTD = self.embed(tokens_BT) + self.position(torch.arange(T, device=tokens_BT.device))
+        x_BTD = self.embed_norm(self.embed(tokens_BT) + self.position(torch.arange(T, device=tokens_BT.device)))
         for block in self.blocks:
             x_BTD = block(x_BTD)
         logits_BTV = F.linear(self.norm(x_BTD), self.embed.weight)
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
+def layer_norm(cfg: ModelConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(cfg.embed, cfg.norm_epsilon, bias=cfg.bias)
+
+
+@torch.no_grad()
+def begin_with(model: GPT, weights: gpt.GPT) -> None:
+    """Give the model these weights."""
+
+    def put(ours: Any, x: np.ndarray) -> None:
+        ours.copy_(torch.tensor(x))
+
+    def put_affine(ours: Any, *parts: gpt.Affine) -> None:
+        """Parts side by side, such as queries, keys and values; PyTorch keeps products as [out, in]."""
+        put(ours.weight, np.concatenate([part.weight for part in parts], axis=-1).T)
+        if parts[0].bias is not None:
+            put(ours.bias, np.concatenate([part.bias for part in parts]))
+
+    put(model.embed.weight, weights.embed_VD)
+    put(model.position.weight, weights.position_TD)
+    for norm, ours in ((weights.embed_norm, model.embed_norm), (weights.final_norm, model.norm)):
+        if norm is not None:
+            put_affine(ours, norm)
+    for block, layer in zip(model.blocks, weights.layers, strict=True):
+        put_affine(block.qkv, *layer.qkv)
+        put_affine(block.output, layer.output)
+        put_affine(block.up, layer.up)
+        put_affine(block.down, layer.down)
+        put_affine(block.attention_norm, layer.norms[0])
+        put_affine(block.mlp_norm, layer.norms[1])
+
+
 # Work to be timed: functions of the number of calls, which return when all are done ----------------------------------
 
 
-def train_steps(cfg: Config, *, compiled: bool) -> Callable[[int], None]:
+def train_steps(cfg: Config, *, compiled: bool) -> gpt.Work:
     """Loss, gradient, clipping and update, with the config's optimizer."""
     torch.manual_seed(0)
-    model = GPT(cfg.model).to(DEVICE)
+    model = GPT(cfg.model)
+    if gpt.is_gpt(cfg.model):
+        begin_with(model, gpt.initial_weights(cfg))
+    model = model.to(DEVICE)
     optimizers = build_optimizers(model, cfg.optimizer)
     loss_of = torch.compile(model) if compiled else model
-    rows = torch.randint(cfg.model.vocab, (8, cfg.train.batch, cfg.data.seq_len + 1), device=DEVICE)
+    data = [
+        [torch.from_numpy(x.astype(np.int64)).to(DEVICE) for x in (batch.tokens_BT, batch.targets_BT)]
+        for batch in gpt.batches(cfg)
+    ]
 
-    def step(row_BT: Any) -> None:
+    def step(tokens_BT: Any, targets_BT: Any) -> Any:
         with autocast(cfg.model.dtype):
-            loss = loss_of(row_BT[:, :-1], row_BT[:, 1:])
+            loss = loss_of(tokens_BT, targets_BT)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.optimizer.clip_norm or float("inf"))
+        if cfg.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.optimizer.clip_norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> float:
         for i in range(steps):
-            step(rows[i % len(rows)])
+            loss = step(*data[i % len(data)])
         wait()
+        return float(loss)
 
     return run
 
@@ -109,9 +160,9 @@ def build_optimizers(model: GPT, cfg: OptimizerConfig) -> list[Any]:
     chosen = set(muon)
     rest = [p for p in model.parameters() if p not in chosen]
     adamw = torch.optim.AdamW(
-        rest, lr=1e-4, betas=(cfg.b1, cfg.b2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
+        rest, lr=cfg.learning_rate, betas=(cfg.b1, cfg.b2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
     )
-    return [adamw, torch.optim.Muon(muon, lr=1e-4, momentum=cfg.momentum)] if muon else [adamw]
+    return [adamw, torch.optim.Muon(muon, lr=cfg.learning_rate, momentum=cfg.momentum)] if muon else [adamw]
 
 
 def generations(cfg: ModelConfig, *, batch: int, prompt: int, tokens: int) -> Callable[[int], None] | None:

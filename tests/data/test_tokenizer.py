@@ -136,9 +136,9 @@ def test_sections_join_to_the_text_and_cut_between_words(lines, end):
 def test_long_texts_have_the_tokens_that_the_library_gives(learned, kind, reference):
     tokenizer = learned(kind)
     text = (reference / "tinyshakespeare" / "input.txt").read_text()[: 5 * SECTION_CHARS]
-    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+    assert tokenizer.encode(text) == tokenizer.processor.encode(text)
     one_line = text.replace("\n", " ")
-    assert tokenizer.encode(one_line) == tokenizer._processor.encode(one_line)
+    assert tokenizer.encode(one_line) == tokenizer.processor.encode(one_line)
 
 
 @pytest.fixture(scope="module")

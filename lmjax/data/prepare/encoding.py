@@ -132,8 +132,8 @@ def _encode_parts(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, bool]:
     parts = []
     spelled = hashlib.blake2b()
     for ids in tokenizer.encode_parts(text):
-        parts.append(np.array(ids, dtype))  # numpy refuses an id that the type cannot hold
-        spelled.update(tokenizer.decode(ids).encode("utf-8"))
+        parts.append(np.fromiter(ids, dtype, len(ids)))  # numpy refuses an id that the type cannot hold
+        spelled.update(tokenizer.decode(parts[-1]).encode("utf-8"))
     parts.append(np.array([tokenizer.endoftext_id], dtype))
     return np.concatenate(parts), spelled.digest() == hashlib.blake2b(text.encode("utf-8")).digest()
 

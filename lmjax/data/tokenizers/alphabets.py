@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterable, Sequence
 
-from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, Tokenizer, bytes_of
+import numpy as np
+
+from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, Tokenizer, bytes_of, bytes_table
 from lmjax.errors import DataError
 
 
@@ -16,7 +18,7 @@ class ByteTokenizer(Tokenizer):
     endoftext = ENDOFTEXT
 
     def __init__(self) -> None:
-        self._bytes = [bytes([byte]) for byte in range(256)] + [b""]
+        self._bytes = bytes_table([*(bytes([byte]) for byte in range(256)), b""])
 
     def content(self) -> bytes:
         return b""
@@ -24,7 +26,7 @@ class ByteTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return bytes_of(ids, self._bytes)
 
 
@@ -37,7 +39,7 @@ class CharacterTokenizer(Tokenizer):
     def __init__(self, alphabet: Iterable[str]):
         self._alphabet = "".join(sorted(set(alphabet)))
         self._ids = {character: index for index, character in enumerate(self._alphabet)}
-        self._bytes = [character.encode("utf-8") for character in self._alphabet] + [b""]
+        self._bytes = bytes_table([*(character.encode("utf-8") for character in self._alphabet), b""])
         self.endoftext_id = len(self._alphabet)
         self.vocab_size = len(self._alphabet) + 1
 
@@ -64,5 +66,5 @@ class CharacterTokenizer(Tokenizer):
                 "use kind bpe, unigram or bytes, or train it on text that has the character"
             ) from error
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return bytes_of(ids, self._bytes)

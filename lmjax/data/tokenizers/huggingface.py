@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, NAME_ENDOFTEXT, Tokenizer, bytes_of
+import numpy as np
+
+from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, NAME_ENDOFTEXT, Tokenizer, bytes_of, bytes_table
 from lmjax.errors import DataError
 
 _CUSTOMARY_ENDS = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
@@ -78,11 +80,11 @@ class HuggingFaceTokenizer(Tokenizer):
         ends = [0, *(end for _, end in encoding.offsets)]
         return encoding.ids, [min(start, end) for (start, _), end in zip(encoding.offsets, ends, strict=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         known = [int(index) for index in ids if index != self.endoftext_id]
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return bytes_of(ids, self._bytes)
 
     def _spell(self, token: str) -> bytes:
@@ -94,13 +96,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return (piece if piece != token else f" {token}").encode()  # BERT's decoder puts blanks between words
 
     @functools.cached_property
-    def _bytes(self) -> list[bytes]:
+    def _bytes(self) -> np.ndarray:
         added = {token["id"]: token["content"].encode("utf-8") for token in self._json.get("added_tokens", [])}
         table = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
             table[index] = added[index] if index in added else self._spell(token)
         table[self.endoftext_id] = b""
-        return table
+        return bytes_table(table)
 
 
 def _parse(content: bytes, name: str) -> tuple[Any, dict[str, Any]]:

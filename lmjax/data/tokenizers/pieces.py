@@ -5,6 +5,8 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+
 from lmjax.data.config import TokenizerConfig
 from lmjax.data.tokenizers.sections import sections
 from lmjax.data.tokenizers.tokenizer import (
@@ -13,6 +15,7 @@ from lmjax.data.tokenizers.tokenizer import (
     NO_TEXT,
     Tokenizer,
     bytes_of,
+    bytes_table,
     characters_at,
 )
 from lmjax.errors import DataError
@@ -36,17 +39,17 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes, endoftext: str | None = None, name: str = "tokenizer.model"):
         self._model = model
-        self._processor = _processor(model, name)
-        self.vocab_size = self._processor.vocab_size()
-        self.endoftext = _end_symbol(self._processor, endoftext, name)
-        self.endoftext_id = self._processor.piece_to_id(self.endoftext)
-        self.unknown_id = self._processor.unk_id()
-        self._marker_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARKER.encode()]
-        probe = self._processor.encode(_PROBE)
+        self.processor = _processor(model, name)
+        self.vocab_size = self.processor.vocab_size()
+        self.endoftext = _end_symbol(self.processor, endoftext, name)
+        self.endoftext_id = self.processor.piece_to_id(self.endoftext)
+        self.unknown_id = self.processor.unk_id()
+        self._marker_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARKER.encode()]
+        probe = self.processor.encode(_PROBE)
         spelled = self.decode_bytes(probe)
-        self.prefix = b" " if spelled == b" " + self._processor.decode(probe).encode("utf-8") else b""
+        self.prefix = b" " if spelled == b" " + self.processor.decode(probe).encode("utf-8") else b""
         self._keeps_space = spelled == _PROBE.encode("utf-8")
-        self._reads_endoftext = not self._processor.is_control(self.endoftext_id)
+        self._reads_endoftext = not self.processor.is_control(self.endoftext_id)
         # Cut so that no part can be taken for endoftext, and the marker stands alone.
         end = re.escape(self.endoftext[:-1]), re.escape(self.endoftext[-1])
         self._cuts = re.compile(f"({_MARKER})|(?<={end[0]})(?={end[1]})")
@@ -69,16 +72,16 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_between_cuts(self, text: str) -> list[int]:
         ends = self._reads_endoftext and self.endoftext in text
         if not ends and not (self._keeps_space and _MARKER in text):
-            return self._processor.encode(text)
+            return self.processor.encode(text)
         ids: list[int] = []
         for part in filter(None, self._cuts.split(text)):
-            ids += self._marker_ids if part == _MARKER and self._keeps_space else self._processor.encode(part)
+            ids += self._marker_ids if part == _MARKER and self._keeps_space else self.processor.encode(part)
         return ids
 
     def _place(self, part: str, *, opens: bool) -> tuple[list[int], list[int]]:
         if self._keeps_space:
             return super()._place(part, opens=opens)
-        pieces = (self._processor if opens else self._inner).encode(part, return_type="proto").pieces
+        pieces = (self.processor if opens else self._inner).encode(part, return_type="proto").pieces
         last = len(part.encode("utf-8")) - 1
         return [piece.id for piece in pieces], characters_at(part, [min(piece.begin, last) for piece in pieces])
 
@@ -88,12 +91,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def symbol(self, index: int) -> str:
         """How the symbol of an id is spelled."""
-        return self._processor.id_to_piece(index)
+        return self.processor.id_to_piece(index)
 
     @functools.cached_property
     def symbol_ids(self) -> dict[str, int]:
-        control = [index for index in range(self.vocab_size) if self._processor.is_control(index)]
-        return {self._processor.id_to_piece(index): index for index in (*control, self.endoftext_id)}
+        control = [index for index in range(self.vocab_size) if self.processor.is_control(index)]
+        return {self.processor.id_to_piece(index): index for index in (*control, self.endoftext_id)}
 
     @functools.cached_property
     def _inner(self) -> "sentencepiece.SentencePieceProcessor":  # type: ignore[name-defined]  # noqa: F821
@@ -102,21 +105,21 @@ class SentencePieceTokenizer(Tokenizer):
         return _processor(self._model + bytes([3 << 3 | 2, 2, 3 << 3, 0]), "")
 
     def _first_unknown(self, text: str) -> str:
-        pieces = self._processor.encode(text, return_type="proto").pieces
+        pieces = self.processor.encode(text, return_type="proto").pieces
         unknown = next((piece.surface for piece in pieces if piece.id == self.unknown_id), _MARKER)
         return unknown[:1]
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return bytes_of(ids, self._bytes)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         if self._keeps_space:
             return super().decode(ids)
-        return self._processor.decode([int(index) for index in ids if index != self.endoftext_id])
+        return self.processor.decode([int(index) for index in ids if index != self.endoftext_id])
 
     @functools.cached_property
-    def _bytes(self) -> list[bytes]:
-        processor = self._processor
+    def _bytes(self) -> np.ndarray:
+        processor = self.processor
 
         def spelled(index: int) -> bytes:
             piece = processor.id_to_piece(index)
@@ -126,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
                 return bytes([int(piece[1:-1], 16)])
             return piece.replace(_MARKER, " ").encode("utf-8")
 
-        return [spelled(index) for index in range(self.vocab_size)]
+        return bytes_table([spelled(index) for index in range(self.vocab_size)])
 
 
 class VocabularyError(DataError):
