@@ -172,8 +172,8 @@ class ModelConfig:
     position: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     rope: RopeConfig = RopeConfig()
     attention: Annotated[str, one_of(["auto", *names_in("lmjax.models.attention.attention", "BACKENDS")])] = "auto"
-    """auto: ring where devices share rows; splash on TPU, cudnn on GPU where they can do what is asked; else
-    reference."""
+    """auto: ring where devices share rows; splash on TPU, cudnn on GPU, or triton where documents are kept apart, if
+    they can do what is asked; else reference. A run says which it is, and why."""
     attention_scale: PositiveFloat | None = None
     """Multiplies query . key; None means head_dim ** -0.5."""
     attention_softcap: PositiveFloat | None = None
