@@ -17,6 +17,7 @@ from lmjax.devices.rows import token_order
 from lmjax.errors import ConfigError
 from lmjax.models import front
 from lmjax.models.activations import softcap
+from lmjax.models.attention import choice
 from lmjax.models.attention.cache import behind_front
 from lmjax.models.block import block
 from lmjax.models.config import LayerKind, ModelConfig, Segments, dominant, layer_index
@@ -63,6 +64,7 @@ def build(cfg: ModelConfig, *, microbatches: int | None = None) -> Model:
         empty_cache=functools.partial(empty_cache, spec=spec, cfg=cfg),
         unstack=functools.partial(unstack, spec=spec, segments=cfg.segments),
         mixing_flops=functools.partial(mixing_flops, cfg),
+        attends=functools.partial(choice.describe, cfg=cfg),
         auxiliary=moe.auxiliary(cfg.moe),
         after_update=functools.partial(moe.after_update, cfg=cfg.moe),
     )

@@ -152,6 +152,16 @@ def abstract_batch(experiment: Experiment) -> Any:
     return rows.map_arrays(placed, experiment.task.batch)
 
 
+def attends(experiment: Experiment) -> str:
+    """By what the step attends, and why by nothing faster; empty for what has no attention that we know."""
+    language, cfg = experiment.task.language, experiment.cfg
+    if language is None or language.model.attends is None:
+        return ""
+    with use_mesh(experiment.mesh):
+        whole = jax.eval_shape(language.weights, abstract_frozen(experiment), abstract_state(experiment).params)
+        return language.model.attends(whole, cfg.data.seq_len, apart=cfg.data.documents != "joined")
+
+
 # State ------------------------------------------------------------------------------------------------------------
 
 
