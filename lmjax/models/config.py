@@ -205,6 +205,9 @@ class ModelConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmuls; weights are stored in float32."""
+    matmul: Literal["float8"] | None = None
+    """float8: in training, matrices of attention and dense mlps multiply in 8 bits (docs/performance.md). None: in
+    `dtype`."""
     remat: Annotated[str, one_of(names_in("lmjax.models.remat", "REMAT"))] = "none"
     """What the backward pass finds saved: everything, the outputs of weight matmuls, or only each period's input."""
     unroll: Fraction | None = None

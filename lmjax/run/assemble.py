@@ -15,6 +15,7 @@ from lmjax.devices.mesh import check_divides
 from lmjax.devices.place import use_mesh
 from lmjax.errors import ConfigError
 from lmjax.metrics import Metrics
+from lmjax.models import float8
 from lmjax.models.config import dominant, require_learning
 from lmjax.optim import optimizers
 from lmjax.optim.config import hyper
@@ -48,6 +49,7 @@ class Experiment(NamedTuple):
 def assemble(task: Task, devices: list[Any] | None = None) -> Experiment:
     """What trains a task, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
     require_learning(task.cfg.model)
+    float8.check(task.cfg.model)
     check_scaled(task.cfg.model.parametrization, task.spec)
     if (parameters := count(task.spec).total) > _MOST_PARAMETERS:
         raise ConfigError(f"the model would have {parameters:,} parameters, more than can be held; make it smaller")

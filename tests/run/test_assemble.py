@@ -13,12 +13,14 @@ import pytest
 
 from lmjax.config import Config
 from lmjax.data.config import DataConfig
+from lmjax.errors import ConfigError
 from lmjax.models.config import ModelConfig, MoeConfig
 from lmjax.optim.config import ScheduleConfig
 from lmjax.registry import without_data
 from lmjax.run import assemble
 from lmjax.train.config import AdapterConfig, LossConfig, TrainConfig, TuneConfig
 from lmjax.train.step import Step
+from tests.models.test_float8 import factors_in_8_bits
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -199,6 +201,33 @@ def test_on_a_gpu_no_weight_is_transposed(hopper: None) -> None:
     transposed = re.findall(r"stablehlo.transpose (%\w+), dims = \[1, 0\]", text)
     products = {*re.findall(r"(%\w+) = stablehlo.dot_general", text)}
     assert transposed and {*transposed} <= products
+
+
+@pytest.mark.parametrize("unroll", [0.0, 1.0])
+def test_in_float8_all_weights_of_layers_multiply_in_8_bits(hopper: None, unroll: float) -> None:
+    """The backward pass too, where layers are scanned as well: what it reads is kept in 8 bits. Equal layers are one
+    function of the program."""
+    plain, text = (program_for_gpu("joined", unroll=unroll, matmul=matmul) for matmul in (None, "float8"))
+    assert "f8E" not in plain
+    found = [sorted(map(str, pair)) for pair in factors_in_8_bits(text)]
+    weights, head = 6, 3  # in a layer; the head's products, forward and backward
+    assert found.count(["f8E4M3FN", "f8E4M3FN"]) == weights
+    assert found.count(["f8E4M3FN", "f8E5M2"]) == 2 * weights
+    assert len(found) == 3 * weights + head
+
+
+@pytest.mark.parametrize(("capability", "able"), [("8.0", False), ("8.9", True), ("gfx942", False)])
+def test_float8_is_refused_on_a_gpu_without_units_for_it(
+    monkeypatch: pytest.MonkeyPatch, capability: str, able: bool
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    with (
+        contextlib.nullcontext()
+        if able
+        else pytest.raises(ConfigError, match="needs an NVIDIA GPU of compute capability")
+    ):
+        experiment_for_gpu("joined", matmul="float8")
 
 
 @pytest.mark.parametrize(
