@@ -74,19 +74,20 @@ def test_it_is_the_same_where_the_backward_pass_computes_again() -> None:
 def factors_in_8_bits(program: str) -> list[tuple[str | None, ...]]:
     """Of every `dot_general` in a StableHLO program, in order, the 8-bit types that its factors are converted from
     before they are scaled and reshaped; None for one that is not."""
+    made: dict[str, str] = {}  # by the name of a value, which loops and functions give again, how the last one was made
+
+    def source(value: str) -> str | None:
+        line = made.get(value, "")
+        if converted := re.search(r"convert .*x(f8\w+)>\)", line):
+            return converted[1]
+        moved = ("stablehlo.multiply", "stablehlo.reshape", "stablehlo.transpose")
+        return source(re.findall(r"%\w+", line)[0]) if line.startswith(moved) else None
+
     found: list[tuple[str | None, ...]] = []
-    for function in program.split("func.func")[1:]:
-        made = dict(re.findall(r"(%\w+) = (.*)", function))
-
-        def source(value: str, made: dict[str, str] = made) -> str | None:
-            line = made.get(value, "")
-            if converted := re.search(r"convert .*x(f8\w+)>\)", line):
-                return converted[1]
-            moved = ("stablehlo.multiply", "stablehlo.reshape", "stablehlo.transpose")
-            return source(re.findall(r"%\w+", line)[0]) if line.startswith(moved) else None
-
-        dots = [line for line in made.values() if line.startswith("stablehlo.dot_general")]
-        found += [tuple(map(source, re.findall(r"%\w+", line)[:2])) for line in dots]
+    for value, line in re.findall(r"(%\w+) = (.*)", program):
+        made[value] = line
+        if line.startswith("stablehlo.dot_general"):
+            found.append(tuple(map(source, re.findall(r"%\w+", line)[:2])))
     return found
 
 

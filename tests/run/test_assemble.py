@@ -205,8 +205,8 @@ def test_on_a_gpu_no_weight_is_transposed(hopper: None) -> None:
 
 @pytest.mark.parametrize("unroll", [0.0, 1.0])
 def test_in_float8_all_weights_of_layers_multiply_in_8_bits(hopper: None, unroll: float) -> None:
-    """The backward pass too, where layers are scanned as well: what it reads is kept in 8 bits. How often the program has
-    the same layer is jax's affair."""
+    """The backward pass too, where layers are scanned as well: what it reads is kept in 8 bits. Whether a program has
+    equal layers once or twice is up to jax."""
     plain, text = (program_for_gpu("joined", unroll=unroll, matmul=matmul) for matmul in (None, "float8"))
     assert "f8E" not in plain
     found = [sorted(map(str, pair)) for pair in factors_in_8_bits(text)]
