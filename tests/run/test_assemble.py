@@ -261,3 +261,33 @@ def test_keys_in_front_of_every_row_leave_the_reference_alone(hopper: None) -> N
     tune = TuneConfig(adapter=AdapterConfig(name="prefix", length=4))
     prefixed = assemble.assemble(without_data(replace(experiment.cfg, tune=tune)))
     assert assemble.attends(prefixed) == "reference"
+
+
+def losses(matmul: str | None, steps: int = 24) -> np.ndarray:
+    """Of a small model in bfloat16 that learns to count."""
+    model = ModelConfig(vocab=31, layers=2, embed=32, heads=2, mlp=64, logit_scale=4.0, dtype="bfloat16", matmul=matmul)
+    optimizer = replace(BASE.optimizer, learning_rate=4e-3, schedule=ScheduleConfig(warmup=3))
+    cfg = Config(model=model, data=DataConfig(seq_len=16), optimizer=optimizer, train=TrainConfig(batch=8, steps=steps))
+    experiment = assemble.assemble(without_data(cfg))
+    state, step, found = assemble.initial_state(experiment), assemble.compiled_step(experiment), []
+    weights_BT, ids_B = np.ones((8, 16), np.float32), np.arange(8, dtype=np.int32)
+    for first in range(steps):
+        ids_BU = ((4 * ids_B[:, None] + first + np.arange(17)) % 31).astype(np.int32)
+        batch = replace(
+            experiment.task.batch,
+            tokens_BT=ids_BU[:, :-1],
+            targets_BT=ids_BU[:, 1:],
+            weights_BT=weights_BT,
+            ids_B=ids_B,
+        )
+        state, metrics = step(state, {}, batch)
+        total, weight = metrics["loss"]
+        found.append(float(total / weight))
+    return np.array(found)
+
+
+def test_a_loss_in_float8_follows_that_in_bfloat16() -> None:
+    """By 0.027 nats at most where this was written, while both fall from 3.5 to 0.5."""
+    plain, rounded = losses(None), losses("float8")
+    assert plain[-1] < plain[0] / 4
+    assert 0 < np.abs(plain - rounded).max() < 0.05
