@@ -159,8 +159,9 @@ def attends(experiment: Experiment) -> str:
     language, cfg = experiment.task.language, experiment.cfg
     if language is None or language.model.attends is None:
         return ""
+    frozen = {} if language.frozen is None else abstract_frozen(experiment)
     with use_mesh(experiment.mesh):
-        whole = jax.eval_shape(language.weights, abstract_frozen(experiment), abstract_state(experiment).params)
+        whole = jax.eval_shape(language.weights, frozen, abstract_state(experiment).params)
         return language.model.attends(whole, cfg.data.seq_len, apart=cfg.data.documents != "joined")
 
 
