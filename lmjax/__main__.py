@@ -21,6 +21,7 @@ from lmjax.arguments import (
     whole,
     widths,
 )
+from lmjax.devices import flags
 from lmjax.errors import ConfigError
 from lmjax.names import names_in
 from lmjax.process import ending, start_up
@@ -355,6 +356,7 @@ def main() -> NoReturn:
         arguments, *others = map(parse, split_runs(argv))
         if arguments.command in ("train", "evaluate", "generate") and not vars(arguments).get("dry_run"):
             start_up.tune_allocator()
+            flags.set_flags()
         from lmjax.record import buckets
 
         buckets.register()

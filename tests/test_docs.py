@@ -70,6 +70,7 @@ MISSING = {
     "a checkpoint from elsewhere",
     "benchmark files",
     "a cloud",
+    "a GPU",
     "an hour",
     "libtpu",
     "lmjax[curate]",

@@ -35,10 +35,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lmjax.devices import flags
 from lmjax.process import start_up
 
 if __name__ == "__main__":
     start_up.tune_allocator()  # starts this process again, so before anything heavy is imported
+    flags.set_flags()
 
 import jax
 import numpy as np

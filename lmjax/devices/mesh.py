@@ -20,6 +20,7 @@ docs/parallelism.md says what each costs and when to choose it.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -155,6 +156,12 @@ def platform() -> str:
     mesh = current_mesh()
     device = None if mesh is None else mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def compute_capability() -> tuple[int, int]:
+    """That of our own NVIDIA GPU: (9, 0) is Hopper. (0, 0) where there is none; AMD's names are of another kind."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.local_devices()[0], "compute_capability", "")))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def mesh_axes(name: str | None, mesh: Any = None) -> tuple[str, ...]:

@@ -172,8 +172,8 @@ class ModelConfig:
     position: Literal["learned", "sinusoidal", "rope", "alibi", "none"] = "rope"
     rope: RopeConfig = RopeConfig()
     attention: Annotated[str, one_of(["auto", *names_in("lmjax.models.attention.attention", "BACKENDS")])] = "auto"
-    """auto: ring where devices share rows; splash on TPU, cudnn on GPU where they can do what is asked; else
-    reference."""
+    """auto: ring where devices share rows; splash on TPU, cudnn on GPU, or triton where documents are kept apart, if
+    they can do what is asked; else reference. A run says which it is, and why."""
     attention_scale: PositiveFloat | None = None
     """Multiplies query . key; None means head_dim ** -0.5."""
     attention_softcap: PositiveFloat | None = None
@@ -205,6 +205,9 @@ class ModelConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmuls; weights are stored in float32."""
+    matmul: Literal["float8"] | None = None
+    """float8: in training, matrices of attention and dense mlps multiply in 8 bits (docs/performance.md). None: in
+    `dtype`."""
     remat: Annotated[str, one_of(names_in("lmjax.models.remat", "REMAT"))] = "none"
     """What the backward pass finds saved: everything, the outputs of weight matmuls, or only each period's input."""
     unroll: Fraction | None = None

@@ -17,10 +17,12 @@ from lmjax.devices.rows import token_order
 from lmjax.errors import ConfigError
 from lmjax.models import front
 from lmjax.models.activations import softcap
+from lmjax.models.attention import choice
 from lmjax.models.attention.cache import behind_front
 from lmjax.models.block import block
 from lmjax.models.config import LayerKind, ModelConfig, Segments, dominant, layer_index
 from lmjax.models.dropout import DROPOUTS, EMBED_SITE, dropout
+from lmjax.models.float8 import in_float8
 from lmjax.models.layer_inputs import LayerInputs, Scalars
 from lmjax.models.layers import lookup, lookup_tokens, norm, norm_weights
 from lmjax.models.linear import linear
@@ -63,6 +65,7 @@ def build(cfg: ModelConfig, *, microbatches: int | None = None) -> Model:
         empty_cache=functools.partial(empty_cache, spec=spec, cfg=cfg),
         unstack=functools.partial(unstack, spec=spec, segments=cfg.segments),
         mixing_flops=functools.partial(mixing_flops, cfg),
+        attends=functools.partial(choice.describe, cfg=cfg),
         auxiliary=moe.auxiliary(cfg.moe),
         after_update=functools.partial(moe.after_update, cfg=cfg.moe),
     )
@@ -298,6 +301,8 @@ def make_period(spec: Spec, cfg: ModelConfig, segment: int) -> Period:
     def period(inputs: LayerInputs, x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         stored, repeat, old_caches = xs
         p = read(layer_spec, stored, cfg.dtype)
+        if cfg.matmul == "float8" and inputs.keys_B is not None:
+            p = in_float8(layer_spec, p)
         new_caches, tallies = [], {}
         for place, kind in enumerate(kinds):
             layer = layer_index(cfg.segments, segment, repeat, place)

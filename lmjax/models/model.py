@@ -100,6 +100,8 @@ class Model(NamedTuple):
     """Params as decoding wants them: one layer's weights apart from another's."""
     mixing_flops: Callable[..., int] | None = None
     """(T, *, causal) -> FLOPs between the activations of one row of T tokens, in one forward pass."""
+    attends: Callable[..., str] | None = None
+    """(params or their shapes, T, *, apart) -> by what it attends in training: models/attention/choice.py."""
     auxiliary: Mapping[str, str] = MappingProxyType({})
     """Metrics of `hidden` that are losses, with the name of the scalar that each is multiplied by in what is minimized.
     A metric's own weight is the number of tokens given that are not padding."""

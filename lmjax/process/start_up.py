@@ -30,7 +30,7 @@ def tune_allocator(argv: Sequence[str] = sys.orig_argv) -> None:
 
     `argv` is the interpreter's own argument vector, including `-m` or the script.
     """
-    if "GLIBC_TUNABLES" in os.environ or not _on_glibc() or _has_accelerator():
+    if "GLIBC_TUNABLES" in os.environ or not _on_glibc() or accelerator():
         return
     environment = {**os.environ, "GLIBC_TUNABLES": TUNABLES}
     sys.stdout.flush()
@@ -74,12 +74,16 @@ def _on_glibc() -> bool:
         return False
 
 
-def _has_accelerator() -> bool:
-    """A guess that needs no JAX: the platform asked for, else the device files of NVIDIA, AMD and TPU drivers."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms:
-        return platforms.split(",")[0] != "cpu"
-    return any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0"))
+_DEVICE_FILES = {"/dev/nvidiactl": "gpu", "/dev/kfd": "gpu", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
+
+
+def accelerator() -> str | None:
+    """`gpu`, `tpu` or another platform than the CPU, as a guess that needs no JAX: the one asked for, else that of the
+    device files of NVIDIA, AMD and TPU drivers."""
+    asked = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if asked:
+        return None if asked == "cpu" else {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked)
+    return next((platform for file, platform in _DEVICE_FILES.items() if os.path.exists(file)), None)
 
 
 def enable_compile_cache(directory: str | None = None) -> None:
@@ -122,7 +126,7 @@ def cpu_cores() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and source revision, for reports and run records."""
+    """Versions, devices, XLA's flags and source revision, for reports and run records."""
     import importlib.metadata
 
     import jax
@@ -136,6 +140,7 @@ def environment() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
         "cpu_cores": cpu_cores(),
+        **{name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
         **git_revision(),
     }
 

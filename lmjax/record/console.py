@@ -21,6 +21,8 @@ class ConsoleTracker:
     def start(self, info: Mapping[str, Any]) -> None:
         self._steps = info["steps"]
         self._clock = (time.monotonic(), info["step"])
+        if "attention" in info:
+            print(f"attention: {info['attention']}", flush=True)
         if sys.stdout.isatty():
             columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
             self._progress = Progress(*columns, refresh_per_second=4)

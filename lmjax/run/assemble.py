@@ -15,6 +15,7 @@ from lmjax.devices.mesh import check_divides
 from lmjax.devices.place import use_mesh
 from lmjax.errors import ConfigError
 from lmjax.metrics import Metrics
+from lmjax.models import float8
 from lmjax.models.config import dominant, require_learning
 from lmjax.optim import optimizers
 from lmjax.optim.config import hyper
@@ -48,6 +49,7 @@ class Experiment(NamedTuple):
 def assemble(task: Task, devices: list[Any] | None = None) -> Experiment:
     """What trains a task, on every device or on `devices`. Raises ConfigError for parts that do not fit together."""
     require_learning(task.cfg.model)
+    float8.check(task.cfg.model)
     check_scaled(task.cfg.model.parametrization, task.spec)
     if (parameters := count(task.spec).total) > _MOST_PARAMETERS:
         raise ConfigError(f"the model would have {parameters:,} parameters, more than can be held; make it smaller")
@@ -150,6 +152,17 @@ def abstract_batch(experiment: Experiment) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return rows.map_arrays(placed, experiment.task.batch)
+
+
+def attends(experiment: Experiment) -> str:
+    """By what the step attends, and why by nothing faster; empty for what has no attention that we know."""
+    language, cfg = experiment.task.language, experiment.cfg
+    if language is None or language.model.attends is None:
+        return ""
+    frozen = {} if language.frozen is None else abstract_frozen(experiment)
+    with use_mesh(experiment.mesh):
+        whole = jax.eval_shape(language.weights, frozen, abstract_state(experiment).params)
+        return language.model.attends(whole, cfg.data.seq_len, apart=cfg.data.documents != "joined")
 
 
 # State ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ Manifests = dict[str, Manifest | None]
 
 
 def describe(cfg: Config) -> Iterator[str]:
-    """Lines about size, FLOPs, memory, tokens and epochs. Prepares and stages no data, and allocates nothing."""
+    """Lines about size, FLOPs, memory, attention, tokens and epochs. Prepares and stages no data, allocates nothing."""
     manifests = read_manifests(cfg)
     cfg = with_vocab(cfg, manifests)
     task = without_data(cfg)
@@ -41,6 +41,8 @@ def describe(cfg: Config) -> Iterator[str]:
     yield (
         f"memory       {', '.join(sizes[:-1])} and {sizes[-1]} on each of {devices} device(s), activations not counted"
     )
+    if attends := assemble.attends(experiment):
+        yield f"attention    {attends}, on this machine"
     counted = epochs(cfg, manifests)
     for name, found in manifests.items():
         if found is None:

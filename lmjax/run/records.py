@@ -17,6 +17,8 @@ from lmjax.record.console import ConsoleTracker
 from lmjax.record.ledger import Ledger
 from lmjax.record.tracking import JsonlTracker, Status, Tracker, Trackers
 from lmjax.record.wandb_tracker import WandbTracker
+from lmjax.run import assemble
+from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress
 from lmjax.run.workdir import SUMMARY_FORMAT
 from lmjax.tasks.task import Task
@@ -27,8 +29,9 @@ from lmjax.weights import count
 class Records:
     """The open files and trackers of one attempt; at other processes than 0 every method does nothing."""
 
-    def __init__(self, workdir: epath.Path, task: Task, run_id: str) -> None:
-        self.workdir, self.task = workdir, task
+    def __init__(self, workdir: epath.Path, experiment: Experiment, run_id: str) -> None:
+        task = experiment.task
+        self.workdir, self.experiment, self.task = workdir, experiment, task
         self.ledger: Ledger | None = None
         self.trackers = Trackers([])
         self._appended: list[Ledger | JsonlTracker] = []
@@ -49,6 +52,7 @@ class Records:
         """Tell the trackers what this attempt is, when it starts."""
         cfg, counts = self.task.cfg, count(self.task.spec)
         whole = Cost(0, 0, 0, 0, 0).plus(cfg.train.steps * cfg.train.batch, self.task.cost)
+        attends = assemble.attends(self.experiment)
         self.trackers.start(
             {
                 "step": progress.start_step,
@@ -61,6 +65,7 @@ class Records:
                 "N": counts.active,
                 "D": whole.tokens,
                 "C": whole.flops_causal,
+                **({"attention": attends} if attends else {}),
                 **self.task.about,
                 **({} if cfg.train.init_from is None else {"start": self.task.start.digest()}),
                 "environment": start_up.environment(),

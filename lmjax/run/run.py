@@ -180,7 +180,7 @@ class Run:
         state, self.progress, evaluation_owed = self.start_or_resume()
         self.frozen = assemble.frozen_params(self.experiment)
         self.attempt = next_attempt(self.workdir)
-        self.records = Records(self.workdir, self.task, self.run_id)
+        self.records = Records(self.workdir, self.experiment, self.run_id)
         self.records.log_start(self.progress, self.attempt, self.options.command)
         status: Status = "failed"
         try:

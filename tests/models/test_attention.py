@@ -11,17 +11,17 @@ import pytest
 
 from lmjax.errors import ConfigError
 from lmjax.models.attention import cache as caches
-from lmjax.models.attention.attention import BACKENDS, Mask, Score, attention, visible
+from lmjax.models.attention.attention import BACKENDS, Choice, Mask, Score, attention, choose, visible
 from lmjax.models.position import alibi_slopes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-B, T, N, K, H = 2, 128, 4, 2, 8  # T: what splash needs
+B, T, N, K, H = 2, 128, 4, 2, 16  # T: what splash needs; H: the least that triton takes
 
 SEGMENTS_BT = jnp.asarray([np.repeat([0, 1, 2], [50, 38, 40]), np.repeat([0, 1], [10, 118])])
 CASES: dict[str, tuple[Mask, Score]] = {
     "plain": (Mask(), Score(H**-0.5)),
-    "scale": (Mask(), Score(1.3)),
+    "scale": (Mask(), Score(0.8)),
     "window": (Mask(window=7), Score(H**-0.5)),
     "window of one": (Mask(window=1), Score(H**-0.5)),
     "segments": (Mask(segments_BT=SEGMENTS_BT), Score(H**-0.5)),
@@ -98,6 +98,10 @@ ALIBI, SOFTCAP = Score(1.0, slopes_N=alibi_slopes(N)), Score(1.0, softcap=2.0)
         ("cudnn", Mask(), Score(1.0), T, "needs an NVIDIA GPU|computes in 16 bit"),
         ("splash", Mask(), ALIBI, T, "has no ALiBi"),
         ("splash", Mask(), Score(1.0), 100, "needs a sequence length divisible by 128, not 100"),
+        ("triton", Mask(), ALIBI, T, "has no ALiBi"),
+        ("triton", Mask(), SOFTCAP, T, "has no softcap"),
+        ("triton", Mask(window=3, segments_BT=SEGMENTS_BT), Score(1.0), T, "has no window"),
+        ("triton", Mask(), Score(1.0), 100, "needs a sequence length divisible by 64, not 100"),
     ],
 )
 def test_refusals_name_the_setting(backend: str, mask: Mask, score: Score, length: int, reason: str) -> None:
@@ -107,8 +111,13 @@ def test_refusals_name_the_setting(backend: str, mask: Mask, score: Score, lengt
     np.testing.assert_array_equal(auto, attention(*random_qkv(length), mask, score, "reference"))
 
 
-def test_cudnn_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+
+
+def test_cudnn_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, "8.0")
     q_BTNH = random_qkv()[0].astype(jnp.bfloat16)
     refuses = BACKENDS["cudnn"].refuses
     positions = jnp.zeros((B, T), jnp.int32)
@@ -130,14 +139,75 @@ def test_cudnn_refuses_head_sizes_that_it_cannot_do(
     monkeypatch: pytest.MonkeyPatch, size: int, capability: str, able: bool
 ) -> None:
     """Those of jax's own check, check_is_flash_attention; then another backend is chosen."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    on_gpu(monkeypatch, capability)
     q_BTNH = jnp.ones((1, 8, 2, size), jnp.bfloat16)
     refusal = BACKENDS["cudnn"].refuses(q_BTNH, Mask(), Score(1.0))
     assert (refusal is None) == able
     if not able:
         assert f"not {size}" in str(refusal)
         np.testing.assert_array_equal(attention(q_BTNH, q_BTNH, q_BTNH, Mask(), Score(1.0)), q_BTNH)
+
+
+OLD = "needs an NVIDIA GPU of compute capability 8.0 or later"
+APART = {"cudnn": "cannot keep documents apart"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "mask", "score", "dtype", "choice"),
+    [
+        ("8.0", Mask(window=3), Score(1.0), "bfloat16", Choice("cudnn", {})),
+        ("8.0", Mask(segments_BT=SEGMENTS_BT), Score(1.0), "bfloat16", Choice("triton", APART)),
+        (
+            "9.0",
+            Mask(window=3, segments_BT=SEGMENTS_BT),
+            Score(1.0),
+            "bfloat16",
+            Choice("reference", APART | {"triton": "has no window: model.window"}),
+        ),
+        ("9.0", Mask(), SOFTCAP, "float16", Choice("reference", dict.fromkeys(["cudnn", "triton"], "has no softcap"))),
+        (
+            "9.0",
+            Mask(),
+            Score(1.0),
+            "float32",
+            Choice(
+                "reference",
+                dict.fromkeys(["cudnn", "triton"], "computes in 16 bit, not float32: set model.dtype=bfloat16"),
+            ),
+        ),
+        ("7.5", Mask(segments_BT=SEGMENTS_BT), Score(1.0), "float16", Choice("reference", APART | {"triton": OLD})),
+        (
+            "gfx942",
+            Mask(),
+            Score(1.0),
+            "bfloat16",
+            Choice("reference", {"cudnn": "needs an NVIDIA GPU", "triton": OLD}),
+        ),
+    ],
+)
+def test_on_a_gpu_the_fastest_is_chosen_that_can_do_what_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capability: str, mask: Mask, score: Score, dtype: str, choice: Choice
+) -> None:
+    on_gpu(monkeypatch, capability)
+    assert choose(jax.ShapeDtypeStruct((B, T, N, 64), dtype), mask, score) == choice
+
+
+@pytest.mark.parametrize("size", [24, 128])
+def test_the_kernel_that_keeps_documents_apart_does_so_in_16_bits(size: int) -> None:
+    """In heads whose size is no power of two, or of the largest size, whose backward pass has smaller blocks; the last
+    tokens of a row are padding."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 128, n, size)), jnp.bfloat16) for n in (4, 2, 2))
+    mask = Mask(segments_BT=jnp.asarray([np.repeat([0, 1, -1], [30, 70, 28])]))
+
+    def gradients(backend: str, *factors: jax.Array) -> tuple[jax.Array, ...]:
+        y, back = jax.vjp(lambda *qkv: attention(*qkv, mask, Score(size**-0.5), backend), *factors)
+        return y, *back(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+
+    got = jax.jit(functools.partial(gradients, "triton"))(q, k, v)
+    exact = gradients("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for one, other in zip(got, exact, strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.02 * float(jnp.max(jnp.abs(other))))
 
 
 # Masks by position, and the ring buffer ---------------------------------------------------------------------------

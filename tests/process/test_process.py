@@ -345,10 +345,31 @@ def test_without_the_variable_there_are_no_faults(monkeypatch: Any) -> None:
     assert faults.fault("step", 1) is None
 
 
+@pytest.mark.parametrize(
+    ("platforms", "files", "found"),
+    [
+        ("", (), None),
+        ("", ("/dev/nvidiactl",), "gpu"),
+        ("", ("/dev/accel0",), "tpu"),
+        ("cpu", ("/dev/nvidiactl",), None),
+        ("cuda,cpu", (), "gpu"),
+        ("tpu", (), "tpu"),
+    ],
+)
+def test_an_accelerator_is_what_is_asked_for_or_what_has_a_driver(
+    monkeypatch: Any, platforms: str, files: tuple[str, ...], found: str | None
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(os.path, "exists", lambda path: path in files)
+    assert start_up.accelerator() == found
+
+
 # Facts ----------------------------------------------------------------------------------------------------------------
 
 
-def test_environment_is_json_with_versions_and_revision() -> None:
+def test_environment_is_json_with_versions_revision_and_flags(monkeypatch: Any) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     facts = start_up.environment()
+    assert facts["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
     json.dumps(facts)
     assert {"jax", "python", "device_kind", "device_count", "cpu_cores"} <= facts.keys()

@@ -344,12 +344,13 @@ def test_a_view_that_fails_is_dropped_with_one_warning(tmp_path: Path, caplog: A
 
 def test_the_console_writes_plain_lines_into_a_log(capsys: Any) -> None:
     console = ConsoleTracker()
-    console.start({"step": 0, "steps": 200})
+    console.start({"step": 0, "steps": 200, "attention": "cudnn"})
     values = {"tokens": 1, "train/loss": 2.5, "optim/lr": 1e-3, "perf/tokens_per_sec": 12345.6, "perf/mfu": 0.312}
     console.log(100, values)
     console.log(200, {"val/main/loss": 2.25, "val/main/bpb": 1.5})
     console.close("finished")
-    first, second = capsys.readouterr().out.splitlines()
+    attention, first, second = capsys.readouterr().out.splitlines()
+    assert attention == "attention: cudnn"
     assert first == "step 100/200  loss 2.5000  lr 1.00e-03  12.3k tok/s  MFU 31.2%  ETA 0:00:00"
     assert second == "step 200  val/main/loss 2.2500  val/main/bpb 1.5000"
 

@@ -87,6 +87,10 @@ def test_a_data_set_may_be_missing_but_not_damaged_or_out_of_reach(dataset: Path
         list(describe(config(PATH, vocab=64)))
 
 
+def test_it_says_by_what_the_step_attends() -> None:
+    assert "attention    xla, on this machine" in describe(config(PATH, vocab=64, attention="xla"))
+
+
 def test_a_known_vocabulary_is_not_looked_for() -> None:
     cfg = config("s3://bucket/data", vocab=64)
     assert with_known_vocab(cfg) is cfg

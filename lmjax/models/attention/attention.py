@@ -3,6 +3,7 @@
 reference  plain einsum, does everything, any device
 xla        jax.nn.dot_product_attention, XLA implementation
 cudnn      the same through cuDNN's flash attention: NVIDIA GPUs, 16 bit
+triton     a Pallas kernel for NVIDIA GPUs that keeps documents apart
 splash     a Pallas kernel for TPUs
 ring       keys handed round between devices that share a row (mesh.context)
 
@@ -17,17 +18,25 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.devices.gather import per_device
-from lmjax.devices.mesh import constrain, partition_spec, platform, shards
+from lmjax.devices.mesh import compute_capability, constrain, partition_spec, platform, shards
 from lmjax.devices.rows import token_order
 from lmjax.errors import ConfigError
+from lmjax.models.attention import triton
 from lmjax.models.attention.ring import ring
-from lmjax.models.attention.scores import Mask, Score, distance, scores, visible
+from lmjax.models.attention.scores import (
+    BY_INDEX,
+    HEADS,
+    KV_HEADS,
+    NO_DROPOUT,
+    Mask,
+    Score,
+    distance,
+    scores,
+    visible,
+)
 from lmjax.models.product import einsum
 
-_HEADS, _KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-_NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
 _SMALLEST_BLOCK, _MOST_BLOCKS = 64, 4  # of queries, in the reference; more take longer to compile than they save
-_BY_INDEX = "orders keys by index: it cannot decode from a cache, nor share rows over mesh.context"
 
 
 def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
@@ -85,7 +94,7 @@ def _xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, sc
 
 
 def _xla_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
-    return "has no softcap" if score.softcap is not None else _NO_DROPOUT if score.dropout is not None else None
+    return "has no softcap" if score.softcap is not None else NO_DROPOUT if score.dropout is not None else None
 
 
 def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
@@ -96,26 +105,21 @@ def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, 
         local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
-    heads, kv_heads = partition_spec(_HEADS), partition_spec(_KV_HEADS)
+    heads, kv_heads = partition_spec(HEADS), partition_spec(KV_HEADS)
     return per_device(local, (heads, kv_heads, kv_heads), heads)(q_BTNH, k_BSKH, v_BSKH)
 
 
-def _compute_capability() -> tuple[int, ...]:
-    """The compute capability of our own GPU: (9, 0) is Hopper. (0,) where there is no GPU."""
-    return tuple(map(int, getattr(jax.local_devices()[0], "compute_capability", "0").split(".")))
-
-
 def _cudnn_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
-    H, limit = q_BTNH.shape[-1], 256 if _compute_capability() >= (9, 0) else 128
+    H, limit = q_BTNH.shape[-1], 256 if compute_capability() >= (9, 0) else 128
     checks = {
-        "needs an NVIDIA GPU": platform() != "gpu",
+        "needs an NVIDIA GPU": platform() != "gpu" or compute_capability() == (0, 0),
         f"needs a head size divisible by 8, at most {limit} on this GPU, not {H}": H % 8 > 0 or limit < H,
         f"computes in 16 bit, not {q_BTNH.dtype}: set model.dtype=bfloat16": q_BTNH.dtype.itemsize != 2,
         "has no softcap": score.softcap is not None,
         "has no ALiBi": score.slopes_N is not None,
-        _NO_DROPOUT: score.dropout is not None,
+        NO_DROPOUT: score.dropout is not None,
         "cannot keep documents apart": mask.segments_BT is not None,
-        _BY_INDEX: mask.key_positions_BS is not None,
+        BY_INDEX: mask.key_positions_BS is not None,
     }
     return next((reason for reason, holds in checks.items() if holds), None)
 
@@ -129,7 +133,7 @@ def _splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask,
         q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * score.scale, k_BSKH, v_BSKH))
         return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments_BT).swapaxes(1, 2)
 
-    heads, kv_heads = partition_spec(_HEADS), partition_spec(_KV_HEADS)
+    heads, kv_heads = partition_spec(HEADS), partition_spec(KV_HEADS)
     in_specs = (heads, kv_heads, kv_heads, partition_spec(("batch", None)))
     return per_device(local, in_specs, heads)(q_BTNH, k_BSKH, v_BSKH, _splash_segments(mask.segments_BT))
 
@@ -157,9 +161,9 @@ def _splash_kernel(T: int, heads: int, window: int | None, cap: float | None) ->
 
 def _splash_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
     if score.slopes_N is not None or score.dropout is not None:
-        return "has no ALiBi" if score.dropout is None else _NO_DROPOUT
+        return "has no ALiBi" if score.dropout is None else NO_DROPOUT
     if mask.key_positions_BS is not None:
-        return _BY_INDEX
+        return BY_INDEX
     if q_BTNH.shape[1] % _SPLASH_BLOCK:
         return f"needs a sequence length divisible by {_SPLASH_BLOCK}, not {q_BTNH.shape[1]}"
     return None
@@ -167,8 +171,8 @@ def _splash_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
 
 def _ring_refuses(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:
     if score.slopes_N is not None or score.dropout is not None:
-        return "has no ALiBi" if score.dropout is None else _NO_DROPOUT
-    return _BY_INDEX if mask.key_positions_BS is not None else None
+        return "has no ALiBi" if score.dropout is None else NO_DROPOUT
+    return BY_INDEX if mask.key_positions_BS is not None else None
 
 
 class Backend(NamedTuple):
@@ -180,10 +184,35 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference, _refuses_nothing),
     "xla": Backend(_xla, _xla_refuses),
     "cudnn": Backend(_cudnn, _cudnn_refuses),
+    "triton": Backend(triton.triton, triton.refuses),
     "splash": Backend(_splash, _splash_refuses),
     "ring": Backend(ring, _ring_refuses),
 }
-FASTEST = {"tpu": "splash", "gpu": "cudnn"}
+FASTEST = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
+
+
+class Choice(NamedTuple):
+    backend: str
+    passed_over: dict[str, str]
+    """The faster backends that cannot do what is asked, with what they lack."""
+
+
+def choose(q_BTNH: jax.Array, mask: Mask, score: Score, backend: str = "auto") -> Choice:
+    """The backend for what is asked: of `auto` the fastest on this platform that does not refuse. Shapes are enough.
+
+    Decoding from a cache always uses the reference: one query per row leaves a kernel nothing to save.
+    """
+    if mask.key_positions_BS is not None:
+        return Choice("reference", {})
+    if backend != "auto":
+        return Choice(backend, {})
+    passed_over: dict[str, str] = {}
+    for name in ("ring",) if shards("time") > 1 else FASTEST.get(platform(), ()):
+        refusal = BACKENDS[name].refuses(q_BTNH, mask, score)
+        if refusal is None:
+            return Choice(name, passed_over)
+        passed_over[name] = refusal
+    return Choice("reference", passed_over)
 
 
 def attention(
@@ -191,14 +220,9 @@ def attention(
 ) -> jax.Array:
     """Attend from every query to the keys its mask shows -> [B, T, N, H].
 
-    Decoding from a cache always uses the reference: one query per row leaves a kernel nothing to save.
     Raises ConfigError when a named backend cannot do what is asked.
     """
-    if mask.key_positions_BS is not None:
-        backend = "reference"
-    elif backend == "auto":
-        fastest = "ring" if shards("time") > 1 else FASTEST.get(platform(), "reference")
-        backend = "reference" if BACKENDS[fastest].refuses(q_BTNH, mask, score) else fastest
+    backend = choose(q_BTNH, mask, score, backend).backend
     if backend != "ring" and shards("time") > 1:
         k_BSKH, v_BSKH, mask = _gather_rows(k_BSKH, v_BSKH, mask)
     refusal = BACKENDS[backend].refuses(q_BTNH, mask, score)
@@ -213,4 +237,4 @@ def _gather_rows(k_BTKH: jax.Array, v_BTKH: jax.Array, mask: Mask) -> tuple[jax.
     order_1S = token_order(k_BTKH.shape[1])[None]
     segments_BS = None if mask.segments_BT is None else constrain(mask.segments_BT, "batch", None)
     mask = Mask(mask.window, mask.segments_BT, constrain(order_1S, None, "time"), order_1S, segments_BS)
-    return constrain(k_BTKH, *_KV_HEADS), constrain(v_BTKH, *_KV_HEADS), mask
+    return constrain(k_BTKH, *KV_HEADS), constrain(v_BTKH, *KV_HEADS), mask

@@ -57,12 +57,7 @@ def self_attention(
         by = inputs.rotations[kind.mixer]
         q_BTNH, k_BTKH = rotate(q_BTNH, by), rotate(k_BTKH, by)
 
-    score = Score(
-        scale=cfg.score_scale,
-        softcap=cfg.attention_softcap,
-        slopes_N=alibi_slopes(cfg.heads) if cfg.position == "alibi" else None,
-        dropout=pair_dropout(inputs.keys_B, cfg, inputs.dropout_rates, layer),
-    )
+    score = score_of(cfg, pair_dropout(inputs.keys_B, cfg, inputs.dropout_rates, layer))
     mask, prefix = Mask(cfg.window_of(kind), inputs.segments_BT), front.prefix_of(p)
     if inputs.front_1T is not None:
         positions_BT, segments_BT = inputs.positions_BT, inputs.segments_BT
@@ -77,6 +72,15 @@ def self_attention(
         mask = Mask(mask.window, None, inputs.positions_BT, seen.positions_BS)
     y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, score, cfg.attention)
     return linear(y_BTNH, p["output"], p.get("output_bias"), contract=2), cache
+
+
+def score_of(cfg: ModelConfig, dropout: PairDropout | None) -> Score:
+    return Score(
+        scale=cfg.score_scale,
+        softcap=cfg.attention_softcap,
+        slopes_N=alibi_slopes(cfg.heads) if cfg.position == "alibi" else None,
+        dropout=dropout,
+    )
 
 
 def pair_dropout(

@@ -10,6 +10,10 @@ from lmjax.models.activations import softcap
 from lmjax.models.dropout import PairDropout
 from lmjax.models.product import einsum
 
+HEADS, KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
+BY_INDEX = "orders keys by index: it cannot decode from a cache, nor share rows over mesh.context"
+
 
 class Mask(NamedTuple):
     """Which keys a query may see: none later than itself, none of another document, none beyond the window.
