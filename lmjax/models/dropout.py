@@ -107,22 +107,22 @@ class PairDropout(NamedTuple):
     keys_B: jax.Array
     """Named by sample, layer and site."""
 
-    def apply(self, p_BKGTS: jax.Array, query: int = 0, key: int = 0, row: int | None = None) -> jax.Array:
+    def apply(self, p_BNTS: jax.Array, query: int = 0, key: int = 0, row: int | None = None) -> jax.Array:
         """Drop some of the weights of a row over its keys.
 
         The bits of entry (t, s) of head n are those of the n-th stream at t S + s, wherever they are drawn. A block of
         a row's weights begins with the query and the key of these numbers; `row` is then S, the row's own.
         """
-        K, G, T, S = p_BKGTS.shape[1:]
+        N, T, S = p_BNTS.shape[1:]
         row = row or S
         assert (query + T) * row < 1 << 32, "a head has a stream of 2^32 entries"
-        head_KG = constrain(jnp.arange(K * G, dtype=jnp.uint32).reshape(K, G), "kv_heads", None)
+        head_N = constrain(jnp.arange(N, dtype=jnp.uint32), "heads")
         query_T, key_S = (constrain(token_order(T), "time") + query).astype(jnp.uint32), token_order(S) + key
         keep, _ = _kept(self.rate)
         place_TS = query_T[:, None] * jnp.uint32(row) + key_S.astype(jnp.uint32)
 
-        def one(key: jax.Array, p_KGTS: jax.Array) -> jax.Array:
-            bits_KGTS = _bits(key, head_KG[:, :, None, None], place_TS)
-            return jnp.where(_uniform(bits_KGTS) < keep, p_KGTS / keep.astype(p_KGTS.dtype), 0)
+        def one(key: jax.Array, p_NTS: jax.Array) -> jax.Array:
+            bits_NTS = _bits(key, head_N[:, None, None], place_TS)
+            return jnp.where(_uniform(bits_NTS) < keep, p_NTS / keep.astype(p_NTS.dtype), 0)
 
-        return jax.vmap(one)(self.keys_B, p_BKGTS)
+        return jax.vmap(one)(self.keys_B, p_BNTS)

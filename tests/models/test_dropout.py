@@ -35,13 +35,13 @@ def score(seed: int = 0) -> Score:
 
 
 def test_what_is_kept_is_scaled_up_and_every_head_and_pair_has_its_own_draw() -> None:
-    ones_BKGTS = jnp.ones((B, K, N // K, T, T))
+    ones_BNTS = jnp.ones((B, N, T, T))
     drop = score().dropout
     assert drop is not None
-    kept = np.asarray(drop.apply(ones_BKGTS))
+    kept = np.asarray(drop.apply(ones_BNTS))
     np.testing.assert_allclose(np.unique(kept), [0, 1 / (1 - RATE)], rtol=1e-6)
     assert kept.mean() == pytest.approx(1, abs=0.005)
-    masks = [kept[b, k, g] > 0 for b, k, g in np.ndindex(B, K, N // K)]
+    masks = [kept[b, n] > 0 for b, n in np.ndindex(B, N)]
     agree = RATE**2 + (1 - RATE) ** 2  # of independent draws
     for i, one in enumerate(masks):
         assert np.mean(one[1:] == one[:-1]) == pytest.approx(agree, abs=0.02)
@@ -70,7 +70,7 @@ def test_on_average_nothing_changes_and_weights_are_dropped_after_the_softmax() 
 def test_a_backend_that_cannot_drop_refuses(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=f"model.attention={backend} .*"):
         attention(*qkv(), Mask(), score(), backend)
-    monkeypatch.setattr("lmjax.models.attention.attention.FASTEST", {"cpu": backend})
+    monkeypatch.setattr("lmjax.models.attention.attention.FASTEST", {"cpu": (backend,)})
     np.testing.assert_array_equal(attention(*qkv(), Mask(), score()), attention(*qkv(), Mask(), score(), "reference"))
 
 
@@ -95,5 +95,5 @@ def test_masks_belong_to_samples_and_training() -> None:
 def test_every_layer_drops_its_own() -> None:
     keys_B, rates = sample_keys(jnp.uint32(0), jnp.arange(1)), {"attention_dropout": CFG.attention_dropout}
     drops = [pair_dropout(keys_B, CFG, rates, layer) for layer in range(3)]
-    masks = [tuple(np.asarray(drop.apply(jnp.ones((1, 1, 1, 8, 8)))).ravel()) for drop in drops if drop is not None]
+    masks = [tuple(np.asarray(drop.apply(jnp.ones((1, 1, 8, 8)))).ravel()) for drop in drops if drop is not None]
     assert len(set(masks)) == 3

@@ -30,11 +30,12 @@ from lmjax.models.attention.scores import (
     NO_DROPOUT,
     Mask,
     Score,
+    by_head,
     distance,
     scores,
     visible,
+    weighed,
 )
-from lmjax.models.product import einsum
 
 _SMALLEST_BLOCK, _MOST_BLOCKS = 64, 4  # of queries, in the reference; more take longer to compile than they save
 
@@ -46,8 +47,10 @@ def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mas
     mask hides are never computed.
     """
     T = q_BTNH.shape[1]
+    q_BNTH, k_BKSH = by_head(q_BTNH, k_BSKH, score.scale)
+    v_BKSH = v_BSKH.swapaxes(1, 2)
     if mask.positions_BT is not None:  # queries and keys may be in any order
-        return _block(q_BTNH, k_BSKH, v_BSKH, mask, score, (0, 0, k_BSKH.shape[1]))
+        return _block(q_BNTH, k_BKSH, v_BKSH, mask, score, (0, 0, k_BKSH.shape[2])).swapaxes(1, 2)
     size, blocks = max(_SMALLEST_BLOCK, -(-T // _MOST_BLOCKS)), []
     for start in range(0, T, size):
         stop, first = min(start + size, T), 0 if mask.window is None else max(0, start - mask.window + 1)
@@ -55,26 +58,25 @@ def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mas
         here = Mask(mask.window, None, jnp.arange(start, stop)[None], jnp.arange(first, stop)[None])
         if mask.segments_BT is not None:
             here = here._replace(segments_BT=mask.segments_BT[:, queries], key_segments_BS=mask.segments_BT[:, keys])
-        blocks.append(_block(q_BTNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], here, score, (start, first, T)))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+        part = q_BNTH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+        blocks.append(_block(*part, here, score, (start, first, T)))
+    y_BNTH = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
+    return y_BNTH.swapaxes(1, 2)
 
 
 def _block(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score, place: tuple[int, int, int]
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask, score: Score, place: tuple[int, int, int]
 ) -> jax.Array:
-    """Attention of some queries of a row to some of its keys. `place` is (the first of these queries, the first of
-    these keys, the number of all keys of the row)."""
-    B, T, N, H = q_BTNH.shape
-    s_BKGTS = scores(q_BTNH, k_BSKH, mask, score)
+    """Attention of some queries of a row, scaled already, to some of its keys. `place` is (the first of these queries,
+    the first of these keys, the number of all keys of the row)."""
+    s_BNTS = scores(q_BNTH, k_BKSH, mask, score)
     # softmax, divided by its sum after the product with v instead of before: fewer passes over [T, S], and none in the
     # backward pass, where the sum's gradient comes from [T, H] (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
-    p_BKGTS = jnp.exp(s_BKGTS - jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True)))
-    sum_BKGT = jnp.sum(p_BKGTS, axis=-1)
-    p_BKGTS = p_BKGTS if score.dropout is None else score.dropout.apply(p_BKGTS, *place)
-    v_BKSH = v_BSKH.swapaxes(1, 2)
-    y_BKGTH = einsum("BKGTS,BKSH->BKGTH", p_BKGTS.astype(v_BKSH.dtype), v_BKSH)
-    y_BKGTH = (y_BKGTH / sum_BKGT[..., None]).astype(v_BSKH.dtype)
-    return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    p_BNTS = jnp.exp(s_BNTS - jax.lax.stop_gradient(jnp.max(s_BNTS, axis=-1, keepdims=True)))
+    sum_BNT = jnp.sum(p_BNTS, axis=-1)
+    p_BNTS = p_BNTS if score.dropout is None else score.dropout.apply(p_BNTS, *place)
+    y_BNTH = weighed(p_BNTS.astype(v_BKSH.dtype), v_BKSH)
+    return (y_BNTH / sum_BNT[..., None]).astype(v_BKSH.dtype)
 
 
 def _refuses_nothing(q_BTNH: jax.Array, mask: Mask, score: Score) -> str | None:

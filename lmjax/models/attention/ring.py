@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lmjax.devices.gather import per_device
 from lmjax.devices.mesh import SHARDING_RULES, partition_spec, shards
-from lmjax.models.attention.scores import Mask, Score, scores, visible
+from lmjax.models.attention.scores import Mask, Score, by_head, scores, visible
 
 (AXIS,) = SHARDING_RULES["time"]
 
@@ -95,9 +95,7 @@ def _forward(
     """Softmax over one device's keys after another's (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
 
     def visit(queries: Queries, so_far: Partial, keys: Keys, _: None) -> tuple[Partial, None]:
-        s_BTKGS = scores(queries.q_BTNH, keys.k_BSKH, _mask(settings, queries, keys), settings.score).transpose(
-            0, 3, 1, 2, 4
-        )
+        s_BTKGS = _scores(settings, queries, keys, queries.q_BTNH, keys.k_BSKH)
         max_BTKG = jnp.maximum(so_far.max_BTKG, jnp.max(s_BTKGS, axis=-1))
         p_BTKGS = jnp.exp(s_BTKGS - max_BTKG[..., None])
         shrink_BTKG = jnp.exp(so_far.max_BTKG - max_BTKG)
@@ -131,7 +129,7 @@ def _backward(settings: Settings, saved: Any, dy_BTNH: jax.Array) -> tuple[Any, 
 
     def visit(queries: Queries, dq_BTNH: jax.Array, keys: Keys, dkeys: Any) -> tuple[jax.Array, Any]:
         def total(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-            s_BTKGS = scores(q_BTNH, k_BSKH, _mask(settings, queries, keys), settings.score).transpose(0, 3, 1, 2, 4)
+            s_BTKGS = _scores(settings, queries, keys, q_BTNH, k_BSKH)
             dp_BTKGS = jnp.einsum("BTKGH,BSKH->BTKGS", queries.dy_BTKGH, v_BSKH, preferred_element_type=jnp.float32)
             assert queries.logsumexp_BTKG is not None and queries.dot_BTKG is not None
             p_BTKGS = jnp.exp(s_BTKGS - queries.logsumexp_BTKG[..., None])
@@ -158,6 +156,13 @@ def _tokens(settings: Settings, q_BTNH: jax.Array, segments_BT: jax.Array | None
     me, chunk = jax.lax.axis_index(AXIS), jnp.arange(T // 2)
     late = 2 * settings.devices - 1 - me
     return Tokens(jnp.concatenate([me * (T // 2) + chunk, late * (T // 2) + chunk])[None], segments_BT)
+
+
+def _scores(settings: Settings, queries: Queries, keys: Keys, q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    by_heads = by_head(q_BTNH, k_BSKH, settings.score.scale)
+    s_BNTS = scores(*by_heads, _mask(settings, queries, keys), settings.score)
+    B, T, N, K = *q_BTNH.shape[:3], k_BSKH.shape[2]
+    return s_BNTS.swapaxes(1, 2).reshape(B, T, K, N // K, -1)
 
 
 def _mask(settings: Settings, queries: Queries, keys: Keys) -> Mask:

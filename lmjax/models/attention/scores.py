@@ -1,6 +1,6 @@
 """Which keys a query sees, and how it compares with them: what every attention backend must agree on."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ import numpy as np
 
 from lmjax.models.activations import softcap
 from lmjax.models.dropout import PairDropout
-from lmjax.models.product import einsum
 
 HEADS, KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
 NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
@@ -64,15 +63,75 @@ def visible(mask: Mask, T: int, S: int) -> jax.Array:
     return seen
 
 
-def scores(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
-    """How each query compares with each key, float32 [B, K, G, T, S]; the lowest number where it may not see it."""
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    q_BKGTH = (q_BTNH * score.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    # Heads in front first: left to a product over axes in the middle, XLA's CPU backend copies more and larger arrays.
-    s_BKGTS = einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BSKH.swapaxes(1, 2))
-    s_BKGTS = softcap(s_BKGTS, score.softcap)
+def by_head(q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Queries times `scale` [B, N, T, H], and keys [B, K, S, H].
+
+    Transposed once, before they are cut into blocks: a product over axes in the middle copies more, and more often, on
+    a CPU.
+    """
+    return (q_BTNH * scale).swapaxes(1, 2), k_BSKH.swapaxes(1, 2)
+
+
+def scores(q_BNTH: jax.Array, k_BKSH: jax.Array, mask: Mask, score: Score) -> jax.Array:
+    """How each query, which is scaled already, compares with each key, float32 [B, N, T, S]; the lowest number where it
+    may not see it."""
+    s_BNTS = softcap(compared(q_BNTH, k_BKSH), score.softcap)
+    T, S = s_BNTS.shape[2:]
     if score.slopes_N is not None:
-        slopes_KG = score.slopes_N.reshape(K, N // K)
-        s_BKGTS -= slopes_KG[:, :, None, None] * distance(mask, T, S)[:, None, None].astype(jnp.float32)
-    return jnp.where(visible(mask, T, S)[:, None, None], s_BKGTS, jnp.finfo(jnp.float32).min)
+        s_BNTS -= score.slopes_N[:, None, None] * distance(mask, T, S)[:, None].astype(jnp.float32)
+    return jnp.where(visible(mask, T, S)[:, None], s_BNTS, jnp.finfo(jnp.float32).min)
+
+
+# Products with keys and values, each of which G = N / K heads share ---------------------------------------------------
+#
+# The gradients of keys and values, sums over queries, are made as [B, K, H, S]: so the narrow factor is what is read
+# transposed, not the scores. What flows back is rounded to the type of the factors first (product.py).
+
+
+@jax.custom_vjp
+def compared(q_BNTH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    """q . k, float32 [B, N, T, S]."""
+    return _with_keys("BKGTH,BKSH->BKGTS", q_BNTH, k_BKSH, jnp.float32)
+
+
+@jax.custom_vjp
+def weighed(p_BNTS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """The sum of p v over the keys, float32 [B, N, T, H]."""
+    return _with_keys("BKGTS,BKSH->BKGTH", p_BNTS, v_BKSH, jnp.float32)
+
+
+def _compared_backward(factors: tuple[jax.Array, jax.Array], ds_BNTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q_BNTH, k_BKSH = factors
+    ds_BNTS = ds_BNTS.astype(q_BNTH.dtype)
+    dq_BNTH = _with_keys("BKGTS,BKSH->BKGTH", ds_BNTS, k_BKSH, q_BNTH.dtype)
+    return dq_BNTH, _over_queries(q_BNTH, ds_BNTS, k_BKSH.shape[1])
+
+
+def _weighed_backward(factors: tuple[jax.Array, jax.Array], dy_BNTH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    p_BNTS, v_BKSH = factors
+    dy_BNTH = dy_BNTH.astype(p_BNTS.dtype)
+    dp_BNTS = _with_keys("BKGTH,BKSH->BKGTS", dy_BNTH, v_BKSH, p_BNTS.dtype)
+    return dp_BNTS, _over_queries(dy_BNTH, p_BNTS, v_BKSH.shape[1])
+
+
+compared.defvjp(lambda q_BNTH, k_BKSH: (compared(q_BNTH, k_BKSH), (q_BNTH, k_BKSH)), _compared_backward)
+weighed.defvjp(lambda p_BNTS, v_BKSH: (weighed(p_BNTS, v_BKSH), (p_BNTS, v_BKSH)), _weighed_backward)
+
+
+def _with_keys(letters: str, x_BNTX: jax.Array, y_BKSH: jax.Array, dtype: Any) -> jax.Array:
+    (B, N, T, X), K = x_BNTX.shape, y_BKSH.shape[1]
+    if N == K:  # an axis of one in the middle costs a fifth of attention on a CPU
+        return jnp.einsum(letters.replace("G", ""), x_BNTX, y_BKSH, preferred_element_type=dtype)
+    out = jnp.einsum(letters, x_BNTX.reshape(B, K, N // K, T, X), y_BKSH, preferred_element_type=dtype)
+    return out.reshape(B, N, T, -1)
+
+
+def _over_queries(x_BNTH: jax.Array, y_BNTS: jax.Array, K: int) -> jax.Array:
+    B, N = x_BNTH.shape[:2]
+    if N == K:
+        product_BKHS = jnp.einsum("BKTH,BKTS->BKHS", x_BNTH, y_BNTS)
+    else:
+        x_BKGTH, y_BKGTS = (x.reshape(B, K, N // K, *x.shape[2:]) for x in (x_BNTH, y_BNTS))
+        product_BKHS = jnp.einsum("BKGTH,BKGTS->BKHS", x_BKGTH, y_BKGTS)
+    # The barrier keeps the product in that form: without it XLA would merge the transposition into it.
+    return jax.lax.optimization_barrier(product_BKHS).swapaxes(2, 3)
