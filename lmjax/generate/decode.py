@@ -108,7 +108,7 @@ def _best_ids(
     """By beam search, in one program for all prompts."""
     check(model.spec, prompts, cfg.tokens, front=places(params))
     mesh = auto_mesh()
-    params = decoding_weights(model, params, mesh)
+    params = decoding_weights(model, params, mesh, cfg.weights)
     with use_mesh(mesh):
         found = beam_search(
             functions(model, vocab),

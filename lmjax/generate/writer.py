@@ -49,7 +49,7 @@ class Writer:
         self._cfg = dataclasses.replace(cfg, seed=0, stop_at_endoftext=True, tokens=1, rows=1)
         self._stop_ids = stop_array(stops or (endoftext,), cfg)
         self._mesh = auto_mesh()
-        self._params = decoding_weights(model, params, self._mesh)
+        self._params = decoding_weights(model, params, self._mesh, cfg.weights)
         self._waiting = collections.deque(range(len(prompts)))
         count = min(cfg.rows, 1 << (len(prompts) - 1).bit_length())
         self._held: list[int | None] = [None] * count

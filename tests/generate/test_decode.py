@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,11 @@ def test_a_model_without_a_cache_generates() -> None:
 # Rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [GREEDY, dataclasses.replace(GREEDY, beams=3)], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "cfg",
+    [GREEDY, dataclasses.replace(GREEDY, beams=3), dataclasses.replace(GREEDY, weights="int8")],
+    ids=["greedy", "beams", "int8"],
+)
 def test_a_row_is_the_same_alone(cfg: GenerateConfig) -> None:
     model, params = build()
     together = generate(model, params, TOKENIZER, PROMPTS, cfg)
@@ -238,10 +243,11 @@ def test_rotary_positions_go_on() -> None:
     assert len(one.ids) == 30
 
 
-def test_no_length_of_prompt_or_text_compiles_anything() -> None:
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_no_length_of_prompt_or_text_compiles_anything(bits: Literal["int8"] | None) -> None:
     """While both together stay below the same power of two. Nor does another seed, whether it stops, or who waits."""
     model, params = build()
-    cfg = dataclasses.replace(GREEDY, tokens=5, seed=3, rows=4)
+    cfg = dataclasses.replace(GREEDY, tokens=5, seed=3, rows=4, weights=bits)
     programs = (rows.empty_rows, rows.empty_memory, rows.read, rows.admit, rows.advance)
     generate(model, params, TOKENIZER, ["a" * 129, "b", "c", "d", "e"], cfg)
     before = [program._cache_size() for program in programs]

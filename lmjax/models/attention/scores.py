@@ -66,7 +66,11 @@ def scores(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: Mask, score: Score) -> ja
     S, K = k_BSKH.shape[1:3]
     q_BKGTH = (q_BTNH * score.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     # Heads in front first: left to a product over axes in the middle, XLA's CPU backend copies more and larger arrays.
-    s_BKGTS = einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BSKH.swapaxes(1, 2))
+    k_BKSH = k_BSKH.swapaxes(1, 2)
+    if T == 1:  # Of one query by a matrix it would make a transposed copy of the keys, not of a matrix by one query.
+        s_BKGTS = einsum("BKSH,BKGTH->BKSGT", k_BKSH, q_BKGTH).transpose(0, 1, 3, 4, 2)
+    else:
+        s_BKGTS = einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     s_BKGTS = softcap(s_BKGTS, score.softcap)
     if score.slopes_N is not None:
         slopes_KG = score.slopes_N.reshape(K, N // K)
