@@ -47,7 +47,7 @@ from lmjax.data.batch import Batch
 from lmjax.devices.chips import peak_flops
 from lmjax.devices.place import shard_batch
 from lmjax.generate.config import GenerateConfig
-from lmjax.generate.decode import generate_ids
+from lmjax.generate.decode import generate_ids, ready
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
 from lmjax.registry import without_data
@@ -117,10 +117,11 @@ def generations(cfg: Config, lengths: Sequence[int], rows: int, bits: Any = None
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, vocab, length).tolist() for length in lengths]
     settings = GenerateConfig(tokens=NEW_TOKENS, temperature=0, stop_at_endoftext=False, rows=rows, weights=bits)
+    weights = ready(model, params, settings)
 
     def run(calls: int) -> None:
         for _ in range(calls):
-            generate_ids(model, params, prompts, settings, endoftext=0, vocab=vocab)
+            generate_ids(model, weights, prompts, settings, endoftext=0, vocab=vocab)
 
     return run
 

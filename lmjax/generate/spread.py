@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,13 +37,21 @@ def auto_mesh() -> Mesh | None:
 # On the host ------------------------------------------------------------------------------------------------------
 
 
-def decoding_weights(model: Model, params: Params, mesh: Mesh | None, bits: str | None = None) -> Params:
+class Ready(NamedTuple):
+    """Weights that `decoding_weights` made before, for all calls that generate by them."""
+
+    weights: Params
+
+
+def decoding_weights(model: Model, params: Params | Ready, mesh: Mesh | None, bits: str | None = None) -> Params:
     """The weights as the decoding loop wants them, a layer's apart from another's, each on the devices that it is on;
     matrices in fewer bits where `bits` is a name of those in small.py.
 
     Where stages of a pipeline hold the layers, they split `embed` instead: every layer runs on all devices. Weights
     that are on no mesh are copied to every device.
     """
+    if isinstance(params, Ready):
+        return params.weights
     if mesh is None:
         return model.unstack(params if bits is None else small_weights(model, params, bits))
     specs = jax.tree.map(_partition, params)

@@ -16,7 +16,7 @@ from lmjax.generate import rows
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Memory, functions
 from lmjax.generate.rows import MOST_STEPS
-from lmjax.generate.spread import auto_mesh, decoding_weights, row_pieces
+from lmjax.generate.spread import Ready, auto_mesh, decoding_weights, row_pieces
 from lmjax.models.front import places
 from lmjax.models.model import Model
 from lmjax.process import group
@@ -29,7 +29,7 @@ class Writer:
     def __init__(
         self,
         model: Model,
-        params: Params,
+        params: Params | Ready,
         prompts: Sequence[Sequence[int]],
         cfg: GenerateConfig,
         *,

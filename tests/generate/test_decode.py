@@ -13,7 +13,7 @@ from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.generate import rows
 from lmjax.generate.config import GenerateConfig
-from lmjax.generate.decode import generate, generate_ids, stream
+from lmjax.generate.decode import generate, generate_ids, ready, stream
 from lmjax.generate.writer import Writer, row_keys
 from lmjax.models import decoder, flax_model
 from lmjax.models.config import ModelConfig
@@ -241,6 +241,18 @@ def test_rotary_positions_go_on() -> None:
     model, params = build(ModelConfig(**SMALL, context=16))
     (one,) = generate(model, params, TOKENIZER, ["1234567"], dataclasses.replace(GREEDY, tokens=30))
     assert len(one.ids) == 30
+
+
+@pytest.mark.parametrize(
+    "cfg", [GREEDY, dataclasses.replace(GREEDY, weights="int8"), dataclasses.replace(GREEDY, beams=2)]
+)
+def test_weights_are_laid_out_once_for_many_calls(cfg: GenerateConfig) -> None:
+    model, params = build()
+    expected, weights = generate(model, params, TOKENIZER, PROMPTS, cfg), ready(model, params, cfg)
+    other = model._replace(unstack=None)  # type: ignore[arg-type]
+    assert generate(other, weights, TOKENIZER, PROMPTS, cfg) == expected
+    if cfg.beams == 1:
+        assert "".join(stream(other, weights, TOKENIZER, PROMPTS[0], cfg)) == expected[0].text
 
 
 @pytest.mark.parametrize("bits", [None, "int8"])
