@@ -274,6 +274,11 @@ def _generate_arguments(sub: Parser) -> None:
     sub.add_argument("--min-p", type=float, default=0.0)
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
     sub.add_argument("--beams", type=int, default=1, help="more than 1: beam search")
+    sub.add_argument(
+        "--weights",
+        choices=("bfloat16", "int8"),
+        help="multiply in fewer bits; default: as in training",
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--ignore-endoftext", action="store_true", help="go on after the end of a document")
 

@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Text from a trained model."""
-    from lmjax.generate.config import GenerateConfig
     from lmjax.process import start_up
-    from lmjax.schema import validated
 
     if arguments.system is not None and not arguments.chat:
         raise ConfigError("--system stands before a conversation: add --chat, or leave it out")
     if arguments.chat and not arguments.prompt:
         raise ConfigError("--chat needs something to answer: give --prompt=TEXT")
-    start_up.enable_compile_cache()
+    with start_up.importing():
+        from lmjax.generate.config import GenerateConfig
+        from lmjax.run import adapters, trained
+        from lmjax.schema import validated
+
+        start_up.enable_compile_cache()
     fields = {field.name for field in dataclasses.fields(GenerateConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
     if arguments.temperature is None:
@@ -31,23 +34,14 @@ def generate(arguments: argparse.Namespace) -> int:
     cfg = validated(GenerateConfig, given | {"stop_at_endoftext": not arguments.ignore_endoftext})
     with ending.within_memory("--tokens, --beams or the number of prompts"):
         if arguments.adapter:
-            _with_each_adapter(arguments, cfg)
+            base = arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
+            for adapter in adapters.load_adapters(base, arguments.adapter):
+                print(f"=== {visible(adapter.name)}", flush=True)
+                _answer(arguments, cfg, adapter.trained, adapter.templates)
         else:
-            from lmjax.run.trained import load_trained
-
-            trained = load_trained(arguments.workdir, arguments.step)
-            _answer(arguments, cfg, trained, f"{arguments.workdir}/tokenizer")
+            found = trained.load_trained(arguments.workdir, arguments.step)
+            _answer(arguments, cfg, found, f"{arguments.workdir}/tokenizer")
     return 0
-
-
-def _with_each_adapter(arguments: argparse.Namespace, cfg: "GenerateConfig") -> None:
-    """The same prompts, answered by the model of the work directory with one adapter after another beside it."""
-    from lmjax.run.adapters import load_adapters
-
-    base = arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
-    for adapter in load_adapters(base, arguments.adapter):
-        print(f"=== {visible(adapter.name)}", flush=True)
-        _answer(arguments, cfg, adapter.trained, adapter.templates)
 
 
 def _answer(

@@ -1,7 +1,7 @@
 """Tokens per second of the train step and of generation, beside PyTorch where it is installed.
 
     python -m analysis.bench [--configs quickstart mini_gpt tiny] [--only train|generate] [--repeats 5] [--dtype X]
-        [--batch N] [--no-dropout] [--bfloat16] [--json FILE]
+        [--batch N] [--no-dropout] [--bfloat16] [--weights bfloat16|int8] [--json FILE]
 
 It runs on whatever device JAX finds. The same model is trained in plain JAX beside lmjax where it can be: with AdamW,
 in float32, without dropout (`--no-dropout` takes it from all). Other peers are optional: with `torch` a GPT is trained,
@@ -51,7 +51,7 @@ from lmjax.config import Config, load
 from lmjax.devices.chips import peak_flops
 from lmjax.devices.place import shard_batch
 from lmjax.generate.config import GenerateConfig
-from lmjax.generate.decode import generate_ids
+from lmjax.generate.decode import generate_ids, ready
 from lmjax.models import decoder
 from lmjax.models.flops import sequence_flops
 from lmjax.optim.config import ScheduleConfig
@@ -117,17 +117,18 @@ def train_steps(cfg: Config) -> Work:
     return run
 
 
-def generations(cfg: Config, lengths: Sequence[int], rows: int) -> Work:
-    """Prompts of these lengths, so many rows at once."""
+def generations(cfg: Config, lengths: Sequence[int], rows: int, bits: Any = None) -> Work:
+    """Prompts of these lengths, so many rows at once, by matrices in so many bits (`GenerateConfig.weights`)."""
     model, vocab = decoder.build(cfg.model), cfg.model.dims["vocab"]
     params = jax.jit(lambda: initialize(model.spec, jax.random.key(0)))()
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, vocab, length).tolist() for length in lengths]
-    settings = GenerateConfig(tokens=NEW_TOKENS, temperature=0, stop_at_endoftext=False, rows=rows)
+    settings = GenerateConfig(tokens=NEW_TOKENS, temperature=0, stop_at_endoftext=False, rows=rows, weights=bits)
+    weights = ready(model, params, settings)
 
     def run(calls: int) -> None:
         for _ in range(calls):
-            generate_ids(model, params, prompts, settings, endoftext=0, vocab=vocab)
+            generate_ids(model, weights, prompts, settings, endoftext=0, vocab=vocab)
 
     return run
 
@@ -143,7 +144,7 @@ class Task(NamedTuple):
     flops_per_token: float | None = None
 
 
-def tasks(cfg: Config, only: str | None, bfloat16: bool) -> Iterator[Task]:
+def tasks(cfg: Config, only: str | None, bfloat16: bool, bits: str | None = None) -> Iterator[Task]:
     torch, keras = (load_peer(package) for package in PEERS)
     contenders: dict[str, Callable[[], Work | None]]
     if only != "generate":
@@ -160,13 +161,13 @@ def tasks(cfg: Config, only: str | None, bfloat16: bool) -> Iterator[Task]:
             contenders["Keras"] = functools.partial(keras.train_steps, cfg)
         yield Task("train step", cfg.train.batch * T, contenders, flops / T)
     if only != "train":
-        yield from generation_tasks(cfg, torch)
+        yield from generation_tasks(cfg, torch, bits)
 
 
-def generation_tasks(cfg: Config, torch: Any) -> Iterator[Task]:
+def generation_tasks(cfg: Config, torch: Any, bits: str | None) -> Iterator[Task]:
     for rows in ROWS:
         contenders: dict[str, Callable[[], Work | None]] = {
-            "lmjax": functools.partial(generations, cfg, [PROMPT] * rows, rows)
+            "lmjax": functools.partial(generations, cfg, [PROMPT] * rows, rows, bits)
         }
         if torch:
             size = {"batch": rows, "prompt": PROMPT, "tokens": NEW_TOKENS}
@@ -174,7 +175,7 @@ def generation_tasks(cfg: Config, torch: Any) -> Iterator[Task]:
         yield Task(f"generate, batch {rows}", rows * NEW_TOKENS, contenders)
     lengths = np.random.default_rng(0).integers(1, 2 * PROMPT, QUEUE).tolist()
     ways = {"lmjax": GenerateConfig().rows, "lmjax, one after another": 1}
-    contenders = {name: functools.partial(generations, cfg, lengths, rows) for name, rows in ways.items()}
+    contenders = {name: functools.partial(generations, cfg, lengths, rows, bits) for name, rows in ways.items()}
     yield Task(f"generate, {QUEUE} prompts of 1 to {2 * PROMPT - 1} tokens", QUEUE * NEW_TOKENS, contenders)
 
 
@@ -322,6 +323,7 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="train lmjax in bfloat16, too, beside peers in float32")
     parser.add_argument("--json", type=Path, help="write every round's figures here")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of activations; default: the config's")
+    parser.add_argument("--weights", choices=["bfloat16", "int8"], help="generate by matrices in fewer bits")
     arguments = parser.parse_args()
 
     load_before = load_average()
@@ -334,7 +336,7 @@ def main() -> None:
     print(line(COLUMNS))
     print(line(["---"] * len(COLUMNS)))
     for name, cfg in configs.items():
-        for task in tasks(cfg, arguments.only, arguments.bfloat16):
+        for task in tasks(cfg, arguments.only, arguments.bfloat16, arguments.weights):
             timings = measure(task, arguments.repeats, arguments.seconds)
             records += [{"config": name, "work": task.name, "by": by, **t._asdict()} for by, t in timings.items()]
             for row in rows(name, task, timings):

@@ -1,7 +1,7 @@
 """How text is generated."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -33,6 +33,8 @@ class GenerateConfig:
     stop_at_endoftext: bool = True
     """End a row's text where the model ends the document."""
     seed: Seed = 0
+    weights: Literal["bfloat16", "int8"] | None = None
+    """Multiply by matrices in fewer bits, and what they meet in as few; default: as the model does, which is exact."""
     rows: Annotated[int, Field(gt=0, le=1 << 16)] = 16
     """Texts written at once; when one ends, the next prompt takes its row. Beam search takes all prompts at once."""
 

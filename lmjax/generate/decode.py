@@ -18,7 +18,7 @@ from lmjax.generate.beam import beam_search
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import functions
 from lmjax.generate.rows import MOST_STEPS
-from lmjax.generate.spread import auto_mesh, decoding_weights
+from lmjax.generate.spread import Ready, auto_mesh, decoding_weights
 from lmjax.generate.writer import Writer, check, stop_array
 from lmjax.models.front import places
 from lmjax.models.model import Model
@@ -37,9 +37,15 @@ class Generation:
     """The model ended the text; otherwise `tokens` ran out."""
 
 
+def ready(model: Model, params: Params, cfg: GenerateConfig) -> Ready:
+    """The weights laid out for decoding, in the bits of `cfg.weights`: many calls of the functions below share them,
+    which else lay them out each for itself. Raises ConfigError for a model that cannot multiply in fewer bits."""
+    return Ready(decoding_weights(model, params, auto_mesh(), cfg.weights))
+
+
 def generate(
     model: Model,
-    params: Params,
+    params: Params | Ready,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     cfg: GenerateConfig,
@@ -74,7 +80,7 @@ def generate(
 
 def generate_ids(
     model: Model,
-    params: Params,
+    params: Params | Ready,
     prompts: Sequence[Sequence[int]],
     cfg: GenerateConfig,
     *,
@@ -98,7 +104,7 @@ def generate_ids(
 
 def _best_ids(
     model: Model,
-    params: Params,
+    params: Params | Ready,
     prompts: Sequence[Sequence[int]],
     cfg: GenerateConfig,
     vocab: int,
@@ -108,11 +114,11 @@ def _best_ids(
     """By beam search, in one program for all prompts."""
     check(model.spec, prompts, cfg.tokens, front=places(params))
     mesh = auto_mesh()
-    params = decoding_weights(model, params, mesh)
+    weights = decoding_weights(model, params, mesh, cfg.weights)
     with use_mesh(mesh):
         found = beam_search(
             functions(model, vocab),
-            params,
+            weights,
             *_pad(prompts, endoftext),
             stop_array(stops, cfg),
             cfg=dataclasses.replace(cfg, seed=0, stop_at_endoftext=True),  # which are no part of the program
@@ -122,7 +128,7 @@ def _best_ids(
 
 def stream(
     model: Model,
-    params: Params,
+    params: Params | Ready,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     cfg: GenerateConfig,

@@ -127,7 +127,7 @@ def _choose(
     """The token that follows each row's newest one, where the row writes."""
     logits_BV = spread_rows(logits_BV)
     keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.count_B)
-    chosen_B = sample(logits_BV, keys_B, cfg, rows.seen_BV).astype(jnp.int32)
+    chosen_B = sample(logits_BV, keys_B, cfg, rows.seen_BV)
     token_B, count_B = jnp.where(writes_B, chosen_B, rows.token_B), rows.count_B + writes_B
     seen_BV = rows.seen_BV
     if seen_BV is not None:

@@ -36,11 +36,10 @@ def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
 def _keep_while_above(logits_BV: jax.Array, weights_BV: jax.Array, limit: float) -> jax.Array:
     """Keep a token if the weights of all larger logits sum to less than `limit`.
 
-    The smallest logit kept is found by bisection on the bits of floats, whose order is that of integers once the
-    sign is taken out: exact after 32 sums. Sorting a vocabulary takes longer than the rest of a small model's step.
+    The smallest logit kept is found by bisection on ranks: exact after 32 sums. Sorting a vocabulary takes longer than
+    the rest of a small model's step.
     """
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
-    rank_BV = jnp.where(bits_BV < 0, -(bits_BV & jnp.iinfo(jnp.int32).max), bits_BV)
+    rank_BV = _rank(logits_BV)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low_B1, high_B1 = bounds  # above `low` lies at least `limit`, above `high` less
@@ -52,6 +51,20 @@ def _keep_while_above(logits_BV: jax.Array, weights_BV: jax.Array, limit: float)
     low_B1 = jnp.full_like(high_B1, jnp.iinfo(jnp.int32).min)
     _, least_B1 = jax.lax.fori_loop(0, 32, halve, (low_B1, high_B1))
     return _keep(logits_BV, rank_BV >= least_B1)
+
+
+def _rank(logits_BV: jax.Array) -> jax.Array:
+    """Integers in the order of float32 logits: their bits, once the sign is taken out. 0 and -0 are equal."""
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
+    return jnp.where(bits_BV < 0, -(bits_BV & jnp.iinfo(jnp.int32).max), bits_BV)
+
+
+def largest(logits_BV: jax.Array) -> jax.Array:
+    """argmax, int32 [B], the first of equal ones. XLA's CPU backend finds it with vector instructions among integers
+    only: in a seventh of the time."""
+    rank_BV, V = _rank(logits_BV), logits_BV.shape[1]
+    ids_BV = jax.lax.broadcasted_iota(jnp.int32, rank_BV.shape, 1)
+    return jnp.min(jnp.where(rank_BV == jnp.max(rank_BV, axis=1, keepdims=True), ids_BV, V), axis=1)
 
 
 def keep_min_p(logits_BV: jax.Array, p: float) -> jax.Array:
@@ -75,8 +88,9 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, cfg: GenerateConfig, seen_BV
         assert seen_BV is not None
         logits_BV = penalize_repetition(logits_BV, seen_BV, cfg.repetition_penalty)
     if cfg.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1)
-    return jax.vmap(jax.random.categorical)(keys_B, truncate(logits_BV, cfg))
+        return largest(logits_BV)
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+    return largest(truncate(logits_BV, cfg) + noise_BV)  # the draw of `jax.random.categorical`
 
 
 def truncate(logits_BV: jax.Array, cfg: GenerateConfig) -> jax.Array:

@@ -11,13 +11,14 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax.devices.mesh import SHARDING_RULES, all_axes, axes_of, current_mesh, mesh_axes
 from lmjax.devices.place import use_mesh
+from lmjax.generate.small import small_weights
 from lmjax.models.model import Model
 from lmjax.models.read import each_array
 from lmjax.process import group
@@ -36,19 +37,30 @@ def auto_mesh() -> Mesh | None:
 # On the host ------------------------------------------------------------------------------------------------------
 
 
-def decoding_weights(model: Model, params: Params, mesh: Mesh | None) -> Params:
-    """The weights as the decoding loop wants them, a layer's apart from another's, each on the devices that it is on.
+class Ready(NamedTuple):
+    """Weights that `decoding_weights` made before, for all calls that generate by them."""
+
+    weights: Params
+
+
+def decoding_weights(model: Model, params: Params | Ready, mesh: Mesh | None, bits: str | None = None) -> Params:
+    """The weights as the decoding loop wants them, a layer's apart from another's, each on the devices that it is on;
+    matrices in fewer bits where `bits` is a name of those in small.py.
 
     Where stages of a pipeline hold the layers, they split `embed` instead: every layer runs on all devices. Weights
     that are on no mesh are copied to every device.
     """
+    if isinstance(params, Ready):
+        return params.weights
     if mesh is None:
-        return model.unstack(params)
+        return model.unstack(params if bits is None else small_weights(model, params, bits))
     specs = jax.tree.map(_partition, params)
     if {*SHARDING_RULES["layers"]} & {*all_axes(itertools.chain.from_iterable(jax.tree.leaves(specs)))}:
         specs = map_weights(functools.partial(each_array, functools.partial(_off_stages, mesh)), model.spec, specs)
     with use_mesh(mesh):
         params = jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), params, specs)
+        if bits is not None:
+            params = small_weights(model, group.wait_on_cpu(params), bits)
         return group.wait_on_cpu(model.unstack(group.wait_on_cpu(params)))
 
 

@@ -16,7 +16,7 @@ from lmjax.generate import rows
 from lmjax.generate.config import GenerateConfig
 from lmjax.generate.forward import Memory, functions
 from lmjax.generate.rows import MOST_STEPS
-from lmjax.generate.spread import auto_mesh, decoding_weights, row_pieces
+from lmjax.generate.spread import Ready, auto_mesh, decoding_weights, row_pieces
 from lmjax.models.front import places
 from lmjax.models.model import Model
 from lmjax.process import group
@@ -29,7 +29,7 @@ class Writer:
     def __init__(
         self,
         model: Model,
-        params: Params,
+        params: Params | Ready,
         prompts: Sequence[Sequence[int]],
         cfg: GenerateConfig,
         *,
@@ -49,7 +49,7 @@ class Writer:
         self._cfg = dataclasses.replace(cfg, seed=0, stop_at_endoftext=True, tokens=1, rows=1)
         self._stop_ids = stop_array(stops or (endoftext,), cfg)
         self._mesh = auto_mesh()
-        self._params = decoding_weights(model, params, self._mesh)
+        self._params = decoding_weights(model, params, self._mesh, cfg.weights)
         self._waiting = collections.deque(range(len(prompts)))
         count = min(cfg.rows, 1 << (len(prompts) - 1).bit_length())
         self._held: list[int | None] = [None] * count

@@ -23,7 +23,7 @@ from lmjax.models.attention.scores import Mask
 from lmjax.weights import Params
 
 
-def places(params: Params) -> int:
+def places(params: Any) -> int:
     """How many places stand in front of every text."""
     leaves = jax.tree.leaves(params, is_leaf=lambda w: hasattr(w, "places"))
     return max((w.places for w in leaves if hasattr(w, "places")), default=0)

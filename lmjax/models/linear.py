@@ -32,6 +32,8 @@ def linear(
     multiply_array = _flat if current_mesh() is None else _on_mesh
 
     def dot(x: jax.Array, w: jax.Array, *, contract: int = contract, dtype: Any = dtype or x.dtype) -> jax.Array:
+        if hasattr(w, "product"):  # a matrix in fewer bits: generate/small.py
+            return w.product(x, contract, dtype)
         return multiply_array(x, w, contract, rows_out, dtype)
 
     y = multiply(x, w, dot, rows_out=rows_out)

@@ -27,3 +27,8 @@ def product(dot: Callable[[jax.Array, jax.Array, Any], jax.Array], x: jax.Array,
 
     in_float32.defvjp(lambda x, y: (in_float32(x, y), (x, y)), backward)
     return in_float32(x, y)
+
+
+def einsum(letters: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` as such a product."""
+    return product(lambda x, y, dtype: jnp.einsum(letters, x, y, preferred_element_type=dtype), x, y)

@@ -68,6 +68,14 @@ def as_array(weight: Weight, stored: Any) -> jax.Array:
     return stored.as_array(weight) if hasattr(stored, "as_array") else stored
 
 
+def cast_once(weight: Weight, stored: Any, dtype: str) -> Any:
+    """A stored weight whose arrays are cast already, so that `cast` has nothing left to do. What is held in fewer bits
+    stays so."""
+    if hasattr(stored, "map_parts"):
+        return stored.map_parts(functools.partial(cast_once, dtype=dtype), weight)
+    return stored if hasattr(stored, "as_array") else cast(weight, stored, dtype)
+
+
 def cast(weight: Weight, w: jax.Array, dtype: str) -> jax.Array:
     """Matrices are multiplied in `dtype`, but for those declared float32; all other weights stay in float32."""
     return w.astype(dtype) if (weight.kind == "matmul" or weight.tied) and not weight.float32 else w

@@ -44,6 +44,7 @@ SETTINGS = {
     "greedy": GREEDY,
     "sampled": replace(GREEDY, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.2, seed=5),
     "beams": replace(GREEDY, beams=3),
+    "int8": replace(GREEDY, weights="int8"),
 }
 PROMPTS = ["To be, or", "", "not", "to", "be", "that is", "the", "question"]
 Cfgs = dict[str, ModelConfig]
@@ -131,6 +132,7 @@ def check(cfg: ModelConfig, layout: str, setting: str, rows: int) -> None:
         ("fsdp+tp", "greedy", "gemma2", 8),
         ("fsdp+tp", "beams", "llama3", 3),
         ("fsdp+ep", "greedy", "mixtral", 8),
+        ("fsdp+pp", "int8", "gpt2", 8),
     ],
 )
 def test_a_mesh_changes_no_text(cfgs: Cfgs, layout: str, setting: str, family: str, rows: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from lmjax.data.tokenizers.alphabets import ByteTokenizer
 from lmjax.errors import ConfigError, DataError
 from lmjax.generate import rows
 from lmjax.generate.config import GenerateConfig
-from lmjax.generate.decode import generate, generate_ids, stream
+from lmjax.generate.decode import generate, generate_ids, ready, stream
 from lmjax.generate.writer import Writer, row_keys
 from lmjax.models import decoder, flax_model
 from lmjax.models.config import ModelConfig
@@ -99,7 +100,11 @@ def test_a_model_without_a_cache_generates() -> None:
 # Rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [GREEDY, dataclasses.replace(GREEDY, beams=3)], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "cfg",
+    [GREEDY, dataclasses.replace(GREEDY, beams=3), dataclasses.replace(GREEDY, weights="int8")],
+    ids=["greedy", "beams", "int8"],
+)
 def test_a_row_is_the_same_alone(cfg: GenerateConfig) -> None:
     model, params = build()
     together = generate(model, params, TOKENIZER, PROMPTS, cfg)
@@ -238,10 +243,23 @@ def test_rotary_positions_go_on() -> None:
     assert len(one.ids) == 30
 
 
-def test_no_length_of_prompt_or_text_compiles_anything() -> None:
+@pytest.mark.parametrize(
+    "cfg", [GREEDY, dataclasses.replace(GREEDY, weights="int8"), dataclasses.replace(GREEDY, beams=2)]
+)
+def test_weights_are_laid_out_once_for_many_calls(cfg: GenerateConfig) -> None:
+    model, params = build()
+    expected, weights = generate(model, params, TOKENIZER, PROMPTS, cfg), ready(model, params, cfg)
+    other = model._replace(unstack=None)  # type: ignore[arg-type]
+    assert generate(other, weights, TOKENIZER, PROMPTS, cfg) == expected
+    if cfg.beams == 1:
+        assert "".join(stream(other, weights, TOKENIZER, PROMPTS[0], cfg)) == expected[0].text
+
+
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_no_length_of_prompt_or_text_compiles_anything(bits: Literal["int8"] | None) -> None:
     """While both together stay below the same power of two. Nor does another seed, whether it stops, or who waits."""
     model, params = build()
-    cfg = dataclasses.replace(GREEDY, tokens=5, seed=3, rows=4)
+    cfg = dataclasses.replace(GREEDY, tokens=5, seed=3, rows=4, weights=bits)
     programs = (rows.empty_rows, rows.empty_memory, rows.read, rows.admit, rows.advance)
     generate(model, params, TOKENIZER, ["a" * 129, "b", "c", "d", "e"], cfg)
     before = [program._cache_size() for program in programs]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmjax.generate.config import GenerateConfig
-from lmjax.generate.sampling import keep_min_p, keep_top_k, keep_top_p, penalize_repetition, sample, truncate
+from lmjax.generate.sampling import keep_min_p, keep_top_k, keep_top_p, largest, penalize_repetition, sample, truncate
 
 B, V = 5, 37
 
@@ -118,6 +118,19 @@ def test_zero_temperature_is_greedy() -> None:
     keys_B = jax.vmap(jax.random.key)(jnp.arange(B))
     chosen_B = sample(random_logits(), keys_B, GenerateConfig(temperature=0), None)
     np.testing.assert_array_equal(chosen_B, random_logits().argmax(axis=1))
+
+
+@given(st.lists(st.sampled_from([-np.inf, -3.0, -1e-30, -0.0, 0.0, 2.0, np.inf]), min_size=8, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_the_first_of_equal_logits_is_the_largest(values: list[float]) -> None:
+    logits_1V = np.array([values], np.float32)
+    assert jax.jit(largest)(logits_1V).tolist() == logits_1V.argmax(axis=1).tolist()
+
+
+def test_draws_are_those_of_jax() -> None:
+    keys_B, cfg = jax.vmap(jax.random.key)(jnp.arange(B)), GenerateConfig(temperature=0.7, top_k=30)
+    expected_B = jax.vmap(jax.random.categorical)(keys_B, truncate(random_logits(), cfg))
+    assert sample(random_logits(), keys_B, cfg, None).tolist() == expected_B.tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-20, 1e-10])

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.devices.mesh import current_mesh
 from lmjax.models.activations import softcap
 from lmjax.models.dropout import PairDropout
+from lmjax.models.product import einsum
 
 HEADS, KV_HEADS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
 NO_DROPOUT = "cannot drop attention weights: model.attention_dropout"
@@ -83,55 +85,59 @@ def scores(q_BNTH: jax.Array, k_BKSH: jax.Array, mask: Mask, score: Score) -> ja
 
 
 # Products with keys and values, each of which G = N / K heads share ---------------------------------------------------
-#
-# The gradients of keys and values, sums over queries, are made as [B, K, H, S]: so the narrow factor is what is read
-# transposed, not the scores. What flows back is rounded to the type of the factors first (product.py).
 
 
-@jax.custom_vjp
 def compared(q_BNTH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
     """q . k, float32 [B, N, T, S]."""
-    return _with_keys("BKGTH,BKSH->BKGTS", q_BNTH, k_BKSH, jnp.float32)
+    if q_BNTH.shape[2] == 1:  # of one query by a matrix XLA would make a transposed copy of the keys, not of the query
+        s_BKSGT = einsum("BKSH,BKGTH->BKSGT", k_BKSH, _grouped(q_BNTH, k_BKSH))
+        return s_BKSGT.transpose(0, 1, 3, 4, 2).reshape(*q_BNTH.shape[:3], -1)
+    return _by_keys("BKGTH,BKSH->BKGTS", "BKGTS,BKSH->BKGTH", q_BNTH, k_BKSH)
 
 
-@jax.custom_vjp
 def weighed(p_BNTS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
     """The sum of p v over the keys, float32 [B, N, T, H]."""
-    return _with_keys("BKGTS,BKSH->BKGTH", p_BNTS, v_BKSH, jnp.float32)
+    return _by_keys("BKGTS,BKSH->BKGTH", "BKGTH,BKSH->BKGTS", p_BNTS, v_BKSH)
 
 
-def _compared_backward(factors: tuple[jax.Array, jax.Array], ds_BNTS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    q_BNTH, k_BKSH = factors
-    ds_BNTS = ds_BNTS.astype(q_BNTH.dtype)
-    dq_BNTH = _with_keys("BKGTS,BKSH->BKGTH", ds_BNTS, k_BKSH, q_BNTH.dtype)
-    return dq_BNTH, _over_queries(q_BNTH, ds_BNTS, k_BKSH.shape[1])
+def _by_keys(letters: str, back: str, x_BNTX: jax.Array, y_BKSH: jax.Array) -> jax.Array:
+    """A product of what each head has with what G of them share, float32; `back` is that of the gradient of x."""
+    if current_mesh() is not None:
+        return einsum(letters, _grouped(x_BNTX, y_BKSH), y_BKSH).reshape(*x_BNTX.shape[:3], -1)
+
+    @jax.custom_vjp
+    def multiplied(x_BNTX: jax.Array, y_BKSH: jax.Array) -> jax.Array:
+        return _flat(letters, x_BNTX, y_BKSH, jnp.float32)
+
+    def backward(factors: tuple[jax.Array, jax.Array], dz_BNTZ: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_BNTX, y_BKSH = factors
+        dz_BNTZ = dz_BNTZ.astype(x_BNTX.dtype)  # see product.py
+        wide, narrow = (x_BNTX, dz_BNTZ) if letters.startswith("BKGTS") else (dz_BNTZ, x_BNTX)
+        return _flat(back, dz_BNTZ, y_BKSH, x_BNTX.dtype), _over_queries(narrow, wide, y_BKSH)
+
+    multiplied.defvjp(lambda x_BNTX, y_BKSH: (multiplied(x_BNTX, y_BKSH), (x_BNTX, y_BKSH)), backward)
+    return multiplied(x_BNTX, y_BKSH)
 
 
-def _weighed_backward(factors: tuple[jax.Array, jax.Array], dy_BNTH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    p_BNTS, v_BKSH = factors
-    dy_BNTH = dy_BNTH.astype(p_BNTS.dtype)
-    dp_BNTS = _with_keys("BKGTH,BKSH->BKGTS", dy_BNTH, v_BKSH, p_BNTS.dtype)
-    return dp_BNTS, _over_queries(dy_BNTH, p_BNTS, v_BKSH.shape[1])
-
-
-compared.defvjp(lambda q_BNTH, k_BKSH: (compared(q_BNTH, k_BKSH), (q_BNTH, k_BKSH)), _compared_backward)
-weighed.defvjp(lambda p_BNTS, v_BKSH: (weighed(p_BNTS, v_BKSH), (p_BNTS, v_BKSH)), _weighed_backward)
-
-
-def _with_keys(letters: str, x_BNTX: jax.Array, y_BKSH: jax.Array, dtype: Any) -> jax.Array:
-    (B, N, T, X), K = x_BNTX.shape, y_BKSH.shape[1]
-    if N == K:  # an axis of one in the middle costs a fifth of attention on a CPU
+def _flat(letters: str, x_BNTX: jax.Array, y_BKSH: jax.Array, dtype: Any) -> jax.Array:
+    if x_BNTX.shape[1] == y_BKSH.shape[1]:  # an axis of one in the middle costs a fifth of attention on a CPU
         return jnp.einsum(letters.replace("G", ""), x_BNTX, y_BKSH, preferred_element_type=dtype)
-    out = jnp.einsum(letters, x_BNTX.reshape(B, K, N // K, T, X), y_BKSH, preferred_element_type=dtype)
-    return out.reshape(B, N, T, -1)
+    z_BKGTZ = jnp.einsum(letters, _grouped(x_BNTX, y_BKSH), y_BKSH, preferred_element_type=dtype)
+    return z_BKGTZ.reshape(*x_BNTX.shape[:3], -1)
 
 
-def _over_queries(x_BNTH: jax.Array, y_BNTS: jax.Array, K: int) -> jax.Array:
-    B, N = x_BNTH.shape[:2]
-    if N == K:
+def _over_queries(x_BNTH: jax.Array, y_BNTS: jax.Array, like_BKSH: jax.Array) -> jax.Array:
+    """The gradient of keys or values, made as [B, K, H, S]: so the narrow factor is what is read transposed on a CPU,
+    not the scores."""
+    if x_BNTH.shape[1] == like_BKSH.shape[1]:
         product_BKHS = jnp.einsum("BKTH,BKTS->BKHS", x_BNTH, y_BNTS)
     else:
-        x_BKGTH, y_BKGTS = (x.reshape(B, K, N // K, *x.shape[2:]) for x in (x_BNTH, y_BNTS))
-        product_BKHS = jnp.einsum("BKGTH,BKGTS->BKHS", x_BKGTH, y_BKGTS)
+        product_BKHS = jnp.einsum("BKGTH,BKGTS->BKHS", _grouped(x_BNTH, like_BKSH), _grouped(y_BNTS, like_BKSH))
     # The barrier keeps the product in that form: without it XLA would merge the transposition into it.
     return jax.lax.optimization_barrier(product_BKHS).swapaxes(2, 3)
+
+
+def _grouped(x_BNTX: jax.Array, y_BKSH: jax.Array) -> jax.Array:
+    """[B, K, G, T, X]"""
+    (B, N, T, X), K = x_BNTX.shape, y_BKSH.shape[1]
+    return x_BNTX.reshape(B, K, N // K, T, X)
