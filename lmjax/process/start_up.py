@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+_M_MMAP_THRESHOLD, _M_MMAP_MAX = -3, -4  # of malloc.h
 _NEVER = 1 << 36  # bytes, more than is ever asked for or freed
 TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -56,6 +57,24 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@contextlib.contextmanager
+def lending() -> Iterator[None]:
+    """What a tuned malloc gives out meanwhile in blocks of 1 MiB and more goes back to the system when it is freed.
+
+    For copies that come once in a while: kept, they would leave holes that no step's memory fits into.
+    """
+    if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    libc.mallopt(_M_MMAP_MAX, 1 << 16)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_MAX, 0)  # as good as the threshold that it began with, which is no int
+
+
 def return_freed_memory() -> None:
     """Have glibc give blocks of 1 MiB and more back to the system as soon as they are freed.
 
@@ -63,8 +82,7 @@ def return_freed_memory() -> None:
     new block is fresh pages, which training would pay for in speed (see `tune_allocator`).
     """
     if _on_glibc():
-        m_mmap_threshold = -3
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _on_glibc() -> bool:

@@ -28,11 +28,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from lmjax.errors import CheckpointError, StallError, one_line
-from lmjax.process import group
+from lmjax.process import group, start_up
 from lmjax.process.faults import fault
 from lmjax.record import files, seal
 from lmjax.record.config import CheckpointConfig
@@ -108,7 +110,7 @@ class Checkpoints:
                     self.directory.mkdir(parents=True, exist_ok=True)
                     self._clear_from(step)
                 with group.naming_lost_peers(f"checkpoint {path} was not saved"), context or uncompressed():
-                    response = orbax().save_async(path, leaves)  # which waits for process 0
+                    response = orbax().save_async(path, _apart(leaves))  # which waits for process 0
             except StallError:
                 raise
             except Exception as error:
@@ -320,3 +322,15 @@ def _is_mine(name: str) -> bool:
     """Whether this process wrote a file of a step: Orbax puts `process_2` into the paths of what process 2 wrote."""
     writer = re.search(r"process_(\d+)", name)
     return group.process() == (int(writer[1]) if writer else 0)
+
+
+def _apart(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The arrays as no step will change them. Elsewhere than on a CPU Orbax copies them to the host.
+
+    On a CPU it would hold on to them, and the next step, which then cannot write where they are, would take new memory
+    for the state, and for its own, and keep what it had.
+    """
+    if jax.default_backend() != "cpu":
+        return leaves
+    with start_up.lending():
+        return {path: jax.block_until_ready(jnp.copy(leaf)) for path, leaf in leaves.items()}

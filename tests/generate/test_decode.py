@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lmjax.data.tokenizers.alphabets import ByteTokenizer
+from lmjax.data.tokenizers.tokenizer import bytes_table
 from lmjax.errors import ConfigError, DataError
 from lmjax.generate import rows
 from lmjax.generate.config import GenerateConfig
@@ -300,7 +301,7 @@ class MultibyteTokenizer(ByteTokenizer):
 
     def __init__(self) -> None:
         text = "\u00e9\u6f22\U0001f600\u0646".encode()
-        self._bytes = [text[i % len(text) :][:1] for i in range(256)] + [b""]
+        self._bytes = bytes_table([*(text[i % len(text) :][:1] for i in range(256)), b""])
 
 
 @pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (3, 0.0)])

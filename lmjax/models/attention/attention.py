@@ -37,7 +37,7 @@ from lmjax.models.attention.scores import (
     weighed,
 )
 
-_SMALLEST_BLOCK, _MOST_BLOCKS = 64, 4  # of queries, in the reference; more take longer to compile than they save
+_SMALLEST_BLOCK, _MOST_BLOCKS = 128, 4  # of queries, in the reference; more take longer to compile than they save
 
 
 def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, score: Score) -> jax.Array:
