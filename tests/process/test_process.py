@@ -125,17 +125,22 @@ KEPT = """
     use(256)
     kept = resident()
     start_up.give_back_memory()
-    print(kept - before, resident() - before)
+    left = resident()
+    with start_up.lending():
+        use(256)
+    lent = resident()
+    use(256)
+    print(kept - before, left - before, lent - before, resident() - before)
 """
 
 
 @glibc
-def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+def test_freed_memory_is_kept_until_it_is_given_back_but_for_what_was_lent() -> None:
     process = start(KEPT)
     out, err = process.communicate(timeout=60)
     assert not err
-    kept, left = map(int, out.split())
-    assert kept >= 250 and left < 50, out
+    kept, left, lent, kept_again = map(int, out.split())
+    assert kept >= 250 and left < 50 and lent < 50 and kept_again >= 250, out
 
 
 @glibc

@@ -129,6 +129,17 @@ def test_state_may_be_donated_and_overwritten_right_after_save(tmp_path: Path) -
         assert_equal(jax.tree.map(np.asarray, restored[0]), wanted)
 
 
+def test_a_state_that_is_saved_keeps_its_place_in_memory(tmp_path: Path) -> None:
+    """Else the next step takes new memory for it, and for its own, and a process keeps both."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    state = {"params": jnp.ones((4096, 2048))}
+    place = state["params"].unsafe_buffer_pointer()
+    checkpoints.save(1, state, {})
+    state = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
+    assert state["params"].unsafe_buffer_pointer() == place
+    checkpoints.wait()
+
+
 def test_one_save_in_flight_and_the_loop_does_not_wait_for_it(tmp_path: Path, monkeypatch: Any) -> None:
     slow = seal.write
     monkeypatch.setattr(seal, "write", lambda *args: (time.sleep(0.5), slow(*args)))
