@@ -46,10 +46,13 @@ def moved(params: Params) -> Params:
 
 
 CASES = [(kind, "llama3", "int8") for kind in ADAPTERS if kind not in IN_FRONT]
-CASES += [("lora", family, "float32") for family in ("gpt2", "gemma2", "deepseek_v3")] + [("dora", "gpt2", "float32")]
+CASES += [("lora", "gpt2", "float32"), ("dora", "gpt2", "float32")]
+SLOW = [("lora", family, "float32") for family in ("gemma2", "deepseek_v3")]
 
 
-@pytest.mark.parametrize(("kind", "family", "store"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "family", "store"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
 def test_nothing_changes_at_the_start_and_beside_is_as_merged(kind: str, family: str, store: str) -> None:
     experiment, frozen, params = made(kind, family, store=store)
     language, tokens_BT = experiment.task.language, jax.random.randint(jax.random.key(1), (2, 12), 0, 61)

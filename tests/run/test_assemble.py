@@ -192,7 +192,7 @@ def test_on_a_gpu_nothing_is_quadratic_in_the_row_nor_float32_by_float32(
 
 
 def test_what_the_test_looks_for_is_there_with_the_reference(hopper: None) -> None:
-    assert re.findall(rf"tensor<[\dx]*{T // 4}x{T}x\w+>", program_for_gpu("separate", attention="reference"))
+    assert re.findall(rf"tensor<[\dx]*{T // 2}x{T}x\w+>", program_for_gpu("separate", attention="reference"))
 
 
 def test_on_a_gpu_no_weight_is_transposed(hopper: None) -> None:

@@ -218,7 +218,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", TASKS)
+OTHER_OPTIMIZERS = ("lora under adamw", "lora under adafactor")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in OTHER_OPTIMIZERS else name for name in TASKS]
+)
 def test_it_is_trained_stopped_resumed_and_evaluated(name: str, corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
     make_task, settings = TASKS[name]
     cfg = configs.load(f"{CONFIG}:{corpus}", [*SETTINGS, "optimizer.learning_rate=0.05", *settings])
