@@ -114,6 +114,7 @@ def test_dropout_is_named_by_sample_and_layer_and_keeps_the_mean() -> None:
     np.testing.assert_array_equal(dataclasses.replace(one, keys_B=None).multiply(x_BTD, dot), jnp.full((2, 300, 4), 80))
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_microbatches() -> None:
     task = without_data(config("llama3", tune={"adapter": {"rank": 3, "dropout": 0.3}}))
     experiment = assemble.assemble(task)
