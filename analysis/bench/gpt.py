@@ -61,8 +61,8 @@ def initial_weights(cfg: Config) -> GPT:
     params, D = jax.device_get(initial_state(assemble(without_data(cfg))).params), cfg.model.embed
     part = "output_norm" if cfg.model.norm_position == "post" else "norm"
 
-    def norm(p: Any) -> Affine | None:
-        return None if p is None else Affine(p["scale"], p.get("bias"))
+    def norm(p: Any) -> Affine:
+        return Affine(p["scale"], p.get("bias"))
 
     def affine(p: Any, name: str, *shape: int) -> Affine:
         bias = p.get(f"{name}_bias")
@@ -75,12 +75,12 @@ def initial_weights(cfg: Config) -> GPT:
             affine(attention, "output", -1, D),
             affine(mlp, "up", D, -1),
             affine(mlp, "down", -1, D),
-            (norm(p[f"attention_{part}"]), norm(p[f"mlp_{part}"])),  # type: ignore[arg-type]
+            (norm(p[f"attention_{part}"]), norm(p[f"mlp_{part}"])),
         )
 
     stacked = params["segments"]["0"]["0"]
     layers = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(cfg.model.layers))
-    norms = norm(params.get("embed_norm")), norm(params.get("final_norm"))
+    norms = [norm(params[name]) if name in params else None for name in ("embed_norm", "final_norm")]
     return GPT(params["embed"], params["position"], norms[0], tuple(map(layer, layers)), norms[1])
 
 

@@ -46,15 +46,12 @@ def scaled(x: jax.Array, number: Any) -> Scaled:
     """x rounded to an 8-bit type. Where one entry is not finite, none stays so."""
     ratio = jnp.max(jnp.abs(x)).astype(jnp.float32) / float(jnp.finfo(number).max)
     bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
-    scale = jax.lax.bitcast_convert_type(
-        (bits & _EXPONENT) + _ONE, jnp.float32
-    )  # the next power of two above the ratio
+    scale = jax.lax.bitcast_convert_type((bits & _EXPONENT) + _ONE, jnp.float32)  # the next power of two
     return Scaled(jax.lax.bitcast_convert_type((x / scale.astype(x.dtype)).astype(number), jnp.uint8), scale)
 
 
 def product(dot: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, w: jax.Array) -> jax.Array:
     """`dot(x, w)` of both rounded to 8 bits, and its gradients as products of 8 bits; results have the type of x."""
-
     specs = specs_of((x, w))  # a weight's also says how its gradient is added up over devices
 
     def wide(factors: tuple[Scaled, Scaled], dtype: Any) -> tuple[jax.Array, ...]:
