@@ -103,7 +103,7 @@ def teach(arguments: argparse.Namespace) -> int:
     from lmjax.process import start_up
 
     cfg = config.load(arguments.config, arguments.overrides)
-    start_up.enable_compile_cache()
+    start_up.configure_jax()
     from lmjax.finetune.teach import teach
     from lmjax.record.files import locate
 

@@ -23,7 +23,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from lmjax.process import start_up
 
     kind = _kind(arguments)
-    start_up.enable_compile_cache()
+    start_up.configure_jax()
     with ending.within_memory("--batch or --seq-len"):
         return kind(arguments)
 

@@ -26,7 +26,7 @@ def generate(arguments: argparse.Namespace) -> int:
         from lmjax.run import adapters, trained
         from lmjax.schema import validated
 
-        start_up.enable_compile_cache()
+        start_up.configure_jax()
     fields = {field.name for field in dataclasses.fields(GenerateConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields}
     if arguments.temperature is None:

@@ -36,7 +36,7 @@ def train(arguments: Arguments) -> int:
         from lmjax import config
 
         cfg = config.load(arguments.config, _train_overrides(arguments))
-        start_up.enable_compile_cache()  # which imports JAX: what is wrong with the config is known by now
+        start_up.configure_jax()  # which imports JAX: what is wrong with the config is known by now
         start_up.keep_to_owner()
         if arguments.dry_run:
             from lmjax.run import dry_run
@@ -74,7 +74,7 @@ def train_together(runs: Sequence[Arguments]) -> int:
     if place is not None and place.processes > 1:
         raise ConfigError(f"runs that train together need one process, this is one of {place.processes}; start one")
     cfgs = [config.load(one.config, _train_overrides(one)) for one in runs]
-    start_up.enable_compile_cache()
+    start_up.configure_jax()
     start_up.keep_to_owner()
     ending.leave_on_sigterm()
     from lmjax.run import stack
@@ -144,7 +144,7 @@ def coordinates(arguments: Arguments) -> int:
     if not out.parent.is_dir():
         raise ConfigError(f"--out={out}: there is no directory {out.parent}; make it, or choose another")
     cfg = config.load(arguments.config, arguments.overrides)
-    start_up.enable_compile_cache()
+    start_up.configure_jax()
     from lmjax import coordinates
     from lmjax.record.files import write_atomically
     from lmjax.run import dry_run
@@ -219,7 +219,7 @@ def replay(arguments: Arguments) -> int:
     from lmjax.process import start_up
     from lmjax.run import replay
 
-    start_up.enable_compile_cache()
+    start_up.configure_jax()
     for line in replay.described(replay.replay(arguments.workdir, arguments.step), arguments.workdir, arguments.step):
         print(line)
     return 0

@@ -17,7 +17,7 @@ def main() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("python -m lmjax.lm_eval needs EleutherAI's harness: install lmjax[eval]")
     os.environ["DISABLE_MULTIPROC"] = "1"  # read when the harness is imported: JAX's threads would not survive a fork
-    start_up.enable_compile_cache()
+    start_up.configure_jax()
     from lm_eval import models  # which registers the harness's own, but only where there are none yet
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry

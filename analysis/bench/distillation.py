@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="of what has been trained; train nothing")
     arguments = parser.parse_args()
     if not arguments.report:
-        start_up.enable_compile_cache()
+        start_up.configure_jax()
         train(arguments.arms, arguments.seeds, arguments.out)
     report(arguments.seeds, arguments.out)
 

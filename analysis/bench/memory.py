@@ -26,6 +26,7 @@ STEPS = 3
 
 def peak(make: Callable[[], speed.Work | None]) -> int | None:
     """MiB of this process after some steps."""
+    start_up.run_in_turn()
     if (work := make()) is None:
         return None
     work(STEPS)

@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=SHAPE, metavar="KEY=VALUE")
     parser.add_argument("--saves", type=int, default=3)
     arguments = parser.parse_args()
+    start_up.run_in_turn()  # as a run does
     loop = Loop(arguments.config, list(arguments.set))
     before, quiet, saves = resident(), [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -326,6 +326,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=["bfloat16", "int8"], help="generate by matrices in fewer bits")
     arguments = parser.parse_args()
 
+    start_up.run_in_turn()
     load_before = load_average()
     configs = {name: read_config(name, arguments.dtype, arguments.batch) for name in arguments.configs}
     if arguments.no_dropout:

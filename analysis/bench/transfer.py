@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="of what has been trained; train nothing")
     arguments = parser.parse_args()
     if not arguments.report:
-        start_up.enable_compile_cache()
+        start_up.configure_jax()
         train(arguments.optimizers, arguments.seeds, arguments.out)
     report(read(arguments.out / "runs.csv"), arguments.optimizers, arguments.out)
 

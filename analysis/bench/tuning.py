@@ -343,7 +343,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     table = Table(arguments.out / "runs.csv")
     if not arguments.report:
-        start_up.enable_compile_cache()
+        start_up.configure_jax()
         train(table, arguments)
     report(table, list(arguments.sets), arguments.methods)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_M_MMAP_THRESHOLD, _M_MMAP_MAX = -3, -4  # of malloc.h
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _NEVER = 1 << 36  # bytes, more than is ever asked for or freed
 TUNABLES = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -57,24 +57,6 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@contextlib.contextmanager
-def lending() -> Iterator[None]:
-    """What a tuned malloc gives out meanwhile in blocks of 1 MiB and more goes back to the system when it is freed.
-
-    For copies that come once in a while: kept, they would leave holes that no step's memory fits into.
-    """
-    if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    libc.mallopt(_M_MMAP_MAX, 1 << 16)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_MAX, 0)  # as good as the threshold that it began with, which is no int
-
-
 def return_freed_memory() -> None:
     """Have glibc give blocks of 1 MiB and more back to the system as soon as they are freed.
 
@@ -102,6 +84,23 @@ def accelerator() -> str | None:
     if asked:
         return None if asked == "cpu" else {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked)
     return next((platform for file, platform in _DEVICE_FILES.items() if os.path.exists(file)), None)
+
+
+def configure_jax(directory: str | None = None) -> None:
+    """What every command sets before its first program: where programs are kept, and that they run in turn."""
+    run_in_turn()
+    enable_compile_cache(directory)
+
+
+def run_in_turn() -> None:
+    """On a CPU, a call of a program returns when it has run; call it before the first program.
+
+    JAX would return at once, and take the next step's temporary memory while the last step still has its own: two or
+    three blocks where one serves. There is no device that would stand idle meanwhile.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def enable_compile_cache(directory: str | None = None) -> None:

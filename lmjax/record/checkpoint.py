@@ -28,15 +28,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from lmjax.errors import CheckpointError, StallError, one_line
-from lmjax.process import group, start_up
+from lmjax.process import group
 from lmjax.process.faults import fault
 from lmjax.record import files, seal
+from lmjax.record.apart import apart
 from lmjax.record.config import CheckpointConfig
 from lmjax.record.seal import Manifest
 from lmjax.record.steps import (
@@ -110,7 +109,7 @@ class Checkpoints:
                     self.directory.mkdir(parents=True, exist_ok=True)
                     self._clear_from(step)
                 with group.naming_lost_peers(f"checkpoint {path} was not saved"), context or uncompressed():
-                    response = orbax().save_async(path, _apart(leaves))  # which waits for process 0
+                    response = orbax().save_async(path, apart(leaves))  # which waits for process 0
             except StallError:
                 raise
             except Exception as error:
@@ -322,15 +321,3 @@ def _is_mine(name: str) -> bool:
     """Whether this process wrote a file of a step: Orbax puts `process_2` into the paths of what process 2 wrote."""
     writer = re.search(r"process_(\d+)", name)
     return group.process() == (int(writer[1]) if writer else 0)
-
-
-def _apart(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The arrays as no step will change them. Elsewhere than on a CPU Orbax copies them to the host.
-
-    On a CPU it would hold on to them, and the next step, which then cannot write where they are, would take new memory
-    for the state, and for its own, and keep what it had.
-    """
-    if jax.default_backend() != "cpu":
-        return leaves
-    with start_up.lending():
-        return {path: jax.block_until_ready(jnp.copy(leaf)) for path, leaf in leaves.items()}

@@ -132,7 +132,7 @@ def compiled_step(experiment: Experiment) -> Step:
 
     def in_mesh(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         with use_mesh(experiment.mesh):
-            return group.wait_on_cpu(step(state, frozen, batch))
+            return group.run(step, state, frozen, batch)
 
     return in_mesh
 
