@@ -29,7 +29,7 @@ def _copy(leaf: jax.Array) -> jax.Array:
 
 def _on_own_pages(array: jax.Array) -> np.ndarray:
     """A copy that JAX takes as it is, for pages are aligned."""
-    pages = mmap.mmap(-1, array.nbytes)
+    pages = mmap.mmap(-1, array.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     raw = np.frombuffer(pages, np.uint8)

@@ -22,7 +22,7 @@ from lmjax.optim.config import hyper
 from lmjax.optim.optimizers import Optimizer, state_shardings
 from lmjax.optim.schedules import Hyper
 from lmjax.parametrization import check_scaled
-from lmjax.process import group
+from lmjax.process import group, start_up
 from lmjax.tasks.task import Task
 from lmjax.train.objective import scalar_arrays
 from lmjax.train.spikes import Recent, none_yet
@@ -120,10 +120,14 @@ def jitted_step(experiment: Experiment) -> Any:
 
 
 def _compiler_options(mesh: jax.sharding.Mesh | None) -> dict[str, bool] | None:
-    """Of a step for the devices of the mesh, or for the one there is. XLA's CPU backend finds by this one that moments
-    can be updated where they are, where it would first copy them all."""
+    """Of a step for the devices of the mesh, or for the one there is. By the first one XLA's CPU backend finds that
+    moments can be updated where they are, where it would first copy them all. By the second its threads do not take
+    turns on a single core, which empties the core's cache between the parts of a product."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return {"xla_cpu_copy_insertion_use_region_analysis": True} if platform == "cpu" else None
+    if platform != "cpu":
+        return None
+    several = start_up.cpu_cores() > 1
+    return {"xla_cpu_copy_insertion_use_region_analysis": True, "xla_cpu_multi_thread_eigen": several}
 
 
 def compiled_step(experiment: Experiment) -> Step:
