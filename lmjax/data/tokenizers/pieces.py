@@ -44,7 +44,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.endoftext = _end_symbol(self.processor, endoftext, name)
         self.endoftext_id = self.processor.piece_to_id(self.endoftext)
         self.unknown_id = self.processor.unk_id()
-        self._marker_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARKER.encode()]
+        byte_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._spells_bytes = all(map(self.processor.is_byte, byte_ids))
+        self._marker_ids = [byte_ids[byte] for byte in _MARKER.encode()]
         probe = self.processor.encode(_PROBE)
         spelled = self.decode_bytes(probe)
         self.prefix = b" " if spelled == b" " + self.processor.decode(probe).encode("utf-8") else b""
@@ -62,7 +64,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         ids = self._encode_between_cuts(text)
-        if self.unknown_id in ids and not self.replaces_unknown:
+        if not (self._spells_bytes or self.replaces_unknown) and self.unknown_id in ids:
             raise DataError(
                 f"character {self._first_unknown(text)!r} is unknown to the tokenizer; "
                 "use a model with byte fallback (kinds bpe and unigram have it)"
