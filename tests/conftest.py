@@ -116,7 +116,10 @@ def cfgs() -> dict[str, ModelConfig]:
     return FAMILIES
 
 
-@pytest.fixture(params=FAMILIES)
+REPEATED = ("gpt2", "qwen2", "qwen3")  # what is in them is in others, too
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in REPEATED else name for name in FAMILIES])
 def cfg(request: pytest.FixtureRequest) -> ModelConfig:
     """Each family in turn."""
     return FAMILIES[request.param]
