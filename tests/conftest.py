@@ -1,5 +1,6 @@
 """What every test may use: one tiny config for each family of decoders that one ModelConfig spans."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -152,19 +153,25 @@ def exported_stories(stories: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def on_eight_devices() -> Callable[..., None]:
     """Run the tests of a file in a process of its own: jax fixes its devices when it starts."""
+    return functools.partial(run_file, {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"})
 
-    def run(file: Path, *arguments: str) -> None:
-        result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-n0", "--durations=5", str(file), *arguments],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
-            capture_output=True,
-            text=True,
-            timeout=3600,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
 
-    return run
+@pytest.fixture
+def with_xla_as_it_is() -> Callable[..., None]:
+    """The same without the tests' own XLA_FLAGS, which are fixed then, too."""
+    return functools.partial(run_file, {"XLA_FLAGS": ""})
+
+
+def run_file(environment: dict[str, str], file: Path, *arguments: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n0", "--durations=5", str(file), *arguments],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
