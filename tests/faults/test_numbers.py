@@ -84,7 +84,7 @@ def test_without_it_nothing_is_left_out(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_bit_that_flips_in_one_copy_is_found_and_the_device_named(corpus: Path, tmp_path: Path) -> None:
-    devices = {"JAX_NUM_CPU_DEVICES": "4"}
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     words = ("--config.train.check_replicas=3", "--config.checkpoint.every=100", "--config.model.vocab=264")
     result = train(corpus, tmp_path / "run", *words, LMJAX_FAULTS="flip@step:4", **devices)
     result.refused(5, "step 6", "on device 3 of process 0 differs from the others")
@@ -93,7 +93,7 @@ def test_a_bit_that_flips_in_one_copy_is_found_and_the_device_named(corpus: Path
 
 @pytest.mark.slow
 def test_copies_are_compared_before_they_are_saved(corpus: Path, tmp_path: Path) -> None:
-    devices = {"JAX_NUM_CPU_DEVICES": "2"}
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     words = ("--config.train.check_replicas=100", "--config.model.vocab=264")
     result = train(corpus, tmp_path / "run", *words, LMJAX_FAULTS="flip@step:6", **devices)
     result.refused(5, "step 8", "on device 0 of process 0, device 1 of process 0 differs from each other")
