@@ -59,11 +59,12 @@ params = jax.tree.map(lambda w: 2 * w, initialize(model.spec, jax.random.key(0))
 prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
 settings = GenerateConfig(tokens=6, temperature=0)
 found = generate_ids(model, params, prompts, settings, endoftext=30, vocab=31, stops=(-1,))
+logits = jax.jit(model.logits)
 for prompt, ids in zip(prompts, found):
-    row = [*prompt]
-    for token in ids:
-        assert token == int(jnp.argmax(model.logits(params, jnp.array([row]))[0, -1])), (prompt, ids)
-        row.append(token)
+    row = np.zeros((1, 12), np.int32)
+    row[0, : len(prompt) + len(ids)] = prompt + ids
+    likeliest = np.argmax(logits(params, row)[0], axis=-1)
+    assert list(likeliest[len(prompt) - 1 :][: len(ids)]) == ids, (prompt, ids)
 tokens_BT = jnp.zeros((1, 8), jnp.int32)
 forward = program_flops(lambda params: model.logits(params, tokens_BT), params)
 assert forward == 2 * count(model.spec).matmul * 8 + model.mixing_flops(8, causal=False), forward

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SHORT = ["--config.train.steps=60", "--config.optimizer.schedule.warmup=5", "--config.train.evaluate_every=30"]
 
 
-def test_the_quickstart_trains_evaluates_samples_and_reports(tmp_path: Path) -> None:
+def test_the_quickstart_trains_evaluates_samples_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user's machine runs it: without the XLA flags of the tests."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     config, workdir = ROOT / "configs" / "quickstart.py", tmp_path / "run"
     command = [sys.executable, "-m", "lmjax", "train", f"--config={config}", f"--workdir={workdir}", *SHORT]
     output = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

@@ -144,7 +144,7 @@ with jax.set_mesh(mesh):
 
 def test_on_a_mesh() -> None:
     """Weights, rows and tokens of a row are spread over devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     program = MESH_PROGRAM.format(folder=os.path.dirname(__file__))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

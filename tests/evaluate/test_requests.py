@@ -349,7 +349,7 @@ print(json.dumps([found, t.continuations(spread._replace(batch=6), t.PROMPTS, t.
 
 def test_on_a_mesh() -> None:
     """Weights, rows and tokens of a row are spread over devices; the batch is not a multiple of theirs."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     program = MESH_PROGRAM.format(folder=os.path.dirname(__file__))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

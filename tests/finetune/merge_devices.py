@@ -20,5 +20,6 @@ def test_each_device_holds_an_eighth_of_every_matrix() -> None:
 
 
 def test_it_is_written() -> None:
-    merge(TUNED, str(OUT / "eight"), layout="fsdp")
-    to_hf(TUNED, str(OUT / "eight-hf"), step=None, dtype="float32", shard_bytes=1 << 30, layout="fsdp")
+    for name, layout in (("one", "dp"), ("eight", "fsdp")):
+        merge(TUNED, str(OUT / name), layout=layout)
+        to_hf(TUNED, str(OUT / f"{name}-hf"), step=None, dtype="float32", shard_bytes=1 << 30, layout=layout)

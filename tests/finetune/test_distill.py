@@ -115,15 +115,15 @@ def test_the_loss_is_what_its_formula_says(place: Path) -> None:
 
     teacher = load_trained(place / "teacher")
     places = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
-    ours_BTV = task.language.scorer.logits(state.params, batch.tokens_BT, **places)
-    theirs_BTV = teacher.scorer.logits(teacher.params, batch.tokens_BT, **places)
+    ours_BTV = jax.jit(task.language.scorer.logits)(state.params, batch.tokens_BT, **places)
+    theirs_BTV = jax.jit(teacher.scorer.logits)(teacher.params, batch.tokens_BT, **places)
     log_p, log_q = (np.asarray(jax.nn.log_softmax(x / 2.0), np.float64) for x in (theirs_BTV, ours_BTV))
     far = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * batch.weights_BT).sum()
     labels_BTV = np.asarray(jax.nn.log_softmax(ours_BTV), np.float64)
     nll = -(np.take_along_axis(labels_BTV, batch.targets_BT[..., None], -1)[..., 0] * batch.weights_BT).sum()
     np.testing.assert_allclose(metrics["divergence"], (far, batch.weights_BT.sum()), rtol=1e-4)
     np.testing.assert_allclose(metrics["loss"], (nll, batch.weights_BT.sum()), rtol=1e-4)
-    minimized, _ = task.objective.loss(state.params, frozen, batch, keys_B, state.hyper)
+    minimized, _ = jax.jit(task.objective.loss)(state.params, frozen, batch, keys_B, state.hyper)
     np.testing.assert_allclose(minimized, 0.7 * 4 * far + 0.3 * nll, rtol=1e-4)
 
 
@@ -202,11 +202,11 @@ def test_a_checkpoint_of_hugging_face_teaches(place: Path, tmp_path: Path, monke
     tokens = torch.tensor(batch.tokens_BT[0][first_T][None].astype(np.int64))
     log_p = torch.log_softmax(theirs(tokens).logits[0].double(), -1).detach().numpy()
     places = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
-    ours_BTV = task.language.scorer.logits(state.params, batch.tokens_BT, **places)
+    ours_BTV = jax.jit(task.language.scorer.logits)(state.params, batch.tokens_BT, **places)
     log_q = np.asarray(jax.nn.log_softmax(ours_BTV[0]), np.float64)[first_T]
     weights_T = batch.weights_BT[0] * first_T
     alone = dataclasses.replace(batch, weights_BT=batch.weights_BT * 0 + np.pad(weights_T[None], ((0, 3), (0, 0))))
-    _, metrics = task.objective.loss(state.params, frozen, alone, None, state.hyper)
+    _, metrics = jax.jit(task.objective.loss)(state.params, frozen, alone, None, state.hyper)
     expected = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * weights_T[first_T]).sum()
     np.testing.assert_allclose(metrics["divergence"], (expected, weights_T.sum()), rtol=1e-4)
 

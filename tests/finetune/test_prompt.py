@@ -27,7 +27,7 @@ def test_a_prompt_is_more_tokens_in_a_larger_table(family: str) -> None:
     swapped = {**base, "embed": table_VD.at[start_P].add(moved_PD)}
     texts_BT = np.where(np.isin(tokens_BT, start_P), 1, tokens_BT)
     assert 1 not in start_P
-    x_BTD = model.hidden(swapped, jnp.asarray(np.concatenate([np.tile(start_P, (2, 1)), texts_BT], axis=1)))[0]
+    x_BTD = jax.jit(model.hidden)(swapped, np.concatenate([np.tile(start_P, (2, 1)), texts_BT], axis=1))[0]
     whole_BTV = model.unembed(model.head(base), x_BTD)  # a head that is tied keeps the table that it had
     np.testing.assert_allclose(logits(model, weights, texts_BT), whole_BTV[:, P:], rtol=0, atol=1e-5)
 

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -91,7 +90,14 @@ def test_it_is_stopped_and_resumed_to_the_same_bits(tuned: Path, train: Train, b
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind not in IN_FRONT])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind == "dora" else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ADAPTERS
+        if kind not in IN_FRONT
+    ],
+)
 def test_after_a_kill_it_ends_with_the_same_bits(kind: str, train: Train, base: Path) -> None:
     """A kill after step 5 leaves the checkpoints up to step 4, whatever else was written."""
     whole, killed = (base.parent / f"{kind}-{name}" for name in ("whole", "killed"))
@@ -229,11 +235,10 @@ def test_what_stands_on_weights_that_were_drawn_anew_is_no_adapter_of_the_base(b
 
 
 def test_eight_devices_merge_to_the_bits_of_one(
-    tuned: Path, base: Path, train: Train, tmp_path: Path, on_eight_devices: Callable[..., None], monkeypatch: Any
+    tuned: Path, tmp_path: Path, on_eight_devices: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And write the same files for transformers."""
-    merge(str(tuned), str(tmp_path / "one"))
-    to_hf(str(tuned), str(tmp_path / "one-hf"), step=None, dtype="float32", shard_bytes=1 << 30)
+    monkeypatch.setenv("XLA_FLAGS", "")  # not the tests' own, whose rounding depends on what a device holds
     monkeypatch.setenv("LMJAX_TUNED", str(tuned))
     monkeypatch.setenv("LMJAX_OUT", str(tmp_path))
     on_eight_devices(Path(__file__).parent / "merge_devices.py")

@@ -112,12 +112,13 @@ def test_the_rest_counts_as_one_token_and_gradients_are_those_of_torch(name: str
 def test_what_is_stored_is_what_the_teacher_says(place: Path) -> None:
     """Of every sample, under the number by which training reads it, as its own logits have it."""
     task, teacher, store = distill(asking(place)), load_trained(place / "teacher"), Store(epath.Path(place / "said"))
+    logits = jax.jit(teacher.scorer.logits)
     assert task.source is not None and store.manifest.samples == SAMPLES
     for first in (0, 20):
         batch = next(iter(task.source(rows=np.arange(4), at=first)))
         said = store.read(first + np.arange(4))
         places = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
-        logits_BTV = teacher.scorer.logits(teacher.params, batch.tokens_BT, **places)
+        logits_BTV = logits(teacher.params, batch.tokens_BT, **places)
         log_p = np.asarray(jax.nn.log_softmax(logits_BTV), np.float64)[batch.segments_BT >= 0]
         tokens, logp = (np.asarray(x)[batch.segments_BT >= 0] for x in said)
         np.testing.assert_allclose(np.take_along_axis(log_p, tokens, -1), logp[:, :-1], rtol=2e-3, atol=2e-3)

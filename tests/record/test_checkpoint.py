@@ -553,7 +553,7 @@ MESHES = textwrap.dedent("""
 
 
 def test_any_mesh_restores_onto_any_other_with_the_same_content_hash(tmp_path: Path) -> None:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     done = subprocess.run(
         [sys.executable, "-c", MESHES, str(tmp_path)], env=environment, capture_output=True, text=True
     )

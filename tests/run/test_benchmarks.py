@@ -102,7 +102,7 @@ def test_benchmarks_at_a_pace_of_their_own(trained: Path, corpus: Path, data: Pa
 def test_eight_devices_answer_what_one_does(trained: Path, corpus: Path, data: Path) -> None:
     """Benchmarks of a run whose weights and rows are spread over a mesh."""
     settings = [*SETTINGS, f"train.evaluations.data={data}", "train.microbatches=1", "mesh.fsdp=4"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     flags = [f"--config={CONFIG}:{corpus}", f"--workdir={corpus / 'spread'}", *(f"--config.{one}" for one in settings)]
     command = [sys.executable, "-m", "lmjax", "train", *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
