@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -241,14 +242,14 @@ class Vote:
 
 
 def run(program: Callable[..., Any], *arguments: Any) -> Any:
-    """What a program returns. On a CPU it has run by then, and that this process waited for it is counted."""
+    """What a program returns. On a CPU it has run by then, and that this thread waited for it is counted."""
     import jax
 
     if jax.default_backend() != "cpu":
         return program(*arguments)
     begin = time.monotonic()
     result = jax.block_until_ready(program(*arguments))
-    _waited[0] += time.monotonic() - begin
+    _count_waiting(begin)
     return result
 
 
@@ -259,16 +260,20 @@ def wait_on_cpu(result: Any) -> Any:
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         begin = time.monotonic()
         jax.block_until_ready(result)
-        _waited[0] += time.monotonic() - begin
+        _count_waiting(begin)
     return result
 
 
-_waited = [0.0]
+_waiting = threading.local()  # runs may train side by side, each in a thread
+
+
+def _count_waiting(begin: float) -> None:
+    _waiting.seconds = waited() + time.monotonic() - begin
 
 
 def waited() -> float:
-    """How many seconds this process has waited for programs on a CPU since it started."""
-    return _waited[0]
+    """How many seconds this thread has waited for programs on a CPU since it started."""
+    return getattr(_waiting, "seconds", 0.0)
 
 
 _LOST = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|nccl|connection|heartbeat", re.IGNORECASE)

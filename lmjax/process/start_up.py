@@ -93,7 +93,8 @@ def configure_jax(directory: str | None = None) -> None:
 
 
 def run_in_turn() -> None:
-    """On a CPU, a call of a program returns when it has run; call it before the first program.
+    """On a CPU that is one device, a call of a program returns when it has run (on several, `group.run` waits for it).
+    Call this before the first program.
 
     JAX would return at once, and take the next step's temporary memory while the last step still has its own: two or
     three blocks where one serves. There is no device that would stand idle meanwhile.

@@ -6,7 +6,7 @@ import pytest
 from lmjax.models import linear as module
 from lmjax.models.linear import linear
 
-SHAPES = [(6, 10), (10, 6)]
+SHAPES = [(6, 10), (10, 6), (8, 16), (16, 16)]
 
 
 def product(x: jax.Array, w: jax.Array, rows_out: bool) -> jax.Array:

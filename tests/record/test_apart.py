@@ -1,5 +1,7 @@
 """Copies that no step changes, on pages that the system has back."""
 
+import errno
+import mmap
 import subprocess
 import sys
 import textwrap
@@ -13,7 +15,7 @@ from lmjax.process import start_up
 from lmjax.record import apart
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (1 << 9, 1 << 10)])
+@pytest.mark.parametrize("shape", [(), (3,), (1 << 10, 1 << 10)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_])
 def test_copies_are_equal_and_elsewhere(shape: tuple[int, ...], dtype) -> None:
     array = jax.random.normal(jax.random.key(0), shape).astype(dtype)
@@ -21,6 +23,22 @@ def test_copies_are_equal_and_elsewhere(shape: tuple[int, ...], dtype) -> None:
     assert copy.dtype == array.dtype and copy.sharding == array.sharding
     assert copy.unsafe_buffer_pointer() != array.unsafe_buffer_pointer()
     np.testing.assert_array_equal(np.asarray(copy), np.asarray(array))
+
+
+def test_shards_stay_on_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "_LARGE", 0)
+    device = jax.devices()[-1]
+    (copy,) = apart.apart({"x": jax.device_put(jnp.arange(6.0), device)}).values()
+    assert copy.devices() == {device} and copy.tolist() == list(range(6))
+
+
+def test_a_kernel_without_huge_pages_saves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(apart.mmap, "mmap", type("Pages", (mmap.mmap,), {"madvise": refused}))
+    array = jnp.arange(1 << 19, dtype=jnp.float32)
+    np.testing.assert_array_equal(np.asarray(apart.apart({"x": array})["x"]), np.asarray(array))
 
 
 RETURNED = """

@@ -523,10 +523,12 @@ MESHES = textwrap.dedent("""
     import sys
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
+    from lmjax.record import apart
     from lmjax.record.checkpoint import Checkpoints
     from lmjax.record.config import CheckpointConfig
     from lmjax.record.inspect import inspect
 
+    apart._LARGE = 0  # small arrays as large ones are
     tree = {"w": np.random.default_rng(0).random((16, 12), np.float32), "b": np.arange(8, dtype=np.int32),
             "count": np.int32(7)}
     hashes = set()
