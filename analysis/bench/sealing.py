@@ -59,6 +59,7 @@ class Loop:
         self.state = assemble.initial_state(experiment)
         self.megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / 1e6
         self.seconds()  # which compiles
+        start_up.give_back_memory()  # as a run does, here and after a save
 
     def seconds(self) -> float:
         begin = time.perf_counter()
@@ -69,6 +70,7 @@ class Loop:
     def save(self, checkpoints: Checkpoints, number: int, quiet: float, quiet_cpu: float) -> Save:
         begin, cpu = time.perf_counter(), time.process_time()
         checkpoints.save(number, self.state, {})
+        start_up.give_back_memory()
         blocked, taken = time.perf_counter() - begin, []
         while checkpoints.sealed_step != number:
             taken.append(self.seconds())
