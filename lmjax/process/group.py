@@ -249,7 +249,7 @@ def run(program: Callable[..., Any], *arguments: Any) -> Any:
         return program(*arguments)
     begin = time.monotonic()
     result = jax.block_until_ready(program(*arguments))
-    _count_waiting(begin)
+    _waiting.seconds = waited() + time.monotonic() - begin
     return result
 
 
@@ -257,18 +257,10 @@ def wait_on_cpu(result: Any) -> Any:
     """Block until a program on several CPU devices is done, before the next is sent off; elsewhere do nothing."""
     import jax
 
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        begin = time.monotonic()
-        jax.block_until_ready(result)
-        _count_waiting(begin)
-    return result
+    return run(lambda: result) if jax.device_count() > 1 else result
 
 
 _waiting = threading.local()  # runs may train side by side, each in a thread
-
-
-def _count_waiting(begin: float) -> None:
-    _waiting.seconds = waited() + time.monotonic() - begin
 
 
 def waited() -> float:

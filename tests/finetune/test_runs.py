@@ -235,13 +235,19 @@ def test_what_stands_on_weights_that_were_drawn_anew_is_no_adapter_of_the_base(b
 
 
 def test_eight_devices_merge_to_the_bits_of_one(
-    tuned: Path, tmp_path: Path, on_eight_devices: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    tuned: Path,
+    tmp_path: Path,
+    on_eight_devices: Callable[..., None],
+    with_xla_as_it_is: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And write the same files for transformers."""
     monkeypatch.setenv("XLA_FLAGS", "")  # not the tests' own, whose rounding depends on what a device holds
     monkeypatch.setenv("LMJAX_TUNED", str(tuned))
     monkeypatch.setenv("LMJAX_OUT", str(tmp_path))
-    on_eight_devices(Path(__file__).parent / "merge_devices.py")
+    file = Path(__file__).parent / "merge_devices.py"
+    with_xla_as_it_is(file, "-k", "test_it_is_written")
+    on_eight_devices(file)
     one, eight = (inspect(tmp_path / name, hashes=True)["hashes"] for name in ("one", "eight"))
     assert one == eight
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one-hf", "eight-hf")]
