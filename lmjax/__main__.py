@@ -27,6 +27,7 @@ from lmjax.names import names_in
 from lmjax.process import ending, start_up
 
 LAYOUTS = names_in("lmjax.devices.mesh", "LAYOUTS")
+IN_FEWER_BITS = ("bfloat16", "int8")
 SPREAD = "how weights are spread over several devices; default: as the run's mesh says"
 
 # Arguments --------------------------------------------------------------------------------------------------------
@@ -196,6 +197,7 @@ def _prepare_arguments(sub: Parser) -> None:
 def _evaluate_arguments(sub: Parser) -> None:
     sub.add_argument("--workdir", help="a trained run")
     sub.add_argument("--step", type=int, help="default: the newest checkpoint")
+    sub.add_argument("--weights", choices=IN_FEWER_BITS, help="multiply in fewer bits; --against has all of them")
     sub.add_argument("--data", action="append", metavar="DIR", help="prepared data set(s); default: the run's own")
     sub.add_argument("--split", default="valid", choices=["train", "valid"])
     sub.add_argument("--batch", type=count, default=16, help="rows at a time; changes speed, not results")
@@ -274,11 +276,7 @@ def _generate_arguments(sub: Parser) -> None:
     sub.add_argument("--min-p", type=float, default=0.0)
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
     sub.add_argument("--beams", type=int, default=1, help="more than 1: beam search")
-    sub.add_argument(
-        "--weights",
-        choices=("bfloat16", "int8"),
-        help="multiply in fewer bits; default: as in training",
-    )
+    sub.add_argument("--weights", choices=IN_FEWER_BITS, help="multiply in fewer bits; default: as in training")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--ignore-endoftext", action="store_true", help="go on after the end of a document")
 

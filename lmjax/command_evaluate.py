@@ -50,7 +50,7 @@ def _kind(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
 def _on_prepared_data(arguments: argparse.Namespace) -> int:
     from lmjax.run.trained import data_of, described, evaluate_trained, load_trained
 
-    trained = load_trained(arguments.workdir, arguments.step)
+    trained = load_trained(arguments.workdir, arguments.step, arguments.weights)
     results = evaluate_trained(
         trained,
         arguments.data or data_of(trained, arguments.workdir),
@@ -62,8 +62,9 @@ def _on_prepared_data(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({path: dataclasses.asdict(result) for path, result in results.items()}, indent=1))
         return 0
+    bits = f", {arguments.weights}" if arguments.weights else ""
     for path, result in results.items():
-        print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}")
+        print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}{bits}")
         print("\n".join(described(result, cut=arguments.documents == "cut")))
     return 0
 
@@ -76,7 +77,7 @@ def _on_benchmarks(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("tasks", "shots", "seed", "tokens", "temperature", "toxicity")}
     given = {name: value for name, value in given.items() if value is not None}
     cfg = validated(EvaluationsConfig, given | {"limit": arguments.limit, "data": arguments.task_data}, "--")
-    run = benchmarks.Run(arguments.workdir, arguments.step)
+    run = benchmarks.Run(arguments.workdir, arguments.step, arguments.weights)
     rows = {"batch": arguments.batch, "seq_len": arguments.seq_len}
     if arguments.perturb:
         return _shown_with_page(arguments, benchmarks.perturb(run, cfg, arguments.perturb, **rows))
@@ -89,7 +90,7 @@ def _on_memorized_text(arguments: argparse.Namespace) -> int:
     from lmjax.run import benchmarks
 
     outcome = benchmarks.memorized(
-        benchmarks.Run(arguments.workdir, arguments.step),
+        benchmarks.Run(arguments.workdir, arguments.step, arguments.weights),
         arguments.data,
         Lengths(*arguments.memorized),
         count=arguments.limit or _PREFIXES,
@@ -118,7 +119,7 @@ def _on_harness(arguments: argparse.Namespace) -> int:
     from lmjax.run import benchmarks
     from lmjax.run.trained import load_trained
 
-    trained = load_trained(arguments.workdir, arguments.step)
+    trained = load_trained(arguments.workdir, arguments.step, arguments.weights)
     with contextlib.redirect_stdout(sys.stderr):  # it reports its progress
         outcome = harness.evaluate(
             benchmarks.scorer(trained, batch=arguments.batch, seq_len=arguments.seq_len),
@@ -168,7 +169,7 @@ class _Kind(NamedTuple):
     """Flags that not all kinds read."""
 
 
-_TASK_FLAGS = ("workdir", "shots", "limit", "requests")
+_TASK_FLAGS = ("workdir", "weights", "shots", "limit", "requests")
 _KINDS: tuple[_Kind, ...] = (
     _Kind(
         "benchmarks",
@@ -178,7 +179,7 @@ _KINDS: tuple[_Kind, ...] = (
     ),
     _Kind("the harness's tasks", "harness", _on_harness, ("harness", "include_path", *_TASK_FLAGS)),
     _Kind("text that it may have memorized", "memorized", _on_memorized_text,
-          ("memorized", "workdir", "data", "limit", "requests", "page")),
+          ("memorized", "workdir", "weights", "data", "limit", "requests", "page")),
     _Kind("texts", "texts", _on_texts, ("texts", "references", "toxicity", "requests", "page")),
-    _Kind("prepared data", None, _on_prepared_data, ("workdir", "data", "documents")),
+    _Kind("prepared data", None, _on_prepared_data, ("workdir", "weights", "data", "documents")),
 )  # fmt: skip

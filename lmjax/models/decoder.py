@@ -62,7 +62,7 @@ def build(cfg: ModelConfig, *, microbatches: int | None = None) -> Model:
         unembed=functools.partial(unembed, spec=spec, cfg=cfg),
         start=functools.partial(start, cfg=cfg),
         scalars=config_scalars(cfg),
-        head=functools.partial(head, spec, names=("embed",) if cfg.tied else ("unembed",)),
+        head=functools.partial(head, spec),
         empty_cache=functools.partial(empty_cache, spec=spec, cfg=cfg),
         unstack=functools.partial(unstack, spec=spec, cfg=cfg),
         mixing_flops=functools.partial(mixing_flops, cfg),

@@ -81,7 +81,9 @@ def cast(weight: Weight, w: jax.Array, dtype: str) -> jax.Array:
     return w.astype(dtype) if (weight.kind == "matmul" or weight.tied) and not weight.float32 else w
 
 
-def head(spec: Spec, params: Params, names: tuple[str, ...]) -> Params:
-    """The top-level weights of these names as arrays, or compounds of arrays, not yet gathered: a loss gathers them
-    once for all its chunks."""
-    return {name: each_array(lambda _, w: w, spec[name], params[name]) for name in names}
+def head(spec: Spec, params: Params) -> Params:
+    """The weight that `unembed` reads as an array, or a compound of arrays, not yet gathered: a loss gathers it once
+    for all its chunks."""
+    name = "unembed" if "unembed" in params else "embed"
+    declared = name if name in spec else "embed"  # a tied head may be laid out apart: generate/small.py
+    return {name: each_array(lambda _, w: w, spec[declared], params[name])}

@@ -18,10 +18,11 @@ from lmjax.train.config import EvaluationsConfig
 
 
 class Run(NamedTuple):
-    """A work directory, and which of its checkpoints (default: the newest)."""
+    """A work directory, which of its checkpoints (default: the newest), and in which bits its matrices are taken."""
 
     workdir: epath.PathLike
     step: int | None = None
+    weights: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -130,4 +131,4 @@ def judge(texts: epath.PathLike, references: epath.PathLike | None, toxicity: ep
 
 
 def _name(run: Run, trained: Trained) -> str:
-    return f"{run.workdir}, step {trained.step}"
+    return ", ".join([str(run.workdir), f"step {trained.step}", *([run.weights] if run.weights else [])])

@@ -16,6 +16,7 @@ from lmjax.devices.place import use_mesh
 from lmjax.errors import ConfigError
 from lmjax.evaluate.likelihood import Evaluation
 from lmjax.evaluate.splits import Documents, evaluate_documents, evaluate_split
+from lmjax.generate.small import small_weights
 from lmjax.models.model import Model
 from lmjax.record import checkpoint
 from lmjax.registry import without_data
@@ -37,11 +38,18 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_trained(workdir: epath.PathLike, step: int | None = None, *, mesh: jax.sharding.Mesh | None = None) -> Trained:
+def load_trained(
+    workdir: epath.PathLike,
+    step: int | None = None,
+    bits: str | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Trained:
     """The model of a work directory with the weights of a checkpoint (default: the newest), on one device, or spread
-    over a mesh.
+    over a mesh; on one device perhaps with its matrices in fewer bits, by a name of generate/small.py.
 
-    Raises ConfigError where no language model was trained, and what reading the checkpoint and the tokenizer does.
+    Raises ConfigError where no language model was trained, what reading the checkpoint and the tokenizer does, and what
+    `small_weights` does.
     """
     workdir = epath.Path(workdir)
     cfg = from_json(workdir / "config.json")
@@ -59,6 +67,8 @@ def load_trained(workdir: epath.PathLike, step: int | None = None, *, mesh: jax.
             frozen = base.weights(jax.random.key(cfg.train.seed), task.objective.scalars, laid_out)
     language, tokenizer = task.language, load_tokenizer(workdir / "tokenizer")
     weights = language.weights(frozen, params)
+    if bits is not None:
+        weights = small_weights(language.model, weights, bits)
     return Trained(cfg, language.model, language.scorer, weights, tokenizer, found)
 
 

@@ -85,6 +85,15 @@ def test_every_family_decodes_nearly_as_in_float32(cfg: ModelConfig, bits: str) 
     assert segments >= 4 * sum(len(period) for period, _ in cfg.segments)  # attention's, at least
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llama3"])  # with a tied head, and with one of its own
+def test_texts_are_scored_by_the_weights_that_write_them(cfgs: dict[str, ModelConfig], family: str) -> None:
+    model = decoder.build(cfgs[family])
+    small, texts_BT = small_weights(model, random_params(model.spec), "int8"), random_texts()
+    assert count(model.head(small)) == 1
+    written_BSV = stepwise_logits(model, small, texts_BT)
+    assert away(whole_logits(model, small, texts_BT), written_BSV) < AWAY["int8"] / 10
+
+
 @pytest.mark.parametrize(
     "kind", [kind if kind in ("lora", "prefix") else pytest.param(kind, marks=pytest.mark.slow) for kind in ADAPTERS]
 )

@@ -126,6 +126,22 @@ def test_a_model_does_not_differ_from_itself(trained: Path, data: Path, capsys: 
     assert found["mcnemar"]["acc"] == {"first_only": 0, "second_only": 0, "p": 1.0}
 
 
+def test_fewer_bits_beside_all_of_them(trained: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    """What they cost, in likelihood and question by question; the other run has all of its bits."""
+    exact, *small = (
+        next(iter(asked(capsys, f"--workdir={trained}", *more).values()))
+        for more in ((), ("--weights=bfloat16",), ("--weights=int8",))
+    )
+    away = [abs(one["loss"] - exact["loss"]) for one in small]
+    assert away[0] > 0 and 0 < away[1] < 0.02 * exact["loss"]
+    assert {one["digest"] for one in small} == {exact["digest"]}
+    options = (f"--workdir={trained}", "--tasks=piqa", f"--task-data={data}")
+    alone, beside = asked(capsys, *options), asked(capsys, *options, "--weights=int8", f"--against={trained}")
+    assert beside["piqa"]["against"] == alone["piqa"]["metrics"] != beside["piqa"]["metrics"]
+    with pytest.raises(ConfigError, match="--weights is not read by an evaluation on texts"):
+        evaluate(f"--texts={trained / 'config.json'}", "--weights=int8")
+
+
 def test_two_checkpoints_side_by_side(trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = (f"--workdir={trained}", "--step=6", "--tasks=piqa", f"--task-data={data}", f"--against={trained}")
     assert evaluate(*options, f"--requests={tmp_path / 'said.jsonl'}") == 0
