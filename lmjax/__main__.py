@@ -200,7 +200,7 @@ def _evaluate_arguments(sub: Parser) -> None:
     sub.add_argument("--weights", choices=IN_FEWER_BITS, help="multiply in fewer bits; --against has all of them")
     sub.add_argument("--data", action="append", metavar="DIR", help="prepared data set(s); default: the run's own")
     sub.add_argument("--split", default="valid", choices=["train", "valid"])
-    sub.add_argument("--batch", type=count, default=16, help="rows at a time; changes speed, not results")
+    sub.add_argument("--batch", type=count, default=16, help="rows at a time; changes speed, and what --weights rounds")
     sub.add_argument("--seq-len", type=count, help="default: as in training")
     sub.add_argument(
         "--documents",

@@ -1,4 +1,5 @@
-"""Matrices in fewer bits, for decoding, where a token takes as long as reading all weights once.
+"""Matrices in fewer bits, for decoding, where a token takes as long as reading all weights once; texts are scored by
+them to say what they cost.
 
 Both factors of a product are in fewer bits, so that processors multiply them as they are, without making floats of the
 weights first. Sums are kept in float32, those of 8 bits in integers, exact.
@@ -106,7 +107,7 @@ def bfloat16_matrix(weight: Weight, w: jax.Array) -> BFloat16Matrix:
 
 
 MATRICES: dict[str, Callable[[Weight, jax.Array], Any]] = {"bfloat16": bfloat16_matrix, "int8": int8_matrix}
-"""By the names that `GenerateConfig.weights` takes."""
+"""By the names that `GenerateConfig.weights` and `load_trained` take."""
 
 
 def small_weights(model: Model, params: Params, name: str) -> Params:

@@ -351,7 +351,8 @@ def scanned(
 
 def unembed(params: Params, x: jax.Array, *, spec: Spec, cfg: ModelConfig) -> jax.Array:
     """x[..., D] -> float32 logits[..., V]. On a mesh `params` are gathered."""
-    # A tied head is declared as "embed". Its params may have an "unembed" all the same: `unstack` makes one on CPU.
+    # A tied head is declared as "embed". Its params may have an "unembed" all the same: `unstack` makes one on a CPU,
+    # and `small_weights` one in fewer bits.
     weight: Weight = spec["embed" if cfg.tied else "unembed"]
     name = "unembed" if "unembed" in params else "embed"
     w = each_array(functools.partial(cast, dtype=cfg.dtype), weight, params[name])
