@@ -97,12 +97,16 @@ def log_params_gradient(surface: Surface, flops: float) -> np.ndarray:
 def standard_errors(surface: Surface, params, tokens, target: float, noise_sd: float) -> tuple[float, float]:
     """Delta-method standard errors of the exponent a and of ln N*(`target`) from a fit to these cells.
 
-    Infinite where the cells cannot tell the surface's parameters apart.
+    Infinite where the cells cannot tell the surface's parameters apart, and with so little noise that what is known
+    beforehand (PRIOR_SD) is lost in rounding beside them.
     """
     information = _information(loss_gradient(surface, params, tokens), noise_sd)
     # In units of its own diagonal the matrix can be inverted even when the cells hardly tell parameters apart.
     scale = np.sqrt(np.diag(information))
-    inverse = np.linalg.inv(information / np.outer(scale, scale))
+    information /= np.outer(scale, scale)
+    if np.linalg.matrix_rank(information, hermitian=True) < len(information):
+        return np.inf, np.inf
+    inverse = np.linalg.inv(information)
     gradients = exponent_gradient(surface) / scale, log_params_gradient(surface, target) / scale
     variances = [float(c @ inverse @ c) for c in gradients]
     # Rounding can leave nothing, or less, of what such cells know.

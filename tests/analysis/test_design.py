@@ -64,6 +64,13 @@ def test_the_delta_method_predicts_the_simulated_spread():
     assert np.log(surfaces.optimum(TARGET)[0]).std() == pytest.approx(promised[1], rel=0.12)
 
 
+def test_cells_that_tell_nothing_apart_leave_everything_open():
+    """However linear algebra rounds: two sizes, without noise beside which what is known beforehand would count."""
+    n, d = (x.ravel() for x in np.meshgrid([1e8, 1e9], np.geomspace(1e9, 1e11, 5)))
+    assert standard_errors(EPOCH, n, d, TARGET, 1e-9) == (np.inf, np.inf)
+    assert np.isfinite(standard_errors(EPOCH, n, d, TARGET, NOISE)).all()
+
+
 def test_a_small_choice_is_the_best_of_all():
     """Six of ten cells, against every combination."""
     params = np.geomspace(1e8, 1e10, 10)
