@@ -27,7 +27,7 @@ from lmjax.names import names_in
 from lmjax.process import ending, start_up
 
 LAYOUTS = names_in("lmjax.devices.mesh", "LAYOUTS")
-IN_FEWER_BITS = ("bfloat16", "int8")
+IN_FEWER_BITS = names_in("lmjax.generate.small", "MATRICES")
 SPREAD = "how weights are spread over several devices; default: as the run's mesh says"
 
 # Arguments --------------------------------------------------------------------------------------------------------

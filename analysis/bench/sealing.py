@@ -84,8 +84,8 @@ class Loop:
         sealing = time.perf_counter() - begin - blocked
         used = time.process_time() - cpu - len(taken) * quiet_cpu
         self.later_steps += taken[1:]
-        later = [seconds - quiet for seconds in taken]  # none where the seal was there at once
-        return Save(blocked, sealing, sum(later), sum(later[:1]), used)
+        beyond = [seconds - quiet for seconds in taken]  # none where the seal was there at once
+        return Save(blocked, sealing, sum(beyond), sum(beyond[:1]), used)
 
 
 def main() -> None:
