@@ -268,6 +268,7 @@ def waited() -> float:
     return getattr(_waiting, "seconds", 0.0)
 
 
+_STATUS = re.compile(r"[A-Z_]+: ")  # as XLA's errors begin
 _LOST = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|nccl|connection|heartbeat", re.IGNORECASE)
 
 
@@ -276,8 +277,9 @@ def naming_lost_peers(doing: str) -> Iterator[None]:
     """Turns what JAX raises when another process is gone, or does not answer in time, into a StallError."""
     try:
         yield
-    except RuntimeError as error:
-        if _started is None or not _LOST.search(str(error)):
+    except (RuntimeError, ValueError) as error:  # an array whose program failed on its way is read with a ValueError
+        from_xla = isinstance(error, RuntimeError) or (type(error) is ValueError and _STATUS.match(str(error)))
+        if _started is None or not from_xla or not _LOST.search(str(error)):
             raise
         raise StallError(
             f"{doing}: another process is gone or stuck ({one_line(error, 200)}); what the first to end said is the "

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lmjax.errors import ConfigError
-from lmjax.process import cluster
+from lmjax.errors import ConfigError, StallError
+from lmjax.process import cluster, group
 from lmjax.process.cluster import Cluster, detect, listening_address, tpu_metadata
 from lmjax.record import inspect, steps
 from lmjax.record.checkpoint import Checkpoints
@@ -149,6 +149,25 @@ def test_a_tpu_vm_asks_the_metadata_server(metadata_server: str, monkeypatch: An
     assert detect(tpu_metadata(address)) == expected
     assert tpu_metadata(address | TPU) == tpu_metadata(address | FLAGS) == {}  # known already
     assert tpu_metadata({"GCE_METADATA_IP": "localhost:1"}) == {}  # not at Google
+
+
+GLOO = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:29102: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("raised", "lost"),
+    [
+        (RuntimeError("UNAVAILABLE: Socket closed"), True),
+        (ValueError(GLOO), True),  # what reads an array whose program failed
+        (ValueError("the connection of the residuals is unknown"), False),
+        (ConfigError("MESH: no connection"), False),
+        (RuntimeError("INTERNAL: out of registers"), False),
+    ],
+)
+def test_what_jax_raises_when_another_process_is_gone_is_no_bug(raised: Exception, lost: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(group, "_started", Cluster("localhost:1", 2, 0, "flags"))
+    with pytest.raises(StallError if lost else type(raised)), group.naming_lost_peers("training"):
+        raise raised
 
 
 # Together -------------------------------------------------------------------------------------------------------------
