@@ -18,7 +18,8 @@ from lmjax.data.prepare.prepare import prepare
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.load import load_tokenizer, saved_hash, train_tokenizer
 from lmjax.data.tokenizers.sections import SECTION_CHARS, sections
-from lmjax.data.tokenizers.tokenizer import ENDOFTEXT
+from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, bytes_table
+from lmjax.data.tokenizers.words import Words, crosses_words
 from lmjax.errors import DataError
 
 CODE = 'def f(x):\n\tif x:\n        return "<a> " + x\n\n\nclass A:\n    pass  # ▁ über\n'
@@ -139,6 +140,39 @@ def test_long_texts_have_the_tokens_that_the_library_gives(learned, kind, refere
     assert tokenizer.encode(text) == tokenizer.processor.encode(text)
     one_line = text.replace("\n", " ")
     assert tokenizer.encode(one_line) == tokenizer.processor.encode(one_line)
+
+
+WORDS = ["\n", "\t", " ", "    ", "def", "self", "é", "。漢", "\r", "\xa0", "):", "\0"]
+
+
+@given(text=st.one_of(any_text, st.lists(st.sampled_from(WORDS)).map("".join)))
+def test_byte_pairs_of_words_are_those_of_the_text(learned, text):
+    tokenizer = learned("bpe")
+    text = text.replace("\u2581", "")
+    assert tokenizer.encode(text) == tokenizer.processor.encode(text)
+    tokens, exact = tokenizer.tokens(text, np.uint16)
+    assert tokens.tolist() == [*tokenizer.encode(text), tokenizer.endoftext_id] and exact
+
+
+def test_pieces_that_cross_words():
+    assert not any(map(crosses_words, ["word", "  word", "   ", "\n", "\t", "):"]))
+    assert all(map(crosses_words, ["a b", "a ", " \n", "\n\n", "\tx", "a\n"]))
+
+
+def by_letters(words):
+    """Ids of letters, 9 for all but a to c."""
+    return [["abc".find(letter) % 10 for letter in word] for word in words]
+
+
+def test_a_word_is_encoded_once(monkeypatch):
+    asked = []
+    pieces = bytes_table([b"a", b"b", b"c", *[b""] * 6, b" "])
+    words = Words(lambda new: asked.append(new) or by_letters(new), pieces, np.uint16)
+    assert words.encode("ab ab c ab").tolist() == [0, 1, 9, 0, 1, 9, 2, 9, 0, 1]
+    assert words.encode(" c").tolist() == [9, 2] and asked == [["ab", " ab", " c"]]
+    monkeypatch.setattr("lmjax.data.tokenizers.words._ROOM", 0)
+    assert words.encode(" c").tolist() == [9, 2] and asked[1:] == [[" c"]]  # there was no room for more
+    assert words.encode("d") is None  # 9 is a space
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ GLOO = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:29102: Connectio
         (RuntimeError("INTERNAL: out of registers"), False),
     ],
 )
-def test_what_jax_raises_when_another_process_is_gone_is_no_bug(raised: Exception, lost: bool, monkeypatch: Any) -> None:
+def test_what_jax_raises_when_a_process_is_gone_is_no_bug(raised: Exception, lost: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(group, "_started", Cluster("localhost:1", 2, 0, "flags"))
     with pytest.raises(StallError if lost else type(raised)), group.naming_lost_peers("training"):
         raise raised

@@ -114,28 +114,15 @@ def encode_text(tokenizer: Tokenizer, unknown: Unknown, text: str) -> One:
     know, or to skip the text.
     """
     tokenizer.replaces_unknown = unknown == "replace"
-    utf8 = text.encode("utf-8")
+    n_bytes, dtype = len(text.encode("utf-8")), token_dtype(tokenizer.vocab_size)
     try:
-        tokens, exact = _encode_parts(tokenizer, text, utf8)
+        tokens, exact = tokenizer.tokens(text, dtype)
     except DataError:
         if unknown != "skip":
             raise
-        return One(np.zeros(0, token_dtype(tokenizer.vocab_size)), np.zeros(0, np.uint8), len(utf8), unknown=True)
+        return One(np.zeros(0, dtype), np.zeros(0, np.uint8), n_bytes, unknown=True)
     unknown_tokens = bool((tokens == tokenizer.unknown_id).any())
-    return One(tokens, np.full(len(tokens), ONE, np.uint8), len(utf8), exact, unknown_tokens)
-
-
-def _encode_parts(tokenizer: Tokenizer, text: str, utf8: bytes) -> tuple[np.ndarray, bool]:
-    """The tokens of a document, which is `utf8`, endoftext included, and whether they decode to it."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    parts, exact, at = [], True, 0
-    for ids in tokenizer.encode_parts(text):
-        parts.append(np.fromiter(ids, dtype, len(ids)))  # numpy refuses an id that the type cannot hold
-        spelled = tokenizer.decode(parts[-1]).encode("utf-8")
-        exact = exact and utf8.startswith(spelled, at)
-        at += len(spelled)
-    parts.append(np.array([tokenizer.endoftext_id], dtype))
-    return np.concatenate(parts), exact and at == len(utf8)
+    return One(tokens, np.full(len(tokens), ONE, np.uint8), n_bytes, exact, unknown_tokens)
 
 
 def _encode_conversation(tokenizer: Tokenizer, renderer: Renderer, chat: ChatConfig, line: str) -> One:

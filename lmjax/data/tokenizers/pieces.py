@@ -18,6 +18,7 @@ from lmjax.data.tokenizers.tokenizer import (
     bytes_table,
     characters_at,
 )
+from lmjax.data.tokenizers.words import Words, crosses_words
 from lmjax.errors import DataError
 
 _MARKER = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
@@ -31,8 +32,9 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
     A model that keeps white space as it is (all that are trained here do) is made lossless: its marker for a space is
-    spelled in bytes where a text holds it, and long texts are encoded in sections. Any other model, such as Llama's,
-    which puts a space in front of every text, encodes and decodes just as the sentencepiece library does with it.
+    spelled in bytes where a text holds it, and long texts are encoded in sections, byte pairs word by word. Any other
+    model, such as Llama's, which puts a space in front of every text, encodes and decodes just as the sentencepiece
+    library does with it.
     """
 
     kind = "sentencepiece"
@@ -72,13 +74,38 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _encode_between_cuts(self, text: str) -> list[int]:
-        ends = self._reads_endoftext and self.endoftext in text
-        if not ends and not (self._keeps_space and _MARKER in text):
-            return self.processor.encode(text)
+        if not self._has_cuts(text):
+            return self._encode_uncut(text)
         ids: list[int] = []
         for part in filter(None, self._cuts.split(text)):
-            ids += self._marker_ids if part == _MARKER and self._keeps_space else self.processor.encode(part)
+            ids += self._marker_ids if part == _MARKER and self._keeps_space else self._encode_uncut(part)
         return ids
+
+    def _has_cuts(self, text: str) -> bool:
+        return (self._reads_endoftext and self.endoftext in text) or (self._keeps_space and _MARKER in text)
+
+    def _encode_uncut(self, text: str) -> list[int]:
+        tokens = None if self._words is None else self._words.encode(text)
+        return self.processor.encode(text) if tokens is None else tokens.tolist()
+
+    def tokens(self, text: str, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, bool]:
+        if self._words is None or self._has_cuts(text):
+            return super().tokens(text, dtype)
+        parts = [*map(self._words.encode, self._parts(text))]
+        spelled = [part for part in parts if part is not None]
+        whole = len(spelled) == len(parts)
+        return (self._closed(spelled, dtype), True) if whole else super().tokens(text, dtype)
+
+    @functools.cached_property
+    def _words(self) -> Words | None:
+        """What encodes by words; None where that may give other tokens, or where not every byte has a piece."""
+        ids, processor = range(self.vocab_size), self.processor
+        by_rank = all(processor.get_score(index).is_integer() for index in ids)  # not by probability: byte pairs
+        pieces = (processor.id_to_piece(index).replace(_MARKER, " ") for index in ids)
+        if not (self._keeps_space and self._spells_bytes and by_rank) or any(map(crosses_words, pieces)):
+            return None
+        encode = functools.partial(self.processor.encode, num_threads=1)
+        return Words(encode, self._bytes, np.min_scalar_type(self.vocab_size))
 
     def _place(self, part: str, *, opens: bool) -> tuple[list[int], list[int]]:
         if self._keeps_space:

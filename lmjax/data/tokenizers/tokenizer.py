@@ -68,6 +68,19 @@ class Tokenizer(Protocol):
         """`encode` of a valid text piece by piece, each for consecutive parts of it, so that memory stays small."""
         return map(self._encode, self._parts(text))
 
+    def tokens(self, text: str, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, bool]:
+        """`encode` of a valid text, endoftext behind it, as an array; and whether the ids decode to the text."""
+        parts, utf8, exact, at = [], text.encode("utf-8"), True, 0
+        for ids in self.encode_parts(text):
+            parts.append(np.fromiter(ids, dtype, len(ids)))  # numpy refuses an id that the type cannot hold
+            spelled = self.decode(parts[-1]).encode("utf-8")
+            exact = exact and utf8.startswith(spelled, at)
+            at += len(spelled)
+        return self._closed(parts, dtype), exact and at == len(utf8)
+
+    def _closed(self, parts: Sequence[np.ndarray], dtype: np.typing.DTypeLike) -> np.ndarray:
+        return np.concatenate([*parts, np.array([self.endoftext_id], dtype)], dtype=dtype)
+
     def _parts(self, text: str) -> Iterable[str]:
         """`text` cut in places where its encoding may be cut too."""
         return sections(text)
