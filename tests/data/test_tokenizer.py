@@ -17,8 +17,9 @@ from lmjax.data.prepare.corpus import validation_documents
 from lmjax.data.prepare.prepare import prepare
 from lmjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from lmjax.data.tokenizers.load import load_tokenizer, saved_hash, train_tokenizer
+from lmjax.data.tokenizers.pieces import SentencePieceTokenizer
 from lmjax.data.tokenizers.sections import SECTION_CHARS, sections
-from lmjax.data.tokenizers.tokenizer import ENDOFTEXT, bytes_table
+from lmjax.data.tokenizers.tokenizer import ENDOFTEXT
 from lmjax.data.tokenizers.words import Words, crosses_words
 from lmjax.errors import DataError
 
@@ -159,20 +160,50 @@ def test_pieces_that_cross_words():
     assert all(map(crosses_words, ["a b", "a ", " \n", "\n\n", "\tx", "a\n"]))
 
 
-def by_letters(words):
-    """Ids of letters, 9 for all but a to c."""
-    return [["abc".find(letter) % 10 for letter in word] for word in words]
-
-
 def test_a_word_is_encoded_once(monkeypatch):
     asked = []
-    pieces = bytes_table([b"a", b"b", b"c", *[b""] * 6, b" "])
-    words = Words(lambda new: asked.append(new) or by_letters(new), pieces, np.uint16)
-    assert words.encode("ab ab c ab").tolist() == [0, 1, 9, 0, 1, 9, 2, 9, 0, 1]
-    assert words.encode(" c").tolist() == [9, 2] and asked == [["ab", " ab", " c"]]
+    pieces = [b"a", b"b", b"c", b" "]
+    words = Words(lambda word: asked.append(word) or ["abc ".find(letter) % 4 for letter in word], pieces)
+    tokens, exact = words.encode("ab ab c ab")
+    assert tokens.tolist() == [0, 1, 3, 0, 1, 3, 2, 3, 0, 1] and exact
+    assert words.encode(" c")[0].tolist() == [3, 2] and asked == ["ab", " ab", " c"]
     monkeypatch.setattr("lmjax.data.tokenizers.words._ROOM", 0)
-    assert words.encode(" c").tolist() == [9, 2] and asked[1:] == [[" c"]]  # there was no room for more
-    assert words.encode("d") is None  # 9 is a space
+    assert words.encode(" c")[0].tolist() == [3, 2] and asked[3:] == [" c"]  # there was no room for more
+    assert not words.encode("a d")[1] and not words.encode(" d")[1]  # what is not known becomes a space
+    assert words.encode(" c")[1] and words.encode("")[0].tolist() == []
+
+
+def test_only_byte_pairs_that_rewrite_nothing_are_taken_by_words(learned):
+    import io
+
+    import sentencepiece
+
+    lossless = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
+    lossless |= {"byte_fallback": True, "allow_whitespace_only_pieces": True, "model_type": "bpe", "minloglevel": 3}
+
+    def trained(**special):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*CODE.split("\n"), *dir(np)]),
+            model_writer=model,
+            vocab_size=400,
+            **lossless | special,
+        )
+        return SentencePieceTokenizer(model.getvalue())
+
+    texts = ["a\r\nb", "\x0b\n", "\x1f", "\n\n\n", "ab c x", " \n", "if x :\n", CODE.replace("\u2581", "")]
+    kinds = {"plain": {}, "rewriting": {"normalization_rule_name": "nmt_nfkc", "user_defined_symbols": ["\n", "\t"]}}
+    kinds |= {"unigram": {"model_type": "unigram"}, "crossing": {"user_defined_symbols": ["b c", "\n\n"]}}
+    for kind, special in kinds.items():
+        found = trained(**special)
+        assert (found._words is not None) == (kind == "plain")
+        for text in texts:
+            ids = found.processor.encode(text)
+            assert found.encode(text) == ids
+            tokens, exact = found.tokens(text, np.uint16)
+            assert tokens.tolist() == [*ids, found.endoftext_id] and exact == (found.decode(ids) == text)
+    with pytest.raises((OverflowError, TypeError)):
+        learned("bpe").tokens(CODE, np.uint8)
 
 
 @pytest.fixture(scope="module")

@@ -85,27 +85,27 @@ class SentencePieceTokenizer(Tokenizer):
         return (self._reads_endoftext and self.endoftext in text) or (self._keeps_space and _MARKER in text)
 
     def _encode_uncut(self, text: str) -> list[int]:
-        tokens = None if self._words is None else self._words.encode(text)
-        return self.processor.encode(text) if tokens is None else tokens.tolist()
+        return self.processor.encode(text) if self._words is None else self._words.encode(text)[0].tolist()
 
     def tokens(self, text: str, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, bool]:
         if self._words is None or self._has_cuts(text):
             return super().tokens(text, dtype)
         parts = [*map(self._words.encode, self._parts(text))]
-        spelled = [part for part in parts if part is not None]
-        whole = len(spelled) == len(parts)
-        return (self._closed(spelled, dtype), True) if whole else super().tokens(text, dtype)
+        return self._closed([tokens for tokens, _ in parts], dtype), all(exact for _, exact in parts)
 
     @functools.cached_property
     def _words(self) -> Words | None:
         """What encodes by words; None where that may give other tokens, or where not every byte has a piece."""
-        ids, processor = range(self.vocab_size), self.processor
-        by_rank = all(processor.get_score(index).is_integer() for index in ids)  # not by probability: byte pairs
-        pieces = (processor.id_to_piece(index).replace(_MARKER, " ") for index in ids)
-        if not (self._keeps_space and self._spells_bytes and by_rank) or any(map(crosses_words, pieces)):
+        if not (self._keeps_space and self._spells_bytes):
             return None
-        encode = functools.partial(self.processor.encode, num_threads=1)
-        return Words(encode, self._bytes, np.min_scalar_type(self.vocab_size))
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        byte_pairs = model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+        rewrites = bool(model.normalizer_spec.precompiled_charsmap)
+        if not byte_pairs or rewrites or any(crosses_words(one.piece.replace(_MARKER, " ")) for one in model.pieces):
+            return None
+        return Words(self.processor.encode, self._bytes.tolist())
 
     def _place(self, part: str, *, opens: bool) -> tuple[list[int], list[int]]:
         if self._keeps_space:

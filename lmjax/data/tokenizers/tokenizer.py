@@ -79,7 +79,7 @@ class Tokenizer(Protocol):
         return self._closed(parts, dtype), exact and at == len(utf8)
 
     def _closed(self, parts: Sequence[np.ndarray], dtype: np.typing.DTypeLike) -> np.ndarray:
-        return np.concatenate([*parts, np.array([self.endoftext_id], dtype)], dtype=dtype)
+        return np.concatenate([*parts, np.array([self.endoftext_id], dtype)], dtype=dtype, casting="safe")
 
     def _parts(self, text: str) -> Iterable[str]:
         """`text` cut in places where its encoding may be cut too."""

@@ -1,7 +1,7 @@
 """A text's tokens word by word, each word encoded once: texts repeat their words, and looking one up is faster."""
 
-import itertools
 import re
+from array import array
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,39 +24,30 @@ class Words:
     of a text are those of its words; but it adds up in float32 from the beginning, so near ties may fall either way.
     """
 
-    def __init__(
-        self, encode: Callable[[list[str]], list[list[int]]], pieces: np.ndarray, dtype: np.typing.DTypeLike
-    ) -> None:
-        """`encode` gives the ids of each of some texts, `pieces[id]` is the UTF-8 of an id, `dtype` holds the ids."""
-        self._encode, self._pieces, self._dtype = encode, pieces, np.dtype(dtype)
-        self._lengths = np.array([*map(len, pieces)])
+    def __init__(self, encode: Callable[[str], list[int]], pieces: Sequence[bytes]) -> None:
+        """`encode` gives the ids of a text, `pieces[id]` is the UTF-8 of an id."""
+        self._encode, self._pieces = encode, pieces
+        self._dtype = np.min_scalar_type(len(pieces) - 1)
         self._known: dict[str, bytes] = {}
+        self._inexact: set[str] = set()
         self._held = 0
 
-    def encode(self, text: str) -> np.ndarray | None:
-        """The tokens of a text; None if they do not spell it, as those of a model that rewrites characters."""
-        words, known = _WORD.findall(text), self._known
+    def encode(self, text: str) -> tuple[np.ndarray, bool]:
+        """The tokens of a text, and whether they spell it."""
         if self._held > _ROOM:
-            known.clear()
-            self._held = 0
-        new = [word for word in words if word not in known]
-        if new and not self._learn([*dict.fromkeys(new)]):
-            return None
-        return np.frombuffer(b"".join(map(known.__getitem__, words)), self._dtype)
+            self._known, self._held = {}, 0
+        words, known = _WORD.findall(text), self._known
+        for word in [word for word in words if word not in known]:
+            if word not in known:
+                known[word] = self._learned(word)
+        tokens = np.frombuffer(b"".join(map(known.__getitem__, words)), self._dtype)
+        return tokens, not self._inexact or self._inexact.isdisjoint(words)
 
-    def _learn(self, words: Sequence[str]) -> bool:
-        """Keep these words, if their tokens spell each of them."""
-        listed = self._encode(list(words))
-        tokens = np.fromiter(itertools.chain.from_iterable(listed), self._dtype)
-        ends = np.cumsum([*map(len, listed)])
-        utf8 = [word.encode("utf-8") for word in words]
-        apart = np.cumsum(self._lengths[tokens])[ends - 1] == np.cumsum([*map(len, utf8)])
-        if not apart.all() or b"".join(self._pieces[tokens].tolist()) != b"".join(utf8):
-            return False
-        data, size, start = tokens.tobytes(), self._dtype.itemsize, 0
-        for word, end in zip(words, (size * ends).tolist(), strict=True):
-            self._known[word] = data[start:end]
-            start = end
-        # About what a place in a dict, a str and a bytes take.
-        self._held += 150 * len(words) + 4 * sum(map(len, words)) + len(data)
-        return True
+    def _learned(self, word: str) -> bytes:
+        """The tokens of a word, which is noted if they do not spell it."""
+        ids, pieces = self._encode(word), self._pieces
+        if b"".join([pieces[index] for index in ids]) != word.encode("utf-8"):
+            self._inexact.add(word)
+        tokens = array(self._dtype.char, ids).tobytes()
+        self._held += 150 + 4 * len(word) + len(tokens)  # about what a place in a dict, a str and a bytes take
+        return tokens
