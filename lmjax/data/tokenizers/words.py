@@ -37,9 +37,8 @@ class Words:
         if self._held > _ROOM:
             self._known, self._held = {}, 0
         words, known = _WORD.findall(text), self._known
-        for word in [word for word in words if word not in known]:
-            if word not in known:
-                known[word] = self._learned(word)
+        for word in dict.fromkeys([word for word in words if word not in known]):
+            known[word] = self._learned(word)
         tokens = np.frombuffer(b"".join(map(known.__getitem__, words)), self._dtype)
         return tokens, not self._inexact or self._inexact.isdisjoint(words)
 
