@@ -142,16 +142,30 @@ def test_a_default_on_the_command_line_is_set_by_hand(bare: str) -> None:
     assert cfg.optimizer.schedule.warmup == 2000
 
 
-def test_the_head_counts_with_the_vocabulary_that_a_recipe_learns(bare: str) -> None:
+LEARNED = """
+from lmjax.config import as_config_dict, default_config
+from lmjax.data.config import PrepareConfig, SourceConfig
+
+def get_config():
+    config = default_config()
+    recipe = PrepareConfig(inputs=("stdlib:",))
+    config.data.sources = {"stdlib": as_config_dict(SourceConfig(path="data/stdlib", prepare=recipe))}
+    return config
+"""
+
+
+def test_the_head_counts_with_the_vocabulary_that_a_recipe_learns(bare: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text(LEARNED)
+    learned, porian = str(tmp_path / "recipe.py"), "hyperparameters=porian"
     source = "data.sources.stdlib.prepare.tokenizer"
-    unset = ["optimizer.name=adamw", "optimizer.schedule.warmup=100", "hyperparameters=porian"]
-    small, large = (load(QUICKSTART, [*unset, f"{source}.vocab={vocab}"]) for vocab in (2048, 4096))
-    assert small.optimizer.schedule.name == large.optimizer.schedule.name == "constant"
+    rates = []
+    for vocab in (2048, 4096):
+        said = load(learned, [porian, f"{source}.vocab={vocab}"]).optimizer
+        assert said == load(bare, [porian, f"model.vocab={vocab}"]).optimizer
+        rates.append(said.learning_rate)
+    assert rates[0] > rates[1]
     with pytest.raises(ConfigError, match=r"set model\.vocab"):
-        load(QUICKSTART, [*unset, f"{source}.kind=bytes"])
-    assert load(bare, ["model.vocab=2048", "hyperparameters=porian"]).optimizer.learning_rate > (
-        load(bare, ["model.vocab=4096", "hyperparameters=porian"]).optimizer.learning_rate
-    )
+        load(learned, [porian, f"{source}.kind=bytes"])
 
 
 def test_a_resolved_config_is_not_resolved_again(bare: str, tmp_path: Path) -> None:

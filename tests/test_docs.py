@@ -164,6 +164,4 @@ def test_blocks_run(block: Block, place: Path) -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.mark == "settings"])
 def test_settings_are_settings(block: Block) -> None:
-    config.load(
-        str(ROOT / "configs" / "quickstart.py"), [word.removeprefix("--config.") for word in block.text.split()]
-    )
+    config.load(str(ROOT / "configs" / "gpt2.py"), [word.removeprefix("--config.") for word in block.text.split()])
