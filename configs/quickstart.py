@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model.mlp = 256
     config.model.activation = "relu_squared"
     config.model.qk_norm = True
-    # Sharper than 1 / sqrt(32): such a model learns to go on as an earlier passage does, without it only by some seeds.
+    # Sharper than 1 / sqrt(32), with which one of two seeds learned late to go on as an earlier passage does.
     config.model.attention_scale = 0.4
     config.model.logit_scale = 8.0
     config.model.residual_init_scale = 0.0

@@ -21,7 +21,7 @@ def test_the_quickstart_trains_evaluates_samples_and_reports(tmp_path: Path, mon
     assert "is finished" in again
 
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["val/stdlib/loss"] < 6  # log(4096) = 8.3 before training
+    assert summary["val/stdlib/loss"] < 5.5  # log(4096) = 8.3 before training
     assert 1.1 < summary["val/stdlib/xz_primed_bpb"] < summary["val/stdlib/xz_bpb"] < 1.9
     assert (workdir / "loss.png").stat().st_size > 10_000
     assert "bits per byte" in (workdir / "report.md").read_text()
