@@ -146,9 +146,10 @@ def test_long_texts_have_the_tokens_that_the_library_gives(learned, kind, refere
 WORDS = ["\n", "\t", " ", "    ", "def", "self", "é", "。漢", "\r", "\xa0", "):", "\0"]
 
 
+@pytest.mark.parametrize("kind", TRAINED)
 @given(text=st.one_of(any_text, st.lists(st.sampled_from(WORDS)).map("".join)))
-def test_byte_pairs_of_words_are_those_of_the_text(learned, text):
-    tokenizer = learned("bpe")
+def test_tokens_in_an_array_are_those_of_the_library(learned, kind, text):
+    tokenizer = learned(kind)
     text = text.replace("\u2581", "")
     assert tokenizer.encode(text) == tokenizer.processor.encode(text)
     tokens, exact = tokenizer.tokens(text, np.uint16)

@@ -88,10 +88,16 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.encode(text) if self._words is None else self._words.encode(text)[0].tolist()
 
     def tokens(self, text: str, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, bool]:
-        if self._words is None or self._has_cuts(text):
+        if not (self._keeps_space and self._spells_bytes) or self._has_cuts(text):
             return super().tokens(text, dtype)
-        parts = [*map(self._words.encode, self._parts(text))]
+        encode = self._encode_array if self._words is None else self._words.encode
+        parts = [*map(encode, self._parts(text))]
         return self._closed([tokens for tokens, _ in parts], dtype), all(exact for _, exact in parts)
+
+    def _encode_array(self, part: str) -> tuple[np.ndarray, bool]:
+        """The tokens of a part, never as integers of Python's, and whether they spell it."""
+        ids = self.processor.encode(part, return_type="numpy")
+        return ids.astype(np.min_scalar_type(self.vocab_size - 1)), self.decode_bytes(ids) == part.encode("utf-8")
 
     @functools.cached_property
     def _words(self) -> Words | None:
