@@ -15,12 +15,12 @@ class ConsoleTracker:
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
-        self._clock: tuple[float, int] = (0.0, 0)
+        self._clock: tuple[float, int] | None = None
+        """Where the rate is measured from: the first line, for what comes before compiles."""
         self._steps = 0
 
     def start(self, info: Mapping[str, Any]) -> None:
         self._steps = info["steps"]
-        self._clock = (time.monotonic(), info["step"])
         if "attention" in info:
             print(f"attention: {info['attention']}", flush=True)
         if sys.stdout.isatty():
@@ -40,7 +40,7 @@ class ConsoleTracker:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, text=text)
         else:
-            self._print(f"step {step}/{self._steps}  {text}  ETA {self._eta(step)}")
+            self._print(f"step {step}/{self._steps}  {text}{self._eta(step, values.get('perf/step_time'))}")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         pass
@@ -55,10 +55,17 @@ class ConsoleTracker:
         else:
             print(line, flush=True)
 
-    def _eta(self, step: int) -> str:
-        since, start = self._clock
-        seconds = round((time.monotonic() - since) / max(1, step - start) * (self._steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    def _eta(self, step: int, step_time: float | None) -> str:
+        """The time left, by the steps since the first line, and by its own `step_time` on the first."""
+        if self._clock is None:
+            self._clock = time.monotonic(), step
+        else:
+            since, start = self._clock
+            step_time = (time.monotonic() - since) / max(1, step - start)
+        if step_time is None:
+            return ""
+        seconds = round(step_time * (self._steps - step))
+        return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -351,8 +351,19 @@ def test_the_console_writes_plain_lines_into_a_log(capsys: Any) -> None:
     console.close("finished")
     attention, first, second = capsys.readouterr().out.splitlines()
     assert attention == "attention: cudnn"
-    assert first == "step 100/200  loss 2.5000  lr 1.00e-03  12.3k tok/s  MFU 31.2%  ETA 0:00:00"
+    assert first == "step 100/200  loss 2.5000  lr 1.00e-03  12.3k tok/s  MFU 31.2%"
     assert second == "step 200  val/main/loss 2.2500  val/main/bpb 1.5000"
+
+
+def test_the_time_left_does_not_count_what_was_before_the_first_line(capsys: Any, monkeypatch: Any) -> None:
+    clock = iter([1000.0, 1030.0])
+    monkeypatch.setattr("lmjax.record.console.time.monotonic", lambda: next(clock))
+    console = ConsoleTracker()
+    console.start({"step": 0, "steps": 100})
+    console.log(10, {"train/loss": 2.5, "perf/step_time": 2.0})
+    console.log(20, {"train/loss": 2.5, "perf/step_time": 2.0})  # ten steps in thirty seconds, a save among them
+    left = [line.rpartition("ETA ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["0:03:00", "0:04:00"]
 
 
 def test_the_console_keeps_one_line_on_a_terminal(tmp_path: Path) -> None:
