@@ -60,7 +60,8 @@ def _on_prepared_data(arguments: argparse.Namespace) -> int:
         documents=arguments.documents,
     )
     if arguments.json:
-        print(json.dumps({path: dataclasses.asdict(result) for path, result in results.items()}, indent=1))
+        of = {"step": trained.step, "weights": arguments.weights, "split": arguments.split}
+        print(json.dumps({path: of | dataclasses.asdict(result) for path, result in results.items()}, indent=1))
         return 0
     bits = f", {arguments.weights}" if arguments.weights else ""
     for path, result in results.items():

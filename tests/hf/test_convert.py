@@ -286,6 +286,7 @@ def test_a_loss_with_the_model_s_own_tokenizer(
         ids = np.array([256, *trained.tokenizer.encode(text)])
         logp_TV = jax.nn.log_softmax(trained.model.logits(trained.params, ids[None, :-1])[0])
         losses += (-np.take_along_axis(logp_TV, ids[1:, None], axis=1)).ravel().tolist()
+    assert (found["step"], found["weights"], found["split"]) == (trained.step, None, "train")
     assert found["tokens"] == len(losses)
     assert found["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
     assert found["bits_per_byte"] == pytest.approx(sum(losses) / len("".join(texts).encode()) / np.log(2), abs=1e-5)

@@ -135,6 +135,7 @@ def test_fewer_bits_beside_all_of_them(trained: Path, data: Path, capsys: pytest
     away = [abs(one["loss"] - exact["loss"]) for one in small]
     assert away[0] > 0 and 0 < away[1] < 0.02 * exact["loss"]
     assert {one["digest"] for one in small} == {exact["digest"]}
+    assert [one["weights"] for one in (exact, *small)] == [None, "bfloat16", "int8"]
     options = (f"--workdir={trained}", "--tasks=piqa", f"--task-data={data}")
     alone, beside = asked(capsys, *options), asked(capsys, *options, "--weights=int8", f"--against={trained}")
     assert beside["piqa"]["against"] == alone["piqa"]["metrics"] != beside["piqa"]["metrics"]
