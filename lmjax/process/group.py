@@ -52,7 +52,9 @@ def start(environment: Mapping[str, str], *, timeout: float, on_loss: Callable[[
     import jax
 
     seconds = time.monotonic() - begin
-    say(f"connected in {seconds:.1f} s; {jax.local_device_count()} of {jax.device_count()} devices are here")
+    with naming_lost_peers("looking for devices"):
+        here, all_devices = jax.local_device_count(), jax.device_count()
+    say(f"connected in {seconds:.1f} s; {here} of {all_devices} devices are here")
     if not is_leader():
         sys.stdout.flush()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what people read is said once
@@ -268,7 +270,8 @@ def waited() -> float:
     return getattr(_waiting, "seconds", 0.0)
 
 
-_STATUS = re.compile(r"[A-Z_]+: ")  # as XLA's errors begin
+_STATUS = re.compile(r"[A-Z_]+: ")  # as the errors of XLA and of TensorStore begin
+_OF_STORAGE = re.compile(r" \[[a-z_]+='")  # as those of TensorStore end; the path in them may say anything
 _LOST = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|nccl|connection|heartbeat", re.IGNORECASE)
 
 
@@ -278,8 +281,9 @@ def naming_lost_peers(doing: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # an array whose program failed on its way is read with a ValueError
-        from_xla = isinstance(error, RuntimeError) or (type(error) is ValueError and _STATUS.match(str(error)))
-        if _started is None or not from_xla or not _LOST.search(str(error)):
+        said = str(error)
+        of_array = type(error) is ValueError and _STATUS.match(said) and not _OF_STORAGE.search(said)
+        if _started is None or not (isinstance(error, RuntimeError) or of_array) or not _LOST.search(said):
             raise
         raise StallError(
             f"{doing}: another process is gone or stuck ({one_line(error, 200)}); what the first to end said is the "

@@ -1,4 +1,5 @@
-"""The visible loop: dispatch a step, read the one before, do what is due.
+"""The visible loop: dispatch a step, read the one before, do what is due. On a CPU, where the call of a step returns
+when it has run, that step is read.
 
 Everything that can be left out (evaluation, samples, checkpoints, profiles) is a `Hook` in a list.
 """
@@ -113,7 +114,7 @@ def train(
     state of the newest step counts. It may raise what went wrong in the background. Processes that train together must
     get the same answer.
     """
-    hooks, pace = list(hooks), Pace()
+    hooks, pace, at_once = list(hooks), Pace(), jax.default_backend() == "cpu"
     pending: tuple[int, Any, Metrics] | None = None
     step = start_step
     while step < steps and not stop():
@@ -131,9 +132,10 @@ def train(
         pending = step, batch, metrics
 
         due = [hook for hook in hooks if hook.due(step, steps)]
-        if due:
+        if due or at_once:
             metrics_logger.read(*pending)
             pending = None
+        if due:
             for hook in due:
                 if stop():
                     break

@@ -1,15 +1,18 @@
 """Tokenizers: lossless where they can be, honest where they cannot, and exact on references."""
 
 import functools
+import io
 import itertools
 import json
 import re
 import shutil
+import sys
 import unicodedata
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings
 
 from lmjax.data.config import PrepareConfig, TokenizerConfig
@@ -175,28 +178,11 @@ def test_a_word_is_encoded_once(monkeypatch):
 
 
 def test_only_byte_pairs_that_rewrite_nothing_are_taken_by_words(learned):
-    import io
-
-    import sentencepiece
-
-    lossless = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
-    lossless |= {"byte_fallback": True, "allow_whitespace_only_pieces": True, "model_type": "bpe", "minloglevel": 3}
-
-    def trained(**special):
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([*CODE.split("\n"), *dir(np)]),
-            model_writer=model,
-            vocab_size=400,
-            **lossless | special,
-        )
-        return SentencePieceTokenizer(model.getvalue())
-
     texts = ["a\r\nb", "\x0b\n", "\x1f", "\n\n\n", "ab c x", " \n", "if x :\n", CODE.replace("\u2581", "")]
     kinds = {"plain": {}, "rewriting": {"normalization_rule_name": "nmt_nfkc", "user_defined_symbols": ["\n", "\t"]}}
     kinds |= {"unigram": {"model_type": "unigram"}, "crossing": {"user_defined_symbols": ["b c", "\n\n"]}}
     for kind, special in kinds.items():
-        found = trained(**special)
+        found = SentencePieceTokenizer(sentencepiece_model(**special))
         assert (found._words is not None) == (kind == "plain")
         for text in texts:
             ids = found.processor.encode(text)
@@ -205,6 +191,51 @@ def test_only_byte_pairs_that_rewrite_nothing_are_taken_by_words(learned):
             assert tokens.tolist() == [*ids, found.endoftext_id] and exact == (found.decode(ids) == text)
     with pytest.raises((OverflowError, TypeError)):
         learned("bpe").tokens(CODE, np.uint8)
+
+
+def sentencepiece_model(**special):
+    """Bytes for what it does not know, and no normalization but what is asked for."""
+    model = io.BytesIO()
+    lossless = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
+    lossless |= {"byte_fallback": True, "allow_whitespace_only_pieces": True, "model_type": "bpe", "minloglevel": 3}
+    lines = iter([*CODE.split("\n"), *dir(np)])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=400, **lossless | special
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("end", ["\u241e", "\n"])
+def test_an_end_of_text_of_one_character_is_spelled_in_bytes(kind, end):
+    found = SentencePieceTokenizer(sentencepiece_model(model_type=kind, user_defined_symbols=[end]), end)
+    for text in (f"a{end}b", end, f"{end}{end} c"):
+        ids = found.encode(text)
+        assert found.endoftext_id not in ids and found.decode(ids) == text
+        tokens, exact = found.tokens(text, np.uint16)
+        assert tokens.tolist() == [*ids, found.endoftext_id] and exact
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_text_that_becomes_the_end_of_text_is_refused(kind):
+    special = {"normalization_rule_name": "nfkc_cf", "user_defined_symbols": ["<|endoftext|>", "\n", "\t"]}
+    found = SentencePieceTokenizer(sentencepiece_model(model_type=kind, **special))
+    assert found.endoftext_id not in found.encode("a <|endoftext|> b")
+    for encode in (found.encode, lambda text: found.tokens(text, np.uint16)):
+        with pytest.raises(DataError, match="in what this text becomes"):
+            encode("a <|ENDOFTEXT|> b")
+
+
+def test_no_code_that_protobuf_generates_is_needed(learned, monkeypatch):
+    """It works with few versions of the protobuf library."""
+    models = [learned(kind).content() for kind in TRAINED] + [sentencepiece_model(add_dummy_prefix=True)]
+    for name in ("google.protobuf", "sentencepiece.sentencepiece_model_pb2", "sentencepiece.sentencepiece_pb2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for model in models:
+        found = SentencePieceTokenizer(model, "</s>" if model is models[-1] else None)
+        ids, starts = found.place_symbols("def f(x):")
+        assert ids == found.encode("def f(x):") == found.tokens("def f(x):", np.uint16)[0].tolist()[:-1]
+        assert starts[0] == 0 and len(starts) == len(ids)
 
 
 @pytest.fixture(scope="module")

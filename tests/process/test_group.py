@@ -152,6 +152,10 @@ def test_a_tpu_vm_asks_the_metadata_server(metadata_server: str, monkeypatch: An
 
 
 GLOO = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:29102: Connection reset by peer"
+FULL = (
+    "RESOURCE_EXHAUSTED: Error writing local file \"/runs/connection/d\": No space left on device [os_error_code='28']"
+)
+BUCKET = "ABORTED: Error reading gs://b/zarr.json: All 1 retry attempts failed: Could not connect [curl_code='7']"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +164,8 @@ GLOO = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:29102: Connectio
         (RuntimeError("UNAVAILABLE: Socket closed"), True),
         (ValueError(GLOO), True),  # what reads an array whose program failed
         (ValueError("the connection of the residuals is unknown"), False),
+        (ValueError(FULL), False),  # TensorStore's
+        (ValueError(BUCKET), False),
         (ConfigError("MESH: no connection"), False),
         (RuntimeError("INTERNAL: out of registers"), False),
     ],

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from lmjax.data.config import TokenizerConfig
+from lmjax.data.tokenizers.protobuf import submessage
 from lmjax.data.tokenizers.sections import sections
 from lmjax.data.tokenizers.tokenizer import (
     ENDOFTEXT,
@@ -16,12 +17,13 @@ from lmjax.data.tokenizers.tokenizer import (
     Tokenizer,
     bytes_of,
     bytes_table,
-    characters_at,
 )
 from lmjax.data.tokenizers.words import Words, crosses_words
 from lmjax.errors import DataError
 
 _MARKER = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
+# Of sentencepiece_model.proto: fields of the model, of its trainer_spec and of its normalizer_spec.
+_TRAINER, _NORMALIZER, _MODEL_TYPE, _BPE, _CHARACTERS = 2, 3, 3, 2, 2
 _CUSTOMARY_ENDS = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<eos>")
 # Leading, doubled and trailing spaces, newline and tab: what normalizing models do not keep.
 _PROBE = "  a  b\n\tc  "
@@ -48,15 +50,16 @@ class SentencePieceTokenizer(Tokenizer):
         self.unknown_id = self.processor.unk_id()
         byte_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         self._spells_bytes = all(map(self.processor.is_byte, byte_ids))
-        self._marker_ids = [byte_ids[byte] for byte in _MARKER.encode()]
+        self._byte_ids = byte_ids
         probe = self.processor.encode(_PROBE)
         spelled = self.decode_bytes(probe)
         self.prefix = b" " if spelled == b" " + self.processor.decode(probe).encode("utf-8") else b""
         self._keeps_space = spelled == _PROBE.encode("utf-8")
         self._reads_endoftext = not self.processor.is_control(self.endoftext_id)
-        # Cut so that no part can be taken for endoftext, and the marker stands alone.
+        # Cut so that no part can be taken for endoftext, and what is spelled in bytes stands alone.
         end = re.escape(self.endoftext[:-1]), re.escape(self.endoftext[-1])
-        self._cuts = re.compile(f"({_MARKER})|(?<={end[0]})(?={end[1]})")
+        whole = len(self.endoftext) == 1
+        self._cuts = re.compile(f"([{_MARKER}{end[1]}])" if whole else f"({_MARKER})|(?<={end[0]})(?={end[1]})")
 
     def content(self) -> bytes:
         return self._model
@@ -78,14 +81,32 @@ class SentencePieceTokenizer(Tokenizer):
             return self._encode_uncut(text)
         ids: list[int] = []
         for part in filter(None, self._cuts.split(text)):
-            ids += self._marker_ids if part == _MARKER and self._keeps_space else self._encode_uncut(part)
+            ids += self._in_bytes(part) if self._stands_alone(part) else self._encode_uncut(part)
         return ids
+
+    def _stands_alone(self, part: str) -> bool:
+        """Whether this is the marker, or an endoftext of one character, which no cut can take apart."""
+        return (part == _MARKER and self._keeps_space) or (part == self.endoftext and self._spells_bytes)
+
+    def _in_bytes(self, part: str) -> list[int]:
+        return [self._byte_ids[byte] for byte in part.encode("utf-8")]
 
     def _has_cuts(self, text: str) -> bool:
         return (self._reads_endoftext and self.endoftext in text) or (self._keeps_space and _MARKER in text)
 
     def _encode_uncut(self, text: str) -> list[int]:
-        return self.processor.encode(text) if self._words is None else self._words.encode(text)[0].tolist()
+        if self._words is not None:
+            return self._words.encode(text)[0].tolist()
+        ids: list[int] = self.processor.encode(text)
+        if self.endoftext_id in ids:
+            raise self._would_end()
+        return ids
+
+    def _would_end(self) -> DataError:
+        return DataError(
+            f"the tokenizer would read its end of text, {self.endoftext}, in what this text becomes when it is "
+            f"normalized; leave the text out, or {NAME_ENDOFTEXT}"
+        )
 
     def tokens(self, text: str, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, bool]:
         if not (self._keeps_space and self._spells_bytes) or self._has_cuts(text):
@@ -97,6 +118,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_array(self, part: str) -> tuple[np.ndarray, bool]:
         """The tokens of a part, never as integers of Python's, and whether they spell it."""
         ids = self.processor.encode(part, return_type="numpy")
+        if (ids == self.endoftext_id).any():
+            raise self._would_end()
         return ids.astype(np.min_scalar_type(self.vocab_size - 1)), self.decode_bytes(ids) == part.encode("utf-8")
 
     @functools.cached_property
@@ -104,21 +127,18 @@ class SentencePieceTokenizer(Tokenizer):
         """What encodes by words; None where that may give other tokens, or where not every byte has a piece."""
         if not (self._keeps_space and self._spells_bytes):
             return None
-        from sentencepiece import sentencepiece_model_pb2
-
-        model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
-        byte_pairs = model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
-        rewrites = bool(model.normalizer_spec.precompiled_charsmap)
-        if not byte_pairs or rewrites or any(crosses_words(one.piece.replace(_MARKER, " ")) for one in model.pieces):
+        byte_pairs = submessage(self._model, _TRAINER).get(_MODEL_TYPE) == _BPE
+        rewrites = bool(submessage(self._model, _NORMALIZER).get(_CHARACTERS))
+        pieces = map(self.processor.id_to_piece, range(self.vocab_size))
+        if not byte_pairs or rewrites or any(crosses_words(piece.replace(_MARKER, " ")) for piece in pieces):
             return None
         return Words(self.processor.encode, self._bytes.tolist())
 
     def _place(self, part: str, *, opens: bool) -> tuple[list[int], list[int]]:
         if self._keeps_space:
             return super()._place(part, opens=opens)
-        pieces = (self.processor if opens else self._inner).encode(part, return_type="proto").pieces
-        last = len(part.encode("utf-8")) - 1
-        return [piece.id for piece in pieces], characters_at(part, [min(piece.begin, last) for piece in pieces])
+        found = (self.processor if opens else self._inner).encode(part, return_type="offset_mapping")
+        return found["ids"], [min(begin, len(part) - 1) for begin, _ in found["offsets"]]
 
     def symbol_id(self, symbol: str) -> int | None:
         """The id of a control symbol such as <s>, if the model has it."""
@@ -136,13 +156,16 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def _inner(self) -> "sentencepiece.SentencePieceProcessor":  # type: ignore[name-defined]  # noqa: F821
         """Encodes what follows a symbol: no space in front."""
-        # A protocol buffer appended to another overrides it: normalizer_spec (3) { add_dummy_prefix (3): false }
-        return _processor(self._model + bytes([3 << 3 | 2, 2, 3 << 3, 0]), "")
+        # A protocol buffer appended to another overrides it: normalizer_spec { add_dummy_prefix (3): false }
+        return _processor(self._model + bytes([_NORMALIZER << 3 | 2, 2, 3 << 3, 0]), "")
 
     def _first_unknown(self, text: str) -> str:
-        pieces = self.processor.encode(text, return_type="proto").pieces
-        unknown = next((piece.surface for piece in pieces if piece.id == self.unknown_id), _MARKER)
-        return unknown[:1]
+        found = self.processor.encode(text, return_type="offset_mapping")
+        begins = (
+            begin for index, (begin, _) in zip(found["ids"], found["offsets"], strict=True) if index == self.unknown_id
+        )
+        begin = next(begins, None)
+        return _MARKER if begin is None else text[begin]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return bytes_of(ids, self._bytes)
