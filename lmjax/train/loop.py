@@ -136,15 +136,19 @@ def train(
             metrics_logger.read(*pending)
             pending = None
         if due:
-            for hook in due:
-                if stop():
-                    break
-                watchdog.beat(f"{hook.name} at step {step}")
-                hook.run(step, state)
+            _run(due, step, state, stop, watchdog)
             _go_on(metrics_logger, step)
     if pending is not None:
         metrics_logger.read(*pending)
     return state, step
+
+
+def _run(hooks: Iterable[Hook], step: int, state: TrainState, stop: Callable[[], bool], watchdog: Watchdog) -> None:
+    for hook in hooks:
+        if stop():
+            break
+        watchdog.beat(f"{hook.name} at step {step}")
+        hook.run(step, state)
 
 
 def _go_on(metrics_logger: MetricsLogger, step: int) -> None:
