@@ -1,9 +1,9 @@
-"""GPT-2 (Radford et al. 2019) in its four sizes, trained as nanoGPT trains it.
+r"""GPT-2 (Radford et al. 2019) in its four sizes, trained as nanoGPT trains it.
 
 Reproduces  the architecture exactly (124,439,808 parameters for 124m; the table is padded from 50,257 rows by your
             tokenizer's own size). nanoGPT reports 2.85 nats on OpenWebText's validation set for 124m after 300B tokens.
 Costs       124m on 9B tokens: 7e18 FLOPs.
-Command     lmjax train --config=configs/gpt2.py:124m --workdir=gs://bucket/gpt2 --config.mesh.fsdp=8 \\
+Command     lmjax train --config=configs/gpt2.py:124m --workdir=gs://bucket/gpt2 --config.mesh.fsdp=8 \
                 --config.data.sources.text.path=gs://bucket/openwebtext
 """
 

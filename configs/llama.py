@@ -1,11 +1,11 @@
-"""Llama-style decoders: RMSNorm, rotary positions, SwiGLU, grouped queries.
+r"""Llama-style decoders: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
 Reproduces  the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B and 70B with their vocabulary of 128,256 (1,235,814,400,
             3,212,749,824, 8,030,261,248 and 70,553,706,496 parameters); 60m, 150m and 300m are small models of the same
             kind for sweeps, with the data set's own vocabulary. Steps give 20 tokens per parameter (Hoffmann et al.
             2022). Weights are split over all devices.
 Costs       6 N D FLOPs: 60m 4e17, 150m 2.7e18, 300m 1.1e19, 1b 1.8e20, 3b 1.2e21, 8b 7.7e21, 70b 6e23.
-Command     lmjax train --config=configs/llama.py:150m --workdir=gs://bucket/llama-150m \\
+Command     lmjax train --config=configs/llama.py:150m --workdir=gs://bucket/llama-150m \
                 --config.data.sources.text.path=gs://bucket/tokens
 """
 

@@ -1,4 +1,4 @@
-"""Shakespeare, character by character, as nanoGPT's first example.
+r"""Shakespeare, character by character, as nanoGPT's first example.
 
 Reproduces  nanoGPT's presets for shakespeare_char (github.com/karpathy/nanoGPT): `cpu` (4 layers, d 128, context 64,
             batch 12, 2000 steps), reported 1.88 nats per character by sampling; `gpu` (6 layers, d 384, context 256,
@@ -7,7 +7,7 @@ Reproduces  nanoGPT's presets for shakespeare_char (github.com/karpathy/nanoGPT)
             that, without flash attention). `modern` has the cpu preset's size and steps
             with rotary positions, RMSNorm and Muon.
 Costs       cpu and modern: about a minute on 2 CPU cores. gpu: minutes on one GPU.
-Command     lmjax train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare \\
+Command     lmjax train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare \
                 --config.data.sources.shakespeare.prepare.inputs='("input.txt",)'
             with input.txt the 1,115,394 characters of tiny Shakespeare from char-rnn.
 """

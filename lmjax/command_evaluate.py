@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -61,13 +62,21 @@ def _on_prepared_data(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         of = {"step": trained.step, "weights": arguments.weights, "split": arguments.split}
-        print(json.dumps({path: of | dataclasses.asdict(result) for path, result in results.items()}, indent=1))
+        found = {path: of | _in_json(dataclasses.asdict(result)) for path, result in results.items()}
+        print(json.dumps(found, indent=1, allow_nan=False))
         return 0
     bits = f", {arguments.weights}" if arguments.weights else ""
     for path, result in results.items():
         print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}{bits}")
         print("\n".join(described(result, cut=arguments.documents == "cut")))
     return 0
+
+
+def _in_json(result: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no word for what is no number, as the standard error of a single row is."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in result.items()
+    }
 
 
 def _on_benchmarks(arguments: argparse.Namespace) -> int:

@@ -1,11 +1,11 @@
-"""IsoFLOP curves of plain decoders: approach 2 of Hoffmann et al. (2022), with hyperparameters by a published rule.
+r"""IsoFLOP curves of plain decoders: approach 2 of Hoffmann et al. (2022), with hyperparameters by a published rule.
 
 Reproduces  the design of Hoffmann et al. (2022), figure 3: models of different sizes at each of several budgets, here
             seven sizes within a factor 4 of 20 tokens per parameter. Learning rate, batch and schedule follow the rule
             `porian` (Porian et al. 2024), which was tuned for just this question.
 Costs       small, five budgets from 1e17 to 1e19: 1e20 FLOPs; hoffmann, his nine from 6e18 to 3e21: 4e22. FLOPs are
             exact ones, head and causal attention included.
-Command     python -m launch sweep configs/sweeps/isoflop.py:small --out=gs://bucket/isoflop --engine=gke \\
+Command     python -m launch sweep configs/sweeps/isoflop.py:small --out=gs://bucket/isoflop --engine=gke \
                 --accelerator=v5e-8 --config.data.sources.text.path=gs://bucket/tokens
 """
 

@@ -1,10 +1,10 @@
-"""A ladder of sizes, each trained on several multiples of 20 tokens per parameter.
+r"""A ladder of sizes, each trained on several multiples of 20 tokens per parameter.
 
 Reproduces  the design of the OLMo ladder (Bhagia et al. 2024): 190M to 1.3B parameters at 1, 2, 5 and 10 times the
             tokens of Hoffmann et al. (2022), for laws of loss in N and D, and of what loss does to downstream tasks.
             Hyperparameters follow the rule `olmo_ladder`.
 Costs       16 runs, 4.7e21 FLOPs.
-Command     python -m launch sweep configs/sweeps/ladder.py --out=gs://bucket/ladder --engine=gke \\
+Command     python -m launch sweep configs/sweeps/ladder.py --out=gs://bucket/ladder --engine=gke \
                 --accelerator=v5p-32 --config.data.sources.text.path=gs://bucket/tokens
 """
 

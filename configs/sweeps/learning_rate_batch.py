@@ -1,10 +1,10 @@
-"""A grid of learning rates and batches at several sizes and token counts: hyperparameter laws of your own.
+r"""A grid of learning rates and batches at several sizes and token counts: hyperparameter laws of your own.
 
 Reproduces  the design of Step Law (Li et al. 2025) in small: 5 learning rates by 4 batches at each of 3 sizes and 2
             token counts, decayed to the same final rate. `python -m analysis report` fits the laws of both and writes
             law.json, which `--config.hyperparameters=report/law.json` then applies.
 Costs       120 runs, 3.2e20 FLOPs.
-Command     python -m launch sweep configs/sweeps/learning_rate_batch.py --out=gs://bucket/rates --engine=gke \\
+Command     python -m launch sweep configs/sweeps/learning_rate_batch.py --out=gs://bucket/rates --engine=gke \
                 --accelerator=v5e-16 --config.data.sources.text.path=gs://bucket/tokens
 """
 

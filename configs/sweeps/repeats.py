@@ -1,10 +1,10 @@
-"""Unique tokens by epochs: what repeated data are worth.
+r"""Unique tokens by epochs: what repeated data are worth.
 
 Reproduces  the design of Muennighoff et al. (2023), figure 3, in small: models on 1 to 64 epochs of each of three
             amounts of unique text, all with the tokens of one epoch of the next amount among them, so that the same
             number of tokens is seen once, or several times. `analysis/repeats.py` fits the value of repetition.
 Costs       21 runs, 7.6e19 FLOPs.
-Command     python -m launch sweep configs/sweeps/repeats.py --out=gs://bucket/repeats --engine=gke \\
+Command     python -m launch sweep configs/sweeps/repeats.py --out=gs://bucket/repeats --engine=gke \
                 --accelerator=v5e-8 --config.data.sources.text.path=gs://bucket/tokens
 """
 
