@@ -170,7 +170,10 @@ def _settings(study: Study) -> str:
 
 def _next_run(study: Study, next_run: dict) -> str:
     estimate = study.estimates[0]
-    told = []
+    told = [
+        f"rows of {next_run['data.seq_len']:,} tokens and a shape of no family, whatever the runs had; what the family "
+        f"of a sweep has instead: python -m launch recommend DIR --target={study.options.target:g}"
+    ]
     for name, what in (("learning_rate", "learning rate"), ("batch_tokens", "batch in tokens")):
         quantity = getattr(estimate, name)
         if quantity is None:
