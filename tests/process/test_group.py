@@ -172,8 +172,9 @@ BUCKET = "ABORTED: Error reading gs://b/zarr.json: All 1 retry attempts failed: 
 )
 def test_what_jax_raises_when_a_process_is_gone_is_no_bug(raised: Exception, lost: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(group, "_started", Cluster("localhost:1", 2, 0, "flags"))
-    with pytest.raises(StallError if lost else type(raised)), group.naming_lost_peers("training"):
+    with pytest.raises(StallError if lost else type(raised)) as found, group.naming_lost_peers("training"):
         raise raised
+    assert (found.value is raised) == (not lost)  # all of lmjax's errors are ValueErrors, too
 
 
 # Together -------------------------------------------------------------------------------------------------------------
