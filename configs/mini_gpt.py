@@ -5,7 +5,8 @@ Reproduces  8 post-norm layers, d 512, mlp 2056, 8 heads, vocabulary 32k, length
             accuracy and 200k tokens/s on its hardware. Its text is a part of C4; give your own.
 Costs       954M tokens x 0.26 GFLOP: 2.5e17 FLOPs, about 20 minutes at 200 TFLOP/s; on a CPU core, weeks.
 Command     lmjax train --config=configs/mini_gpt.py --workdir=runs/mini_gpt \
-                --config.data.sources.text.prepare.inputs='("c4/*.json.gz",)'
+                --config.data.sources.text.prepare.inputs='("c4/*.jsonl.gz",)'
+            with files of C4, which hold a JSON object a line, renamed from .json.gz.
 """
 
 from ml_collections import ConfigDict

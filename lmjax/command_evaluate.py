@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -49,6 +48,7 @@ def _kind(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
 
 
 def _on_prepared_data(arguments: argparse.Namespace) -> int:
+    from lmjax.evaluate.tasks.results import plain
     from lmjax.run.trained import data_of, described, evaluate_trained, load_trained
 
     trained = load_trained(arguments.workdir, arguments.step, arguments.weights)
@@ -62,21 +62,15 @@ def _on_prepared_data(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         of = {"step": trained.step, "weights": arguments.weights, "split": arguments.split}
-        found = {path: of | _in_json(dataclasses.asdict(result)) for path, result in results.items()}
-        print(json.dumps(found, indent=1, allow_nan=False))
+        found = {path: of | dataclasses.asdict(result) for path, result in results.items()}
+        values = {path: {name: plain(value) for name, value in one.items()} for path, one in found.items()}
+        print(json.dumps(values, indent=1, allow_nan=False))
         return 0
     bits = f", {arguments.weights}" if arguments.weights else ""
     for path, result in results.items():
         print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}{bits}")
         print("\n".join(described(result, cut=arguments.documents == "cut")))
     return 0
-
-
-def _in_json(result: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no word for what is no number, as the standard error of a single row is."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in result.items()
-    }
 
 
 def _on_benchmarks(arguments: argparse.Namespace) -> int:

@@ -42,13 +42,3 @@ def test_commands_do_not_wait_for_what_they_do_not_need(
     code, *imported = done.stderr.split()
     assert code == "0" and "lmjax.commands" in imported, done.stderr
     assert not unneeded & {*imported}
-
-
-def test_a_number_that_is_none_is_null_in_json() -> None:
-    from lmjax.command_evaluate import _in_json
-
-    assert _in_json({"loss": 2.5, "loss_stderr": float("nan"), "tokens": 3}) == {
-        "loss": 2.5,
-        "loss_stderr": None,
-        "tokens": 3,
-    }

@@ -292,6 +292,18 @@ def test_a_loss_with_the_model_s_own_tokenizer(
     assert found["bits_per_byte"] == pytest.approx(sum(losses) / len("".join(texts).encode()) / np.log(2), abs=1e-5)
 
 
+def test_a_standard_error_of_one_row_is_null(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.txt").write_text("abc def")
+    data = tmp_path / "data"
+    given = [str(tmp_path / "one.txt"), f"--out={data}", f"--tokenizer-file={workdir}/tokenizer"]
+    assert lmjax("prepare", *given, "--valid-fraction=0", "--workers=1") == 0
+    capsys.readouterr()
+    where = [f"--workdir={workdir}", f"--data={data}", "--split=train"]
+    assert lmjax("evaluate", *where, "--documents=alone", "--seq-len=16", "--json") == 0
+    found = json.loads(capsys.readouterr().out)[str(data)]
+    assert found["loss"] > 0 and found["loss_stderr"] is found["accuracy_stderr"] is None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process held")
 @pytest.mark.parametrize("direction", ["from", "to"])

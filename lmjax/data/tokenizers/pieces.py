@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from lmjax.data.config import TokenizerConfig
-from lmjax.data.tokenizers.protobuf import submessage
+from lmjax.data.tokenizers.protobuf import submessages
 from lmjax.data.tokenizers.sections import sections
 from lmjax.data.tokenizers.tokenizer import (
     ENDOFTEXT,
@@ -127,8 +127,8 @@ class SentencePieceTokenizer(Tokenizer):
         """What encodes by words; None where that may give other tokens, or where not every byte has a piece."""
         if not (self._keeps_space and self._spells_bytes):
             return None
-        byte_pairs = submessage(self._model, _TRAINER).get(_MODEL_TYPE) == _BPE
-        rewrites = bool(submessage(self._model, _NORMALIZER).get(_CHARACTERS))
+        trainer, normalizer = submessages(self._model, _TRAINER, _NORMALIZER)
+        byte_pairs, rewrites = trainer.get(_MODEL_TYPE) == _BPE, bool(normalizer.get(_CHARACTERS))
         pieces = map(self.processor.id_to_piece, range(self.vocab_size))
         if not byte_pairs or rewrites or any(crosses_words(piece.replace(_MARKER, " ")) for piece in pieces):
             return None

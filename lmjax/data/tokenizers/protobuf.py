@@ -25,13 +25,13 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += size
 
 
-def submessage(message: bytes, number: int) -> dict[int, int | bytes]:
-    """The fields of the message that is in a field of this one; of what is said twice the last counts."""
-    found: dict[int, int | bytes] = {}
-    for which, value in fields(message):
-        if which == number and isinstance(value, bytes):
-            found |= dict(fields(value))
-    return found
+def submessages(message: bytes, *numbers: int) -> list[dict[int, int | bytes]]:
+    """The fields of the messages in these fields of a message; of what is said twice the last counts."""
+    found: dict[int, dict[int, int | bytes]] = {number: {} for number in numbers}
+    for number, value in fields(message):
+        if number in found and isinstance(value, bytes):
+            found[number] |= dict(fields(value))
+    return [*found.values()]
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -137,12 +137,13 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return hash_bytes("\0".join(texts).encode(), digest_size=8)
 
 
+def plain(value: Any) -> Any:
+    """The value as JSON has it: None for a number that there is none of, as the standard error of one item."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def as_json(numbers: Mapping[str, Mapping[str, NamedTuple]]) -> dict[str, Any]:
-    """Estimates or differences as plain values; what there is none of (a standard error of one item) is null."""
-
-    def plain(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """Estimates or differences as plain values."""
     return {
         metric: {
             name or "all": {field: plain(value) for field, value in one._asdict().items()} for name, one in by.items()
