@@ -83,12 +83,20 @@ def test_processes_of_one_machine_listen_at_none_of_its_other_addresses(corpus: 
 
 def _listening(pid: int) -> set[Address]:
     """The addresses of the TCP sockets at which a process listens."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    links = [_readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
     inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
     rows = [
         row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
     ]
     return {_address(row[1]) for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def _readlink(link: Path) -> str:
+    """Where a link leads, "" once it is gone: a running process opens and closes files."""
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:
+        return ""
 
 
 def _address(text: str) -> Address:
