@@ -22,7 +22,7 @@ def test_the_quickstart_trains_evaluates_samples_and_reports(tmp_path: Path, mon
 
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["val/stdlib/loss"] < 5.5  # log(4096) = 8.3 before training
-    assert 1.1 < summary["val/stdlib/xz_primed_bpb"] < summary["val/stdlib/xz_bpb"] < 1.9
+    assert 1.1 < summary["val_full/stdlib/xz_primed_bpb"] < summary["val_full/stdlib/xz_bpb"] < 1.9
     assert (workdir / "loss.png").stat().st_size > 10_000
     assert "bits per byte" in (workdir / "report.md").read_text()
     sample = (workdir / "samples" / "60.txt").read_text()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lmjax.data.batch import Batch
-from lmjax.data.permutation import permuted
+from lmjax.data.permutation import drawn, permuted
 from lmjax.data.store.shards import TokenSplit, spans
 from lmjax.data.windows import as_batch, subset
 from lmjax.errors import DataError
@@ -104,7 +104,5 @@ def packed_batches(split: TokenSplit, seq_len: int, batch_size: int, rows: np.nd
     rows = np.arange(batch_size) if rows is None else rows
     for low in range(0, packed.n_rows, batch_size):
         numbers = low + rows
-        known = numbers < packed.n_rows
-        drawn = np.where(known, permuted(np.where(known, numbers, 0), packed.n_rows, 0, 0), numbers)
-        tokens_BU, segments_BU, weights_BU = packed.rows(drawn)
+        tokens_BU, segments_BU, weights_BU = packed.rows(drawn(numbers, packed.n_rows))
         yield as_batch(tokens_BU, segments_BU, numbers, "whole", weights_BU > 0)

@@ -25,6 +25,15 @@ def permuted(index: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> n
     return result.astype(np.int64)
 
 
+def drawn(numbers: np.ndarray, n: int) -> np.ndarray:
+    """Of int64 `numbers`, those below n as one order sends them that nothing changes, the others as they are.
+
+    So the first of n rows are a fair sample of all of them, and the same one every time.
+    """
+    known = numbers < n
+    return np.where(known, permuted(np.where(known, numbers, 0), n, 0, 0), numbers) if known.any() else numbers
+
+
 def _network(value: np.ndarray, side: np.uint64, keys: np.ndarray) -> np.ndarray:
     left = value // side
     right = value - left * side

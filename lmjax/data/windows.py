@@ -1,4 +1,4 @@
-"""Fixed-length windows of a split: in shuffled order by random access for training, in plain order for evaluation.
+"""Fixed-length windows of a split: in an order of each epoch by random access for training, in one for evaluation.
 
 An epoch's stream is all documents of the split in an order drawn anew for the epoch, over all shards together, end to
 end, each closed by its endoftext. Window w of the stream is tokens [s + w T, s + w T + T], so neighbours share one
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lmjax.data.batch import Batch
-from lmjax.data.permutation import permuted
+from lmjax.data.permutation import drawn, permuted
 from lmjax.data.store.shards import TokenSplit, spans
 from lmjax.errors import DataError
 
@@ -201,6 +201,7 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """The whole split once: documents in stored order, in windows that share no context, padded at the end.
 
+    Windows come in an order that nothing changes, drawn so that the first batches are a fair sample of all documents.
     Every token of the split is a target with weight 1 exactly once, but for the very first, which nothing precedes,
     and, if documents are separate, the first of each document. So n_tokens - 1 targets are scored (n_tokens -
     n_documents if separate), whatever `seq_len` and `batch_size` are. Every batch has shape [batch_size, seq_len]; what
@@ -211,10 +212,10 @@ def evaluation_batches(
     stream = _stream(split, np.arange(split.n_documents))
     n_targets = split.n_tokens - 1
     for low in range(0, -(-n_targets // seq_len), batch_size):
-        numbers = low + rows
-        tokens_BU, segments_BU = _padded_rows(split, stream, numbers, seq_len, documents)
-        batch = as_batch(tokens_BU, segments_BU, numbers, documents)
-        scored_BT = numbers[:, None] * seq_len + np.arange(seq_len) < n_targets
+        windows = drawn(low + rows, n_targets // seq_len)
+        tokens_BU, segments_BU = _padded_rows(split, stream, windows, seq_len, documents)
+        batch = as_batch(tokens_BU, segments_BU, low + rows, documents)
+        scored_BT = windows[:, None] * seq_len + np.arange(seq_len) < n_targets
         yield dataclasses.replace(batch, weights_BT=batch.weights_BT * scored_BT)
 
 
@@ -246,7 +247,8 @@ def document_batches(
 def _padded_rows(
     split: TokenSplit, stream: _Stream, numbers: np.ndarray, seq_len: int, documents: Documents
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The windows of these numbers, as far as the stream goes; then padding, in a segment of its own."""
+    """The windows of these numbers, whole ones first, as far as the stream goes; then padding, in a segment of its
+    own."""
     n_full, rest = divmod(split.n_tokens - 1, seq_len)
     tokens_BU = np.zeros((len(numbers), seq_len + 1), split.dtype)
     segments_BU = np.full(tokens_BU.shape, seq_len + 1, np.int32)

@@ -43,8 +43,8 @@ def compression_baselines(datasets: Mapping[str, Dataset], tokenizer: Tokenizer)
             continue
         train = split_text(dataset.split("train"), tokenizer, limit=_PRIMING_BYTES)
         valid = split_text(dataset.split("valid"), tokenizer)
-        baselines[f"val/{name}/xz_bpb"] = compression.xz_bits_per_byte(valid)
-        baselines[f"val/{name}/xz_primed_bpb"] = compression.primed_xz_bits_per_byte(train, valid)
+        baselines[f"val_full/{name}/xz_bpb"] = compression.xz_bits_per_byte(valid)
+        baselines[f"val_full/{name}/xz_primed_bpb"] = compression.primed_xz_bits_per_byte(train, valid)
     return baselines
 
 

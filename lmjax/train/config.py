@@ -176,7 +176,8 @@ class TrainConfig:
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations; one is always made at the end."""
     evaluate_batches: PositiveInt | None = None
-    """Batches per evaluation, always the same (`val/`); at the end the whole set is scored, too (`val_full/`)."""
+    """Batches per evaluation, always the same, drawn from the whole set (`val/`); at the end all of it is scored, too
+    (`val_full/`)."""
     evaluate_batch: Size | None = None
     """Sequences per evaluation batch; None means `batch`."""
     evaluations: EvaluationsConfig | None = None

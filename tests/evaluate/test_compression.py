@@ -71,7 +71,7 @@ def test_it_reads_all_shards_of_a_data_set(tmp_path: Path, monkeypatch: pytest.M
         assert len(data.datasets["a"].split("valid").shards) == (2 if shard_tokens == 9_000 else 1)
         found[shard_tokens] = baselines.compression_baselines(data.datasets, data.tokenizer)
     one, several = found.values()
-    assert one.keys() == {"val/a/xz_bpb", "val/a/xz_primed_bpb"} and one == several
+    assert one.keys() == {"val_full/a/xz_bpb", "val_full/a/xz_primed_bpb"} and one == several
     monkeypatch.setattr(compression, "LARGEST", (1 << 27) + 1000)
     with pytest.raises(DataError, match=r"'a' has .* bytes, more than the 1,000 .* train.compression_baseline=False"):
         pretrain.open_data(cfg)

@@ -100,7 +100,7 @@ def test_a_list_in_json_is_the_tuple_that_it_was(workdir: Path) -> None:
 
 
 def test_the_report_says_what_there_is_to_say(workdir: Path) -> None:
-    (workdir / "summary.json").write_text(json.dumps({"step": 400, "flops_6nd": 5, "val/main/xz_bpb": 1.6}))
+    (workdir / "summary.json").write_text(json.dumps({"step": 400, "flops_6nd": 5, "val_full/main/xz_bpb": 1.6}))
     write_report(workdir, defaults=CONFIG | {"model": {"layers": 12}})
     text = (workdir / "report.md").read_text()
     for line in (
@@ -111,7 +111,7 @@ def test_the_report_says_what_there_is_to_say(workdir: Path) -> None:
         "| `model.layers` | 12 | 2 |",
         "| main | final | 400 | 1.6000 | 0.8000 |",
         "| main | best | 300 | 1.4000 | 0.7000 |",
-        "| val/main/xz_bpb | 1.6000 |",
+        "| val_full/main/xz_bpb | 1.6000 |",
         "| non-embedding | 600 |",
         "| tokens | 409,600 | 409,600 |",
         "| training FLOPs (causal) | 4e+08 | 4e+08 |",

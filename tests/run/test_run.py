@@ -294,4 +294,4 @@ def test_a_baseline_without_validation_text_is_left_out(
     )
     assert train(tmp_path / "run", *settings) == DONE
     assert "train.compression_baseline is left out for a" in caplog.text
-    assert "val/b/xz_bpb" in summary(tmp_path / "run")
+    assert "val_full/b/xz_bpb" in summary(tmp_path / "run")
