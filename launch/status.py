@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 import socket
 import time
@@ -142,7 +143,7 @@ def _loss(summary: Mapping[str, Any], logged: Sequence[Line]) -> tuple[str, floa
             names = [key for key in line if key.startswith(prefix) and key.endswith("/loss")]
             name = next((key for key in names if "/macro/" in key), names[0] if names else None)
             if name is not None:
-                return name, line[name]
+                return name, math.nan if line[name] is None else line[name]
     return "train/loss", _last(logged, "train/loss")
 
 

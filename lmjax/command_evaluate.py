@@ -48,7 +48,7 @@ def _kind(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
 
 
 def _on_prepared_data(arguments: argparse.Namespace) -> int:
-    from lmjax.evaluate.tasks.results import plain
+    from lmjax.record.jsonl import plain
     from lmjax.run.trained import data_of, described, evaluate_trained, load_trained
 
     trained = load_trained(arguments.workdir, arguments.step, arguments.weights)

@@ -8,6 +8,7 @@ a model that its family cannot express is refused by the name of the setting tha
 import dataclasses
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -160,16 +161,28 @@ def read_config(values: Json, family: Family, where: str) -> ModelConfig:
 
 
 def write_config(cfg: ModelConfig, family: Family, dtype: str) -> Json:
-    """The config.json of a model. Raises ConfigError naming a setting that this family has no field for."""
+    """The config.json of a model. Raises ConfigError naming the settings that this family has no field for."""
+    values = _written(cfg, family)
+    if lost := differences(cfg, read_config(values, family, "config.json")):
+        names = ", ".join(f"model.{name}={ours!r}" for name, (ours, _) in lost.items())
+        raise ConfigError(f"models of type {family.model_type} have no {names}")
+    return values | {"torch_dtype": dtype, "use_cache": True}
+
+
+def n_lost(cfg: ModelConfig, family: Family) -> float:
+    """How many settings of a model this family has no field for; infinite where it is of another kind altogether."""
+    try:
+        return len(differences(cfg, read_config(_written(cfg, family), family, "config.json")))
+    except ConfigError:  # it needs what the model has not, such as experts
+        return math.inf
+
+
+def _written(cfg: ModelConfig, family: Family) -> Json:
     values: Json = {"architectures": [family.architecture], "model_type": family.model_type}
     values |= {theirs: getattr(cfg, ours) for theirs, ours in family.fields.items()}
     for rule in family.rules:
         values |= rule.write(cfg)
-    lost = differences(cfg, read_config(values, family, "config.json"))
-    if lost:
-        names = ", ".join(f"model.{name}={ours!r}" for name, (ours, _) in lost.items())
-        raise ConfigError(f"models of type {family.model_type} have no {names}")
-    return values | {"torch_dtype": dtype, "use_cache": True}
+    return values
 
 
 _TRAINING = ("dropout", "attention_dropout", "embed_dropout", "init_std", "embed_init_std", "residual_init_scale")

@@ -5,7 +5,7 @@ from typing import Any
 
 from lmjax.errors import ConfigError
 from lmjax.hf import rules
-from lmjax.hf.config_json import Family, write_config
+from lmjax.hf.config_json import Family, n_lost, write_config
 from lmjax.hf.tensors import Tensor, tensor
 from lmjax.models.config import ModelConfig
 
@@ -334,19 +334,15 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
 
 
 def family_for(cfg: ModelConfig) -> Family:
-    """The first family that a model can be written as. Raises ConfigError with what keeps it from being each one."""
+    """The first family that a model can be written as. Raises ConfigError with what keeps it from being the nearest."""
     if cfg.parametrization != "standard":
         raise ConfigError(
             f"model.parametrization={cfg.parametrization} multiplies logits, scores and what layers add: no Hugging "
             "Face config has a field for that"
         )
-    reasons = []
-    for family in FAMILIES.values():
-        try:
-            write_config(cfg, family, "float32")
-        except ConfigError as error:
-            reasons.append(str(error))
-        else:
-            return family
-    nearest = min(reasons, key=len)
-    raise ConfigError(f"no Hugging Face family computes what this model does; the nearest: {nearest}")
+    nearest = min(FAMILIES.values(), key=lambda family: n_lost(cfg, family))
+    try:
+        write_config(cfg, nearest, "float32")
+    except ConfigError as error:
+        raise ConfigError(f"no Hugging Face family computes what this model does; the nearest: {error}") from None
+    return nearest

@@ -14,6 +14,7 @@ from lmjax.process.faults import fault
 from lmjax.process.redact import hide, redact
 from lmjax.record import files, formats
 from lmjax.record.console import ConsoleTracker
+from lmjax.record.jsonl import plain
 from lmjax.record.ledger import Ledger
 from lmjax.record.tracking import JsonlTracker, Status, Tracker, Trackers
 from lmjax.record.wandb_tracker import WandbTracker
@@ -83,7 +84,7 @@ class Records:
         self.trackers.summary(summary)
         self.sync()
         fault("summary.write")
-        stamped = formats.stamp(SUMMARY_FORMAT) | summary
+        stamped = formats.stamp(SUMMARY_FORMAT) | {key: plain(value) for key, value in summary.items()}
         files.write_atomically(self.workdir / "summary.json", json.dumps(stamped, indent=1))
         for key, value in summary.items():
             if key.startswith(("val/", "val_full/")):

@@ -281,6 +281,13 @@ def test_a_finished_run_whose_checkpoint_is_damaged_does_its_last_steps_again(
     assert hashes[0] == hashes[1]
 
 
+def test_the_summary_is_json_where_one_row_has_no_standard_error(train: Train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "train.evaluate_batches=1", "train.evaluate_batch=1") == DONE
+    text = (tmp_path / "run" / "summary.json").read_text()
+    numbers = json.loads(text, parse_constant=pytest.fail)
+    assert numbers["val/a/loss_stderr"] is None and numbers["val_full/a/loss_stderr"] > 0
+
+
 def test_a_baseline_without_validation_text_is_left_out(
     train: Train, corpus: Path, tmp_path: Path, caplog: Any
 ) -> None:

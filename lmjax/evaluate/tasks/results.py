@@ -1,6 +1,5 @@
 """The numbers of a benchmark, over all items and by category, and the difference between two models."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from lmjax.evaluate.tasks.benchmark import Benchmark
 from lmjax.evaluate.tasks.forms import Answer, Together
 from lmjax.evaluate.tasks.prompt import Prompt
 from lmjax.record.files import hash_bytes
+from lmjax.record.jsonl import plain
 
 MACRO = "macro"
 """In the place of a category: the mean over all of them."""
@@ -135,11 +135,6 @@ def digest(prompts: Sequence[Prompt]) -> str:
         for text in (one.context, str(one.item.gold), *one.continuations, *one.item.references, *one.item.patterns)
     )
     return hash_bytes("\0".join(texts).encode(), digest_size=8)
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON has it: None for a number that there is none of, as the standard error of one item."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_json(numbers: Mapping[str, Mapping[str, NamedTuple]]) -> dict[str, Any]:
