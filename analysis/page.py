@@ -170,9 +170,11 @@ def _settings(study: Study) -> str:
 
 def _next_run(study: Study, next_run: dict) -> str:
     estimate = study.estimates[0]
+    length, known = next_run["data.seq_len"], study.runs.sequence_length
     told = [
-        f"rows of {next_run['data.seq_len']:,} tokens and a shape of no family, whatever the runs had; what the family "
-        f"of a sweep has instead: python -m launch recommend DIR --target={study.options.target:g}"
+        f"rows of {length:,} tokens, {'as the runs had' if known else 'since the runs do not tell theirs'}",
+        "a plain decoder, its N and so its FLOPs counted without embeddings; a model of the family of a sweep that was "
+        f"launched, counted as its runs are: python -m launch recommend DIR --target={study.options.target:g}",
     ]
     for name, what in (("learning_rate", "learning rate"), ("batch_tokens", "batch in tokens")):
         quantity = getattr(estimate, name)

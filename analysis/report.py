@@ -21,7 +21,7 @@ import pandas as pd
 import scipy
 
 from analysis import figures, page
-from analysis.cells import overrides
+from analysis.cells import SEQUENCE, overrides
 from analysis.estimates import Estimate, Options
 from analysis.figures.style import RC, Drawing, NotApplicableError
 from analysis.hyperparameters import HyperparameterLaw
@@ -137,7 +137,8 @@ def save(drawing: Drawing, stem: Path, runs: Runs) -> None:
 def recommended_run(study: Study) -> dict[str, object]:
     """Config overrides of a run at N*(target), D*(target) by approach 3, rounded to a shape that fills TPU tiles.
 
-    Learning rate and batch follow the laws of the runs where they tried several, else published ones.
+    Learning rate and batch follow the laws of the runs where they tried several, else published ones. Rows are as long
+    as theirs, where they tell.
     """
     params, tokens = study.huber.surface.optimum(study.options.target)
     shape = nearest_shape(float(params))
@@ -148,6 +149,7 @@ def recommended_run(study: Study) -> dict[str, object]:
         float(params * tokens) / shape.params,
         learning_rate=settings.get("learning_rate"),
         batch_tokens=settings.get("batch_tokens"),
+        sequence=study.runs.sequence_length or SEQUENCE,
     )
 
 

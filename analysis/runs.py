@@ -80,6 +80,14 @@ class Runs:
         """(params, tokens, loss), each (runs,)."""
         return self.column("params"), self.column("tokens"), self.column("loss")
 
+    @property
+    def sequence_length(self) -> int | None:
+        """The tokens of a row, where every run tells and tells the same."""
+        for name in ("sequence_length", "config.data.seq_len"):
+            if name in self.table and self.table[name].nunique(dropna=False) == 1 and self.table[name].notna().all():
+                return int(self.table[name].iloc[0])
+        return None
+
     def tuned(self) -> "Runs":
         """Only the best setting (learning rate, batch, schedule; mean over its seeds) of each (N, D, unique tokens).
 

@@ -98,7 +98,8 @@ def _results(record: Record) -> str:
     if named := [f"{name} `{digest}`" for name, digest in digests.items() if digest]:
         text += f"\n\nNumbers compare between runs whose validation sets have the same digest: {', '.join(named)}."
     logged = {key for row in record.rows for key in row}
-    only_at_the_end = [[k, v] for k, v in record.summary.items() if k.startswith(("val/", "val_full/")) and k not in logged]
+    scores = {k: v for k, v in record.summary.items() if k.startswith(("val/", "val_full/"))}
+    only_at_the_end = [[k, v] for k, v in scores.items() if k not in logged]
     if only_at_the_end:
         text += "\n\nFor comparison"
         if any(key.endswith("xz_bpb") for key, _ in only_at_the_end):

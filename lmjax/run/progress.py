@@ -1,5 +1,6 @@
 """How far a run is: what its steps have cost, and where they stand in the data."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NotRequired
 
@@ -12,6 +13,11 @@ from lmjax.errors import CheckpointError
 from lmjax.schema import NonNegativeFloat, NonNegativeInt, first_problem
 from lmjax.tasks.task import Frozen, Source, Task
 from lmjax.train.accounting import Accounting, Cost
+
+logger = logging.getLogger(__name__)
+
+MOST_EPOCHS = 40
+"""So often the same text may be read for any use, about: Muennighoff et al. 2023, figure 1."""
 
 
 class Counts(TypedDict):
@@ -85,6 +91,18 @@ class Progress:
         counted = self.source.epoch(samples)
         names = {**self._epochs_before, **counted}
         return {name: self._epochs_before.get(name, 0.0) + counted.get(name, 0.0) for name in names}
+
+    def warn_of_repeats(self, samples: int) -> None:
+        """Say which part of the data a run of so many samples reads more often than is of any use."""
+        for name, epochs in self.epochs(samples).items():
+            if epochs > MOST_EPOCHS:
+                logger.warning(
+                    "data source %s is read %.0f times in all, and after %d times the same text teaches nothing more "
+                    "(arXiv:2305.16264): give it more text, or train fewer steps",
+                    name,
+                    epochs,
+                    MOST_EPOCHS,
+                )
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` keeps, as JSON."""

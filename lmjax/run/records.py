@@ -52,7 +52,10 @@ class Records:
     def log_start(self, progress: Progress, attempt: int, command: str) -> None:
         """Tell the trackers what this attempt is, when it starts."""
         cfg, counts = self.task.cfg, count(self.task.spec)
-        whole = Cost(0, 0, 0, 0, 0).plus(cfg.train.steps * cfg.train.batch, self.task.cost)
+        samples = cfg.train.steps * cfg.train.batch
+        whole = Cost(0, 0, 0, 0, 0).plus(samples, self.task.cost)
+        if group.is_leader():
+            progress.warn_of_repeats(samples)
         attends = assemble.attends(self.experiment)
         self.trackers.start(
             {

@@ -31,7 +31,7 @@ def source(tmp_path_factory) -> str:
     """63 runs; learning rates are tried at three cells, and one run has diverged."""
     sweep = simulate(EPOCH, Faults(noise_sd=0.003), seed=4)
     columns = {"params": sweep.params, "tokens": sweep.tokens, "flops": sweep.budget, "loss": sweep.loss[0]}
-    frame = pd.DataFrame(columns).assign(run=[f"run{i}" for i in range(63)])
+    frame = pd.DataFrame(columns).assign(run=[f"run{i}" for i in range(63)], seq_len=4096)
     frame = pd.concat([frame, frame.iloc[:1].assign(run="diverged", loss=np.nan)])
     path = tmp_path_factory.mktemp("runs") / "runs.csv"
     frame.to_csv(path, index=False)
@@ -63,6 +63,7 @@ def test_a_report_holds_figures_numbers_and_a_page(report):
         assert row["params_exponent_low"] < row["params_exponent"] < row["params_exponent_high"]
         assert abs(row["params_exponent"] - EPOCH.params_exponent) < 0.05
     next_run = json.loads((report / "next.json").read_text())[0]
+    assert next_run["data.seq_len"] == next_run["model.context"] == 4096 and "rows of 4,096 tokens, as the" in page
     spent = 6 * 12 * next_run["model.layers"] * next_run["model.embed"] ** 2
     spent *= next_run["train.batch"] * next_run["train.steps"] * next_run["data.seq_len"]
     assert spent == pytest.approx(1e23, rel=0.02)

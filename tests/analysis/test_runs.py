@@ -286,6 +286,14 @@ def test_batches_in_sequences_and_epochs_are_derived(tmp_path):
     assert runs.column("unique_tokens") == pytest.approx(frame["tokens"] / 4)
 
 
+def test_the_length_of_rows_is_known_where_all_runs_have_the_same(tmp_path):
+    assert load_runs(written(tmp_path, table())).sequence_length is None
+    assert load_runs(written(tmp_path, table(seq_len=512))).sequence_length == 512
+    for name, length in (("a/one", 256), ("a/two", 256), ("b/one", 256), ("b/two", 128)):
+        workdir(tmp_path, name, data={"seq_len": length})
+    assert load_runs(tmp_path / "a").sequence_length == 256 and load_runs(tmp_path / "b").sequence_length is None
+
+
 def test_what_was_derived_is_not_called_absent(tmp_path):
     for column, counted in (("params", ("C / 6D", "as labelled")), ("flops", ("as labelled", "6nd"))):
         runs = load_runs(written(tmp_path, table().drop(columns=column)))

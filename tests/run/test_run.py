@@ -281,6 +281,11 @@ def test_a_finished_run_whose_checkpoint_is_damaged_does_its_last_steps_again(
     assert hashes[0] == hashes[1]
 
 
+def test_text_that_is_read_too_often_is_named(train: Train, tmp_path: Path, caplog: Any) -> None:
+    assert train(tmp_path / "run", "train.batch=256", "data.sources.a.tokens=33") == DONE
+    assert "data source a is read 128 times" in caplog.text and "data source b" not in caplog.text
+
+
 def test_the_summary_is_json_where_one_row_has_no_standard_error(train: Train, tmp_path: Path) -> None:
     assert train(tmp_path / "run", "train.evaluate_batches=1", "train.evaluate_batch=1") == DONE
     text = (tmp_path / "run" / "summary.json").read_text()
