@@ -2,11 +2,10 @@ r"""The mini-GPT of Chollet, Deep Learning with Python, 3rd edition, chapter 16.
 
 Reproduces  8 post-norm layers, d 512, mlp 2056, 8 heads, vocabulary 32k, length 256, batch 64, Adam with warmup to 2e-4
             over 1000 steps, 58,246 training batches, 500 validation batches. The book reports about 36% next-token
-            accuracy and 200k tokens/s on its hardware. Its text is a part of C4; give your own.
+            accuracy and 200k tokens/s on its hardware. Its text is a part of C4.
 Costs       954M tokens x 0.26 GFLOP: 2.5e17 FLOPs, about 20 minutes at 200 TFLOP/s; on a CPU core, weeks.
 Command     lmjax train --config=configs/mini_gpt.py --workdir=runs/mini_gpt \
-                --config.data.sources.text.prepare.inputs='("c4/*.jsonl.gz",)'
-            with files of C4, which hold a JSON object a line, renamed from .json.gz.
+                --config.data.sources.text.prepare.inputs='("c4/*.json.gz",)'
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ from lmjax.data.config import PrepareConfig, SourceConfig, TokenizerConfig
 
 def get_config() -> ConfigDict:
     config = default_config()
-    recipe = PrepareConfig(inputs=("text/*.jsonl.gz",), tokenizer=TokenizerConfig(kind="unigram", vocab=32_000))
+    recipe = PrepareConfig(inputs=("text/*.json.gz",), tokenizer=TokenizerConfig(kind="unigram", vocab=32_000))
     config.data.sources = {"text": as_config_dict(SourceConfig(path="data/mini_gpt", prepare=recipe))}
     config.data.seq_len = 256
 

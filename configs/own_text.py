@@ -5,8 +5,8 @@ Reproduces  nothing published: it is the shortest way from a folder to a model o
             few of many files, is kept for validation, and xz -9e compresses the same part for comparison.
 Costs       about three minutes on 2 CPU cores, and a second or two per megabyte of text for reading and for xz.
 Command     lmjax train --config=configs/own_text.py:my_text --workdir=runs/mine
-            with my_text a folder (.txt, .txt.gz, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), a file or a glob. From
-            a few megabytes on, learned pieces do better than bytes:
+            with my_text a folder (.txt, .txt.gz, .py, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .parquet), a file or a
+            glob. From a few megabytes on, learned pieces do better than bytes:
                 --config.data.sources.own.prepare.tokenizer.kind=bpe
                 --config.data.sources.own.prepare.tokenizer.vocab=2048
 """

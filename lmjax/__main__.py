@@ -152,7 +152,7 @@ def _prepare_arguments(sub: Parser) -> None:
     sub.add_argument(
         "inputs",
         nargs="+",
-        help="files by glob (.txt .txt.gz .py .json .jsonl .jsonl.gz .jsonl.zst .parquet), folders, or stdlib:",
+        help="files by glob (.txt .txt.gz .py .json .jsonl .jsonl.gz .jsonl.zst .json.gz .parquet), folders, or stdlib:",
     )
     sub.add_argument("--out", required=True, help="the directory to write")
     sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")

@@ -75,8 +75,9 @@ class PrepareConfig:
     """A recipe: from text to a directory of token shards. All but `workers` and `document_bytes` fixes the result."""
 
     inputs: tuple[str, ...] = ("stdlib:",)
-    """Files by glob, or folders with all that is in them: .txt, .txt.gz, .py, .jsonl, .jsonl.gz, .jsonl.zst, .parquet;
-    `stdlib:` is the source code of the running Python's standard library, a corpus that every machine has."""
+    """Files by glob, or folders with all that is in them: .txt, .txt.gz, .py, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz,
+    .parquet, and .json where it is named; `stdlib:` is the source code of the running Python's standard library, a
+    corpus that every machine has."""
     text_key: str = "text"
     """The field of a JSON line, or the column of a Parquet file, that holds the text."""
     document_separator: str | None = None
@@ -105,7 +106,7 @@ class PrepareConfig:
     shard_tokens: PositiveInt = 1 << 26
     """A shard is closed with the first document that brings it to this many tokens."""
     chat: ChatConfig | None = None
-    """The inputs are conversations, one JSON object each (.jsonl, or a .json list): {messages}, {prompt, response} or
+    """The inputs are conversations, one JSON object each (.jsonl, .json): {messages}, {prompt, response} or
     {instruction, input, response} (docs/tuning.md)."""
     workers: PositiveInt | None = None
     """Processes that encode; by default one per CPU. The result does not depend on it."""

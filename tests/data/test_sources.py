@@ -26,16 +26,21 @@ def as_lines(texts):
     return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "raw jsonl"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "list json", "list json.gz", "parquet", "raw jsonl"]
+)
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, kind):
     path = tmp_path / f"a.{kind.split()[-1]}"
     if kind == "parquet":
         pq.write_table(pa.table({"id": range(len(TEXTS)), "text": TEXTS}), path, row_group_size=2)
+    elif kind.startswith("list"):
+        content = b"\n [" + json.dumps([{"text": text} for text in TEXTS], indent=1).encode()[1:]
+        path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
     elif kind == "raw jsonl":
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in TEXTS)
         path.write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\n")
     else:
-        compress = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[kind]
+        compress = {"gz": gzip.compress, "zst": zstandard.compress}.get(kind.rpartition(".")[2], bytes)
         # Two members or frames, as parallel compressors write them.
         path.write_bytes(compress(as_lines(TEXTS[:3])) + compress(as_lines(TEXTS[3:])))
     assert read(path) == TEXTS

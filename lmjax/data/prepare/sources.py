@@ -228,6 +228,13 @@ def _text_of(where: str, record: Any, cfg: PrepareConfig) -> str:
     return record[cfg.text_key]
 
 
+def _read_json(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
+    """A list of objects, or an object a line, as C4 has them: its first sign tells."""
+    starts = (chunk.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] for chunk in _chunks(file, lambda n_bytes: None))
+    first = next(filter(None, starts), b"[")
+    yield from (_read_json_list if first == b"[" else _read_json_lines)(file, cfg, report)
+
+
 def _read_json_list(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
     (data,) = _parts(_chunks(file, report), None, lambda number: file.name, cfg.document_bytes)
     text = _document(file.name, data, 0, cfg).text
@@ -287,7 +294,8 @@ READERS: dict[str, Reader] = {
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
     ".jsonl.zst": _read_json_lines,
-    ".json": _read_json_list,
+    ".json": _read_json,
+    ".json.gz": _read_json,
     ".parquet": _read_parquet,
 }
 
