@@ -6,7 +6,7 @@ Reproduces  nanoGPT's presets for shakespeare_char (github.com/karpathy/nanoGPT)
             acts on embeddings and on the outputs of attention and mlp (--config.model.attention_dropout=0.2 adds
             that, without flash attention). `modern` has the cpu preset's size and steps
             with rotary positions, RMSNorm and Muon.
-Costs       cpu and modern: about a minute on 2 CPU cores. gpu: minutes on one GPU.
+Costs       cpu and modern: a minute or two on 2 CPU cores. gpu: minutes on one GPU.
 Command     lmjax train --config=configs/shakespeare_char.py:cpu --workdir=runs/shakespeare \
                 --config.data.sources.shakespeare.prepare.inputs='("input.txt",)'
             with input.txt the 1,115,394 characters of tiny Shakespeare from char-rnn.

@@ -152,7 +152,7 @@ def _prepare_arguments(sub: Parser) -> None:
     sub.add_argument(
         "inputs",
         nargs="+",
-        help="files by glob (.txt .txt.gz .py .json .jsonl .jsonl.gz .jsonl.zst .json.gz .parquet), folders, or stdlib:",
+        help="files by glob (.txt .json .jsonl, each also .gz; .jsonl.zst .parquet .py), folders, or stdlib:",
     )
     sub.add_argument("--out", required=True, help="the directory to write")
     sub.add_argument("--text-key", default="text", help="the field of JSON lines, the column of Parquet files")
@@ -198,6 +198,12 @@ def _evaluate_arguments(sub: Parser) -> None:
     sub.add_argument("--workdir", help="a trained run")
     sub.add_argument("--step", type=int, help="default: the newest checkpoint")
     sub.add_argument("--weights", choices=IN_FEWER_BITS, help="multiply in fewer bits; --against has all of them")
+    sub.add_argument(
+        "--against",
+        type=path,
+        metavar="WORKDIR",
+        help="another run, compared row by row of data, or question by question",
+    )
     sub.add_argument("--data", action="append", metavar="DIR", help="prepared data set(s); default: the run's own")
     sub.add_argument("--split", default="valid", choices=["train", "valid"])
     sub.add_argument("--batch", type=count, default=16, help="rows at a time; changes speed, and what --weights rounds")
@@ -245,7 +251,6 @@ def _benchmark_arguments(sub: Parser) -> None:
         metavar="N",
         help="most questions of each, chosen by their hashes; by the harness, the first",
     )
-    tasks.add_argument("--against", type=path, metavar="WORKDIR", help="another run, compared question by question")
     tasks.add_argument(
         "--perturb",
         type=names,

@@ -3,7 +3,7 @@ known by heart, and how good texts are."""
 
 import argparse
 import contextlib
-import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -48,29 +48,46 @@ def _kind(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
 
 
 def _on_prepared_data(arguments: argparse.Namespace) -> int:
-    from lmjax.record.jsonl import plain
     from lmjax.run.trained import data_of, described, evaluate_trained, load_trained
 
     trained = load_trained(arguments.workdir, arguments.step, arguments.weights)
-    results = evaluate_trained(
-        trained,
-        arguments.data or data_of(trained, arguments.workdir),
+    score = functools.partial(
+        evaluate_trained,
+        paths=arguments.data or data_of(trained, arguments.workdir),
         split=arguments.split,
         batch=arguments.batch,
         seq_len=arguments.seq_len or trained.cfg.data.seq_len,
         documents=arguments.documents,
     )
+    results, less = score(trained), {}
+    if arguments.against:
+        other = load_trained(arguments.against)
+        others = score(other._replace(cfg=trained.cfg))  # it reads the same rows
+        less = {path: result.less(others[path]) for path, result in results.items()}
     if arguments.json:
         of = {"step": trained.step, "weights": arguments.weights, "split": arguments.split}
-        found = {path: of | dataclasses.asdict(result) for path, result in results.items()}
-        values = {path: {name: plain(value) for name, value in one.items()} for path, one in found.items()}
-        print(json.dumps(values, indent=1, allow_nan=False))
+        found = {path: of | _plain(result.numbers()) for path, result in results.items()}
+        for path, one in less.items():
+            found[path]["against"] = {"workdir": arguments.against, "step": other.step, "loss": _plain(one._asdict())}
+        print(json.dumps(found, indent=1, allow_nan=False))
         return 0
     bits = f", {arguments.weights}" if arguments.weights else ""
     for path, result in results.items():
         print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}{bits}")
         print("\n".join(described(result, cut=arguments.documents == "cut")))
+        if path in less:
+            value, stderr, low, high, _ = less[path]
+            print(
+                f"  difference     {value:+.6f} +- {stderr:.6f} nats per token, [{low:+.6f}, {high:+.6f}] at 95%, to "
+                f"{arguments.against}, step {other.step}, row by row"
+            )
     return 0
+
+
+def _plain(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    from lmjax.record.jsonl import plain
+
+    return {name: plain(value) for name, value in numbers.items()}
 
 
 def _on_benchmarks(arguments: argparse.Namespace) -> int:
@@ -185,5 +202,5 @@ _KINDS: tuple[_Kind, ...] = (
     _Kind("text that it may have memorized", "memorized", _on_memorized_text,
           ("memorized", "workdir", "weights", "data", "limit", "requests", "page")),
     _Kind("texts", "texts", _on_texts, ("texts", "references", "toxicity", "requests", "page")),
-    _Kind("prepared data", None, _on_prepared_data, ("workdir", "weights", "data", "documents")),
+    _Kind("prepared data", None, _on_prepared_data, ("workdir", "weights", "against", "data", "documents")),
 )  # fmt: skip

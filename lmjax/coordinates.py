@@ -263,11 +263,16 @@ def table(found: Sequence[Slopes]) -> str:
     lines = [f"{'site':44} {'kind':8} {'start':>7} {'change':>7}"]
     for one in found:
         mark = "" if one.holds else "  <--"
-        change = f"{one.change:+7.2f}" if one.site.by_token else f"{'':7}"
-        lines.append(f"{one.site.name:44} {one.site.kind:8} {one.start:+7.2f} {change}{mark}")
+        change = _slope(one.change) if one.site.by_token else f"{'':7}"
+        lines.append(f"{one.site.name:44} {one.site.kind:8} {_slope(one.start)} {change}{mark}")
     wrong = sum(not one.holds for one in found)
     verdict = f"{wrong} of {len(found)} sites do not keep their size" if wrong else "every site keeps its size"
     return "\n".join([*lines, f"slopes over width; {verdict} (within {MOST})"])
+
+
+def _slope(value: float) -> str:
+    """A size that is always 0, of biases, has none."""
+    return f"{'-':>7}" if np.isnan(value) else f"{value:+7.2f}"
 
 
 def figure(sizes: Sequence[int], measured: Sequence[Sizes], title: str) -> bytes:

@@ -80,9 +80,9 @@ def isoflop(study: Study) -> Drawing:
     )
 
 
-def _clip_losses(panels, loss) -> None:
-    """A diverged run must not flatten every other: the axis ends a little above the 97th percentile."""
-    low, high = np.min(loss), np.quantile(loss, 0.97)
+def _clip_losses(panels, loss, least: float = 0.0) -> None:
+    """A diverged run must not flatten every other: the axis ends a little above the 97th percentile, or `least`."""
+    low, high = np.min(loss), max(np.quantile(loss, 0.97), least)
     for axes in panels:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.12 * (high - low))
 
@@ -106,7 +106,8 @@ def isoloss_slices(study: Study) -> Drawing:
             style.name_curve(axes, x[-1], fitted[-1], f"{budget:.2g}")
         rows.append(pd.DataFrame({"budget": budget, "kind": "run", "params": params[mine], "loss": loss[mine]}))
         rows.append(pd.DataFrame({"budget": budget, "kind": "fit", "params": x, "loss": fitted}))
-    _clip_losses([axes], loss)
+    named = max(table["loss"].iloc[-1] for table in rows if table["kind"].iloc[-1] == "fit")  # at the end of its curve
+    _clip_losses([axes], loss, named)
     figure.colorbar(mappable, ax=axes, label=style.FLOPS)
     axes.margins(x=0.1)
     style.log_axes(axes)

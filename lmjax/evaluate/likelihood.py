@@ -16,7 +16,7 @@ import numpy as np
 from lmjax.data.batch import Batch
 from lmjax.devices.mesh import constrain
 from lmjax.errors import DataError
-from lmjax.evaluate.statistics import ratio_stderr
+from lmjax.evaluate.statistics import Difference, difference, ratio_stderr
 from lmjax.losses import token_logprobs
 from lmjax.models.model import Model
 from lmjax.process.group import wait_on_cpu
@@ -43,6 +43,17 @@ class Evaluation:
     """Share of the split's tokens that was scored; below 1, bits_per_byte is an estimate for the split."""
     digest: str = ""
     """The digest of the split, if a split was scored: numbers compare where it is the same."""
+    sums_B3: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 3)), repr=False, compare=False)
+    """Of every row that was scored, float64: -log p, tokens predicted, weights. None for an average over sets."""
+
+    def numbers(self) -> dict[str, float | str]:
+        """All of it but the rows."""
+        return {name: value for name, value in vars(self).items() if name != "sums_B3"}
+
+    def less(self, other: "Evaluation") -> Difference:
+        """The loss less that of another model on the same rows, compared row by row."""
+        (nll_B, _, weight_B), (other_nll_B, _, other_weight_B) = self.sums_B3.T, other.sums_B3.T
+        return difference((nll_B, weight_B), (other_nll_B, other_weight_B))
 
 
 def evaluate(
@@ -109,6 +120,7 @@ def _summarize(sums_B3: np.ndarray, n_tokens: int, n_bytes: int) -> Evaluation:
         accuracy_stderr=ratio_stderr(correct_B, weight_B),
         tokens=int(tokens),
         coverage=float(tokens / n_tokens),
+        sums_B3=sums_B3,
     )
 
 

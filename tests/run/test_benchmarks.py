@@ -1,6 +1,7 @@
 """Benchmarks during training and by the command: the same questions, the same numbers."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -222,6 +223,20 @@ def test_benchmarks_are_answered_where_the_run_evaluates(corpus: Path) -> None:
     for others in (["train.evaluate_every=4"], ["train.evaluate_every=None"]):
         with pytest.raises(ConfigError, match=r"evaluations\.every=6 is no multiple of evaluate_every"):
             config.load(f"{CONFIG}:{corpus}", [*SETTINGS, "train.evaluations.every=6", *others])
+
+
+def test_two_runs_are_compared_on_the_same_rows(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    """What makes a row hard for both counts for nothing: the error of the difference is below those of the two."""
+    half = f"--workdir={trained}", "--step=6"
+    beside, alone = asked(capsys, *half, f"--against={trained}"), asked(capsys, f"--workdir={trained}")
+    for path, whole in alone.items():
+        one, other = beside[path], beside[path]["against"]
+        assert (other["workdir"], other["step"]) == (str(trained), whole["step"]) == (str(trained), 12)
+        assert other["loss"]["value"] == pytest.approx(one["loss"] - whole["loss"], abs=1e-9)
+        assert 0 < other["loss"]["stderr"] < 0.8 * math.hypot(one["loss_stderr"], whole["loss_stderr"])
+        assert other["loss"]["low"] < other["loss"]["value"] < other["loss"]["high"]
+    assert evaluate(f"--workdir={trained}", f"--against={trained}") == 0
+    assert "difference     +0.000000 +- 0.000000 nats per token" in capsys.readouterr().out
 
 
 def test_names_are_those_of_benchmarks(corpus: Path) -> None:

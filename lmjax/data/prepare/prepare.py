@@ -83,7 +83,10 @@ def _finished(cfg: PrepareConfig, directory: epath.Path) -> Manifest:
             changed = _template(cfg, directory).hash != manifest.template_hash
             differing = f"the chat template {cfg.chat.template} changed since" if changed else ""
     if differing:
-        raise DataError(f"{directory} was prepared differently: {differing}; use a new directory or delete this one")
+        raise DataError(
+            f"{directory} was prepared differently: {differing}; use a new directory (lmjax train: "
+            "data.sources.NAME.path) or delete this one"
+        )
     return manifest
 
 
