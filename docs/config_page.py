@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,7 @@ def rows(config: Any, prefix: str) -> Iterator[str]:
             groups[f"{name}."] = default
             continue
         described = " ".join(texts.get(field.name, "").split()).replace("|", "\\|")
+        described = re.sub(r"(`[^`]*`)|\*", lambda found: found[1] or r"\*", described)  # a star is no emphasis
         listed = ", ".join(f"`{choice}`" for choice in choices(hints[field.name]))
         yield f"| `{name}` | `{default!r}` | {' '.join(filter(None, [listed and f'{listed}.', described]))} |"
     for group, value in groups.items():
