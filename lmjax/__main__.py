@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from lmjax import commands
 from lmjax.arguments import (
     Parser,
+    Version,
     classifier_file,
     count,
     gigabytes,
@@ -36,6 +37,7 @@ SPREAD = "how weights are spread over several devices; default: as the run's mes
 def parser() -> Parser:
     """All commands with their arguments."""
     main = Parser(prog="lmjax", description=__doc__.splitlines()[0])
+    main.add_argument("--version", action=Version, help="print it")
     subparsers = main.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     def command(function: Callable[[argparse.Namespace], int]) -> Parser:
@@ -183,8 +185,8 @@ def _prepare_arguments(sub: Parser) -> None:
     kind = tokenizer.add_mutually_exclusive_group()
     kind.add_argument("--tokenizer", default="bpe", choices=["bpe", "unigram", "wordpiece", "bytes", "chars"])
     kind.add_argument("--tokenizer-file", help="a SentencePiece .model or a Hugging Face tokenizer.json instead")
-    tokenizer.add_argument("--vocab", type=int, default=32_000, help="vocabulary size to train")
-    tokenizer.add_argument("--sample-bytes", type=int, default=100_000_000, help="text to train it on at most")
+    tokenizer.add_argument("--vocab", type=int, help="pieces to learn; default: 32,000")
+    tokenizer.add_argument("--sample-bytes", type=int, help="text to learn them from at most; default: 100,000,000")
     tokenizer.add_argument("--endoftext", metavar="SYMBOL", help="of a --tokenizer-file: what ends a document")
     tokenizer.add_argument(
         "--unknown",
@@ -331,6 +333,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Raises ConfigError for what is not an argument, with the nearest thing that is."""
     overrides, rest = split_overrides(argv)
     main = parser()
+    _check_command(rest, main)
     arguments, unknown = main.parse_known_args(rest)
     if unknown:
         raise ConfigError(f"unexpected argument '{unknown[0]}'{_hint(unknown[0], main, arguments.command)}")
@@ -349,11 +352,23 @@ def split_runs(argv: Sequence[str]) -> list[list[str]]:
     return [[*shared, *words] for words in own] or [shared]
 
 
+def _commands(main: Parser) -> dict[str, Any]:
+    return main._subparsers._group_actions[0].choices  # type: ignore[union-attr, return-value]
+
+
+def _check_command(words: Sequence[str], main: Parser) -> None:
+    """Raises ConfigError for a first word that is none, with the nearest that is: argparse would list them all."""
+    word = next((word for word in words if not word.startswith("-")), None)
+    if word is not None and word not in (commands := _commands(main)):
+        close = difflib.get_close_matches(word, commands, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "see `lmjax --help`"
+        raise ConfigError(f"there is no command '{word[:40]}'; {hint}")
+
+
 def _hint(word: str, main: Parser, command: str) -> str:
     if word.startswith("config."):
         return f"; did you mean '--{word}'?"
-    actions: Any = main._subparsers._group_actions[0].choices[command]  # type: ignore[union-attr, index]
-    close = difflib.get_close_matches(word.split("=")[0], actions._option_string_actions, n=1)
+    close = difflib.get_close_matches(word.split("=")[0], _commands(main)[command]._option_string_actions, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; see `lmjax {command} --help`"
 
 

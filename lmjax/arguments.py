@@ -3,7 +3,8 @@
 import argparse
 import math
 import re
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from lmjax.errors import ConfigError
 
@@ -13,6 +14,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+class Version(argparse.Action):
+    """Print the version that is installed, and end. It is looked up when it is asked for: that takes a while."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import importlib.metadata
+
+        print(f"{parser.prog} {importlib.metadata.version(parser.prog)}")
+        parser.exit()
 
 
 def step_range(text: str) -> tuple[int, int]:

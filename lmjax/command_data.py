@@ -50,10 +50,13 @@ def prepare(arguments: argparse.Namespace) -> int:
     tokenizer = {
         "kind": "file" if arguments.tokenizer_file else arguments.tokenizer,
         "path": arguments.tokenizer_file,
-        "vocab": arguments.vocab,
-        "sample_bytes": arguments.sample_bytes,
         "endoftext": arguments.endoftext,
     }
+    learned = {"vocab": arguments.vocab, "sample_bytes": arguments.sample_bytes}
+    learned = {name: value for name, value in learned.items() if value is not None}
+    if learned and tokenizer["kind"] in ("bytes", "chars", "file"):
+        raise ConfigError("--vocab and --sample-bytes are of pieces that are learned; this tokenizer has its own")
+    tokenizer |= learned
     fields = {field.name for field in dataclasses.fields(PrepareConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in fields} | {"tokenizer": tokenizer}
     chat = ChatConfig(

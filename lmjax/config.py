@@ -355,12 +355,12 @@ def from_json(path: epath.PathLike) -> Config:
     path = epath.Path(path)
     try:
         tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DamagedConfigError(f"{path.parent} is no work directory: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedConfigError(
-            f"{path}: not a readable config ({one_line(error)}); is it a work directory?"
-        ) from None
+        raise DamagedConfigError(f"{path}: no readable config ({one_line(error)}); is it a work directory?") from None
     if not isinstance(tree, dict) or not tree.keys() & {field.name for field in dataclasses.fields(Config)}:
-        raise DamagedConfigError(f"{path}: not a readable config (it is of something else); is it a work directory?")
+        raise DamagedConfigError(f"{path}: no readable config (it is of something else); is it a work directory?")
     content = formats.unstamped(tree, path, FORMAT, ConfigError)
     try:
         return parse(content)

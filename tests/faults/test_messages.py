@@ -1,5 +1,6 @@
 """What is said: one short line that names what and where, in which nothing acts on a terminal."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_long_keys_and_values_make_short_messages(corpus: Path, whole: Path, tmp
     assert ended.code in (2, 3, 4), ended
     ended.refused(ended.code)
     assert len(ended.err.splitlines()) <= 4 and len(ended.err) < 1200
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["trian"], 2, "there is no command 'trian'; did you mean 'train'?"),
+        (["x" * 9999], 2, "there is no command 'xxxx"),
+        (["evaluate", "--workdir=gone"], 2, "gone is no work directory: it has no config.json"),
+        (["prepare", "stdlib:", "--out=gone", "--tokenizer=bytes", "--vocab=300"], 2, "this tokenizer has its own"),
+        (["tokenizer", ".", "text"], 3, "neither tokenizer.model nor tokenizer.json; did you mean "),
+    ],
+)
+def test_what_is_meant_is_named(tmp_path: Path, words: list[str], code: int, said: str) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    lmjax(*words, cwd=tmp_path).refused(code, said)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_the_version_is_told() -> None:
+    assert lmjax("--version").done().out == f"lmjax {importlib.metadata.version('lmjax')}\n"
 
 
 def test_terminal_escapes_in_names_of_files_are_visible(tmp_path: Path) -> None:

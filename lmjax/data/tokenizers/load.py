@@ -27,7 +27,9 @@ def load_tokenizer(path: str | os.PathLike[str], endoftext: str | None = None) -
     if located.is_dir() and not (located / DESCRIPTION).exists():
         candidates = [located / name for name in ("tokenizer.model", "tokenizer.json") if (located / name).exists()]
         if not candidates:
-            raise DataError(f"no tokenizer in {located}: neither tokenizer.model nor tokenizer.json")
+            inside = located / "tokenizer"
+            hint = f"; did you mean {inside}?" if inside.is_dir() else ""
+            raise DataError(f"no tokenizer in {located}: neither tokenizer.model nor tokenizer.json{hint}")
         located = candidates[0]
     if not located.is_dir():
         if not located.exists():
