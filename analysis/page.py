@@ -172,7 +172,7 @@ def _next_run(study: Study, next_run: dict) -> str:
     estimate = study.estimates[0]
     length, known = next_run["data.seq_len"], study.runs.sequence_length
     told = [
-        f"rows of {length:,} tokens, {'as the runs had' if known else 'since the runs do not tell theirs'}",
+        f"rows of {length:,} tokens, {'as the runs had' if known else 'since theirs differ or are not told'}",
         "a plain decoder, its N and so its FLOPs counted without embeddings; a model of the family of a sweep that was "
         f"launched, counted as its runs are: python -m launch recommend DIR --target={study.options.target:g}",
     ]

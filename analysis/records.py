@@ -48,15 +48,16 @@ class RunRecord:
         )
 
     def final(self, key: str) -> float:
-        """The summary's value, or else the last one logged; NaN when there is neither.
+        """The summary's value, or else the last one logged; NaN without either, or where it is null or "NaN".
 
         Of a validation score that of the whole set goes first, where it was taken: what is logged along the way
         (`val/`) may be of a part of the set.
         """
         whole = re.sub("^val/", "val_full/", key)
         rows = [self.summary, *reversed(self.history)]
-        values = [row.get(name) for name in dict.fromkeys([whole, key]) for row in rows]
-        return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)), np.nan)
+        values = (row[name] for name in dict.fromkeys([whole, key]) for row in rows if name in row)
+        value = next(values, None)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else np.nan
 
     def digest(self, loss: str) -> str:
         """Of the validation set that a loss is of, or of all sets for their macro average; empty where none is told."""

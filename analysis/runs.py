@@ -83,10 +83,12 @@ class Runs:
     @property
     def sequence_length(self) -> int | None:
         """The tokens of a row, where every run tells and tells the same."""
-        for name in ("sequence_length", "config.data.seq_len"):
-            if name in self.table and self.table[name].nunique(dropna=False) == 1 and self.table[name].notna().all():
-                return int(self.table[name].iloc[0])
-        return None
+        names = [name for name in ("sequence_length", "config.data.seq_len") if name in self.table]
+        if not names:
+            return None
+        lengths = pd.to_numeric(self.table[names[0]], errors="coerce").unique()
+        told = len(lengths) == 1 and np.isfinite(lengths[0]) and lengths[0] >= 1 and lengths[0] % 1 == 0
+        return int(lengths[0]) if told else None
 
     def tuned(self) -> "Runs":
         """Only the best setting (learning rate, batch, schedule; mean over its seeds) of each (N, D, unique tokens).

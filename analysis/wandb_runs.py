@@ -38,7 +38,8 @@ def read_project(project: str, *, group: str | None = None, api=None, cache: Pat
         raise ValueError(f"wandb:{project} has {what}: check the names")
     folder = (cache or default_cache()) / project.replace("/", "--")
     return [
-        RunRecord(run.name, dict(run.config), _flat_summary(dict(run.summary)), _history(run, folder)) for run in runs
+        RunRecord(run.name, _config(dict(run.config)), _flat_summary(dict(run.summary)), _history(run, folder))
+        for run in runs
     ]
 
 
@@ -77,6 +78,12 @@ def _metric(run, key: str, folder: Path) -> list[dict]:
     return rows
 
 
+def _config(logged: dict) -> dict:
+    """A run's settings by the names of its work directory: lmjax logs them under `config`, beside what follows."""
+    settings = logged.get("config")
+    return {**logged, **settings} if isinstance(settings, dict) else logged
+
+
 def _flat_summary(summary: dict) -> dict:
     """define_metric nests values as {"val/loss": {"min": .., "last": ..}}; keep the last one."""
     return {key: value.get("last", value) if isinstance(value, dict) else value for key, value in summary.items()}
@@ -99,7 +106,9 @@ def read_offline(paths: list[Path]) -> list[RunRecord]:
         for record in records:
             _absorb(record, runs)
     return [
-        RunRecord(name=run["name"], config=run["config"], summary=run["summary"], history=merge_history(run["rows"]))
+        RunRecord(
+            name=run["name"], config=_config(run["config"]), summary=run["summary"], history=merge_history(run["rows"])
+        )
         for run in runs.values()
     ]
 

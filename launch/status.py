@@ -200,7 +200,8 @@ def bracket_notes(sweep: Manifest, found: Sequence[Row]) -> Iterator[str]:
         if entry.bracket:
             brackets.setdefault(entry.bracket, []).append((entry.factor, one))
     for members in brackets.values():
-        losses = [(one.loss, factor) for factor, one in members if one.state == "done" and one.loss is not None]
+        known = ((one.loss, factor) for factor, one in members if one.state == "done" and one.loss is not None)
+        losses = [(loss, factor) for loss, factor in known if math.isfinite(loss)]
         if not losses or any(one.state not in ("done", "failed") for _, one in members):
             continue
         best, factors = min(losses)[1], [factor for factor, _ in members]

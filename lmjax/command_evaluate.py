@@ -59,24 +59,25 @@ def _on_prepared_data(arguments: argparse.Namespace) -> int:
         seq_len=arguments.seq_len or trained.cfg.data.seq_len,
         documents=arguments.documents,
     )
-    results, less = score(trained), {}
-    if arguments.against:
+    others = {}
+    if arguments.against:  # first, since one that does not fit is found in no time
         other = load_trained(arguments.against)
         others = score(other._replace(cfg=trained.cfg))  # it reads the same rows
-        less = {path: result.less(others[path]) for path, result in results.items()}
+    results = score(trained)
     if arguments.json:
         of = {"step": trained.step, "weights": arguments.weights, "split": arguments.split}
         found = {path: of | _plain(result.numbers()) for path, result in results.items()}
-        for path, one in less.items():
-            found[path]["against"] = {"workdir": arguments.against, "step": other.step, "loss": _plain(one._asdict())}
+        for path, beside in others.items():
+            found[path]["against"] = {"workdir": arguments.against, "step": other.step, **_plain(beside.numbers())}
+            found[path]["difference"] = {"loss": _plain(results[path].less(beside)._asdict())}
         print(json.dumps(found, indent=1, allow_nan=False))
         return 0
     bits = f", {arguments.weights}" if arguments.weights else ""
     for path, result in results.items():
         print(f"{path} ({arguments.split}, {result.tokens:,} tokens), step {trained.step}{bits}")
         print("\n".join(described(result, cut=arguments.documents == "cut")))
-        if path in less:
-            value, stderr, low, high, _ = less[path]
+        if path in others:
+            value, stderr, low, high, _ = result.less(others[path])
             print(
                 f"  difference     {value:+.6f} +- {stderr:.6f} nats per token, [{low:+.6f}, {high:+.6f}] at 95%, to "
                 f"{arguments.against}, step {other.step}, row by row"

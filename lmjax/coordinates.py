@@ -208,7 +208,7 @@ class Slopes(NamedTuple):
 
     site: Site
     start: float
-    """The slope of what the site gives before the first update."""
+    """The slope of what the site gives before the first update; infinite where that is not finite."""
     change: float
     """The slope of what the updates have changed of that in the end."""
     tied: bool = False
@@ -241,6 +241,8 @@ def slopes(sizes: Sequence[int], measured: Sequence[Sizes]) -> list[Slopes]:
 
     def slope(of: Callable[[Sizes, int], float], name: str) -> float:
         values = np.array([of(one, [site.name for site in one.sites].index(name)) for one in measured])
+        if not np.all(np.isfinite(values)):
+            return float("inf")
         return float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) if np.all(values > 0) else float("nan")
 
     tied = "embed" in kinds and kinds["embed"].kind == "readout"

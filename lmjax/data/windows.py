@@ -199,9 +199,10 @@ def _positions(segments_BT: np.ndarray) -> np.ndarray:
 def evaluation_batches(
     split: TokenSplit, seq_len: int, batch_size: int, documents: Documents, rows: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """The whole split once: documents in stored order, in windows that share no context, padded at the end.
+    """The whole split once, in windows that share no context, cut from documents in stored order.
 
-    Windows come in an order that nothing changes, drawn so that the first batches are a fair sample of all documents.
+    For a split and a `seq_len` they come in one order, drawn so that the first batches are a fair sample; the last one
+    is padded.
     Every token of the split is a target with weight 1 exactly once, but for the very first, which nothing precedes,
     and, if documents are separate, the first of each document. So n_tokens - 1 targets are scored (n_tokens -
     n_documents if separate), whatever `seq_len` and `batch_size` are. Every batch has shape [batch_size, seq_len]; what

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from lmjax.devices.chips import peak_flops
 from lmjax.errors import CheckpointError
+from lmjax.process import group
 from lmjax.schema import NonNegativeFloat, NonNegativeInt, first_problem
 from lmjax.tasks.task import Frozen, Source, Task
 from lmjax.train.accounting import Accounting, Cost
@@ -41,6 +42,8 @@ class Meta(TypedDict):
     epochs: NotRequired[dict[str, NonNegativeFloat]]
     epochs_before: NotRequired[dict[str, NonNegativeFloat]]
     evaluation_owed: NotRequired[bool]
+    drawn_evaluations: NotRequired[bool]
+    """Whether the batches of evaluations are drawn from the whole set; older ones are its first."""
     run: NotRequired[str]
     """Names it: see `workdir.run_id`."""
     base: NotRequired[str | None]
@@ -80,6 +83,13 @@ class Progress:
         )
         self._epochs_before = epochs_before(meta, source)
         self._left_out = meta.get("left_out", [])
+        of_windows = task.cfg.train.evaluate_batches is not None and task.cfg.data.documents != "whole"
+        if meta and of_windows and not meta.get("drawn_evaluations") and group.is_leader():
+            logger.warning(
+                "val/ does not compare with what it was before step %d: its batches are drawn from the whole set now, "
+                "and were its first ones",
+                step,
+            )
 
     @property
     def start_step(self) -> int:
@@ -113,6 +123,7 @@ class Progress:
             "counts": spent._asdict(),
             "epochs": self.epochs(spent.samples),
             "epochs_before": self._epochs_before,
+            "drawn_evaluations": True,
             **({"left_out": self._left_out} if self._left_out else {}),
             **self._base,
         }

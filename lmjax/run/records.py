@@ -24,7 +24,6 @@ from lmjax.run.assemble import Experiment
 from lmjax.run.progress import Progress
 from lmjax.run.workdir import SUMMARY_FORMAT
 from lmjax.tasks.task import Task
-from lmjax.train.accounting import Cost
 from lmjax.weights import count
 
 
@@ -54,10 +53,9 @@ class Records:
     def log_start(self, progress: Progress, attempt: int, command: str) -> None:
         """Tell the trackers what this attempt is, when it starts."""
         cfg, counts = self.task.cfg, count(self.task.spec)
-        samples = cfg.train.steps * cfg.train.batch
-        whole = Cost(0, 0, 0, 0, 0).plus(samples, self.task.cost)
+        whole = progress.accounting.spent(cfg.train.steps)
         if group.is_leader():
-            progress.warn_of_repeats(samples)
+            progress.warn_of_repeats(whole.samples)
         attends = assemble.attends(self.experiment)
         self.trackers.start(
             {

@@ -286,6 +286,25 @@ def test_batches_in_sequences_and_epochs_are_derived(tmp_path):
     assert runs.column("unique_tokens") == pytest.approx(frame["tokens"] / 4)
 
 
+@pytest.mark.parametrize(("summed", "logged"), [(None, "NaN"), (float("nan"), "NaN"), (None, None)])
+def test_a_run_that_ends_at_no_number_has_no_loss(tmp_path, summed, logged):
+    """Not that of an evaluation before. `summary.json` has null, metrics.jsonl "NaN"."""
+    path = workdir(tmp_path, "run")
+    summary, metrics = json.loads((path / "summary.json").read_text()), path / "metrics.jsonl"
+    (path / "summary.json").write_text(json.dumps(summary | {"val/text/loss": summed}))
+    *rows, last = map(json.loads, metrics.read_text().splitlines())
+    last["val/text/loss"] = logged
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in [*rows, last]))
+    workdir(tmp_path, "sound")
+    with pytest.raises(ValueError, match="loss is missing or NaN in 1 of 2 rows"):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, -1, 512.5, float("inf"), "long"])
+def test_what_is_no_length_is_none(tmp_path, length):
+    assert load_runs(written(tmp_path, table(**{"config.data.seq_len": length}))).sequence_length is None
+
+
 def test_the_length_of_rows_is_known_where_all_runs_have_the_same(tmp_path):
     assert load_runs(written(tmp_path, table())).sequence_length is None
     assert load_runs(written(tmp_path, table(seq_len=512))).sequence_length == 512
@@ -427,11 +446,14 @@ def test_several_validation_sets_need_a_choice(tmp_path):
 # wandb ------------------------------------------------------------------------------------------------------------
 
 
+CONFIG = {"config": {"data": {"seq_len": 512}, "train": {"seed": 1}}, "data": {"text": "a hash"}, "N": 100_000_000}
+
+
 class FakeRun:
     """What `wandb.Api().runs()` yields: scan_history drops rows that lack any key, as the real one does."""
 
     def __init__(self, name, rows, summary, broken=False):
-        self.id, self.name, self.config, self.rows, self.broken = name, name, {"seed": 1}, rows, broken
+        self.id, self.name, self.config, self.rows, self.broken = name, name, CONFIG, rows, broken
         self.summary, self.lastHistoryStep, self.calls = summary, rows[-1]["_step"], 0
 
     def scan_history(self, keys):
@@ -453,6 +475,7 @@ def test_wandb_histories_are_whole_and_cached(tmp_path, monkeypatch):
     api = SimpleNamespace(runs=lambda project: [run])
     runs = load_runs("wandb:me/project", api=api)
     assert runs.column("loss") == pytest.approx([2.95]) and runs.column("tokens") == pytest.approx([1e9])
+    assert runs.sequence_length == 512 and runs.table["config.N"].tolist() == [100_000_000]
     calls = run.calls
     train = load_runs("wandb:me/project", loss="train/loss", api=api)
     assert run.calls == calls and len(train.curves) == 10

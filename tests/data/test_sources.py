@@ -46,6 +46,17 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, kind):
     assert read(path) == TEXTS
 
 
+def test_a_file_of_json_may_be_blank_or_begin_with_a_mark(tmp_path):
+    for name, content in (
+        ("a", b""),
+        ("b", b" \n\n"),
+        ("c", b'\xef\xbb\xbf[{"text": "one"}]'),
+        ("d", as_lines(["two"])),
+    ):
+        (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(content))
+    assert read(tmp_path / "*.json.gz") == ["one", "two"]
+
+
 def test_text_files_are_read_as_they_are(tmp_path):
     data = "\ufeffa\r\nb\0\n\nc\n"
     (tmp_path / "a.txt").write_bytes(data.encode())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,13 +231,25 @@ def test_two_runs_are_compared_on_the_same_rows(trained: Path, capsys: pytest.Ca
     half = f"--workdir={trained}", "--step=6"
     beside, alone = asked(capsys, *half, f"--against={trained}"), asked(capsys, f"--workdir={trained}")
     for path, whole in alone.items():
-        one, other = beside[path], beside[path]["against"]
-        assert (other["workdir"], other["step"]) == (str(trained), whole["step"]) == (str(trained), 12)
-        assert other["loss"]["value"] == pytest.approx(one["loss"] - whole["loss"], abs=1e-9)
-        assert 0 < other["loss"]["stderr"] < 0.8 * math.hypot(one["loss_stderr"], whole["loss_stderr"])
-        assert other["loss"]["low"] < other["loss"]["value"] < other["loss"]["high"]
-    assert evaluate(f"--workdir={trained}", f"--against={trained}") == 0
+        one, other, less = beside[path], beside[path]["against"], beside[path]["difference"]["loss"]
+        assert other == {"workdir": str(trained)} | {name: whole[name] for name in other if name != "workdir"}
+        assert less["value"] == pytest.approx(one["loss"] - whole["loss"], abs=1e-9)
+        assert 0 < less["stderr"] < 0.8 * math.hypot(one["loss_stderr"], whole["loss_stderr"])
+        assert less["low"] < less["value"] < less["high"]
+
+
+def test_the_other_run_reads_the_rows_of_the_first(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The same weights, in a run whose documents were kept apart and whose rows were shorter."""
+    shutil.copytree(trained, tmp_path / "other")
+    settings = json.loads((tmp_path / "other" / "config.json").read_text())
+    settings["data"] |= {"documents": "separate", "seq_len": settings["data"]["seq_len"] // 2}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
+    assert evaluate(f"--workdir={trained}", f"--against={tmp_path / 'other'}") == 0
     assert "difference     +0.000000 +- 0.000000 nats per token" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="gone is no work directory"):
+        evaluate(f"--workdir={trained}", f"--against={tmp_path / 'gone'}")
 
 
 def test_names_are_those_of_benchmarks(corpus: Path) -> None:

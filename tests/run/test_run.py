@@ -1,6 +1,7 @@
 """How an attempt ends, what it leaves behind, and what is counted over several of them."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from lmjax.process import signals
 from lmjax.record import checkpoint, inspect, seal
 from lmjax.record.ledger import read_ledger
 from lmjax.record.tracking import read_events, read_jsonl
-from lmjax.run import run, workdir
+from lmjax.run import progress, run, workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
 
@@ -284,6 +285,27 @@ def test_a_finished_run_whose_checkpoint_is_damaged_does_its_last_steps_again(
 def test_text_that_is_read_too_often_is_named(train: Train, tmp_path: Path, caplog: Any) -> None:
     assert train(tmp_path / "run", "train.batch=256", "data.sources.a.tokens=33") == DONE
     assert "data source a is read 128 times" in caplog.text and "data source b" not in caplog.text
+
+
+def test_how_often_text_is_read_counts_steps_of_another_batch(train: Train, tmp_path: Path, caplog: Any) -> None:
+    few = ("train.batch=256", "data.sources.a.tokens=33", "checkpoint.every=2")
+    assert train(tmp_path / "run", *few, faults="terminate@step:4") == PREEMPTED
+    caplog.clear()
+    assert train(tmp_path / "run", "data.sources.a.tokens=33", options=ALLOWED) == DONE
+    (told,) = re.findall(r"data source a is read (\d+) times", caplog.text)
+    assert int(told) == round(summary(tmp_path / "run")["epochs/a"])
+
+
+@pytest.mark.parametrize("settings", [(), ("train.evaluate_batches=1",)])
+def test_a_run_whose_evaluations_were_of_other_batches_says_so(
+    train: Train, tmp_path: Path, settings: tuple[str, ...], monkeypatch: Any, caplog: Any
+) -> None:
+    meta = progress.Progress.meta
+    older = {"drawn_evaluations": False}
+    monkeypatch.setattr(progress.Progress, "meta", lambda self, step: meta(self, step) | older)
+    assert train(tmp_path / "run", *settings, faults="terminate@step:4") == PREEMPTED
+    assert train(tmp_path / "run", *settings) == DONE
+    assert ("val/ does not compare with what it was before step" in caplog.text) == bool(settings)
 
 
 def test_the_summary_is_json_where_one_row_has_no_standard_error(train: Train, tmp_path: Path) -> None:

@@ -210,7 +210,9 @@ def _parsed(name: str, line: bytes | str, offset: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} (byte {offset}): not JSON: {error}; each line must be one JSON object") from error
+        raise DataError(
+            f"{name} (byte {offset}): not JSON: {error}; each line must be one JSON object, or a .json file a list"
+        ) from error
 
 
 def _json_document(name: str, line: bytes, offset: int, cfg: PrepareConfig) -> Document:
@@ -231,13 +233,13 @@ def _text_of(where: str, record: Any, cfg: PrepareConfig) -> str:
 def _read_json(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
     """A list of objects, or an object a line, as C4 has them: its first sign tells."""
     starts = (chunk.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] for chunk in _chunks(file, lambda n_bytes: None))
-    first = next(filter(None, starts), b"[")
+    first = next(filter(None, starts), b"")
     yield from (_read_json_list if first == b"[" else _read_json_lines)(file, cfg, report)
 
 
 def _read_json_list(file: InputFile, cfg: PrepareConfig, report: Report) -> Iterator[Document]:
     (data,) = _parts(_chunks(file, report), None, lambda number: file.name, cfg.document_bytes)
-    text = _document(file.name, data, 0, cfg).text
+    text = _document(file.name, data.removeprefix(b"\xef\xbb\xbf"), 0, cfg).text
     if text is None:
         yield Document(file.name, None)
         return
