@@ -10,7 +10,6 @@ from etils import epath
 from lmjax import config as configs
 from lmjax.errors import visible
 from lmjax.process import group, start_up
-from lmjax.process.beside import beside
 from lmjax.process.faults import fault
 from lmjax.process.redact import hide, redact
 from lmjax.record import files, formats
@@ -38,7 +37,6 @@ class Records:
         self._appended: list[Ledger | JsonlTracker] = []
         if not group.is_leader():
             return
-        self._baselines = beside(task.baselines)
         configs.write_json(workdir / "config.json", task.cfg)
         task.write_files(workdir)
         self.ledger, metrics = Ledger(workdir / "ledger.jsonl"), JsonlTracker(workdir / "metrics.jsonl")
@@ -83,7 +81,7 @@ class Records:
 
     def finish(self, progress: Progress, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the summary: then the run is finished. `metrics` are those of the last evaluation."""
-        summary = {**summarize(self.task, progress, step), **metrics, **self._baselines()}
+        summary = {**summarize(self.task, progress, step), **metrics, **self.task.baselines()}
         self.trackers.summary(summary)
         self.sync()
         fault("summary.write")

@@ -122,7 +122,7 @@ class Task(NamedTuple):
     sample: Callable[[Params, Params], str] | None = None
     """(params, frozen), on one device -> a text to look at."""
     baselines: Callable[[], Mapping[str, float]] = dict
-    """Numbers that do not depend on training, for the summary: found while it trains, in a thread of its own."""
+    """Numbers that do not depend on training, for the summary."""
     write_files: Callable[[epath.Path], None] = lambda workdir: None
     """What the work directory needs so that others can use what was trained, such as the tokenizer."""
     about: Mapping[str, Any] = MappingProxyType({})
