@@ -212,7 +212,7 @@ def test_what_is_no_adapter_of_this_base_is_said_in_one_line(
             f"--adapter={tuned} is for another model: model.mlp is 24 there, 32",
         ),
         (base, base, ConfigError, f"--adapter={base} is a model of its own"),
-        (base, tmp_path / "empty", ConfigError, "is it a work directory?"),
+        (base, tmp_path / "empty", ConfigError, "empty is no work directory: it has no config.json"),
         (tuned, tuned, CheckpointError, "stands on the weights with the hash"),
     ]
     for workdir, adapter, error, message in cases:
