@@ -48,6 +48,7 @@ def _kind(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
 
 
 def _on_prepared_data(arguments: argparse.Namespace) -> int:
+    from lmjax.record.jsonl import plain
     from lmjax.run.trained import data_of, described, evaluate_trained, load_trained
 
     trained = load_trained(arguments.workdir, arguments.step, arguments.weights)
@@ -66,10 +67,10 @@ def _on_prepared_data(arguments: argparse.Namespace) -> int:
     results = score(trained)
     if arguments.json:
         of = {"step": trained.step, "weights": arguments.weights, "split": arguments.split}
-        found = {path: of | _plain(result.numbers()) for path, result in results.items()}
+        found = {path: of | plain(result.numbers()) for path, result in results.items()}
         for path, beside in others.items():
-            found[path]["against"] = {"workdir": arguments.against, "step": other.step, **_plain(beside.numbers())}
-            found[path]["difference"] = {"loss": _plain(results[path].less(beside)._asdict())}
+            found[path]["against"] = {"workdir": arguments.against, "step": other.step, **plain(beside.numbers())}
+            found[path]["difference"] = {"loss": plain(results[path].less(beside)._asdict())}
         print(json.dumps(found, indent=1, allow_nan=False))
         return 0
     bits = f", {arguments.weights}" if arguments.weights else ""
@@ -83,12 +84,6 @@ def _on_prepared_data(arguments: argparse.Namespace) -> int:
                 f"{arguments.against}, step {other.step}, row by row"
             )
     return 0
-
-
-def _plain(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    from lmjax.record.jsonl import plain
-
-    return {name: plain(value) for name, value in numbers.items()}
 
 
 def _on_benchmarks(arguments: argparse.Namespace) -> int:

@@ -95,7 +95,7 @@ def isoloss_slices(study: Study) -> Drawing:
     colours, mappable = style.colours_of(budgets)
     figure, axes = style.new_figure()
     params, _, loss = study.runs.points
-    rows = []
+    rows, named = [], [0.0]
     for budget, colour, marker in zip(budgets, colours, cycle(style.MARKERS), strict=False):
         mine = study.budgets == budget
         axes.plot(params[mine], loss[mine], marker, color=colour, markersize=4)
@@ -104,10 +104,10 @@ def isoloss_slices(study: Study) -> Drawing:
         axes.plot(x, fitted, color=colour, linewidth=1.0)
         if len(budgets) <= MOST_NAMED:
             style.name_curve(axes, x[-1], fitted[-1], f"{budget:.2g}")
+            named.append(fitted[-1])
         rows.append(pd.DataFrame({"budget": budget, "kind": "run", "params": params[mine], "loss": loss[mine]}))
         rows.append(pd.DataFrame({"budget": budget, "kind": "fit", "params": x, "loss": fitted}))
-    named = max(table["loss"].iloc[-1] for table in rows if table["kind"].iloc[-1] == "fit")  # at the end of its curve
-    _clip_losses([axes], loss, named)
+    _clip_losses([axes], loss, least=max(named))
     figure.colorbar(mappable, ax=axes, label=style.FLOPS)
     axes.margins(x=0.1)
     style.log_axes(axes)

@@ -1,4 +1,4 @@
-"""Fixed-length windows of a split: in an order of each epoch by random access for training, in one for evaluation.
+"""Fixed-length windows of a split: by random access, in an order of each epoch for training and one for evaluation.
 
 An epoch's stream is all documents of the split in an order drawn anew for the epoch, over all shards together, end to
 end, each closed by its endoftext. Window w of the stream is tokens [s + w T, s + w T + T], so neighbours share one

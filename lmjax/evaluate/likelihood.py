@@ -44,7 +44,7 @@ class Evaluation:
     digest: str = ""
     """The digest of the split, if a split was scored: numbers compare where it is the same."""
     sums_B3: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 3)), repr=False, compare=False)
-    """Of every row that was scored, float64: -log p, tokens predicted, weights. None for an average over sets."""
+    """Of every row that was scored, float64: -log p, tokens predicted, weights. Empty for an average over sets."""
 
     def numbers(self) -> dict[str, float | str]:
         """All of it but the rows."""

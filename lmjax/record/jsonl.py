@@ -85,9 +85,11 @@ def _storage_errors(path: epath.Path, size: int = 0) -> Iterator[None]:
         raise CheckpointError(f"storage: cannot write {path}: {reason}; free or mend it and run again") from error
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON has it: None for a number that there is none of, as the standard error of one item."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON has them: None for a number that there is none of, as the standard error of one item."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

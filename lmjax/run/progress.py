@@ -83,13 +83,8 @@ class Progress:
         )
         self._epochs_before = epochs_before(meta, source)
         self._left_out = meta.get("left_out", [])
-        of_windows = task.cfg.train.evaluate_batches is not None and task.cfg.data.documents != "whole"
-        if meta and of_windows and not meta.get("drawn_evaluations") and group.is_leader():
-            logger.warning(
-                "val/ does not compare with what it was before step %d: its batches are drawn from the whole set now, "
-                "and were its first ones",
-                step,
-            )
+        if meta and not meta.get("drawn_evaluations"):
+            warn_of_other_evaluations(task, step)
 
     @property
     def start_step(self) -> int:
@@ -105,7 +100,7 @@ class Progress:
     def warn_of_repeats(self, samples: int) -> None:
         """Say which part of the data a run of so many samples reads more often than is of any use."""
         for name, epochs in self.epochs(samples).items():
-            if epochs > MOST_EPOCHS:
+            if epochs > MOST_EPOCHS and group.is_leader():
                 logger.warning(
                     "data source %s is read %.0f times in all, and after %d times the same text teaches nothing more "
                     "(arXiv:2305.16264): give it more text, or train fewer steps",
@@ -127,6 +122,17 @@ class Progress:
             **({"left_out": self._left_out} if self._left_out else {}),
             **self._base,
         }
+
+
+def warn_of_other_evaluations(task: Task, step: int) -> None:
+    """Say that `val/` jumps at a step, of a run whose batches of windows were the first ones up to there."""
+    of_windows = task.cfg.train.evaluate_batches is not None and task.cfg.data.documents != "whole"
+    if of_windows and group.is_leader():
+        logger.warning(
+            "val/ does not compare with what it was before step %d: its batches are drawn from the whole set now, and "
+            "were its first ones",
+            step,
+        )
 
 
 def cost_before(meta: Mapping[str, Any], source: Source, cost: Cost) -> Cost:

@@ -52,8 +52,7 @@ class Records:
         """Tell the trackers what this attempt is, when it starts."""
         cfg, counts = self.task.cfg, count(self.task.spec)
         whole = progress.accounting.spent(cfg.train.steps)
-        if group.is_leader():
-            progress.warn_of_repeats(whole.samples)
+        progress.warn_of_repeats(whole.samples)
         attends = assemble.attends(self.experiment)
         self.trackers.start(
             {
@@ -85,7 +84,7 @@ class Records:
         self.trackers.summary(summary)
         self.sync()
         fault("summary.write")
-        stamped = formats.stamp(SUMMARY_FORMAT) | {key: plain(value) for key, value in summary.items()}
+        stamped = formats.stamp(SUMMARY_FORMAT) | plain(summary)
         files.write_atomically(self.workdir / "summary.json", json.dumps(stamped, indent=1))
         for key, value in summary.items():
             if key.startswith(("val/", "val_full/")):

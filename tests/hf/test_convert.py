@@ -267,19 +267,24 @@ def test_chat_answers_the_rendered_conversation(workdir: Path, capsys: pytest.Ca
         lmjax("generate", f"--workdir={workdir}", "--chat")
 
 
+def loss_of(workdir: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What `prepare` and `evaluate --json` find of a file of texts, by the model's own tokenizer."""
+    data = texts.parent / "data"
+    given = [str(texts), f"--out={data}", f"--tokenizer-file={workdir}/tokenizer", "--valid-fraction=0", "--workers=1"]
+    assert lmjax("prepare", *given) == 0
+    capsys.readouterr()
+    where = [f"--workdir={workdir}", f"--data={data}", "--split=train", "--documents=alone", "--seq-len=16"]
+    assert lmjax("evaluate", *where, "--json") == 0
+    return json.loads(capsys.readouterr().out)[str(data)]
+
+
 def test_a_loss_with_the_model_s_own_tokenizer(
     workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """prepare and evaluate, against a forward pass over every document by itself."""
     texts = ["abc def", "x" * 9, "naïve"]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data = tmp_path / "data"
-    files = [str(tmp_path / "texts.jsonl"), f"--out={data}", f"--tokenizer-file={workdir}/tokenizer"]
-    assert lmjax("prepare", *files, "--valid-fraction=0", "--workers=1") == 0
-    capsys.readouterr()
-    where = [f"--workdir={workdir}", f"--data={data}", "--split=train"]
-    assert lmjax("evaluate", *where, "--documents=alone", "--seq-len=16", "--json") == 0
-    found = json.loads(capsys.readouterr().out)[str(data)]
+    found = loss_of(workdir, tmp_path / "texts.jsonl", capsys)
     trained = load_trained(workdir)
     losses = []
     for text in texts:
@@ -294,13 +299,7 @@ def test_a_loss_with_the_model_s_own_tokenizer(
 
 def test_a_standard_error_of_one_row_is_null(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.txt").write_text("abc def")
-    data = tmp_path / "data"
-    given = [str(tmp_path / "one.txt"), f"--out={data}", f"--tokenizer-file={workdir}/tokenizer"]
-    assert lmjax("prepare", *given, "--valid-fraction=0", "--workers=1") == 0
-    capsys.readouterr()
-    where = [f"--workdir={workdir}", f"--data={data}", "--split=train"]
-    assert lmjax("evaluate", *where, "--documents=alone", "--seq-len=16", "--json") == 0
-    found = json.loads(capsys.readouterr().out)[str(data)]
+    found = loss_of(workdir, tmp_path / "one.txt", capsys)
     assert found["loss"] > 0 and found["loss_stderr"] is found["accuracy_stderr"] is None
 
 

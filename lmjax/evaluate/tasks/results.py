@@ -139,9 +139,4 @@ def digest(prompts: Sequence[Prompt]) -> str:
 
 def as_json(numbers: Mapping[str, Mapping[str, NamedTuple]]) -> dict[str, Any]:
     """Estimates or differences as plain values."""
-    return {
-        metric: {
-            name or "all": {field: plain(value) for field, value in one._asdict().items()} for name, one in by.items()
-        }
-        for metric, by in numbers.items()
-    }
+    return {metric: {name or "all": plain(one._asdict()) for name, one in by.items()} for metric, by in numbers.items()}
